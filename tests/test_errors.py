@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import tiny
@@ -67,14 +68,22 @@ FOLDER = ["data={kind: folder, path: images, size: 16}"]
         ),
         (["method.vae=nothing"], ["'nothing'", "neither a preset (tiny, f8d4, f16d32)"]),
         (["method.alignment.noise_level=0.5"], ["noise_level", "'fixed'"]),
-        (["train.precision=fp16"], ["train.precision", "needs a GPU", "bf16"]),
         (["train.accumulate=3"], ["train.batch_size: 4", "accumulate 3"]),
         (["train.warmup_steps=9"], ["warmup_steps 9", "steps 2"]),
         (
             ["train.schedule=constant", "train.final_lr_fraction=0.1"],
             ["final_lr_fraction", "cosine"],
         ),
-        (["method.vae.block_channels=[6, 8]"], ["block_channels", "norm_groups"]),
+        (["method.vae.block_channels=[6, 8]"], ["method.vae: block_channels", "norm_groups"]),
+        (["method.vae.norm_groups=0"], ["method.vae.norm_groups", "greater than or equal to 1"]),
+        (["method.vae={}"], ["'method.vae.block_channels' is missing"]),
+        (["method.name=[vae]"], ["method.name: expected a name, got ['vae']"]),
+        (["data.kind.x=1"], ["data.kind: expected a name"]),
+        (["data.size=[16]"], ["data.size: too few values, got [16]"]),
+        (["data.size=0"], ["data.size", "at least 1, got 0"]),
+        (["data.classes=[hue, hue]"], ["data.classes", "twice"]),
+        (["train.seed=2020-01-01"], ["recipe.yaml", "a kind that recipes can't hold"]),
+        (["plugins=[recipe.yaml]"], ["plugins", "'recipe.yaml' is not a Python file"]),
         (FOLDER, ["data.path", "no such folder 'images'", "pass data.path="]),
         (["plugins=[mine.py]"], ["plugins", "no such file 'mine.py'"]),
     ],
@@ -86,10 +95,43 @@ def test_a_setting_that_cannot_work_is_named_with_a_way_out(recipe, capsys, over
     assert not (recipe.parent / "runs").exists()
 
 
-@pytest.mark.parametrize("content", ["{a: [", "- a\n- b\n", "just text", "\x00\x01"])
-def test_a_file_that_is_no_recipe(recipe, capsys, content):
+def test_a_precision_that_only_gpus_have(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = complain(capsys, str(recipe), "train.precision=fp16")
+    assert "train.precision" in message and "needs a GPU" in message and "bf16" in message
+    assert not (recipe.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{a: [", "not valid YAML"),
+        ("- a\n- b\n", "expected 'key: value' lines"),
+        ("just text", "expected 'key: value' lines"),
+        ("", "expected 'key: value' lines"),
+        ("\x00\x01", "not valid YAML"),
+        ("method: {name: vae}\ntrain: {steps: 1}\n", "'data.kind' is missing"),
+        ("seed: 2020-01-01\nmethod: {name: vae}\ndata: {kind: shapes}\n", "can't hold"),
+    ],
+)
+def test_a_file_that_is_no_recipe(recipe, capsys, content, words):
     recipe.write_text(content)
-    assert "recipe.yaml" in complain(capsys, str(recipe))
+    message = complain(capsys, str(recipe))
+    assert "recipe.yaml" in message and words in message
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_a_missing_recipe_and_a_folder_instead_of_one(recipe, capsys):
+    assert complain(capsys, "nowhere.yaml") == "error: nowhere.yaml: no such file"
+    assert "can't be read as text" in complain(capsys, str(recipe.parent))
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_a_plugin_that_is_not_python_is_no_better_the_second_time(recipe, capsys):
+    (recipe.parent / "mine.py").write_text("x = (\n")
+    for _ in range(2):
+        message = complain(capsys, str(recipe), "plugins=[mine.py]")
+        assert "plugins: 'mine.py', line 1: not valid Python" in message
 
 
 def test_a_missing_recipe_and_no_traceback_in_a_real_process(tmp_path):
@@ -107,6 +149,7 @@ def test_an_empty_folder_and_one_without_readable_images(recipe, capsys):
         (images / f"{i}.jpg").write_text("not an image")
     message = complain(capsys, str(recipe), *FOLDER)
     assert "data.path" in message and "can be read" in message
+    assert not (recipe.parent / "runs").exists()
 
 
 def test_folders_that_are_taken(recipe, capsys):
@@ -121,6 +164,10 @@ def test_folders_that_are_taken(recipe, capsys):
     assert "not empty and not a run" in complain(capsys, str(recipe), "--output", "photos")
     assert (other / "me.jpg").read_text() == "precious"
     assert "no run to resume" in complain(capsys, str(recipe), "--output", "new", "--resume")
+    assert not (recipe.parent / "new").exists()
+    for output in ("photos/me.jpg", "photos/me.jpg/run"):
+        message = complain(capsys, str(recipe), "--output", output)
+        assert f"--output {output}" in message and "is a file; choose a folder" in message
     message = complain(capsys, str(recipe), "train.batch_size=2", "--output", "run", "--resume")
     assert "train.batch_size was 4 and is now 2" in message
 
@@ -168,6 +215,14 @@ def test_damaged_and_newer_exports_are_refused_in_one_line(recipe):
     (export / "config.json").write_text(json.dumps(config | {"format_version": 99}))
     with pytest.raises(UserError, match="format version 99 is newer .*upgrade semtok"):
         Tokenizer.from_pretrained("run")
+    for broken, words in (
+        ([], "not a semtok tokenizer"),
+        ({"library": "semtok"}, "'format_version' is missing; export again"),
+        ({k: v for k, v in config.items() if k != "method"}, "method missing; export again"),
+    ):
+        (export / "config.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match=words):
+            Tokenizer.from_pretrained("run")
     (export / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: not readable as JSON"):
         Tokenizer.from_pretrained("run")

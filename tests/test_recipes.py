@@ -12,12 +12,10 @@ from pydantic import BaseModel
 
 import tiny
 from semtok.commands.train_tokenizer import train_tokenizer
-from semtok.config import apply_overrides, read_yaml
-from semtok.data.folder import FolderConfig
-from semtok.data.shapes import ShapesConfig
-from semtok.methods.send_vae import SendVAEConfig
-from semtok.methods.vae import VAEConfig
+from semtok.config import Config, apply_overrides, read_yaml
+from semtok.data.sources import _CONFIGS
 from semtok.recipe import TokenizerRecipe, load_recipe, parse_recipe, recipe_text
+from semtok.registry import _METHODS, get_method
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -56,6 +54,7 @@ def test_a_recipe_builds_and_trains_at_toy_size(name, tmp_path):
         content["method"]["mapper"]["projector_width"] = 16
     for key in toy["train"].keys() - {"optimiser", "ema_decay", "schedule"}:
         content["train"][key] = toy["train"][key]
+    content["train"]["precision"] = "fp32"  # bf16 is slow on CPUs, and has its own test
     train_tokenizer(parse_recipe(content, name), tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert len(rows) == 2
@@ -64,19 +63,43 @@ def test_a_recipe_builds_and_trains_at_toy_size(name, tmp_path):
 
 
 def models_in(model: type[BaseModel]) -> set[type[BaseModel]]:
-    found = {model}
-    for field in model.model_fields.values():
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in found:
-                found |= models_in(kind)
+    found, kinds = {model}, [field.annotation for field in model.model_fields.values()]
+    while kinds:
+        kind = kinds.pop()
+        kinds += get_args(kind)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found |= models_in(kind)
     return found
 
 
+def models_of_recipes() -> set[type[BaseModel]]:
+    """Every config that a recipe can hold, of all methods and all kinds of data."""
+    get_method("vae", place="")  # registers those that the library brings
+    own = {n: m for n, m in _METHODS.items() if m.config.__module__.startswith("semtok.methods.")}
+    assert {"vae", "send_vae"} <= own.keys() and {"shapes", "folder"} <= _CONFIGS.keys()
+    pairs = [(method.config, data) for method in own.values() for data in _CONFIGS.values()]
+    return set().union(*(models_in(TokenizerRecipe[pair]) for pair in pairs))
+
+
+def without_validators(tree: ast.Module) -> ast.Module:
+    """Leaves out functions that only check settings: an option read nowhere else does nothing."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            node.body = [
+                part
+                for part in node.body
+                if not any(
+                    "validator" in ast.unparse(d) for d in getattr(part, "decorator_list", [])
+                )
+            ]
+    return tree
+
+
 def attributes_read() -> set[str]:
-    """Names that the library reads as ``something.name``."""
+    """Names that the library reads as ``something.name``, to do something."""
     read = set()
     for file in (ROOT / "tokenizers").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(without_validators(ast.parse(file.read_text()))):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 read.add(node.attr)
     # What a recipe's other settings depend on is read before the recipe is parsed.
@@ -85,20 +108,60 @@ def attributes_read() -> set[str]:
     return read | {a.value for call in calls for a in call.args if isinstance(a, ast.Constant)}
 
 
+def unread_options(models: set[type[BaseModel]], read: set[str]) -> list[str]:
+    return sorted(f"{m.__name__}.{f}" for m in models for f in m.model_fields if f not in read)
+
+
 def test_every_option_of_every_recipe_is_read_by_something():
-    read = attributes_read()
-    assert "projector_width" in read and "projector_widht" not in read
-    models = models_in(TokenizerRecipe[VAEConfig, ShapesConfig])
-    models |= models_in(TokenizerRecipe[SendVAEConfig, FolderConfig])
-    unread = [f"{m.__name__}.{f}" for m in models for f in m.model_fields if f not in read]
-    assert not unread
+    assert unread_options(models_of_recipes(), attributes_read()) == []
+
+
+def test_an_option_that_nothing_reads_is_found():
+    class Nested(Config):
+        projector_widht: int = 1
+
+    class Outer(Config):
+        steps: int = 1
+        nested: tuple[Nested, ...] | None = None
+
+    models = models_in(Outer)
+    assert models == {Outer, Nested}
+    found = unread_options(models, attributes_read() | {"nested"})
+    assert found == ["Nested.projector_widht"]
+
+
+def test_reading_an_option_in_a_validator_does_not_count():
+    text = (
+        "class A:\n  @model_validator(mode='after')\n  def f(self): self.x\n  def g(self): self.y"
+    )
+    nodes = ast.walk(without_validators(ast.parse(text)))
+    assert {node.attr for node in nodes if isinstance(node, ast.Attribute)} == {"y"}
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-4", 1e-4), ("5", 5), ("[1, 2]", [1, 2]), ("null", None), ("true", True), ("a/b", "a/b")],
+    [
+        ("1e-4", 1e-4),
+        ("-2.5E+3", -2500.0),
+        ("[1e-4, 2]", [1e-4, 2]),
+        ("{x: 1}", {"x": 1}),
+        ("5", 5),
+        ("[1, 2]", [1, 2]),
+        ("null", None),
+        ("true", True),
+        ("a/b", "a/b"),
+    ],
 )
 def test_overrides_are_read_as_yaml_and_numbers_as_numbers(text: str, value: Any):
     content = {"a": {"b": 0, "c": 1}}
     assert apply_overrides(content, [f"a.b={text}"]) == {"a": {"b": value, "c": 1}}
     assert content == {"a": {"b": 0, "c": 1}}, "the original stays as it was"
+
+
+def test_overrides_reach_into_a_recipe_and_make_sections_that_it_lacks():
+    recipe = load_recipe(
+        ROOT / "recipes/vae.yaml",
+        ["train.optimiser.learning_rate=1e-4", "data.classes=[shape]", "teacher.layers=[0, -1]"],
+    )
+    assert recipe.train.optimiser.learning_rate == 1e-4
+    assert recipe.data.classes == ("shape",) and recipe.teacher.layers == (0, -1)

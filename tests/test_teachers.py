@@ -95,6 +95,17 @@ def test_a_vit_from_a_local_file_at_its_own_or_another_size(checkpoints):
     torch.testing.assert_close(teacher.preprocess(pixels), ((pixels + 1) / 2 - mean) / std)
 
 
+def test_a_vit_with_relative_positions_for_one_grid(tmp_path):
+    name = "vit_relpos_small_patch16_224"
+    model = timm.create_model(name, img_size=32)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "relpos.safetensors")
+    config = TeacherConfig(
+        name=name, checkpoint=str(tmp_path / "relpos.safetensors"), input_size=32
+    )
+    features = Teacher(config).features(torch.rand(1, 3, 64, 64) * 2 - 1)
+    assert features.patches[0].shape == (1, 384, 2, 2) and features.pooled.shape == (1, 384)
+
+
 def test_weights_without_a_classifier_load_and_are_the_files(checkpoints, tmp_path):
     state = safetensors.torch.load_file(checkpoints[CNN])
     bare = {k: v for k, v in state.items() if not k.startswith("classifier")}

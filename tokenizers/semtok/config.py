@@ -1,5 +1,6 @@
 """Typed configuration: the base of every config model, YAML reading, and messages people can act on."""
 
+import copy
 import difflib
 import json
 import re
@@ -9,6 +10,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from semtok.errors import UserError
 
@@ -66,7 +68,7 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
     Raises:
         UserError: an override is not of the form ``key=value`` or its value is not YAML.
     """
-    content = json.loads(json.dumps(content))
+    content = copy.deepcopy(content)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
@@ -94,33 +96,62 @@ def parse(model: type[ConfigType], content: dict[str, Any], place: str) -> Confi
         UserError: the first unknown key, wrong type or impossible combination.
     """
     try:
-        # JSON mode lets lists stand for tuples while everything else stays strict.
-        return model.model_validate_json(json.dumps(content))
-    except ValidationError as error:
-        raise UserError(f"{place}: {_explain(model, error)}") from None
-    except TypeError as error:
+        text = json.dumps(content)
+    except (TypeError, ValueError) as error:  # dates, bytes, a mapping that holds itself
         raise UserError(
             f"{place}: a value is of a kind that recipes can't hold ({error})"
         ) from None
+    try:
+        # JSON mode lets lists stand for tuples while everything else stays strict.
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"{place}: {_explain(model, error)}") from None
 
 
 def _explain(model: type[BaseModel], error: ValidationError) -> str:
-    problems = error.errors()
-    # An unknown key is the likeliest slip, so it is told first.
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    problem = _likeliest(error)
     location = [str(part) for part in problem["loc"]]
-    key = ".".join(part for part in location if not part.startswith(("function-", "constrained-")))
+    if problem["type"] == "extra_forbidden":
+        *parents, last = location
+        key = ".".join([*(part for part in parents if not _is_union_member(part)), last])
+    else:
+        key = ".".join(part for part in location if not _is_union_member(part))
     if problem["type"] == "extra_forbidden":
         known = _fields_at(model, problem["loc"][:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(sorted(known))}"
         return f"unknown key '{key}'; {hint}"
+    if problem["type"] == "missing" and location[-1].isdigit():
+        return f"{key.removesuffix('.' + location[-1])}: too few values, got {problem['input']!r}"
     if problem["type"] == "missing":
         return f"'{key}' is missing; give {key}=…"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
     return f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+
+
+def _likeliest(error: ValidationError) -> ErrorDetails:
+    """The problem to tell: an unknown key is the likeliest slip, so it is told first.
+
+    Where a setting takes values of several kinds, pydantic reports each of them; those that the
+    value is not even meant as are told last.
+    """
+
+    def rank(problem: ErrorDetails) -> int:
+        if problem["type"] == "extra_forbidden":
+            return 0
+        other_kind = problem["type"].endswith("_type") and _is_union_member(str(problem["loc"][-1]))
+        return 2 if problem["loc"] and other_kind else 1
+
+    return min(error.errors(), key=rank)
+
+
+def _is_union_member(part: str) -> bool:
+    """Whether a part of a location is a type's name, which no key of a recipe is."""
+    return part in ("int", "float", "str", "bool") or not re.fullmatch(
+        r"[a-z_][a-z0-9_]*|\d+", part
+    )
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

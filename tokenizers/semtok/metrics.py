@@ -23,6 +23,9 @@ def psnr(reconstruction: Tensor, pixels: Tensor) -> Tensor:
 def ssim(reconstruction: Tensor, pixels: Tensor) -> Tensor:
     """Structural similarity (B,) of Wang et al. 2004 by torchmetrics, data range 2.
 
+    On images in [-1, 1], as the published figures of this field were measured (LightningDiT's
+    evaluation code); SSIM of the same images in [0, 1] is another number.
+
     Args:
         reconstruction, pixels: (B, 3, H, W) in [-1, 1].
     """

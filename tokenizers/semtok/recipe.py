@@ -64,15 +64,22 @@ def parse_recipe(content: dict[str, Any], place: str) -> TokenizerRecipe[Any, An
 def parse_data(settings: list[str], *, place: str) -> DataConfig:
     """Data settings given as ``key=value`` words on a command line."""
     content = apply_overrides({}, settings)
-    model = data_config_class(content.get("kind", "folder"), place=f"{place} kind")
+    kind = _name(content.get("kind", "folder"), place=f"{place} kind")
+    model = data_config_class(kind, place=f"{place} kind")
     return parse(model, content, place)
 
 
-def _choice(content: dict[str, Any], section: str, key: str, place: str) -> Any:
+def _choice(content: dict[str, Any], section: str, key: str, place: str) -> str:
     values = content.get(section)
     if not isinstance(values, dict) or key not in values:
         raise UserError(f"{place}: '{section}.{key}' is missing; give {section}.{key}=…")
-    return values[key]
+    return _name(values[key], place=f"{place}: {section}.{key}")
+
+
+def _name(value: Any, *, place: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{place}: expected a name, got {value!r}")
+    return value
 
 
 def write_recipe(recipe: Config, path: Path) -> None:

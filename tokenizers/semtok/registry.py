@@ -80,20 +80,20 @@ def get_method(name: object, *, place: str) -> Method:
         UserError: there is none; ``place`` (a file name) starts the message.
     """
     _load_built_in()
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         near = difflib.get_close_matches(str(name), _METHODS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(_METHODS))}"
         raise UserError(
             f"{place}: unknown method '{name}'; {hint} A method of your own needs its file under plugins: (or --plugin)"
         )
-    return _METHODS[str(name)]
+    return _METHODS[name]
 
 
 def load_plugins(files: Iterable[str]) -> None:
     """Runs users' files, which register their methods.
 
     Raises:
-        UserError: a file is missing.
+        UserError: a file is missing or is not Python.
     """
     for file in files:
         path = Path(file).resolve()
@@ -103,10 +103,19 @@ def load_plugins(files: Iterable[str]) -> None:
         if getattr(sys.modules.get(name), "__file__", None) == str(path):
             continue
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None, f"{path} is not a Python file"
+        if spec is None or spec.loader is None:
+            raise UserError(f"plugins: '{file}' is not a Python file; expected a name in .py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException as error:
+            del sys.modules[name]  # a second try is not to take the half-run file for loaded
+            if isinstance(error, SyntaxError):
+                raise UserError(
+                    f"plugins: '{file}', line {error.lineno}: not valid Python ({error.msg})"
+                ) from None
+            raise
 
 
 def _load_built_in() -> None:

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
 from timm.layers import HybridEmbed
-from timm.models import VisionTransformer
+from timm.models import Eva, VisionTransformer
+from timm.models.beit import Beit
 from timm.models.vision_transformer_hybrid import ConvStem
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from semtok.config import Config
@@ -24,6 +26,10 @@ DEMO = "demo"
 DEMO_FILE = "demo_teacher.safetensors"
 DEMO_WIDTH = 128
 _DEMO_SIZE = 32
+
+_TRANSFORMERS = VisionTransformer | Eva | Beit | VisionTransformerRelPos
+# Their relative positions are a table for one grid, so these take images of input_size alone.
+_FIXED_GRID = ("beit_", "beitv2_", "vit_relpos_")
 
 # DINOv2's own short names; timm resamples the position table once, when the network is built.
 _SHORT_NAMES = {
@@ -59,7 +65,8 @@ class TeacherFeatures:
 
     Attributes:
         patches: per layer, in the order asked for, patch tokens (B, D, rows, columns); the final
-            norm is applied to each, as DINOv2's ``get_intermediate_layers`` does.
+            norm is applied to each, as DINOv2's ``get_intermediate_layers`` does. (A network whose
+            norm comes after its pooling, timm's ``fc_norm``, has none for tokens.)
         pooled: (B, D), the CLS token of the last of these layers, or the mean of its patch tokens
             where the network has none.
     """
@@ -94,9 +101,7 @@ class Teacher(nn.Module):
         # A ViT's grid is made of whole patches; a CNN takes any size, and 32 keeps its grid whole.
         embed = getattr(self.network, "patch_embed", None)
         self._multiple = int(embed.feat_ratio()) if hasattr(embed, "feat_ratio") else 32
-        self._is_transformer = isinstance(
-            self.network, timm.models.VisionTransformer | timm.models.Eva
-        )
+        self._is_transformer = isinstance(self.network, _TRANSFORMERS)
         self.eval()
         self._check_layers()
 
@@ -150,7 +155,8 @@ class Teacher(nn.Module):
             inputs,
             indices=sorted(layers),
             norm=True,
-            return_prefix_tokens=True,
+            # Asked for where there are none, timm's relative-position networks fail.
+            return_prefix_tokens=self.network.num_prefix_tokens > 0,
             stop_early=True,
             intermediates_only=True,
         )
@@ -227,7 +233,8 @@ def _create(config: TeacherConfig, name: str) -> nn.Module:
             f"teacher.checkpoint: no such file '{config.checkpoint}'; pass teacher.checkpoint=…"
         )
     if name.startswith(("vit_", "deit", "beit", "eva")):
-        options["dynamic_img_size"] = True
+        if not name.startswith(_FIXED_GRID):
+            options["dynamic_img_size"] = True
         if config.input_size is not None:
             options["img_size"] = config.input_size
     try:
@@ -245,6 +252,8 @@ def _create(config: TeacherConfig, name: str) -> nn.Module:
             if config.checkpoint
             else f"teacher '{name}'"
         )
+        if config.input_size is not None:
+            place += f" at teacher.input_size {config.input_size}"
         way_out = (
             ""
             if config.checkpoint

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from semtok.errors import UserError
 from semtok.images import Images, to_pixels
-from semtok.latents import Latents, LatentSpec
+from semtok.latents import Latents, LatentSpec, Posterior
 from semtok.references import locate_tokenizer
 from semtok.storage import new_folder, read_json, read_tensors, write_json
 
@@ -39,7 +39,7 @@ class Tokenizer(nn.Module, ABC):
     - *latents*: raw latents standardised per channel, by statistics that were measured on training
       data and are buffers of this module. Nobody outside needs to know a scale.
 
-    A method subclasses it with ``encode_raw`` and ``decode_raw``, the two file hooks, and
+    A method subclasses it with ``posterior_raw`` and ``decode_raw``, the two file hooks, and
     a ``LatentSpec``. It is an ordinary ``nn.Module``: move it, freeze it, put it in a training loop.
     """
 
@@ -66,10 +66,8 @@ class Tokenizer(nn.Module, ABC):
     # What a method gives ------------------------------------------------------------------------
 
     @abstractmethod
-    def encode_raw(
-        self, pixels: Tensor, *, sample: bool, generator: torch.Generator | None
-    ) -> Latents:
-        """Pixels to raw latents: the posterior's mean, or with ``sample`` a draw from it."""
+    def posterior_raw(self, pixels: Tensor) -> Posterior:
+        """Pixels to the posterior of their raw latents."""
 
     @abstractmethod
     def decode_raw(self, raw: Latents) -> Tensor:
@@ -100,9 +98,16 @@ class Tokenizer(nn.Module, ABC):
         Raises:
             ValueError: a size that the stride does not divide, or statistics not yet measured.
         """
+        posterior = self.posterior(images)
+        return posterior.sample(generator) if sample else posterior.mean
+
+    def posterior(self, images: Images) -> Posterior:
+        """Images to the posterior of their latents, standardised; arguments and errors as ``encode``."""
         pixels = to_pixels(images, device=self.texture_mean.device)
         self.spec.check_image_size(tuple(pixels.shape[-2:]))
-        return self.standardise(self.encode_raw(pixels, sample=sample, generator=generator))
+        raw = self.posterior_raw(pixels)
+        std = self._per_channel(raw.std, lambda std, _, scale: std / scale)
+        return Posterior(self.standardise(raw.mean), std)
 
     def decode(self, latents: Latents) -> Tensor:
         """Latents to pixels (B, 3, H, W), clamped to [-1, 1]. Parts beside the texture may be needed or not.
@@ -159,9 +164,7 @@ class Tokenizer(nn.Module, ABC):
         num_images = 0
         sums: dict[str, tuple[Tensor, Tensor, int]] = {}
         for pixels in batches:
-            raw = self.encode_raw(
-                pixels.to(self.texture_mean.device), sample=True, generator=generator
-            )
+            raw = self.posterior_raw(pixels.to(self.texture_mean.device)).sample(generator)
             num_images += len(pixels)
             for name, part in raw.items():
                 values = part.double().transpose(0, 1).flatten(1)  # (C, everything else)
@@ -227,13 +230,18 @@ class Tokenizer(nn.Module, ABC):
             str(reference), revision=revision, local_files_only=local_files_only
         )
         config = read_json(folder / _CONFIG_FILE)
-        if config.get("library") != "semtok":
+        if not isinstance(config, dict) or config.get("library") != "semtok":
             raise UserError(f"{folder / _CONFIG_FILE}: not a semtok tokenizer")
+        if not isinstance(config.get("format_version"), int):
+            raise UserError(f"{folder / _CONFIG_FILE}: 'format_version' is missing; export again")
         if config["format_version"] > FORMAT_VERSION:
             raise UserError(
                 f"{folder / _CONFIG_FILE}: format version {config['format_version']} is newer than this semtok "
                 f"reads ({FORMAT_VERSION}); upgrade semtok"
             )
+        missing = sorted({"method", "diffusion_defaults", "settings", "trained"} - config.keys())
+        if missing:
+            raise UserError(f"{folder / _CONFIG_FILE}: {', '.join(missing)} missing; export again")
         tokenizer = get_method(config["method"], place=str(folder)).tokenizer.load_networks(
             folder, config
         )

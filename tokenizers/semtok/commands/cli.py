@@ -22,6 +22,7 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     # Third-party notes that no user of a command can act on.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torchvision|huggingface_hub")
     try:
         return main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:

@@ -39,6 +39,9 @@ def claim_run_folder(folder: Path, recipe: Config, *, resume: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: is a file; choose a folder")
+    file = next((p for p in folder.parents if p.exists() and not p.is_dir()), None)
+    if file is not None:
+        raise UserError(f"--output {folder}: {file} is a file; choose a folder elsewhere")
     recorded = folder / RECIPE_FILE
     if not resume:
         if recorded.exists():

@@ -52,6 +52,8 @@ class ShapesConfig(DataConfig):
             raise ValueError(
                 f"data.classes: {unknown or 'empty'}; choose from {', '.join(ATTRIBUTES)}"
             )
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"data.classes: {list(self.classes)} names an attribute twice")
         if min(self.num_images, self.num_validation_images) < 1:
             raise ValueError("data.num_images and data.num_validation_images must be at least 1")
         return self

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from semtok.config import Config
@@ -15,8 +16,15 @@ class DataConfig(Config):
     kind: str
     size: int | tuple[int, int]
     """Height and width in pixels; one number means square."""
-    num_workers: int = 0
+    num_workers: int = Field(0, ge=0)
     """Loader processes per training process; 0 loads in the training process."""
+
+    @field_validator("size")
+    @classmethod
+    def _positive(cls, size: int | tuple[int, int]) -> int | tuple[int, int]:
+        if min((size,) if isinstance(size, int) else size) < 1:
+            raise ValueError(f"expected pixels, at least 1, got {size}")
+        return size
 
     @property
     def image_size(self) -> tuple[int, int]:

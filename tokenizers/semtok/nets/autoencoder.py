@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from diffusers import AutoencoderKL
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from semtok.config import Config
 from semtok.errors import UserError
@@ -15,15 +15,16 @@ class Architecture(Config):
 
     block_channels: tuple[int, ...]
     """Channels per resolution, finest first."""
-    layers_per_block: int = 2
-    latent_channels: int
-    norm_groups: int = 32
+    layers_per_block: int = Field(2, ge=1)
+    latent_channels: int = Field(ge=1)
+    norm_groups: int = Field(32, ge=1)
     attention: tuple[bool, ...] | None = None
     """Which resolutions have self-attention, beside the middle one; None: none of them."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Architecture":
-        if not self.block_channels or any(c % self.norm_groups for c in self.block_channels):
+        channels = self.block_channels
+        if not channels or any(c < 1 or c % self.norm_groups for c in channels):
             raise ValueError(
                 f"block_channels {self.block_channels} must be multiples of norm_groups {self.norm_groups}"
             )
