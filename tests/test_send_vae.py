@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import tiny
+from semtok.alignment import alignment_loss
 from semtok.methods.send_vae import (
     AlignmentConfig,
     Mapper,
     MapperConfig,
     RunningStandardiser,
-    alignment_loss,
     noise_latents,
 )
 from semtok.methods.vae import hinge_loss, kl_loss

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -46,6 +47,32 @@ class Latents(Mapping[str, Tensor]):
     def to(self, *args: Any, **kwargs: Any) -> "Latents":
         """``Tensor.to`` on every part."""
         return self.map(lambda part: part.to(*args, **kwargs))
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A diagonal Gaussian over latents, per image.
+
+    Attributes:
+        mean, std: of the same parts and shapes; std is 0 where a part is deterministic.
+    """
+
+    mean: Latents
+    std: Latents
+
+    def sample(self, generator: torch.Generator | None = None) -> Latents:
+        """A draw."""
+        noise = {
+            name: torch.randn(part.shape, generator=generator, device=part.device, dtype=part.dtype)
+            for name, part in self.mean.items()
+        }
+        return self.sample_with(noise)
+
+    def sample_with(self, noise: Mapping[str, Tensor]) -> Latents:
+        """The draw that standard normal numbers, per part, stand for."""
+        return Latents(
+            {name: mean + self.std[name] * noise[name] for name, mean in self.mean.items()}
+        )
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field, model_validator
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from semtok.alignment import alignment_loss
 from semtok.config import Config
 from semtok.methods.vae import AutoencoderPlayer, KLTokenizer, VAEConfig, VAEObjective
 from semtok.nets.transformer import init_xavier, silu_mlp, sincos_positions
@@ -151,19 +151,6 @@ class Mapper(nn.Module):
         x = x + sincos_positions((height, width), x.shape[-1], device=x.device)
         x = self.projector(self.blocks(x))
         return rearrange(x, "b (h w) d -> b d h w", h=height)
-
-
-def alignment_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """1 - cosine, averaged over positions: (B,), in float32.
-
-    Args:
-        predicted: (B, D, h, w).
-        target: the teacher's tokens (B, D, h', w'), resampled bilinearly where the grids differ.
-    """
-    predicted, target = predicted.float(), target.float()
-    if predicted.shape[-2:] != target.shape[-2:]:
-        target = F.interpolate(target, size=predicted.shape[-2:], mode="bilinear", antialias=True)
-    return (1 - F.cosine_similarity(predicted, target, dim=1)).mean(dim=(1, 2))
 
 
 # The objective -----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from semtok.config import Config
-from semtok.latents import Latents, LatentSpec, PartSpec
+from semtok.latents import Latents, LatentSpec, PartSpec, Posterior
 from semtok.metrics import psnr, ssim
 from semtok.nets.autoencoder import (
     PRESETS,
@@ -112,11 +112,9 @@ class KLTokenizer(Tokenizer):
         super().__init__(LatentSpec((part,)), method=method, training_info=training_info)
         self.autoencoder = autoencoder
 
-    def encode_raw(
-        self, pixels: Tensor, *, sample: bool = False, generator: torch.Generator | None = None
-    ) -> Latents:
-        posterior = self.autoencoder.encode(pixels).latent_dist
-        return Latents({"texture": posterior.sample(generator) if sample else posterior.mode()})
+    def posterior_raw(self, pixels: Tensor) -> Posterior:
+        gaussian = self.autoencoder.encode(pixels).latent_dist
+        return Posterior(Latents({"texture": gaussian.mean}), Latents({"texture": gaussian.std}))
 
     def decode_raw(self, raw: Latents) -> Tensor:
         return self.autoencoder.decode(raw.texture).sample

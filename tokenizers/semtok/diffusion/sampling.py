@@ -1,0 +1,265 @@
+"""Samplers: from noise to latents along the learned velocity, one clock for all parts."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torchdiffeq import odeint
+
+from semtok.config import Config
+from semtok.diffusion.dit import DiT
+from semtok.diffusion.guidance import GuidanceConfig, guided_velocity
+from semtok.diffusion.transport import PathName, Schedule, coefficients, scaled_score, shift_times
+from semtok.latents import Latents
+
+State = dict[str, Tensor]
+Velocity = Callable[[State, float, float], State]
+"""(state, clock, clock that decides whether guidance is on) to the velocity of every part."""
+
+
+class SamplerConfig(Config):
+    """How samples are drawn."""
+
+    method: Literal["euler", "heun", "dopri5", "sde"] = "euler"
+    """``sde`` is Euler-Maruyama with diffusion coefficient σ(t), as SiT and REPA sample."""
+    steps: int = Field(50, ge=1)
+    """Steps of the fixed-step methods; a lead adds one for each border that falls between two."""
+    last_step: float = Field(0.04, gt=0, lt=1)
+    """Length of ``sde``'s last step, which adds no noise."""
+    rtol: float = Field(1e-3, gt=0)
+    atol: float = Field(1e-6, gt=0)
+    """Tolerances of ``dopri5``."""
+    guidance: GuidanceConfig = GuidanceConfig()
+
+
+class SampleNoise:
+    """Random numbers that belong to samples, not to batches.
+
+    Sample i of a seed sees the same numbers whatever it shares a batch or a process with.
+
+    Args:
+        seed: of the whole set.
+        indices: which samples of the set these are.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int], device: torch.device) -> None:
+        self.device = device
+        self._generators = []
+        for index in indices:
+            digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+            self._generators.append(torch.Generator().manual_seed(int.from_bytes(digest) >> 1))
+
+    def __call__(self, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal numbers (B, *shape)."""
+        draws = [torch.randn(shape, generator=generator) for generator in self._generators]
+        return torch.stack(draws).to(self.device)
+
+
+@torch.no_grad()
+def sample_latents(
+    network: DiT,
+    noise: SampleNoise,
+    labels: Tensor,
+    grid: tuple[int, int],
+    config: SamplerConfig,
+    *,
+    schedule: Schedule,
+    path: PathName = "linear",
+    shift: float = 1.0,
+    weak: DiT | None = None,
+) -> Latents:
+    """Draws latents, spatial parts on the texture's grid.
+
+    ``dopri5`` chooses its steps by the error of all it is given, so samples go through it one by
+    one: otherwise each would depend on its batch.
+
+    Args:
+        network: in eval mode.
+        labels: int64 (B,), classes, or ``num_classes`` for none.
+        grid: (rows, columns) of the texture.
+        schedule: which part leads.
+        shift: the model's time shift, see ``transport.shift_times``.
+        weak: the network of autoguidance.
+    """
+    start = {
+        part.name: noise((part.channels, *grid) if part.is_spatial else (part.channels,))
+        for part in network.spec.parts
+    }
+
+    def draw(rows: slice) -> Latents:
+        velocity = velocity_function(network, labels[rows], schedule, config.guidance, weak=weak)
+        own = {name: part[rows] for name, part in start.items()}
+        return integrate(
+            velocity, own, config, schedule=schedule, path=path, shift=shift, noise=noise
+        )
+
+    if config.method != "dopri5":
+        return draw(slice(None))
+    singles = [draw(slice(row, row + 1)) for row in range(len(labels))]
+    return Latents({name: torch.cat([single[name] for single in singles]) for name in start})
+
+
+def velocity_function(
+    network: DiT,
+    labels: Tensor,
+    schedule: Schedule,
+    guidance: GuidanceConfig,
+    *,
+    weak: DiT | None = None,
+) -> Velocity:
+    """The guided velocity of a network for samples with these labels (B,), as samplers call it."""
+
+    def velocity(state: State, clock: float, decide: float) -> State:
+        device = labels.device
+        times = {
+            name: torch.full((len(labels),), t, device=device)
+            for name, t in schedule.times_at(clock).items()
+        }
+        scales = guidance.active(schedule.times_at(decide))
+        return guided_velocity(
+            network, state, times, labels, scales, num_channels=guidance.num_channels, weak=weak
+        )
+
+    return velocity
+
+
+# Integration -------------------------------------------------------------------------------------
+
+
+def integrate(
+    velocity: Velocity,
+    start: State,
+    config: SamplerConfig,
+    *,
+    schedule: Schedule,
+    path: PathName = "linear",
+    shift: float = 1.0,
+    noise: Callable[[tuple[int, ...]], Tensor] | None = None,
+) -> Latents:
+    """Follows a velocity from noise to data. A part moves only between its own start and end.
+
+    Args:
+        velocity: see ``Velocity``.
+        start: noise per part.
+        noise: further noise for ``sde``, called with a part's shape without the batch axis.
+    """
+    if config.method == "dopri5":
+        return Latents(_dopri5(velocity, start, config, schedule))
+    last_step = config.last_step if config.method == "sde" else None
+    grid = time_grid(config.steps, schedule, shift=shift, last_step=last_step)
+    state = start
+    for begin, end in zip(grid, grid[1:], strict=False):
+        step = Step(begin, end, is_last=end == grid[-1], moved=schedule.moved(begin, end))
+        if config.method == "euler":
+            state = step.move(state, velocity(state, begin, begin))
+        elif config.method == "heun":
+            state = _heun(velocity, state, step)
+        else:
+            assert noise is not None, "sde needs a source of noise"
+            state = _euler_maruyama(velocity, state, step, schedule.times_at(begin), path, noise)
+    return Latents(state)
+
+
+def time_grid(
+    steps: int, schedule: Schedule, *, shift: float, last_step: float | None
+) -> list[float]:
+    """Clock readings from 0 to the schedule's length.
+
+    Args:
+        steps: intervals, before the schedule's borders split some.
+        shift: moves readings towards noise, on the clock as a share of its length.
+        last_step: length of the last interval before shifting; None makes it like the others.
+    """
+    share = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    if last_step is not None and steps > 1:
+        share[:-1] = torch.linspace(0, 1 - last_step / schedule.length, steps, dtype=torch.float64)
+    clock = (shift_times(share, shift) * schedule.length).tolist()
+    borders = [b for b in schedule.borders if all(abs(b - c) > 1e-9 for c in clock)]
+    return sorted([*clock, *borders])
+
+
+@dataclass(frozen=True)
+class Step:
+    """One interval of the clock.
+
+    Attributes:
+        moved: which parts move in it.
+    """
+
+    begin: float
+    end: float
+    is_last: bool
+    moved: dict[str, bool]
+
+    def move(self, state: State, velocity: State) -> State:
+        """The state after this step at constant velocity."""
+        return {
+            name: part + (self.end - self.begin) * velocity[name] if self.moved[name] else part
+            for name, part in state.items()
+        }
+
+
+def _heun(velocity: Velocity, state: State, step: Step) -> State:
+    """Heun's method; the last step is Euler's, as in EDM (Karras et al. 2022) and REPA.
+
+    Guidance is on or off for a whole step, by where it begins.
+    """
+    first = velocity(state, step.begin, step.begin)
+    ahead = step.move(state, first)
+    if step.is_last:
+        return ahead
+    second = velocity(ahead, step.end, step.begin)
+    return step.move(state, {name: (first[name] + second[name]) / 2 for name in state})
+
+
+def _euler_maruyama(
+    velocity: Velocity,
+    state: State,
+    step: Step,
+    times: dict[str, float],
+    path: PathName,
+    noise: Callable[[tuple[int, ...]], Tensor],
+) -> State:
+    """dx = (v + σ score) dt + sqrt(2 σ) dw (SiT, eq. 6 with w = 2σ); the last step adds no noise."""
+    drift, spread = velocity(state, step.begin, step.begin), {}
+    for name, part in state.items():
+        t = torch.full((1,), times[name], device=part.device)
+        drift[name] = drift[name] + scaled_score(path, drift[name], part, t)
+        spread[name] = (2 * coefficients(path, t).sigma * (step.end - step.begin)).sqrt()
+    state = step.move(state, drift)
+    if step.is_last:
+        return state
+    return {
+        name: part + _like(spread[name], part) * noise(tuple(part.shape[1:]))
+        if step.moved[name]
+        else part
+        for name, part in state.items()
+    }
+
+
+def _like(value: Tensor, part: Tensor) -> Tensor:
+    return value.view(-1, *(1,) * (part.ndim - 1))
+
+
+def _dopri5(velocity: Velocity, start: State, config: SamplerConfig, schedule: Schedule) -> State:
+    """Dormand-Prince 5(4) by torchdiffeq, restarted where a part starts or ends."""
+    names, state = list(start), tuple(start.values())
+    edges = [0.0, *schedule.borders, schedule.length]
+    for begin, end in zip(edges, edges[1:], strict=False):
+        moved = schedule.moved(begin, end)
+
+        def slope(
+            clock: Tensor, parts: tuple[Tensor, ...], moved: dict[str, bool] = moved
+        ) -> tuple[Tensor, ...]:
+            now = float(clock)
+            speed = velocity(dict(zip(names, parts, strict=True)), now, now)
+            return tuple(speed[n] if moved[n] else torch.zeros_like(speed[n]) for n in names)
+
+        span = torch.tensor([begin, end], device=state[0].device)
+        states = odeint(slope, state, span, method="dopri5", rtol=config.rtol, atol=config.atol)
+        state = tuple(part[-1] for part in states)
+    return dict(zip(names, state, strict=True))
