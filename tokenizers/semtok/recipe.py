@@ -9,6 +9,8 @@ import yaml
 from semtok.config import Config, apply_overrides, parse, read_yaml
 from semtok.data.source import DataConfig
 from semtok.data.sources import data_config_class
+from semtok.diffusion.config import DiffusionConfig
+from semtok.diffusion.sampling import SamplerConfig
 from semtok.errors import UserError
 from semtok.registry import MethodConfig, get_method, load_plugins
 from semtok.storage import write_text
@@ -39,6 +41,28 @@ class TokenizerRecipe(Config, Generic[MethodType, DataType]):
         return self
 
 
+class DiffusionRecipe(Config, Generic[DataType]):
+    """Everything that determines a generator's training."""
+
+    tokenizer: str
+    """Whose latents: a folder, a run's name, a Hub id, or an embedded recipe's name."""
+    data: DataType
+    diffusion: DiffusionConfig
+    sampler: SamplerConfig = SamplerConfig()
+    """How pictures are drawn in training, and by default afterwards."""
+    teacher: TeacherConfig | None = None
+    """Used by REPA."""
+    train: TrainConfig
+    plugins: tuple[str, ...] = ()
+    """Python files that register methods of your own."""
+
+    @pydantic.model_validator(mode="after")
+    def _teacher_where_needed(self) -> "DiffusionRecipe[DataType]":
+        if self.diffusion.repa is not None and self.teacher is None:
+            raise ValueError("diffusion.repa needs a teacher; give teacher.name=…")
+        return self
+
+
 def load_recipe(path: Path, overrides: list[str]) -> TokenizerRecipe[Any, Any]:
     """Reads, overrides and validates a tokenizer recipe. Nothing is built yet.
 
@@ -50,15 +74,38 @@ def load_recipe(path: Path, overrides: list[str]) -> TokenizerRecipe[Any, Any]:
 
 def parse_recipe(content: dict[str, Any], place: str) -> TokenizerRecipe[Any, Any]:
     """Validates the content of a tokenizer recipe; ``place`` starts every message."""
+    _load_plugins(content, place)
+    method = get_method(_choice(content, "method", "name", place), place=f"{place}: method.name")
+    data = data_config_class(_choice(content, "data", "kind", place), place=f"{place}: data.kind")
+    return parse(TokenizerRecipe[method.config, data], content, place)
+
+
+def load_diffusion_recipe(
+    path: Path, overrides: list[str], *, tokenizer: str | None = None
+) -> DiffusionRecipe[Any]:
+    """Reads, overrides and validates a generator's recipe; ``tokenizer`` replaces the one named there."""
+    content = apply_overrides(read_yaml(path), overrides)
+    if tokenizer is not None:
+        content["tokenizer"] = tokenizer
+    return parse_diffusion_recipe(content, str(path))
+
+
+def parse_diffusion_recipe(content: dict[str, Any], place: str) -> DiffusionRecipe[Any]:
+    """Validates the content of a generator's recipe; ``place`` starts every message."""
+    if "tokenizer" not in content:
+        raise UserError(f"{place}: 'tokenizer' is missing; give --tokenizer REF or tokenizer=…")
+    _load_plugins(content, place)
+    data = data_config_class(_choice(content, "data", "kind", place), place=f"{place}: data.kind")
+    return parse(DiffusionRecipe[data], content, place)
+
+
+def _load_plugins(content: dict[str, Any], place: str) -> None:
     plugins = content.get("plugins")
     if isinstance(plugins, list):
         try:
             load_plugins([str(plugin) for plugin in plugins])
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
-    method = get_method(_choice(content, "method", "name", place), place=f"{place}: method.name")
-    data = data_config_class(_choice(content, "data", "kind", place), place=f"{place}: data.kind")
-    return parse(TokenizerRecipe[method.config, data], content, place)
 
 
 def parse_data(settings: list[str], *, place: str) -> DataConfig:

@@ -3,18 +3,26 @@
 import re
 import sysconfig
 from pathlib import Path
+from typing import Literal
 
 from semtok.errors import UserError
 
 RUNS = Path("runs")
 
 
-def locate_tokenizer(
-    reference: str, *, revision: str | None = None, local_files_only: bool = False
+def locate_export(
+    reference: str,
+    kind: Literal["tokenizer", "model"],
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
 ) -> Path:
     """Finds the exported folder that a reference names.
 
     The order: a folder (an export, or a run that holds one), ``runs/<name>``, a Hub id.
+
+    Args:
+        kind: what is looked for, for messages.
 
     Raises:
         UserError: none of these; where an embedded recipe has that name, the message says how to train it.
@@ -26,9 +34,14 @@ def locate_tokenizer(
         if (folder / "recipe.yaml").is_file():
             raise UserError(f"{folder}: this run has no export yet; let it finish with --resume")
     if Path(reference).is_dir():
-        raise UserError(f"{reference}: no tokenizer there (no config.json)")
+        raise UserError(f"{reference}: no {kind} there (no config.json)")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", reference) and not reference.startswith("."):
-        return _from_hub(reference, revision=revision, local_files_only=local_files_only)
+        return _from_hub(reference, kind, revision=revision, local_files_only=local_files_only)
+    if kind == "model":
+        raise UserError(
+            f"model '{reference}': no such folder or run (runs/{reference}); "
+            "train one by: python tools/train_dit.py --tokenizer send_vae"
+        )
     recipe = find_recipe(reference)
     if recipe is not None:
         raise UserError(
@@ -60,7 +73,7 @@ def find_recipe(name: str) -> Path | None:
     return folder / f"{name}.yaml" if folder and name in recipe_names() else None
 
 
-def _from_hub(reference: str, *, revision: str | None, local_files_only: bool) -> Path:
+def _from_hub(reference: str, kind: str, *, revision: str | None, local_files_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -70,7 +83,7 @@ def _from_hub(reference: str, *, revision: str | None, local_files_only: bool) -
         RevisionNotFoundError,
     )
 
-    place = f"tokenizer '{reference}': no such folder or run, and on the Hugging Face Hub"
+    place = f"{kind} '{reference}': no such folder or run, and on the Hugging Face Hub"
     try:
         return Path(
             snapshot_download(reference, revision=revision, local_files_only=local_files_only)

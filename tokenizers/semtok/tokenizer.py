@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from semtok.errors import UserError
 from semtok.images import Images, to_pixels
 from semtok.latents import Latents, LatentSpec, Posterior
-from semtok.references import locate_tokenizer
+from semtok.references import locate_export
 from semtok.storage import new_folder, read_json, read_tensors, write_json
 
 FORMAT_VERSION = 1
@@ -200,6 +200,7 @@ class Tokenizer(nn.Module, ABC):
                     "library": "semtok",
                     "library_version": library_version(),
                     "format_version": FORMAT_VERSION,
+                    "kind": "tokenizer",
                     "method": self.method,
                     "latents": self.spec.to_dict(),
                     "diffusion_defaults": {
@@ -218,6 +219,7 @@ class Tokenizer(nn.Module, ABC):
 
         Args:
             reference: an exported folder, a run folder or the name of a finished run, or a Hub id.
+                A diffusers AutoencoderKL is one too; its config's scaling is its statistics.
             revision: branch, tag or commit on the Hub.
             local_files_only: never ask the Hub, use its local cache.
 
@@ -226,22 +228,13 @@ class Tokenizer(nn.Module, ABC):
         """
         from semtok.registry import get_method  # the registry imports this module
 
-        folder = locate_tokenizer(
-            str(reference), revision=revision, local_files_only=local_files_only
+        folder = locate_export(
+            str(reference), "tokenizer", revision=revision, local_files_only=local_files_only
         )
         config = read_json(folder / _CONFIG_FILE)
-        if not isinstance(config, dict) or config.get("library") != "semtok":
-            raise UserError(f"{folder / _CONFIG_FILE}: not a semtok tokenizer")
-        if not isinstance(config.get("format_version"), int):
-            raise UserError(f"{folder / _CONFIG_FILE}: 'format_version' is missing; export again")
-        if config["format_version"] > FORMAT_VERSION:
-            raise UserError(
-                f"{folder / _CONFIG_FILE}: format version {config['format_version']} is newer than this semtok "
-                f"reads ({FORMAT_VERSION}); upgrade semtok"
-            )
-        missing = sorted({"method", "diffusion_defaults", "settings", "trained"} - config.keys())
-        if missing:
-            raise UserError(f"{folder / _CONFIG_FILE}: {', '.join(missing)} missing; export again")
+        if isinstance(config, dict) and config.get("_class_name") == "AutoencoderKL":
+            return get_method("vae", place=str(folder)).tokenizer.from_diffusers(folder).eval()
+        _check_config(config, folder)
         tokenizer = get_method(config["method"], place=str(folder)).tokenizer.load_networks(
             folder, config
         )
@@ -257,6 +250,27 @@ class Tokenizer(nn.Module, ABC):
             n: DiffusionDefaults(**d) for n, d in config["diffusion_defaults"].items()
         }
         return tokenizer.eval()
+
+
+def _check_config(config: Any, folder: Path) -> None:
+    """Raises UserError where an export's config.json can't be read by this version."""
+    place = folder / _CONFIG_FILE
+    if not isinstance(config, dict) or config.get("library") != "semtok":
+        raise UserError(f"{place}: not a semtok tokenizer")
+    if config.get("kind", "tokenizer") != "tokenizer":
+        raise UserError(
+            f"{folder}: is a {config['kind']}, not a tokenizer; its tokenizer is {folder / 'tokenizer'}"
+        )
+    if not isinstance(config.get("format_version"), int):
+        raise UserError(f"{place}: 'format_version' is missing; export again")
+    if config["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{place}: format version {config['format_version']} is newer than this semtok "
+            f"reads ({FORMAT_VERSION}); upgrade semtok"
+        )
+    missing = sorted({"method", "diffusion_defaults", "settings", "trained"} - config.keys())
+    if missing:
+        raise UserError(f"{place}: {', '.join(missing)} missing; export again")
 
 
 def _merge(

@@ -9,6 +9,9 @@ from semtok.errors import Interrupted, NonFiniteLoss, UserError
 
 COMMANDS = {
     "train_tokenizer": "train a tokenizer from a recipe",
+    "train_dit": "train a diffusion transformer on a tokenizer's latents",
+    "sample": "draw images from a trained generator",
+    "benchmark": "time training steps",
     "evaluate": "measure what a tokenizer's latents hold",
     "train_teacher": "train the embedded teacher again",
 }

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from semtok.commands.run_folder import claim_run_folder, flatten, record_recipe, run_folder
-from semtok.commands.table import print_table
+from semtok.commands.run_folder import claim_run_folder, record_recipe, run_folder
+from semtok.commands.summary import for_tracker, summarise
 from semtok.data.loading import DataOrder
 from semtok.data.source import ImageSource
 from semtok.data.sources import open_sources
@@ -19,9 +19,8 @@ from semtok.images import to_pixels
 from semtok.objective import TokenizerObjective
 from semtok.recipe import TokenizerRecipe, load_recipe, recipe_text
 from semtok.registry import Stage, get_method
-from semtok.storage import write_json
 from semtok.teachers import Teacher
-from semtok.tokenizer import Tokenizer, library_version
+from semtok.tokenizer import Tokenizer
 from semtok.training.loop import Trainer
 from semtok.training.process import make_accelerator
 
@@ -75,7 +74,7 @@ def train_tokenizer(
         source=train,
         validation=validation,
         num_workers=recipe.data.num_workers,
-        tracked=_for_tracker(recipe),
+        tracked=for_tracker(recipe),
     )
     if resume:
         trainer.resume()
@@ -94,7 +93,10 @@ def train_tokenizer(
     tokenizer = objective.tokenizer(averaged)
     if accelerator.is_main_process:
         _export(tokenizer, recipe, train, folder, metrics)
-        _summarise(trainer, metrics, folder, total_seconds=time.perf_counter() - start)
+        summarise(trainer, metrics, folder, total_seconds=time.perf_counter() - start)
+        print(
+            f"tokenizer: {folder / 'export'}   pictures: {folder / 'samples'}   curves: {folder / 'curves.png'}"
+        )
     accelerator.end_training()
     return tokenizer
 
@@ -163,55 +165,3 @@ def _export(
     # On a GPU two calls of one network may differ by rounding.
     same = all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
     assert same, f"{folder / 'export'} does not encode as the tokenizer that it was made from"
-
-
-def _summarise(
-    trainer: Trainer, metrics: dict[str, float], folder: Path, *, total_seconds: float
-) -> None:
-    images = trainer.step * trainer.config.batch_size
-    summary = {
-        "steps": trainer.step,
-        "images": images,
-        "images_per_second": images / trainer.seconds if trainer.seconds else None,
-        "training_seconds": trainer.seconds,
-        "total_seconds": total_seconds,
-        "weights": "ema" if trainer.ema is not None else "trained",
-        "num_validation_images": min(trainer.config.num_validation_images, len(trainer.validation)),
-        "validation": metrics,
-        "skipped_files": sorted(trainer.skipped),
-        "num_skipped_files": len(trainer.skipped),
-        "library_version": library_version(),
-        "torch_version": torch.__version__,
-        "num_processes": trainer.accelerator.num_processes,
-    }
-    write_json(folder / "summary.json", summary)
-    labels = {
-        "psnr": ("PSNR", "{:.2f} dB"),
-        "ssim": ("SSIM", "{:.3f}"),
-        "alignment_cosine": ("alignment cosine", "{:.3f}"),
-        "kl_per_dim": ("KL", "{:.2f} nats per dimension"),
-    }
-    rows = [
-        (labels.get(n, (n, ""))[0], labels.get(n, (n, "{:.4g}"))[1].format(v))
-        for n, v in metrics.items()
-    ]
-    rate = f"{summary['images_per_second']:.1f} images/s" if trainer.seconds else "-"
-    rows += [
-        ("speed", rate),
-        ("time", f"{total_seconds:.0f} s in all, {trainer.seconds:.0f} s training"),
-    ]
-    if trainer.skipped:
-        rows.append(("unreadable files", str(len(trainer.skipped))))
-    print_table(
-        f"held-out images: {summary['num_validation_images']}, {summary['weights']} weights", rows
-    )
-    print(
-        f"tokenizer: {folder / 'export'}   pictures: {folder / 'samples'}   curves: {folder / 'curves.png'}"
-    )
-
-
-def _for_tracker(recipe: TokenizerRecipe[Any, Any]) -> dict[str, int | float | str | bool]:
-    settings = flatten(recipe.model_dump(mode="json"))
-    return {
-        key: v if isinstance(v, int | float | str | bool) else str(v) for key, v in settings.items()
-    }

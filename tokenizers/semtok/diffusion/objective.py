@@ -1,19 +1,19 @@
 """What the diffusion transformer learns: the velocity of every part of the latents."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from pydantic import Field
 from torch import Tensor, nn
 
 from semtok.alignment import alignment_loss
-from semtok.config import Config
-from semtok.diffusion.dit import DiT, DiTArchitecture, architecture
-from semtok.diffusion.sampling import SampleNoise, SamplerConfig, sample_latents
-from semtok.diffusion.transport import PathName, Schedule, TimeConfig, interpolate
+from semtok.diffusion.config import DiffusionConfig, build_network, resolve_defaults
+from semtok.diffusion.dit import DiT, architecture
+from semtok.diffusion.generator import Generator
+from semtok.diffusion.sampling import SampleNoise, SamplerConfig
+from semtok.diffusion.transport import Schedule, interpolate
 from semtok.latents import Latents
 from semtok.nets.transformer import silu_mlp
 from semtok.objective import Draws, Objective, Reference, StepOutput, Term
@@ -22,38 +22,6 @@ from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 
 _BINS = 4  # of time, in which the loss is told apart
-
-
-# Settings ----------------------------------------------------------------------------------------
-
-
-class REPAConfig(Config):
-    """Representation alignment (REPA, Yu et al. 2024): a block's tokens resemble the teacher's."""
-
-    weight: float = 0.5
-    depth: int = Field(8, ge=1)
-    """After which block; REPA has 8 for L and XL, 4 for B."""
-    projector_width: int = Field(2048, ge=1)
-
-
-class DiffusionConfig(Config):
-    """Settings of the diffusion transformer and its training."""
-
-    network: str | DiTArchitecture
-    """A preset such as SiT-B/2 or LightningDiT-XL/1, or a shape spelt out."""
-    path: PathName = "linear"
-    time: TimeConfig = TimeConfig()
-    leads: dict[str, float] | None = None
-    """Per part, by how much of the time axis it leads; None: the tokenizer's defaults."""
-    loss_weights: dict[str, float] | None = None
-    """Per part, of the velocity's squared error; None: the tokenizer's defaults."""
-    cosine_weight: float = 0.0
-    """Of 1 - cosine between predicted and true velocity over each part's channels (LightningDiT)."""
-    class_dropout: float = Field(0.1, ge=0, le=1)
-    """How often a label is replaced by the null label, which guidance needs."""
-    repa: REPAConfig | None = None
-    checkpointing: bool = False
-    """Recompute activations in the backward pass, to save memory."""
 
 
 # Losses ------------------------------------------------------------------------------------------
@@ -183,7 +151,7 @@ class DiffusionObjective(Objective):
         config: DiffusionConfig,
         tokenizer: Tokenizer,
         *,
-        num_classes: int,
+        class_names: Sequence[str],
         image_size: tuple[int, int],
         sampler: SamplerConfig,
         teacher: Teacher | None = None,
@@ -191,26 +159,22 @@ class DiffusionObjective(Objective):
         super().__init__()
         self.config = resolve_defaults(config, tokenizer)
         self.sampler, self.image_size = sampler, image_size
+        self.class_names = () if config.unconditional else tuple(class_names)
         self.schedule = Schedule.from_leads(self.config.leads)
         self._tokenizer = Reference(tokenizer.eval().requires_grad_(False))
         self._teacher = Reference(teacher) if teacher is not None else None
         shape = architecture(config.network)
-        self.grid = tokenizer.spec.shape("texture", image_size)[1:]
-        if any(side % shape.patch_size for side in self.grid):
+        rows, columns = tokenizer.spec.shape("texture", image_size)[1:]
+        if rows % shape.patch_size or columns % shape.patch_size:
             raise ValueError(
                 f"diffusion.network: patch size {shape.patch_size} does not divide the latent grid "
-                f"{self.grid[0]}x{self.grid[1]}"
+                f"{rows}x{columns}"
             )
         if config.repa is not None and config.repa.depth > shape.depth:
             raise ValueError(
                 f"diffusion.repa.depth: {config.repa.depth} is more than the network's {shape.depth} blocks"
             )
-        network = DiT(
-            shape,
-            tokenizer.spec,
-            num_classes=num_classes,
-            timed_parts=timed_parts(self.schedule),
-        )
+        network = build_network(self.config, tokenizer.spec, num_classes=len(self.class_names))
         network.checkpointing = config.checkpointing
         player = DiTPlayer(self.config, network, self.schedule, teacher)
         self.players = nn.ModuleDict({"dit": player})
@@ -234,6 +198,8 @@ class DiffusionObjective(Objective):
     ) -> dict[str, Any]:
         with torch.no_grad():
             posterior = self.tokenizer.posterior(pixels)
+        if self.config.unconditional:
+            labels = torch.zeros_like(labels)  # the null label, and the only one
         features = self._teacher.module.features(pixels) if self._teacher is not None else None
         return {"posterior": posterior, "labels": labels, "features": features}
 
@@ -259,50 +225,16 @@ class DiffusionObjective(Objective):
 
     def picture(self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Samples of the validation images' classes, always from the same noise; below, the images."""
-        labels = inputs["labels"]
-        noise = SampleNoise(0, range(len(labels)), pixels.device)
-        latents = self.sample(averaged, noise, labels)
-        return rows_of_images([self.tokenizer.decode(latents), pixels])
+        samples = self.generator(averaged).sample(inputs["labels"].tolist())
+        return rows_of_images([samples, pixels])
 
-    def sample(self, network: DiT, noise: SampleNoise, labels: Tensor) -> Latents:
-        """Latents of the given classes, by the recipe's sampler."""
-        dimension = sum(
-            self.grid[0] * self.grid[1] * part.channels if part.is_spatial else part.channels
-            for part in network.spec.parts
-        )
-        return sample_latents(
-            network,
-            noise,
-            labels,
-            self.grid,
+    def generator(self, averaged: nn.Module) -> Generator:
+        """The generator to export, on the given weights of ``averaged_module``."""
+        return Generator(
+            averaged,
+            self.tokenizer,
+            self.config,
             self.sampler,
-            schedule=self.schedule,
-            path=self.config.path,
-            shift=self.config.time.shift_for(dimension),
+            class_names=self.class_names,
+            image_size=self.image_size,
         )
-
-
-def resolve_defaults(config: DiffusionConfig, tokenizer: Tokenizer) -> DiffusionConfig:
-    """Fills leads and loss weights from the tokenizer's defaults.
-
-    Raises:
-        ValueError: a part that the tokenizer does not have.
-    """
-    defaults = tokenizer.diffusion_defaults
-    for key in ("leads", "loss_weights"):
-        unknown = (getattr(config, key) or {}).keys() - defaults.keys()
-        if unknown:
-            raise ValueError(
-                f"diffusion.{key}: no part {sorted(unknown)} in this tokenizer's latents; its parts: "
-                f"{', '.join(defaults)}"
-            )
-    leads = {name: d.lead for name, d in defaults.items()} | (config.leads or {})
-    weights = {n: d.loss_weight for n, d in defaults.items()} | (config.loss_weights or {})
-    return config.model_copy(update={"leads": leads, "loss_weights": weights})
-
-
-def timed_parts(schedule: Schedule) -> tuple[str, ...]:
-    """Parts whose time the network is told separately: the leading ones first; none without a lead."""
-    if schedule.is_synchronous:
-        return ()
-    return tuple(sorted(schedule.starts, key=lambda name: schedule.starts[name]))

@@ -30,6 +30,9 @@ class SamplerConfig(Config):
     """Steps of the fixed-step methods; a lead adds one for each border that falls between two."""
     last_step: float = Field(0.04, gt=0, lt=1)
     """Length of ``sde``'s last step, which adds no noise."""
+    shift: float | None = Field(None, gt=0)
+    """Moves the fixed steps towards noise, see ``transport.shift_times``; None: as the training times
+    were moved."""
     rtol: float = Field(1e-3, gt=0)
     atol: float = Field(1e-6, gt=0)
     """Tolerances of ``dopri5``."""
@@ -82,7 +85,7 @@ def sample_latents(
         labels: int64 (B,), classes, or ``num_classes`` for none.
         grid: (rows, columns) of the texture.
         schedule: which part leads.
-        shift: the model's time shift, see ``transport.shift_times``.
+        shift: of the training times; ``config.shift`` goes before it.
         weak: the network of autoguidance.
     """
     start = {
@@ -93,8 +96,9 @@ def sample_latents(
     def draw(rows: slice) -> Latents:
         velocity = velocity_function(network, labels[rows], schedule, config.guidance, weak=weak)
         own = {name: part[rows] for name, part in start.items()}
+        steps_shift = shift if config.shift is None else config.shift
         return integrate(
-            velocity, own, config, schedule=schedule, path=path, shift=shift, noise=noise
+            velocity, own, config, schedule=schedule, path=path, shift=steps_shift, noise=noise
         )
 
     if config.method != "dopri5":

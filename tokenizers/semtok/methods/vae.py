@@ -134,6 +134,20 @@ class KLTokenizer(Tokenizer):
         autoencoder = load_autoencoder(str(folder / "vae"))
         return cls(autoencoder, method=config["method"], training_info=config["trained"])
 
+    @classmethod
+    def from_diffusers(cls, folder: Path) -> "KLTokenizer":
+        """A tokenizer from a diffusers VAE, standardised as its config says: by ``latents_mean`` and
+        ``latents_std``, or by ``shift_factor`` and ``scaling_factor``."""
+        autoencoder = load_autoencoder(str(folder))
+        config, tokenizer = autoencoder.config, cls(autoencoder, method="vae")
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            mean, std = config.get("shift_factor") or 0.0, 1 / config.scaling_factor
+        tokenizer.texture_mean.copy_(torch.as_tensor(mean))
+        tokenizer.texture_std.copy_(torch.as_tensor(std))
+        tokenizer.num_measured_images.fill_(1)  # measured by whoever published it
+        return tokenizer
+
 
 # Losses ------------------------------------------------------------------------------------------
 

@@ -19,37 +19,46 @@ _NEVER = 2**62
 
 
 class MetricSums:
-    """Running means of named values, kept on the device until they are read."""
+    """Running means of named values, kept on the device until they are read.
+
+    A value is a scalar, or a pair (2,) of a sum and a count where a step may have seen no or many
+    samples of what is measured.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, Tensor] = {}
         self._first_bad: dict[str, Tensor] = {}
 
     def add(self, values: dict[str, Tensor], *, step: int) -> None:
-        """Adds scalars and notes the step where one is first not finite; no host synchronisation."""
+        """Adds values and notes the step where one is first not finite; no host synchronisation."""
         for name, value in values.items():
             value = value.detach().float()
+            value, count = value if value.ndim else (value, torch.ones_like(value))
             if name not in self._sums:
                 self._sums[name] = torch.zeros_like(value)
-                self._counts[name] = 0
+                self._counts[name] = torch.zeros_like(count)
                 self._first_bad[name] = torch.full_like(value, _NEVER, dtype=torch.int64)
             self._sums[name] = self._sums[name] + value
-            self._counts[name] += 1
+            self._counts[name] = self._counts[name] + count
             seen = self._first_bad[name]
             self._first_bad[name] = torch.where(value.isfinite(), seen, seen.clamp_max(step))
 
     def read(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """Means since the last ``clear``. This waits for the device.
+        """Means since the last ``clear``, without those that nothing was seen of. This waits for the device.
 
         Args:
             reduce: averages a tensor over processes.
         """
         if not self._sums:
             return {}
-        means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
-        means = reduce(means) if reduce is not None else means
-        return dict(zip(self._sums, means.tolist(), strict=True))
+        table = torch.stack(
+            [torch.stack([*self._sums.values()]), torch.stack([*self._counts.values()])]
+        )
+        table = reduce(table) if reduce is not None else table
+        sums, counts = table.tolist()
+        rows = zip(self._sums, sums, counts, strict=True)
+        return {name: total / count for name, total, count in rows if count}
 
     def first_bad_steps(self) -> dict[str, int]:
         """For each value that was not finite, the first step where it was not. Waits for the device."""
@@ -64,11 +73,12 @@ class MetricSums:
     def state_dict(self) -> dict[str, Any]:
         """The sums so far; checkpoints are written only where all of them are finite."""
         sums = {name: value.cpu() for name, value in self._sums.items()}
-        return {"sums": sums, "counts": dict(self._counts)}
+        counts = {name: value.cpu() for name, value in self._counts.items()}
+        return {"sums": sums, "counts": counts}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self._sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self._counts = dict(state["counts"])
+        self._counts = {name: value.to(device) for name, value in state["counts"].items()}
         self._first_bad = {
             name: torch.full_like(value, _NEVER, dtype=torch.int64)
             for name, value in self._sums.items()

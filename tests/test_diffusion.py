@@ -1,0 +1,377 @@
+"""From a recipe to a generator: the objective's terms, training, resuming, sampling, files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import tiny
+from semtok import Generator, Tokenizer, UserError
+from semtok.commands import sample, train_dit
+from semtok.commands.cli import run
+from semtok.commands.train_tokenizer import train_tokenizer
+from semtok.diffusion.config import DiffusionConfig, REPAConfig
+from semtok.diffusion.dit import DiTArchitecture
+from semtok.diffusion.objective import DiffusionObjective, cosine_loss, squared_error
+from semtok.diffusion.sampling import SamplerConfig
+from semtok.recipe import parse_recipe
+from semtok.teachers import Teacher, TeacherConfig
+
+NETWORK = {"depth": 2, "width": 32, "heads": 2, "rope": True, "swiglu": True}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds a trained tokenizer as the run ``tok`` and a recipe for a generator."""
+    root = tmp_path_factory.mktemp("diffusion")
+    recipe = parse_recipe(tiny.content({"name": "vae"}, steps=2), "tiny")
+    train_tokenizer(recipe, root / "runs" / "tok")
+    (root / "dit.yaml").write_text(yaml.safe_dump(content()))
+    return root
+
+
+def content(**train: Any) -> dict[str, Any]:
+    recipe = tiny.content(**train)
+    del recipe["method"], recipe["teacher"]
+    return recipe | {
+        "diffusion": {"network": NETWORK},
+        "sampler": {"method": "heun", "steps": 2, "guidance": {"scale": 1.5}},
+    }
+
+
+def train(root: Path, name: str, *arguments: str) -> Path:
+    """Runs the command in ``root``; gives the run's folder."""
+    recipe, output = str(root / "dit.yaml"), str(root / "runs" / name)
+    code = run(
+        train_dit.main,
+        ["--recipe", recipe, "--tokenizer", str(root / "runs/tok"), "--output", output, *arguments],
+    )
+    assert code == 0
+    return root / "runs" / name
+
+
+@pytest.fixture(scope="module")
+def model(trained: Path) -> Path:
+    return train(trained, "model")
+
+
+def objective(
+    tokenizer: Tokenizer, teacher: Teacher | None = None, **settings: Any
+) -> DiffusionObjective:
+    torch.manual_seed(0)
+    config = DiffusionConfig(network=DiTArchitecture(**NETWORK), **settings)
+    return DiffusionObjective(
+        config,
+        tokenizer,
+        class_names=["a", "b", "c"],
+        image_size=(16, 16),
+        sampler=SamplerConfig(steps=1),
+        teacher=teacher,
+    )
+
+
+# The objective -----------------------------------------------------------------------------------
+
+
+def test_losses_by_hand():
+    a, b = torch.randn(2, 3, 4, 2, 5)
+    torch.testing.assert_close(squared_error(a, b)[1], ((a[1] - b[1]) ** 2).mean())
+    cosine = torch.nn.functional.cosine_similarity(a[2, :, 1, 3], b[2, :, 1, 3], dim=0)
+    torch.testing.assert_close(cosine_loss(a[2:, :, 1:2, 3:4], b[2:, :, 1:2, 3:4])[0], 1 - cosine)
+    assert cosine_loss(a[:, :, 0, 0], b[:, :, 0, 0]).shape == (3,)
+
+
+def test_each_term_trains_what_it_should_and_the_tokenizer_stays_as_it_is(trained):
+    tokenizer = Tokenizer.from_pretrained(trained / "runs/tok")
+    before = {name: value.clone() for name, value in tokenizer.state_dict().items()}
+    teacher = Teacher(TeacherConfig(input_size=16))
+    stage = objective(
+        tokenizer, teacher, cosine_weight=1.0, repa=REPAConfig(depth=1, projector_width=16)
+    )
+    player, network = stage.players["dit"], stage.averaged_module()
+    for parameter in network.parameters():  # zero-initialised layers let no gradient through
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    inputs = stage.prepare(torch.rand(4, 3, 16, 16) * 2 - 1, torch.tensor([0, 1, 2, 0]), {})
+    output = player(inputs, tiny.draws(), 0, {})
+    assert output.terms.keys() == {"velocity/texture", "cosine/texture", "alignment"}
+    reached = {}
+    for name, term in output.terms.items():
+        grads = torch.autograd.grad(
+            term.value.mean(), list(player.parameters()), retain_graph=True, allow_unused=True
+        )
+        names = [n for n, _ in player.named_parameters()]
+        reached[name] = {n for n, g in zip(names, grads, strict=True) if g is not None and g.any()}
+    everything = {n for n, _ in player.named_parameters()}
+    projector = {n for n in everything if n.startswith("projector.")}
+    for name in ("velocity/texture", "cosine/texture"):
+        assert reached[name] == everything - projector
+    late = {n for n in everything if n.startswith(("network.blocks.1.", "network.final."))}
+    assert reached["alignment"] == everything - late, "REPA after block 1 trains no later block"
+    assert not any(p.requires_grad for p in tokenizer.parameters())
+    assert all(torch.equal(before[n], v) for n, v in tokenizer.state_dict().items())
+
+
+def test_labels_are_dropped_as_often_as_asked(trained, monkeypatch):
+    stage = objective(Tokenizer.from_pretrained(trained / "runs/tok"), class_dropout=0.25)
+    seen = []
+    network = stage.averaged_module()
+    original = network.forward
+    monkeypatch.setattr(
+        network, "forward", lambda x, t, y, **k: seen.append(y) or original(x, t, y, **k)
+    )
+    inputs = stage.prepare(torch.zeros(256, 3, 16, 16), torch.ones(256, dtype=torch.int64), {})
+    for step in range(4):
+        stage.players["dit"](inputs, tiny.draws(step, 256), step, {})
+    labels = torch.cat(seen)
+    assert set(labels.tolist()) == {1, 3}
+    assert (labels == 3).float().mean().item() == pytest.approx(0.25, abs=0.05)
+
+
+def test_metrics_tell_the_loss_of_each_quarter_of_time(trained):
+    stage = objective(Tokenizer.from_pretrained(trained / "runs/tok"))
+    inputs = stage.prepare(torch.rand(64, 3, 16, 16), torch.zeros(64, dtype=torch.int64), {})
+    output = stage.players["dit"](inputs, tiny.draws(0, 64), 0, {})
+    pairs = torch.stack(list(output.metrics.values()))
+    assert list(output.metrics) == [
+        f"velocity_at_{t}" for t in ("0.125", "0.375", "0.625", "0.875")
+    ]
+    assert pairs[:, 1].sum() == 64
+    torch.testing.assert_close(
+        pairs[:, 0].sum(), output.terms["velocity/texture"].value.sum().detach()
+    )
+
+
+def test_settings_that_fit_no_tokenizer_are_refused(trained):
+    tokenizer = Tokenizer.from_pretrained(trained / "runs/tok")
+    for settings, words in (
+        ({"leads": {"semantic": 0.3}}, r"diffusion.leads: no part \['semantic'\].*: texture"),
+        ({"loss_weights": {"texure": 1.0}}, "diffusion.loss_weights"),
+        ({"repa": REPAConfig(depth=9)}, "diffusion.repa.depth: 9 is more than the network's 2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            objective(tokenizer, **settings)
+    with pytest.raises(ValueError, match="patch size 3 does not divide the latent grid 4x4"):
+        DiffusionObjective(
+            DiffusionConfig(network=DiTArchitecture(**NETWORK, patch_size=3)),
+            tokenizer,
+            class_names=["a"],
+            image_size=(16, 16),
+            sampler=SamplerConfig(),
+        )
+
+
+# Training ----------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_people_look_for(model):
+    rows = [json.loads(line) for line in (model / "metrics.jsonl").open()]
+    assert {"loss/velocity/texture", "grad_norm/dit"} <= rows[0].keys()
+    assert any(key.startswith("metric/velocity_at_") for key in rows[0])
+    assert (model / "curves.png").is_file() and list((model / "samples").glob("*.png"))
+    summary = json.loads((model / "summary.json").read_text())
+    assert {"velocity", "velocity_at_0.125"} <= summary["validation"].keys()
+    recipe = yaml.safe_load((model / "recipe.yaml").read_text())
+    assert recipe["tokenizer"].endswith("tok") and recipe["diffusion"]["class_dropout"] == 0.1
+
+
+def test_an_interrupted_run_ends_with_the_same_weights_and_samples(trained, model):
+    again = train(trained, "again", "train.checkpoint_every=3")
+    newest = sorted((again / "checkpoints").iterdir())[-1]
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    train(trained, "again", "train.checkpoint_every=3", "--resume")
+    ours, theirs = tiny.final_tensors(again), tiny.final_tensors(model)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    images = [Generator.from_pretrained(run).sample([0, 5], seed=3) for run in (again, model)]
+    assert torch.equal(*images)
+
+
+def test_a_resumed_run_keeps_its_tokenizer_though_the_reference_changed(trained, model, tmp_path):
+    own = Tokenizer.from_pretrained(model / "tokenizer").state_dict()
+    exported = Tokenizer.from_pretrained(model / "export/tokenizer").state_dict()
+    assert all(torch.equal(own[name], exported[name]) for name in own)
+
+
+def test_training_first_needs_a_finite_tokenizer(trained, capsys):
+    tokenizer = Tokenizer.from_pretrained(trained / "runs/tok")
+    with torch.no_grad():
+        tokenizer.autoencoder.encoder.conv_out.bias.fill_(float("nan"))
+    tokenizer.save_pretrained(trained / "broken")
+    arguments = [
+        "--recipe",
+        str(trained / "dit.yaml"),
+        "--tokenizer",
+        str(trained / "broken"),
+        "--output",
+        str(trained / "runs/never"),
+    ]
+    assert run(train_dit.main, arguments) == 2
+    error = capsys.readouterr().err
+    assert "texture latents of the first training image are not finite" in error
+    assert not (trained / "runs/never").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["diffusion.network=SiT-B/3"], "no preset 'SiT-B/3'; presets: SiT-T/1"),
+        (["diffusion.netwrk=SiT-B/2"], "unknown key 'diffusion.netwrk'; did you mean 'network'?"),
+        (["diffusion.network={depth: 1, width: 30, heads: 4}"], "width 30 must be a multiple of 4"),
+        (["diffusion.repa={}"], "diffusion.repa needs a teacher"),
+        (["sampler.steps=0"], "sampler.steps"),
+        (["sampler.guidance.interval=[0.9, 0.1]"], "expected 0 <= begin <= end <= 1"),
+        (["data.size=18"], "image size 18x18 is not divisible"),
+        (
+            ["tokenizer=nowhere", "--tokenizer", "nowhere"],
+            "tokenizer 'nowhere': no such folder, run",
+        ),
+    ],
+)
+def test_wrong_settings_are_one_line_before_any_work(trained, capsys, arguments, words):
+    output = trained / "runs" / "wrong"
+    base = [
+        "--recipe",
+        str(trained / "dit.yaml"),
+        "--output",
+        str(output),
+        "--tokenizer",
+        str(trained / "runs/tok"),
+    ]
+    assert run(train_dit.main, base + arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error and "\n" not in error
+    assert not output.exists()
+
+
+# Sampling ----------------------------------------------------------------------------------------
+
+
+def draw(model: Path, output: Path, *arguments: str) -> int:
+    return run(sample.main, [str(model), "--output", str(output), *arguments])
+
+
+def test_a_set_is_the_same_whatever_the_batch(model, tmp_path):
+    base = ["--num", "7", "--seed", "5"]
+    assert draw(model, tmp_path / "a.npz", *base, "--batch-size", "7") == 0
+    assert draw(model, tmp_path / "b.npz", *base, "--batch-size", "2") == 0
+    a, b = np.load(tmp_path / "a.npz"), np.load(tmp_path / "b.npz")
+    assert a["arr_0"].shape == (7, 16, 16, 3) and a["arr_0"].dtype == np.uint8
+    assert np.array_equal(a["arr_1"], b["arr_1"])
+    # Batches of other sizes round differently in the last bit.
+    assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
+    assert draw(model, tmp_path / "c.npz", "--num", "7", "--seed", "6") == 0
+    assert not np.array_equal(a["arr_0"], np.load(tmp_path / "c.npz")["arr_0"])
+
+
+@pytest.mark.parametrize("method", ["euler", "heun", "dopri5", "sde"])
+def test_every_sampler_does_so(model, method):
+    generator = Generator.from_pretrained(model)
+    config = generator.sampler.model_copy(update={"method": method, "steps": 3})
+    whole = generator.sample_latents([0, 1, 2], seed=1, sampler=config).texture
+    last = generator.sample_latents([2], seed=1, first=2, sampler=config).texture
+    torch.testing.assert_close(whole[2:], last, atol=1e-4, rtol=0)
+    assert torch.equal(whole, generator.sample_latents([0, 1, 2], seed=1, sampler=config).texture)
+
+
+def test_a_grid_a_folder_and_an_archive_hold_the_same_images(model, tmp_path):
+    names = ["ellipse red", "7"]
+    for output in ("grid.png", "folder", "set.npz"):
+        assert draw(model, tmp_path / output, "--classes", *names, "--num", "4") == 0
+    archive = np.load(tmp_path / "set.npz")
+    assert archive["arr_1"].tolist() == [0, 7, 0, 7], "classes take turns"
+    files = sorted((tmp_path / "folder").iterdir())
+    assert [f.name for f in files] == [f"{i:06d}.png" for i in range(4)]
+    for file, image in zip(files, archive["arr_0"], strict=True):
+        assert np.array_equal(np.asarray(Image.open(file)), image)
+    assert Image.open(tmp_path / "grid.png").size == (2 + 2 * 18, 2 + 2 * 18), "a class a row"
+
+
+def test_a_model_is_the_same_after_saving_and_its_weak_self_guides_nothing(model, tmp_path):
+    generator = Generator.from_pretrained(model)
+    generator.save_pretrained(tmp_path / "copy")
+    again = Generator.from_pretrained(tmp_path / "copy")
+    assert torch.equal(generator.sample([1, 2], seed=9), again.sample([1, 2], seed=9))
+    # Guided away from itself a model goes nowhere else.
+    unguided = generator.sampler.model_copy(
+        update={"guidance": generator.sampler.guidance.model_copy(update={"scale": 1.0})}
+    )
+    torch.testing.assert_close(
+        generator.sample([1, 2], weak=again),
+        generator.sample([1, 2], sampler=unguided),
+        atol=1e-4,
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--classes", "36"], "no class '36'; this model has 0 to 35 (ellipse red"),
+        (["--classes", "-1"], "no class '-1'"),
+        (["--steps", "0"], "--steps: expected at least 1"),
+        (["--guidance", "strong"], "--guidance: expected a number"),
+        (["--guidance", "semantic=2"], "no part ['semantic']; this model's: texture"),
+        (["--interval", "0.5", "0.1"], "--interval: expected 0 <= BEGIN <= END <= 1"),
+        (["--num", "0"], "--num and --batch-size must be at least 1"),
+    ],
+)
+def test_wrong_requests_are_one_line(model, tmp_path, capsys, arguments, words):
+    arguments = [a for a in arguments]
+    if arguments == ["--classes", "-1"]:
+        arguments = ["--classes=-1"]
+    assert draw(model, tmp_path / "x.png", *arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error and "\n" not in error
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_outputs_are_never_written_over_and_labels_out_of_range_are_refused(
+    model, tmp_path, capsys
+):
+    (tmp_path / "mine.png").write_text("precious")
+    assert draw(model, tmp_path / "mine.png") == 2
+    assert draw(model, tmp_path / "film.mp4") == 2
+    assert draw("nowhere", tmp_path / "x.png") == 2
+    errors = capsys.readouterr().err
+    assert "exists already" in errors and "expected FILE.png" in errors
+    assert "model 'nowhere': no such folder or run" in errors
+    assert (tmp_path / "mine.png").read_text() == "precious"
+    with pytest.raises(
+        ValueError, match="class label 37 is out of range; this model has classes 0 to 35"
+    ):
+        Generator.from_pretrained(model).sample([37])
+
+
+def test_a_tokenizer_of_other_latents_is_told_with_both_specs(model, tmp_path, trained):
+    import shutil
+
+    shutil.copytree(model / "export", tmp_path / "mixed")
+    other = tiny.build({"name": "vae", "vae": {**tiny.AUTOENCODER, "latent_channels": 6}})
+    tokenizer = other.tokenizer(other.averaged_module())
+    tokenizer.measure_statistics([torch.rand(8, 3, 16, 16)])
+    tokenizer.save_pretrained(tmp_path / "mixed" / "tokenizer")
+    with pytest.raises(
+        UserError, match="generates texture 4 channels, stride 4, its tokenizer has texture 6"
+    ):
+        Generator.from_pretrained(tmp_path / "mixed")
+    with pytest.raises(UserError, match=r"is a generator, not a tokenizer; its tokenizer is"):
+        Tokenizer.from_pretrained(model)
+    with pytest.raises(UserError, match="not a semtok generator"):
+        Generator.from_pretrained(trained / "runs/tok")
+
+
+def test_an_unconditional_model_needs_no_class(trained, tmp_path):
+    run_folder = train(trained, "unconditional", "diffusion.unconditional=true", "train.steps=2")
+    generator = Generator.from_pretrained(run_folder)
+    assert generator.class_names == () and generator.sample([0]).shape == (1, 3, 16, 16)
+    assert draw(run_folder, tmp_path / "any.png", "--num", "2", "--guidance", "1") == 0
+    with pytest.raises(ValueError, match="out of range"):
+        generator.sample([1])

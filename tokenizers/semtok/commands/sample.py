@@ -1,0 +1,197 @@
+"""``sample MODEL``: images from a trained generator, to a grid, a folder or an ADM-style .npz."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+from torchvision.io import encode_png
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from semtok.diffusion.generator import Generator
+from semtok.diffusion.guidance import GuidanceConfig
+from semtok.diffusion.sampling import SamplerConfig
+from semtok.errors import UserError
+from semtok.images import to_uint8
+from semtok.registry import load_plugins
+from semtok.storage import new_file
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="sample", description=__doc__)
+    parser.add_argument("model", help="folder, run name or Hub id of a generator")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="CLASS",
+        help="names or numbers, or 'none' for images of any class; default: all classes",
+    )
+    parser.add_argument("--num", type=int, help="images in all; default: 4 of each class")
+    parser.add_argument(
+        "--method", choices=("euler", "heun", "dopri5", "sde"), help="default: the model's own"
+    )
+    parser.add_argument("--steps", type=int, help="sampler steps; default: the model's own")
+    parser.add_argument(
+        "--guidance",
+        nargs="+",
+        metavar="W",
+        help="guidance scale, 1 is none; or one for each part, as texture=1.5 semantic=2",
+    )
+    parser.add_argument(
+        "--interval",
+        nargs=2,
+        type=float,
+        metavar=("BEGIN", "END"),
+        help="guide between these times, noise 0 to data 1",
+    )
+    parser.add_argument(
+        "--weak", metavar="MODEL", help="autoguidance: guide away from this weaker model"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images")
+    parser.add_argument("--batch-size", type=int, default=32, help="changes speed, not images")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="FILE.png (a grid), FILE.npz, or a folder"
+    )
+    parser.add_argument(
+        "--plugin", action="append", default=[], help="a Python file that registers a method"
+    )
+    args = parser.parse_args(arguments)
+
+    load_plugins(args.plugin)
+    kind = _check_output(args.output)
+    generator = Generator.from_pretrained(args.model)
+    weak = Generator.from_pretrained(args.weak) if args.weak else None
+    sampler = _sampler(args, generator)
+    classes = _classes(args.classes, generator)
+    num = args.num if args.num is not None else 4 * len(classes)
+    if min(num, args.batch_size) < 1:
+        raise UserError("--num and --batch-size must be at least 1")
+    # Classes take turns, so that any share of the set is balanced (Inception Score reads it in
+    # consecutive parts); a grid has one class a row instead.
+    labels = [classes[i % len(classes)] for i in range(num)]
+    labels = sorted(labels) if kind == "grid" else labels
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    generator.to(state.device)
+    weak = weak.to(state.device) if weak is not None else None
+    images: dict[int, Tensor] = {}
+    batches = [
+        range(first, min(first + args.batch_size, num)) for first in range(0, num, args.batch_size)
+    ]
+    own = batches[state.process_index :: state.num_processes]
+    for batch in tqdm(own, desc="sampling", unit="batch", disable=not state.is_main_process):
+        try:
+            pixels = generator.sample(
+                [labels[i] for i in batch],
+                seed=args.seed,
+                first=batch[0],
+                sampler=sampler,
+                weak=weak,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        for i, image in zip(batch, to_uint8(pixels).cpu(), strict=True):
+            if kind == "folder":
+                _write_png(args.output / f"{i:06d}.png", image)
+            else:
+                images[i] = image
+    if kind != "folder":
+        images = {k: v for part in gather_object([images]) for k, v in part.items()}
+        if state.is_main_process:
+            ordered = torch.stack([images[i] for i in range(num)])
+            _write(ordered, labels, args.output, kind, per_class=-(-num // len(classes)))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        names = [_name(generator, label) for label in classes]
+        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        print(f"{num} images of {shown}: {args.output}")
+    return 0
+
+
+def _check_output(output: Path) -> str:
+    """``grid``, ``npz`` or ``folder``; refuses to write over anything."""
+    kind = {".png": "grid", ".npz": "npz"}.get(output.suffix.lower(), "folder")
+    if kind == "folder" and output.suffix:
+        raise UserError(f"--output {output}: expected FILE.png, FILE.npz or a folder")
+    if output.is_dir() and any(output.iterdir()) or output.is_file():
+        raise UserError(f"--output {output}: exists already; choose another or remove it")
+    return kind
+
+
+def _sampler(args: argparse.Namespace, generator: Generator) -> SamplerConfig:
+    own = generator.sampler
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps: expected at least 1, got {args.steps}")
+    guidance = own.guidance.model_dump()
+    if args.guidance is not None:
+        guidance["scale"] = _scale(args.guidance, generator)
+    if args.interval is not None:
+        guidance["interval"] = tuple(args.interval)
+    try:
+        guidance = GuidanceConfig(**guidance)
+    except ValueError:
+        raise UserError(
+            f"--interval: expected 0 <= BEGIN <= END <= 1, got {args.interval}"
+        ) from None
+    changes = {"method": args.method, "steps": args.steps, "guidance": guidance}
+    return own.model_copy(update={k: v for k, v in changes.items() if v is not None})
+
+
+def _scale(words: list[str], generator: Generator) -> float | dict[str, float]:
+    parts = [part.name for part in generator.network.spec.parts]
+    try:
+        if len(words) == 1 and "=" not in words[0]:
+            return float(words[0])
+        scales = {name: float(value) for name, value in (word.split("=", 1) for word in words)}
+    except ValueError:
+        raise UserError(
+            f"--guidance: expected a number, or PART=number …, got {' '.join(words)}"
+        ) from None
+    unknown = scales.keys() - set(parts)
+    if unknown:
+        raise UserError(f"--guidance: no part {sorted(unknown)}; this model's: {', '.join(parts)}")
+    return scales
+
+
+def _classes(words: list[str] | None, generator: Generator) -> list[int]:
+    names = generator.class_names
+    if words is None:
+        return list(range(len(names))) or [0]
+    numbers = {name: i for i, name in enumerate(names)} | {"none": len(names)}
+    chosen = []
+    for word in words:
+        if word in numbers:
+            chosen.append(numbers[word])
+        elif word.isdigit() and int(word) < len(names):
+            chosen.append(int(word))
+        else:
+            known = ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
+            raise UserError(
+                f"--classes: no class '{word}'; this model has 0 to {len(names) - 1} ({known}), and none"
+            )
+    return chosen
+
+
+def _name(generator: Generator, label: int) -> str:
+    return generator.class_names[label] if label < len(generator.class_names) else "any class"
+
+
+def _write(images: Tensor, labels: list[int], output: Path, kind: str, *, per_class: int) -> None:
+    if kind == "npz":
+        with new_file(output) as temporary:
+            arrays = images.permute(0, 2, 3, 1).numpy()
+            np.savez(temporary, arr_0=arrays, arr_1=np.array(labels, dtype=np.int64))
+        return
+    columns = per_class if len(set(labels)) > 1 else min(per_class, 8)
+    _write_png(output, make_grid(images, nrow=columns, padding=2, pad_value=255))
+
+
+def _write_png(path: Path, image: Tensor) -> None:
+    with new_file(path) as temporary:
+        temporary.write_bytes(encode_png(image).numpy().tobytes())

@@ -1,0 +1,69 @@
+"""What a training command leaves and shows at its end."""
+
+from pathlib import Path
+
+import torch
+
+from semtok.commands.run_folder import flatten
+from semtok.commands.table import print_table
+from semtok.config import Config
+from semtok.storage import write_json
+from semtok.tokenizer import library_version
+from semtok.training.loop import Trainer
+
+_LABELS = {
+    "psnr": ("PSNR", "{:.2f} dB"),
+    "ssim": ("SSIM", "{:.3f}"),
+    "alignment_cosine": ("alignment cosine", "{:.3f}"),
+    "kl_per_dim": ("KL", "{:.2f} nats per dimension"),
+    "velocity": ("squared error of the velocity", "{:.4f}"),
+}
+
+
+def summarise(
+    trainer: Trainer, metrics: dict[str, float], folder: Path, *, total_seconds: float
+) -> None:
+    """Writes ``summary.json`` and prints the closing table.
+
+    Args:
+        metrics: held-out metrics, means over images.
+    """
+    images = trainer.step * trainer.config.batch_size
+    summary = {
+        "steps": trainer.step,
+        "images": images,
+        "images_per_second": images / trainer.seconds if trainer.seconds else None,
+        "training_seconds": trainer.seconds,
+        "total_seconds": total_seconds,
+        "weights": "ema" if trainer.ema is not None else "trained",
+        "num_validation_images": min(trainer.config.num_validation_images, len(trainer.validation)),
+        "validation": metrics,
+        "skipped_files": sorted(trainer.skipped),
+        "num_skipped_files": len(trainer.skipped),
+        "library_version": library_version(),
+        "torch_version": torch.__version__,
+        "num_processes": trainer.accelerator.num_processes,
+    }
+    write_json(folder / "summary.json", summary)
+    rows = []
+    for name, value in metrics.items():
+        label, form = _LABELS.get(name, (name, "{:.4g}"))
+        rows.append((label, form.format(value)))
+    rate = f"{summary['images_per_second']:.1f} images/s" if trainer.seconds else "-"
+    rows += [
+        ("speed", rate),
+        ("time", f"{total_seconds:.0f} s in all, {trainer.seconds:.0f} s training"),
+    ]
+    if trainer.skipped:
+        rows.append(("unreadable files", str(len(trainer.skipped))))
+    print_table(
+        f"held-out images: {summary['num_validation_images']}, {summary['weights']} weights", rows
+    )
+
+
+def for_tracker(recipe: Config) -> dict[str, int | float | str | bool]:
+    """A recipe as trackers take it: flat, of plain values."""
+    settings = flatten(recipe.model_dump(mode="json"))
+    return {
+        key: v if isinstance(v, int | float | str | bool) else str(v) for key, v in settings.items()
+    }

@@ -1,0 +1,173 @@
+"""``train_dit --tokenizer REF``: a diffusion transformer on the latents of any tokenizer."""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from semtok.commands.reference import tokenizer_from_reference
+from semtok.commands.run_folder import claim_run_folder, record_recipe
+from semtok.commands.summary import for_tracker, summarise
+from semtok.data.source import ImageSource
+from semtok.data.sources import open_sources
+from semtok.diffusion.generator import Generator
+from semtok.diffusion.objective import DiffusionObjective
+from semtok.errors import UserError
+from semtok.images import to_pixels
+from semtok.recipe import DiffusionRecipe, load_diffusion_recipe, recipe_text
+from semtok.references import RUNS, recipe_folder
+from semtok.teachers import Teacher
+from semtok.tokenizer import Tokenizer
+from semtok.training.loop import Trainer
+from semtok.training.process import make_accelerator
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="train_dit", description=__doc__)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings, for example train.steps=200"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="REF",
+        help="folder, run, Hub id or recipe name; an embedded recipe is trained first",
+    )
+    parser.add_argument("--recipe", type=Path, help="a YAML recipe; default: recipes/dit.yaml")
+    parser.add_argument("--output", help="run folder; default: runs/<recipe>_<tokenizer>")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the run's newest checkpoint"
+    )
+    parser.add_argument(
+        "--print-recipe", action="store_true", help="show the resolved recipe and stop"
+    )
+    args = parser.parse_intermixed_args(arguments)
+
+    path = args.recipe or _default_recipe()
+    recipe = load_diffusion_recipe(path, args.overrides, tokenizer=args.tokenizer)
+    if args.print_recipe:
+        print(recipe_text(recipe), end="")
+        return 0
+    name = f"{path.stem}_{Path(recipe.tokenizer).name}"
+    folder = Path(args.output) if args.output else RUNS / name
+    train_dit(recipe, folder, resume=args.resume, place=str(path))
+    return 0
+
+
+def _default_recipe() -> Path:
+    folder = recipe_folder()
+    if folder is None:
+        raise UserError("no recipes folder beside the library; give --recipe FILE")
+    return folder / "dit.yaml"
+
+
+def train_dit(
+    recipe: DiffusionRecipe[Any], folder: Path, *, resume: bool = False, place: str = "recipe"
+) -> Generator:
+    """Trains, evaluates and exports a generator into a run folder.
+
+    The tokenizer is copied into the run before the first step, and a resumed run reads that copy:
+    what the reference names may change meanwhile.
+
+    Raises:
+        UserError: anything about the recipe, the data or the folder that can't work, before training.
+        Interrupted, NonFiniteLoss: see ``Trainer.run``.
+    """
+    start = time.perf_counter()
+    claim_run_folder(folder, recipe, resume=resume)
+    train, validation = open_sources(recipe.data)
+    accelerator = make_accelerator(recipe.train, folder)
+    copy = folder / "tokenizer"
+    with accelerator.main_process_first():  # a recipe's name may mean that it trains first
+        tokenizer = (
+            Tokenizer.from_pretrained(copy)
+            if resume and copy.is_dir()
+            else tokenizer_from_reference(recipe.tokenizer)
+        )
+    objective = build_diffusion_objective(recipe, tokenizer, train, place=place)
+    _check_latents(tokenizer, train, recipe.tokenizer)
+    trainer = Trainer(
+        objective,
+        recipe.train,
+        accelerator=accelerator,
+        folder=folder,
+        source=train,
+        validation=validation,
+        num_workers=recipe.data.num_workers,
+        tracked=for_tracker(recipe),
+    )
+    if resume:
+        trainer.resume()
+    if accelerator.is_main_process:
+        record_recipe(folder, recipe)
+        if not copy.is_dir():
+            tokenizer.save_pretrained(copy)
+        height, width = recipe.data.image_size
+        print(
+            f"training a diffusion transformer on the latents of {recipe.tokenizer}, {train.name} "
+            f"at {height}x{width}; output: {folder}",
+            flush=True,
+        )
+        if trainer.step:
+            print(f"resuming after step {trainer.step}", flush=True)
+
+    averaged = trainer.run()
+    metrics = trainer.validate()
+    generator = objective.generator(averaged)
+    if accelerator.is_main_process:
+        generator.training_info = {
+            "data": train.name,
+            "metrics": metrics,
+            "steps": trainer.step,
+            "recipe": json.loads(recipe.model_dump_json()),
+        }
+        generator.save_pretrained(folder / "export")
+        summarise(trainer, metrics, folder, total_seconds=time.perf_counter() - start)
+        print(
+            f"generator: {folder / 'export'}   pictures: {folder / 'samples'}   curves: {folder / 'curves.png'}"
+        )
+    accelerator.end_training()
+    return generator
+
+
+def build_diffusion_objective(
+    recipe: DiffusionRecipe[Any], tokenizer: Tokenizer, train: ImageSource, *, place: str
+) -> DiffusionObjective:
+    """Builds the networks that a recipe describes, on the CPU, from its seed.
+
+    Raises:
+        UserError: a teacher that can't be had, or settings that don't fit the tokenizer.
+    """
+    teacher = Teacher(recipe.teacher) if recipe.diffusion.repa is not None else None
+    torch.manual_seed(recipe.train.seed)
+    try:
+        return DiffusionObjective(
+            recipe.diffusion,
+            tokenizer,
+            class_names=train.class_names,
+            image_size=recipe.data.image_size,
+            sampler=recipe.sampler,
+            teacher=teacher,
+        )
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    except ValueError as error:
+        message = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{place}: {'data.size: ' if 'image size' in message else ''}{message}"
+        ) from None
+
+
+@torch.no_grad()
+def _check_latents(tokenizer: Tokenizer, source: ImageSource, reference: str) -> None:
+    posterior = tokenizer.posterior(to_pixels(source.load([0]).images))
+    for name in posterior.mean:
+        if not (posterior.mean[name].isfinite().all() and posterior.std[name].isfinite().all()):
+            raise UserError(
+                f"tokenizer '{reference}': its {name} latents of the first training image are not "
+                "finite; train it again or choose another"
+            )

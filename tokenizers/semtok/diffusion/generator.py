@@ -1,0 +1,208 @@
+"""Generator: a trained diffusion transformer with its tokenizer, from class labels to images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from semtok.config import parse
+from semtok.diffusion.config import DiffusionConfig, build_network
+from semtok.diffusion.dit import DiT
+from semtok.diffusion.sampling import SampleNoise, SamplerConfig, sample_latents
+from semtok.diffusion.transport import Schedule
+from semtok.errors import UserError
+from semtok.latents import Latents, LatentSpec
+from semtok.references import locate_export
+from semtok.storage import DAMAGE, first_line, new_folder, read_json, read_tensors, write_json
+from semtok.tokenizer import FORMAT_VERSION, Tokenizer, library_version
+
+KIND = "generator"
+_CONFIG_FILE = "config.json"
+_NETWORK_FILE = "network.safetensors"
+
+
+class Generator(nn.Module):
+    """Draws images of given classes.
+
+    Args:
+        network: the transformer; its classes are ``class_names``.
+        tokenizer: whose latents it generates, and which decodes them.
+        config: with leads and loss weights resolved.
+        sampler: how samples are drawn unless a call says otherwise.
+        image_size: (height, width) that it was trained at.
+        training_info: what trained it; for readers.
+    """
+
+    def __init__(
+        self,
+        network: DiT,
+        tokenizer: Tokenizer,
+        config: DiffusionConfig,
+        sampler: SamplerConfig,
+        *,
+        class_names: Sequence[str],
+        image_size: tuple[int, int],
+        training_info: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.tokenizer = network, tokenizer
+        self.config, self.sampler = config, sampler
+        self.class_names, self.image_size = tuple(class_names), image_size
+        self.training_info = training_info or {}
+        self.schedule = Schedule.from_leads(config.leads or {"texture": 0.0})
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokenizer.texture_mean.device
+
+    def sample(
+        self,
+        labels: Sequence[int],
+        *,
+        seed: int = 0,
+        first: int = 0,
+        sampler: SamplerConfig | None = None,
+        weak: "Generator | None" = None,
+    ) -> Tensor:
+        """Images of the given classes: pixels (B, 3, H, W) in [-1, 1].
+
+        Image i of a seed is the same in a batch of any size.
+
+        Args:
+            labels: classes in [0, number of classes); that number itself asks for any class.
+            seed: of the whole set that these images belong to.
+            first: place of the first of them in that set.
+            sampler: instead of the one it was saved with.
+            weak: a weaker generator of the same latents, for autoguidance.
+
+        Raises:
+            ValueError: a label out of range, or a weak generator of other latents.
+        """
+        return self.tokenizer.decode(
+            self.sample_latents(labels, seed=seed, first=first, sampler=sampler, weak=weak)
+        )
+
+    def sample_latents(
+        self,
+        labels: Sequence[int],
+        *,
+        seed: int = 0,
+        first: int = 0,
+        sampler: SamplerConfig | None = None,
+        weak: "Generator | None" = None,
+    ) -> Latents:
+        """Latents of the given classes, spatial parts on the texture's grid; see ``sample``."""
+        num_classes = self.network.num_classes
+        wrong = [label for label in labels if not 0 <= label <= num_classes]
+        if wrong:
+            raise ValueError(
+                f"class label {wrong[0]} is out of range; this model has classes 0 to {num_classes - 1}, "
+                f"and {num_classes} for none"
+            )
+        if weak is not None and weak.network.spec != self.network.spec:
+            raise ValueError(
+                f"the weak model's latents are {describe(weak.network.spec)}, this model's "
+                f"{describe(self.network.spec)}"
+            )
+        grid = self.tokenizer.spec.shape("texture", self.image_size)[1:]
+        dimension = sum(
+            grid[0] * grid[1] * part.channels if part.is_spatial else part.channels
+            for part in self.network.spec.parts
+        )
+        return sample_latents(
+            self.network,
+            SampleNoise(seed, range(first, first + len(labels)), self.device),
+            torch.tensor(labels, dtype=torch.int64, device=self.device),
+            grid,
+            sampler or self.sampler,
+            schedule=self.schedule,
+            path=self.config.path,
+            shift=self.config.time.shift_for(dimension),
+            weak=weak.network if weak is not None else None,
+        )
+
+    # Files --------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json, the network and ``tokenizer/``; an existing export is replaced whole."""
+        with new_folder(Path(folder)) as temporary:
+            self.tokenizer.save_pretrained(temporary / "tokenizer")
+            state = {name: t.contiguous() for name, t in self.network.state_dict().items()}
+            safetensors.torch.save_file(state, temporary / _NETWORK_FILE, metadata={"format": "pt"})
+            write_json(
+                temporary / _CONFIG_FILE,
+                {
+                    "library": "semtok",
+                    "library_version": library_version(),
+                    "format_version": FORMAT_VERSION,
+                    "kind": KIND,
+                    "latents": self.network.spec.to_dict(),
+                    "image_size": list(self.image_size),
+                    "class_names": list(self.class_names),
+                    "diffusion": self.config.model_dump(mode="json"),
+                    "sampler": self.sampler.model_dump(mode="json"),
+                    "trained": self.training_info,
+                },
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls, reference: str | Path, *, revision: str | None = None, local_files_only: bool = False
+    ) -> "Generator":
+        """Loads a generator, in eval mode.
+
+        Args:
+            reference: an exported folder, a run folder or the name of a finished run, or a Hub id.
+            revision: branch, tag or commit on the Hub.
+            local_files_only: never ask the Hub, use its local cache.
+
+        Raises:
+            UserError: nothing found, a damaged file, a newer format, or a tokenizer of other latents.
+        """
+        folder = locate_export(
+            str(reference), "model", revision=revision, local_files_only=local_files_only
+        )
+        place = folder / _CONFIG_FILE
+        content = read_json(place)
+        if not isinstance(content, dict) or content.get("kind") != KIND:
+            raise UserError(f"{place}: not a semtok generator (made by tools/train_dit.py)")
+        if content["format_version"] > FORMAT_VERSION:
+            raise UserError(
+                f"{place}: format version {content['format_version']} is newer than this semtok reads "
+                f"({FORMAT_VERSION}); upgrade semtok"
+            )
+        tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+        spec = LatentSpec.from_dict(content["latents"])
+        if spec != tokenizer.spec:
+            raise UserError(
+                f"{folder}: the model generates {describe(spec)}, its tokenizer has {describe(tokenizer.spec)}"
+            )
+        config = parse(DiffusionConfig, content["diffusion"], f"{place}: diffusion")
+        generator = cls(
+            build_network(config, spec, num_classes=len(content["class_names"])),
+            tokenizer,
+            config,
+            parse(SamplerConfig, content["sampler"], f"{place}: sampler"),
+            class_names=content["class_names"],
+            image_size=tuple(content["image_size"]),
+            training_info=content["trained"],
+        )
+        try:
+            generator.network.load_state_dict(read_tensors(folder / _NETWORK_FILE))
+        except DAMAGE as error:
+            raise UserError(
+                f"{folder / _NETWORK_FILE}: does not fit config.json ({first_line(error)})"
+            ) from None
+        return generator.eval()
+
+
+def describe(spec: LatentSpec) -> str:
+    """A spec in a few words, for messages: ``texture 8 channels, stride 4``."""
+    return "; ".join(
+        f"{part.name} {part.channels} channels"
+        + (f", stride {part.stride}" if part.is_spatial else "")
+        for part in spec.parts
+    )
