@@ -11,40 +11,58 @@ import yaml
 from pydantic import BaseModel
 
 import tiny
+from semtok.commands.train_dit import train_dit
 from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.config import Config, apply_overrides, read_yaml
 from semtok.data.sources import _CONFIGS
-from semtok.recipe import TokenizerRecipe, load_recipe, parse_recipe, recipe_text
+from semtok.diffusion.dit import architecture
+from semtok.recipe import (
+    DiffusionRecipe,
+    TokenizerRecipe,
+    load_diffusion_recipe,
+    load_recipe,
+    parse_diffusion_recipe,
+    parse_recipe,
+    recipe_text,
+)
 from semtok.registry import _METHODS, get_method
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
-def names() -> list[str]:
-    return [str(path.relative_to(ROOT)) for path in RECIPES]
+TOKENIZERS = [str(p.relative_to(ROOT)) for p in RECIPES if "method" in read_yaml(p)]
+GENERATORS = [str(p.relative_to(ROOT)) for p in RECIPES if "diffusion" in read_yaml(p)]
 
 
-@pytest.mark.parametrize("name", names())
+def test_every_recipe_is_one_or_the_other():
+    assert sorted(TOKENIZERS + GENERATORS) == [str(p.relative_to(ROOT)) for p in RECIPES]
+    assert len(TOKENIZERS) >= 5 and len(GENERATORS) >= 5
+
+
+@pytest.mark.parametrize("name", TOKENIZERS + GENERATORS)
 def test_a_recipe_survives_being_written_and_read(name):
-    recipe = load_recipe(ROOT / name, [])
-    assert parse_recipe(yaml.safe_load(recipe_text(recipe)), name) == recipe
+    if name in TOKENIZERS:
+        recipe = load_recipe(ROOT / name, [])
+        assert parse_recipe(yaml.safe_load(recipe_text(recipe)), name) == recipe
+    else:
+        recipe = load_diffusion_recipe(ROOT / name, [], tokenizer="some")
+        assert parse_diffusion_recipe(yaml.safe_load(recipe_text(recipe)), name) == recipe
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", TOKENIZERS + GENERATORS)
 def test_a_recipe_says_how_to_run_it_on_what_and_what_comes_out(name):
     head = [line for line in (ROOT / name).read_text().splitlines() if line.startswith("#")]
     text = "\n".join(head)
-    assert f"tools/train_tokenizer.py {name}" in text
+    command = f"tools/train_tokenizer.py {name}" if name in TOKENIZERS else "tools/train_dit.py "
+    assert command in text
     for word in ("Hardware", "Time", "Expected", "Source"):
         assert word in text, word
 
 
-@pytest.mark.parametrize("name", names())
-def test_a_recipe_builds_and_trains_at_toy_size(name, tmp_path):
-    content = read_yaml(ROOT / name)
-    toy = tiny.content(steps=2, log_every=1)
-    content["data"], content["teacher"] = toy["data"], toy["teacher"]
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_recipe_builds_and_trains_at_toy_size(name, tmp_path):
+    content = at_toy_size(read_yaml(ROOT / name))
     content["method"]["vae"] = tiny.AUTOENCODER
     if content["method"].get("perceptual") == "lpips":
         content["method"]["perceptual"] = "teacher"  # LPIPS' backbone is not to be had in tests
@@ -52,14 +70,44 @@ def test_a_recipe_builds_and_trains_at_toy_size(name, tmp_path):
         content["method"]["adversarial"] |= {"width": 8, "num_layers": 1, "start_step": 0}
     if "mapper" in content["method"]:
         content["method"]["mapper"]["projector_width"] = 16
+    train_tokenizer(parse_recipe(content, name), tmp_path / "run")
+    check_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_generator_recipe_builds_and_trains_at_toy_size(name, tmp_path, toy_tokenizer):
+    content = at_toy_size(read_yaml(ROOT / name)) | {"tokenizer": str(toy_tokenizer)}
+    shape = architecture(content["diffusion"]["network"]).model_dump()
+    content["diffusion"]["network"] = shape | {"depth": 2, "width": 32, "heads": 2}
+    if "repa" in content["diffusion"]:
+        content["diffusion"]["repa"] |= {"depth": 1, "projector_width": 16}
+    content["sampler"]["steps"] = 2
+    train_dit(parse_diffusion_recipe(content, name), tmp_path / "run")
+    check_run(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def toy_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy") / "run"
+    train_tokenizer(parse_recipe(tiny.content({"name": "vae"}, steps=2), "tiny"), folder)
+    return folder
+
+
+def at_toy_size(content: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with its method's settings, but with data, teacher and length of a test."""
+    toy = tiny.content(steps=2, log_every=1)
+    content["data"], content["teacher"] = toy["data"], toy["teacher"]
     for key in toy["train"].keys() - {"optimiser", "ema_decay", "schedule"}:
         content["train"][key] = toy["train"][key]
     content["train"]["precision"] = "fp32"  # bf16 is slow on CPUs, and has its own test
-    train_tokenizer(parse_recipe(content, name), tmp_path / "run")
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    return content
+
+
+def check_run(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     assert len(rows) == 2
     assert all(math.isfinite(v) for row in rows for v in row.values())
-    assert (tmp_path / "run" / "export" / "config.json").is_file()
+    assert (folder / "export" / "config.json").is_file()
 
 
 def models_in(model: type[BaseModel]) -> set[type[BaseModel]]:
@@ -78,7 +126,9 @@ def models_of_recipes() -> set[type[BaseModel]]:
     own = {n: m for n, m in _METHODS.items() if m.config.__module__.startswith("semtok.methods.")}
     assert {"vae", "send_vae"} <= own.keys() and {"shapes", "folder"} <= _CONFIGS.keys()
     pairs = [(method.config, data) for method in own.values() for data in _CONFIGS.values()]
-    return set().union(*(models_in(TokenizerRecipe[pair]) for pair in pairs))
+    generators = [DiffusionRecipe[data] for data in _CONFIGS.values()]
+    recipes = [TokenizerRecipe[pair] for pair in pairs] + generators
+    return set().union(*(models_in(recipe) for recipe in recipes))
 
 
 def without_validators(tree: ast.Module) -> ast.Module:

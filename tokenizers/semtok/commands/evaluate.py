@@ -1,20 +1,28 @@
-"""``evaluate probe --tokenizer REF …``: what a linear layer can read off a tokenizer's latents."""
+"""``evaluate probe …`` and ``evaluate classes …``: what latents hold, and what generated images show."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from semtok.commands.reference import tokenizer_from_reference
 from semtok.commands.table import print_table
 from semtok.data.source import ImageSource
 from semtok.data.sources import open_sources
+from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
+from semtok.evaluation.classes import PROTOCOL as CLASSES
+from semtok.evaluation.classes import ClassReader, accuracy, real_batches
 from semtok.evaluation.probe import PROTOCOL, latent_table, probe
+from semtok.images import to_uint8
 from semtok.recipe import parse_data
 from semtok.registry import load_plugins
 from semtok.storage import write_json
+from semtok.teachers import Teacher, TeacherConfig
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,6 +39,28 @@ def main(arguments: Sequence[str]) -> int:
         metavar="REF",
         help="folder, run, Hub id or recipe name; several are compared",
     )
+    task.set_defaults(command=_probe)
+    _add_data_options(task)
+
+    task = tasks.add_parser(
+        "classes", help="share of generated images that show their class, read by a " + CLASSES
+    )
+    task.add_argument("--model", required=True, metavar="REF", help="folder, run or Hub id")
+    task.add_argument("--num", type=int, help="generated images; default: 20 of each class")
+    task.add_argument("--seed", type=int, default=0, help="of the generated images")
+    task.add_argument("--guidance", type=float, metavar="W", help="default: the model's own")
+    task.add_argument("--steps", type=int, help="sampler steps; default: the model's own")
+    task.add_argument("--teacher", default="demo", help="whose features the classifier reads")
+    task.add_argument("--teacher-checkpoint", metavar="FILE", help="its local weights")
+    task.set_defaults(command=_classes)
+    _add_data_options(task)
+
+    args = parser.parse_args(arguments)
+    load_plugins(args.plugin)
+    return args.command(args)
+
+
+def _add_data_options(task: argparse.ArgumentParser) -> None:
     task.add_argument(
         "--data",
         nargs="*",
@@ -38,15 +68,12 @@ def main(arguments: Sequence[str]) -> int:
         metavar="key=value",
         help="default: the embedded shapes",
     )
-    task.add_argument("--num-train", type=int, default=4000, help="images to fit the probe on")
-    task.add_argument("--num-held-out", type=int, default=2000, help="images to score it on")
+    task.add_argument("--num-train", type=int, default=4000, help="real images to fit on")
+    task.add_argument("--num-held-out", type=int, default=2000, help="real images to score on")
     task.add_argument("--output", type=Path, help="also write the scores as JSON")
     task.add_argument(
         "--plugin", action="append", default=[], help="a Python file that registers a method"
     )
-    args = parser.parse_args(arguments)
-    load_plugins(args.plugin)
-    return _probe(args)
 
 
 def _probe(args: argparse.Namespace) -> int:
@@ -93,3 +120,57 @@ def _probe(args: argparse.Namespace) -> int:
 def _check_attributes(source: ImageSource) -> None:
     if not source.attributes:
         raise UserError(f"--data: {source.name} has no attributes to probe for; use kind=shapes")
+
+
+def _classes(args: argparse.Namespace) -> int:
+    train, held_out = open_sources(parse_data(args.data, place="--data"))
+    generator = Generator.from_pretrained(args.model)
+    if generator.class_names != train.class_names:
+        raise UserError(
+            f"--data: {train.name} has {len(train.class_names)} classes ({', '.join(train.class_names[:3])} …), "
+            f"the model {len(generator.class_names)} ({', '.join(generator.class_names[:3])} …)"
+        )
+    teacher = Teacher(TeacherConfig(name=args.teacher, checkpoint=args.teacher_checkpoint))
+    num = args.num if args.num is not None else 20 * len(train.class_names)
+    if num < 1 or (args.steps is not None and args.steps < 1):
+        raise UserError("--num and --steps must be at least 1")
+    sampler = generator.sampler
+    if args.guidance is not None:
+        guidance = sampler.guidance.model_copy(update={"scale": args.guidance})
+        sampler = sampler.model_copy(update={"guidance": guidance})
+    if args.steps is not None:
+        sampler = sampler.model_copy(update={"steps": args.steps})
+
+    reader = ClassReader.fit(teacher, train, args.num_train)
+    real, _ = accuracy(reader, real_batches(held_out, args.num_held_out))
+    labels = [i % len(train.class_names) for i in range(num)]
+
+    def generated() -> Iterator[tuple[Tensor, Tensor]]:
+        for first in tqdm(range(0, num, 64), desc="sampling", unit="batch"):
+            own = labels[first : first + 64]
+            images = generator.sample(own, seed=args.seed, first=first, sampler=sampler)
+            # As files would hold them.
+            yield to_uint8(images), torch.tensor(own)
+
+    share, by_label = accuracy(reader, generated())
+    worst = sorted(by_label, key=lambda label: by_label[label])[:3]
+    rows = [
+        ("real held-out images", f"{100 * real:.1f}"),
+        (f"{num} generated images", f"{100 * share:.1f}"),
+        ("chance", f"{100 / len(train.class_names):.1f}"),
+        *((f"  {train.class_names[n]}", f"{100 * by_label[n]:.1f}") for n in worst),
+    ]
+    print_table("images that show their class, in % (the three worst classes below)", rows)
+    if args.output:
+        scores = {
+            "protocol": CLASSES,
+            "data": train.name,
+            "real": real,
+            "generated": share,
+            "by_class": {train.class_names[n]: value for n, value in by_label.items()},
+            "num_generated": num,
+            "seed": args.seed,
+            "sampler": sampler.model_dump(mode="json"),
+        }
+        write_json(args.output, scores)
+    return 0
