@@ -375,3 +375,36 @@ def test_an_unconditional_model_needs_no_class(trained, tmp_path):
     assert draw(run_folder, tmp_path / "any.png", "--num", "2", "--guidance", "1") == 0
     with pytest.raises(ValueError, match="out of range"):
         generator.sample([1])
+
+
+# Reading the classes off generated images --------------------------------------------------------
+
+
+def test_the_class_reader_knows_real_images_and_finds_wrong_ones(trained, tmp_path, capsys):
+    from semtok.data.shapes import Shapes, ShapesConfig
+    from semtok.evaluation.classes import ClassReader, accuracy, real_batches
+
+    config = ShapesConfig(size=32, classes=("hue",), num_images=400, num_validation_images=100)
+    train_source, held_out = Shapes(config, train=True), Shapes(config, train=False)
+    reader = ClassReader.fit(Teacher(TeacherConfig()), train_source, 400)
+    share, by_label = accuracy(reader, real_batches(held_out, 100))
+    assert share > 0.95 and set(by_label) == set(range(6))
+    mistaken = ((images, (labels + 1) % 6) for images, labels in real_batches(held_out, 100))
+    assert accuracy(reader, mistaken)[0] < 0.05
+
+
+def test_evaluate_classes_writes_what_it_found(model, tmp_path, capsys):
+    from semtok.commands.evaluate import main
+
+    data = ["kind=shapes", "size=16"]
+    common = ["--num-train", "300", "--num-held-out", "100", "--num", "40", "--data", *data]
+    code = run(
+        main, ["classes", "--model", str(model), "--output", str(tmp_path / "c.json"), *common]
+    )
+    assert code == 0 and "40 generated images" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "c.json").read_text())
+    assert scores["real"] > 3 * scores["generated"], "six steps teach nobody 36 classes"
+    assert len(scores["by_class"]) == 36
+    other = ["classes", "--model", str(model), "--data", *data, "classes=[hue]"]
+    assert run(main, other) == 2
+    assert "has 6 classes (red, yellow, green …), the model 36" in capsys.readouterr().err

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from semtok.errors import UserError
 
-DAMAGE = (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError)
+DAMAGE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    LookupError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 """What reading a missing, foreign or damaged weights file can raise."""
 
 
