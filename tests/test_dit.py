@@ -6,7 +6,6 @@ from torch import Tensor
 
 from semtok.diffusion.dit import PRESETS, DiT, DiTArchitecture, architecture, rotary_table
 from semtok.diffusion.guidance import GuidanceConfig, guided_velocity
-from semtok.errors import UserError
 from semtok.latents import LatentSpec, PartSpec
 
 TEXTURE = LatentSpec((PartSpec("texture", 4, 8),))
@@ -67,7 +66,7 @@ def test_all_published_sizes_are_presets():
     assert all(f"SiT-{size}/{p}" in PRESETS for size in sizes["SiT"] for p in (1, 2, 4, 8))
     assert all(f"LightningDiT-{s}/{p}" in PRESETS for s in sizes["LightningDiT"] for p in (1, 2))
     with pytest.raises(
-        UserError, match=r"no preset 'SiT-B/3'; presets: .*SiT-B/2.*LightningDiT-XL/1"
+        ValueError, match=r"no preset 'SiT-B/3'; presets: .*SiT-B/2.*LightningDiT-XL/1"
     ):
         architecture("SiT-B/3")
 

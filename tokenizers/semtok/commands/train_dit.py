@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from semtok.commands.reference import tokenizer_from_reference
-from semtok.commands.run_folder import claim_run_folder, record_recipe
-from semtok.commands.summary import for_tracker, summarise
+from semtok.commands.run_folder import claim_run_folder
+from semtok.commands.stage import errors_at, start_trainer, summarise
 from semtok.data.source import ImageSource
 from semtok.data.sources import open_sources
 from semtok.diffusion.generator import Generator
@@ -22,7 +22,6 @@ from semtok.recipe import DiffusionRecipe, load_diffusion_recipe, recipe_text
 from semtok.references import RUNS, recipe_folder
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
-from semtok.training.loop import Trainer
 from semtok.training.process import make_accelerator
 
 
@@ -79,48 +78,35 @@ def train_dit(
     """
     start = time.perf_counter()
     claim_run_folder(folder, recipe, resume=resume)
-    train, validation = open_sources(recipe.data)
-    accelerator = make_accelerator(recipe.train, folder)
+    sources = open_sources(recipe.data)
+    make_accelerator(recipe.train, folder)  # what it refuses should not wait for the tokenizer
+    teacher = Teacher(recipe.teacher) if recipe.diffusion.repa is not None else None
     copy = folder / "tokenizer"
-    with accelerator.main_process_first():  # a recipe's name may mean that it trains first
-        tokenizer = (
-            Tokenizer.from_pretrained(copy)
-            if resume and copy.is_dir()
-            else tokenizer_from_reference(recipe.tokenizer)
-        )
-    objective = build_diffusion_objective(recipe, tokenizer, train, place=place)
-    _check_latents(tokenizer, train, recipe.tokenizer)
-    trainer = Trainer(
-        objective,
-        recipe.train,
-        accelerator=accelerator,
-        folder=folder,
-        source=train,
-        validation=validation,
-        num_workers=recipe.data.num_workers,
-        tracked=for_tracker(recipe),
+    kept = resume and copy.is_dir()
+    tokenizer = (
+        Tokenizer.from_pretrained(copy) if kept else tokenizer_from_reference(recipe.tokenizer)
     )
-    if resume:
-        trainer.resume()
-    if accelerator.is_main_process:
-        record_recipe(folder, recipe)
-        if not copy.is_dir():
-            tokenizer.save_pretrained(copy)
-        height, width = recipe.data.image_size
-        print(
-            f"training a diffusion transformer on the latents of {recipe.tokenizer}, {train.name} "
-            f"at {height}x{width}; output: {folder}",
-            flush=True,
-        )
-        if trainer.step:
-            print(f"resuming after step {trainer.step}", flush=True)
+    accelerator = make_accelerator(recipe.train, folder)
+    objective = build_diffusion_objective(recipe, tokenizer, sources[0], teacher, place=place)
+    _check_latents(tokenizer, sources[0], recipe.tokenizer)
+    trainer = start_trainer(
+        objective,
+        recipe,
+        accelerator,
+        folder,
+        sources,
+        resume=resume,
+        what=f"a diffusion transformer in the latents of {recipe.tokenizer}",
+    )
+    if accelerator.is_main_process and not copy.is_dir():
+        tokenizer.save_pretrained(copy)
 
     averaged = trainer.run()
     metrics = trainer.validate()
     generator = objective.generator(averaged)
     if accelerator.is_main_process:
         generator.training_info = {
-            "data": train.name,
+            "data": sources[0].name,
             "metrics": metrics,
             "steps": trainer.step,
             "recipe": json.loads(recipe.model_dump_json()),
@@ -135,16 +121,20 @@ def train_dit(
 
 
 def build_diffusion_objective(
-    recipe: DiffusionRecipe[Any], tokenizer: Tokenizer, train: ImageSource, *, place: str
+    recipe: DiffusionRecipe[Any],
+    tokenizer: Tokenizer,
+    train: ImageSource,
+    teacher: Teacher | None,
+    *,
+    place: str,
 ) -> DiffusionObjective:
     """Builds the networks that a recipe describes, on the CPU, from its seed.
 
     Raises:
-        UserError: a teacher that can't be had, or settings that don't fit the tokenizer.
+        UserError: settings that don't fit the tokenizer.
     """
-    teacher = Teacher(recipe.teacher) if recipe.diffusion.repa is not None else None
     torch.manual_seed(recipe.train.seed)
-    try:
+    with errors_at(place):
         return DiffusionObjective(
             recipe.diffusion,
             tokenizer,
@@ -153,13 +143,6 @@ def build_diffusion_objective(
             sampler=recipe.sampler,
             teacher=teacher,
         )
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
-    except ValueError as error:
-        message = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{place}: {'data.size: ' if 'image size' in message else ''}{message}"
-        ) from None
 
 
 @torch.no_grad()

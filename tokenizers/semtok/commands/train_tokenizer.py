@@ -9,19 +9,17 @@ from typing import Any
 
 import torch
 
-from semtok.commands.run_folder import claim_run_folder, record_recipe, run_folder
-from semtok.commands.summary import for_tracker, summarise
+from semtok.commands.run_folder import claim_run_folder, run_folder
+from semtok.commands.stage import errors_at, start_trainer, summarise
 from semtok.data.loading import DataOrder
 from semtok.data.source import ImageSource
 from semtok.data.sources import open_sources
-from semtok.errors import UserError
 from semtok.images import to_pixels
 from semtok.objective import TokenizerObjective
 from semtok.recipe import TokenizerRecipe, load_recipe, recipe_text
 from semtok.registry import Stage, get_method
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
-from semtok.training.loop import Trainer
 from semtok.training.process import make_accelerator
 
 
@@ -63,40 +61,22 @@ def train_tokenizer(
     """
     start = time.perf_counter()
     claim_run_folder(folder, recipe, resume=resume)
-    train, validation = open_sources(recipe.data)
+    sources = open_sources(recipe.data)
     accelerator = make_accelerator(recipe.train, folder)
     objective = build_objective(recipe, place=place)
-    trainer = Trainer(
-        objective,
-        recipe.train,
-        accelerator=accelerator,
-        folder=folder,
-        source=train,
-        validation=validation,
-        num_workers=recipe.data.num_workers,
-        tracked=for_tracker(recipe),
+    trainer = start_trainer(
+        objective, recipe, accelerator, folder, sources, resume=resume, what=recipe.method.name
     )
-    if resume:
-        trainer.resume()
-    if accelerator.is_main_process:
-        record_recipe(folder, recipe)
-        height, width = recipe.data.image_size
-        print(
-            f"training {recipe.method.name} on {train.name} at {height}x{width}; output: {folder}",
-            flush=True,
-        )
-        if trainer.step:
-            print(f"resuming after step {trainer.step}", flush=True)
-
     averaged = trainer.run()
     metrics = trainer.validate()
     tokenizer = objective.tokenizer(averaged)
     if accelerator.is_main_process:
-        _export(tokenizer, recipe, train, folder, metrics)
+        _export(tokenizer, recipe, sources[0], folder, metrics)
         summarise(trainer, metrics, folder, total_seconds=time.perf_counter() - start)
         print(
             f"tokenizer: {folder / 'export'}   pictures: {folder / 'samples'}   curves: {folder / 'curves.png'}"
         )
+    accelerator.wait_for_everyone()  # other processes may read the export next
     accelerator.end_training()
     return tokenizer
 
@@ -114,17 +94,10 @@ def build_objective(recipe: TokenizerRecipe[Any, Any], *, place: str) -> Tokeniz
         else None
     )
     torch.manual_seed(recipe.train.seed)
-    try:
+    with errors_at(place):
         return method.objective(
             recipe.method, Stage(recipe.data.image_size, teacher, recipe.train.steps)
         )
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
-    except ValueError as error:
-        message = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{place}: {'data.size: ' if 'image size' in message else ''}{message}"
-        ) from None
 
 
 def _export(

@@ -1,6 +1,6 @@
 """Settings of the diffusion transformer: the ``diffusion:`` section of its recipes."""
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from semtok.config import Config
 from semtok.diffusion.dit import DiT, DiTArchitecture, architecture
@@ -38,6 +38,12 @@ class DiffusionConfig(Config):
     repa: REPAConfig | None = None
     checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
+
+    @field_validator("network")
+    @classmethod
+    def _known(cls, network: str | DiTArchitecture) -> str | DiTArchitecture:
+        architecture(network)
+        return network
 
 
 def build_network(config: DiffusionConfig, spec: LatentSpec, *, num_classes: int) -> DiT:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from semtok.config import Config
-from semtok.errors import UserError
 from semtok.latents import Latents, LatentSpec
 from semtok.nets.transformer import init_xavier, sincos_positions
 
@@ -65,14 +64,14 @@ class DiTArchitecture(Config):
 # of SFD (arXiv 2512.04926), which adds S and 1p6B. T is ours, for the embedded recipes.
 _SIZES = {
     "SiT": {
-        "T": (6, 192, 3),
+        "T": (8, 256, 4),
         "S": (12, 384, 6),
         "B": (12, 768, 12),
         "L": (24, 1024, 16),
         "XL": (28, 1152, 16),
     },
     "LightningDiT": {
-        "T": (6, 192, 3),
+        "T": (8, 256, 4),
         "S": (12, 384, 6),
         "B": (12, 768, 12),
         "L": (24, 1024, 16),
@@ -100,12 +99,12 @@ def architecture(network: str | DiTArchitecture) -> DiTArchitecture:
     """A preset by name, or the architecture that a recipe spells out.
 
     Raises:
-        UserError: no such preset; the message lists them.
+        ValueError: no such preset; the message lists them.
     """
     if isinstance(network, DiTArchitecture):
         return network
     if network not in PRESETS:
-        raise UserError(f"diffusion.network: no preset '{network}'; presets: {', '.join(PRESETS)}")
+        raise ValueError(f"no preset '{network}'; presets: {', '.join(PRESETS)}")
     return PRESETS[network]
 
 

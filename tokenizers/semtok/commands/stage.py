@@ -1,15 +1,25 @@
-"""What a training command leaves and shows at its end."""
+"""What every training command does around the loop: starting, and what it leaves and shows at its end."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 
-from semtok.commands.run_folder import flatten
+from semtok.commands.run_folder import flatten, record_recipe
 from semtok.commands.table import print_table
 from semtok.config import Config
+from semtok.data.source import ImageSource
+from semtok.errors import UserError
+from semtok.objective import Objective
+from semtok.recipe import DiffusionRecipe, TokenizerRecipe
 from semtok.storage import write_json
 from semtok.tokenizer import library_version
 from semtok.training.loop import Trainer
+
+Recipe = TokenizerRecipe[Any, Any] | DiffusionRecipe[Any]
 
 _LABELS = {
     "psnr": ("PSNR", "{:.2f} dB"),
@@ -18,6 +28,57 @@ _LABELS = {
     "kl_per_dim": ("KL", "{:.2f} nats per dimension"),
     "velocity": ("squared error of the velocity", "{:.4f}"),
 }
+
+
+@contextlib.contextmanager
+def errors_at(place: str) -> Iterator[None]:
+    """What can't be built is the user's to mend: one line that starts with the recipe's name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    except ValueError as error:
+        message = str(error).strip().splitlines()[0]
+        key = "data.size: " if "image size" in message else ""
+        raise UserError(f"{place}: {key}{message}") from None
+
+
+def start_trainer(
+    objective: Objective,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    folder: Path,
+    sources: tuple[ImageSource, ImageSource],
+    *,
+    resume: bool,
+    what: str,
+) -> Trainer:
+    """Makes the run's trainer, goes back to its checkpoint if asked, and claims the folder for it.
+
+    Args:
+        sources: of training and of held-out images.
+        what: is trained, in a few words.
+    """
+    train, validation = sources
+    trainer = Trainer(
+        objective,
+        recipe.train,
+        accelerator=accelerator,
+        folder=folder,
+        source=train,
+        validation=validation,
+        num_workers=recipe.data.num_workers,
+        tracked=_for_tracker(recipe),
+    )
+    if resume:
+        trainer.resume()
+    if accelerator.is_main_process:
+        record_recipe(folder, recipe)
+        height, width = recipe.data.image_size
+        print(f"training {what} on {train.name} at {height}x{width}; output: {folder}", flush=True)
+        if trainer.step:
+            print(f"resuming after step {trainer.step}", flush=True)
+    return trainer
 
 
 def summarise(
@@ -61,7 +122,7 @@ def summarise(
     )
 
 
-def for_tracker(recipe: Config) -> dict[str, int | float | str | bool]:
+def _for_tracker(recipe: Config) -> dict[str, int | float | str | bool]:
     """A recipe as trackers take it: flat, of plain values."""
     settings = flatten(recipe.model_dump(mode="json"))
     return {
