@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 import tiny
+from semtok.commands import sample, train_dit
+from semtok.commands.cli import run
 
 METHODS = {
     "send_vae_gan": {
@@ -93,3 +96,31 @@ def test_the_two_processes_hold_equal_weights(tmp_path):
         "dist.all_gather_object(values, metrics); assert values[0] == values[1]\n"
     )
     launch([str(script), str(tmp_path / "run")], 2)
+
+
+def test_a_generator_too_and_its_samples_are_the_same(tmp_path):
+    objective = tiny.build({"name": "vae"})
+    tokenizer = objective.tokenizer(objective.averaged_module())
+    tokenizer.measure_statistics([torch.rand(8, 3, 16, 16) * 2 - 1])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    recipe = tmp_path / "recipe.yaml"
+    content = tiny.content(steps=3, schedule="constant", log_every=1)
+    content = {key: content[key] for key in ("data", "train")}
+    content["train"]["optimiser"] = {"learning_rate": 1e-4}
+    content["tokenizer"] = str(tmp_path / "tokenizer")
+    content["diffusion"] = {"network": {"depth": 2, "width": 32, "heads": 2}}
+    content["sampler"] = {"steps": 2, "method": "sde"}
+    recipe.write_text(yaml.safe_dump(content))
+    arguments = ["--recipe", str(recipe), "--output"]
+    assert run(train_dit.main, [*arguments, str(tmp_path / "one")]) == 0
+    launch(["-m", "semtok.commands.cli", "train_dit", *arguments, str(tmp_path / "two")], 2)
+    one, two = tiny.final_tensors(tmp_path / "one"), tiny.final_tensors(tmp_path / "two")
+    for key in (k for k in one if k.startswith(("players.", "ema."))):
+        torch.testing.assert_close(one[key], two[key], atol=2e-5, rtol=1e-3)
+
+    arguments = [str(tmp_path / "one"), "--num", "5", "--batch-size", "2", "--output"]
+    assert run(sample.main, [*arguments, str(tmp_path / "one.npz")]) == 0
+    launch(["-m", "semtok.commands.cli", "sample", *arguments, str(tmp_path / "two.npz")], 2)
+    images = [np.load(tmp_path / f"{name}.npz") for name in ("one", "two")]
+    assert images[0]["arr_0"].shape == (5, 16, 16, 3)
+    assert all(np.array_equal(images[0][k], images[1][k]) for k in ("arr_0", "arr_1"))

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     if min(num, args.batch_size) < 1:
         raise UserError("--num and --batch-size must be at least 1")
     # Classes take turns, so that any share of the set is balanced (Inception Score reads it in
-    # consecutive parts); a grid has one class a row instead.
+    # consecutive parts); in a grid each class stands together instead.
     labels = [classes[i % len(classes)] for i in range(num)]
     labels = sorted(labels) if kind == "grid" else labels
 
@@ -188,7 +188,9 @@ def _write(images: Tensor, labels: list[int], output: Path, kind: str, *, per_cl
             arrays = images.permute(0, 2, 3, 1).numpy()
             np.savez(temporary, arr_0=arrays, arr_1=np.array(labels, dtype=np.int64))
         return
-    columns = per_class if len(set(labels)) > 1 else min(per_class, 8)
+    # Each class stands together; as many of them in a row as make the grid about square.
+    columns = per_class * max(1, round(len(images) ** 0.5 / per_class))
+    columns = min(columns, 8) if len(set(labels)) == 1 else columns
     _write_png(output, make_grid(images, nrow=columns, padding=2, pad_value=255))
 
 
