@@ -17,6 +17,7 @@ from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.diffusion.config import DiffusionConfig, REPAConfig
 from semtok.diffusion.dit import DiTArchitecture
+from semtok.diffusion.guidance import GuidanceConfig
 from semtok.diffusion.objective import DiffusionObjective, cosine_loss, squared_error
 from semtok.diffusion.sampling import SamplerConfig
 from semtok.recipe import parse_recipe
@@ -64,13 +65,14 @@ def objective(
     tokenizer: Tokenizer, teacher: Teacher | None = None, **settings: Any
 ) -> DiffusionObjective:
     torch.manual_seed(0)
+    guidance = GuidanceConfig(scale=settings.pop("scale", 1.0))
     config = DiffusionConfig(network=DiTArchitecture(**NETWORK), **settings)
     return DiffusionObjective(
         config,
         tokenizer,
         class_names=["a", "b", "c"],
         image_size=(16, 16),
-        sampler=SamplerConfig(steps=1),
+        sampler=SamplerConfig(steps=1, guidance=guidance),
         teacher=teacher,
     )
 
@@ -153,6 +155,9 @@ def test_settings_that_fit_no_tokenizer_are_refused(trained):
         ({"leads": {"semantic": 0.3}}, r"diffusion.leads: no part \['semantic'\].*: texture"),
         ({"loss_weights": {"texure": 1.0}}, "diffusion.loss_weights"),
         ({"repa": REPAConfig(depth=9)}, "diffusion.repa.depth: 9 is more than the network's 2"),
+        ({"scale": 2.0, "class_dropout": 0.0}, "diffusion.class_dropout=0 never trains"),
+        ({"scale": 2.0, "unconditional": True}, "no classes to guide by"),
+        ({"scale": {"textur": 2.0}}, r"no part \['textur'\]; the parts are texture"),
     ):
         with pytest.raises(ValueError, match=words):
             objective(tokenizer, **settings)
@@ -194,10 +199,22 @@ def test_an_interrupted_run_ends_with_the_same_weights_and_samples(trained, mode
     assert torch.equal(*images)
 
 
-def test_a_resumed_run_keeps_its_tokenizer_though_the_reference_changed(trained, model, tmp_path):
-    own = Tokenizer.from_pretrained(model / "tokenizer").state_dict()
-    exported = Tokenizer.from_pretrained(model / "export/tokenizer").state_dict()
-    assert all(torch.equal(own[name], exported[name]) for name in own)
+def test_a_resumed_run_keeps_its_tokenizer_though_the_reference_changed(trained, tmp_path):
+    import shutil
+
+    reference = tmp_path / "reference"
+    shutil.copytree(trained / "runs/tok/export", reference)
+    base = ["--recipe", str(trained / "dit.yaml"), "--tokenizer", str(reference)]
+    base += ["--output", str(tmp_path / "run"), "train.schedule=constant"]
+    assert run(train_dit.main, [*base, "train.steps=3"]) == 0
+    first = Tokenizer.from_pretrained(tmp_path / "run/export/tokenizer").state_dict()
+    other = Tokenizer.from_pretrained(reference)
+    with torch.no_grad():
+        other.autoencoder.encoder.conv_out.bias.add_(1)
+    other.save_pretrained(reference)
+    assert run(train_dit.main, [*base, "train.steps=4", "--resume"]) == 0
+    then = Tokenizer.from_pretrained(tmp_path / "run/export/tokenizer").state_dict()
+    assert all(torch.equal(first[name], then[name]) for name in first)
 
 
 def test_training_first_needs_a_finite_tokenizer(trained, capsys):
@@ -291,7 +308,13 @@ def test_a_grid_a_folder_and_an_archive_hold_the_same_images(model, tmp_path):
     assert [f.name for f in files] == [f"{i:06d}.png" for i in range(4)]
     for file, image in zip(files, archive["arr_0"], strict=True):
         assert np.array_equal(np.asarray(Image.open(file)), image)
-    assert Image.open(tmp_path / "grid.png").size == (2 + 2 * 18, 2 + 2 * 18), "a class a row"
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.size == (2 + 2 * 18, 2 + 2 * 18)
+    for place, number in enumerate((0, 2, 1, 3)):  # a class a row
+        row, column = divmod(place, 2)
+        corner = (2 + 18 * column, 2 + 18 * row)
+        cell = grid.crop((*corner, corner[0] + 16, corner[1] + 16))
+        assert np.array_equal(np.asarray(cell), archive["arr_0"][number])
 
 
 def test_a_model_is_the_same_after_saving_and_its_weak_self_guides_nothing(model, tmp_path):
@@ -318,6 +341,9 @@ def test_a_model_is_the_same_after_saving_and_its_weak_self_guides_nothing(model
         (["--classes", "-1"], "no class '-1'"),
         (["--steps", "0"], "--steps: expected at least 1"),
         (["--guidance", "strong"], "--guidance: expected a number"),
+        (["--guidance", "nan"], "--guidance: expected a number"),
+        (["--seed", "abc"], "invalid int value: 'abc'; see sample --help"),
+        (["--classes", "²"], "no class '²'"),
         (["--guidance", "semantic=2"], "no part ['semantic']; this model's: texture"),
         (["--interval", "0.5", "0.1"], "--interval: expected 0 <= BEGIN <= END <= 1"),
         (["--num", "0"], "--num and --batch-size must be at least 1"),
@@ -368,8 +394,56 @@ def test_a_tokenizer_of_other_latents_is_told_with_both_specs(model, tmp_path, t
         Generator.from_pretrained(trained / "runs/tok")
 
 
+def test_a_weak_model_must_mean_the_same(trained, model, tmp_path, capsys):
+    main, weak = Generator.from_pretrained(model), Generator.from_pretrained(model)
+    weak.class_names = weak.class_names[:-1] + ("other",)
+    with pytest.raises(ValueError, match="the weak model has other classes"):
+        main.sample([0], weak=weak)
+    weak = Generator.from_pretrained(model)
+    weak.tokenizer.texture_mean += 1
+    with pytest.raises(ValueError, match="another tokenizer's latents"):
+        main.sample([0], weak=weak)
+    arguments = ["--weak", str(model), "--guidance", "1"]
+    assert draw(model, tmp_path / "x.png", *arguments) == 2
+    assert "--weak needs a guidance scale other than 1" in capsys.readouterr().err
+
+
+def test_damaged_exports_are_told_in_one_line(model, tmp_path):
+    import shutil
+
+    export = shutil.copytree(model / "export", tmp_path / "export")
+    config = json.loads((export / "config.json").read_text())
+    for key in ("format_version", "latents", "class_names", "sampler", "trained"):
+        broken = {k: v for k, v in config.items() if k != key}
+        (export / "config.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match=f"{key} missing; export again"):
+            Generator.from_pretrained(export)
+    for change in ({"latents": [{"name": "texture"}]}, {"image_size": [33, 33]}):
+        (export / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=r"config.json: damaged \("):
+            Generator.from_pretrained(export)
+    (export / "config.json").write_text(json.dumps(config))
+    (export / "network.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match="network.safetensors: cut short or damaged"):
+        Generator.from_pretrained(export)
+
+
+def test_saving_never_replaces_anything_but_an_export(model, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.txt").write_text("precious")
+    generator = Generator.from_pretrained(model)
+    for saved in (generator, generator.tokenizer):
+        with pytest.raises(UserError, match="home: holds other files"):
+            saved.save_pretrained(tmp_path / "home")
+        with pytest.raises(UserError, match="holds other files"):
+            saved.save_pretrained(tmp_path / "home/thesis.txt")
+        saved.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "home/thesis.txt").read_text() == "precious"
+
+
 def test_an_unconditional_model_needs_no_class(trained, tmp_path):
-    run_folder = train(trained, "unconditional", "diffusion.unconditional=true", "train.steps=2")
+    settings = ["diffusion.unconditional=true", "train.steps=2", "sampler.guidance.scale=1"]
+    run_folder = train(trained, "unconditional", *settings)
     generator = Generator.from_pretrained(run_folder)
     assert generator.class_names == () and generator.sample([0]).shape == (1, 3, 16, 16)
     assert draw(run_folder, tmp_path / "any.png", "--num", "2", "--guidance", "1") == 0

@@ -124,3 +124,24 @@ def test_a_generator_too_and_its_samples_are_the_same(tmp_path):
     images = [np.load(tmp_path / f"{name}.npz") for name in ("one", "two")]
     assert images[0]["arr_0"].shape == (5, 16, 16, 3)
     assert all(np.array_equal(images[0][k], images[1][k]) for k in ("arr_0", "arr_1"))
+
+
+def test_two_processes_train_a_missing_tokenizer_together_first(tmp_path):
+    recipe = tmp_path / "embedded.yaml"
+    recipe.write_text(yaml.safe_dump(tiny.content({"name": "vae"}, steps=2)))
+    content = {key: tiny.content(steps=2)[key] for key in ("data", "train")}
+    content["diffusion"] = {"network": {"depth": 1, "width": 32, "heads": 2}}
+    (tmp_path / "dit.yaml").write_text(yaml.safe_dump(content | {"tokenizer": "embedded"}))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from semtok.commands import reference, train_dit\n"
+        "from semtok.commands.cli import run\n"
+        f"os.chdir({str(tmp_path)!r})\n"
+        f"reference.find_recipe = lambda name: Path({str(recipe)!r})\n"
+        "sys.exit(run(train_dit.main, ['--recipe', 'dit.yaml', '--output', 'runs/dit']))\n"
+    )
+    outputs = launch([str(script)], 2)
+    assert "not trained yet: training" in outputs[0]
+    assert (tmp_path / "runs/dit/export/config.json").is_file()

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
 
 import tiny
 from semtok import Tokenizer, UserError
+from semtok.commands import cli
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import main
 
@@ -80,6 +82,19 @@ FOLDER = ["data={kind: folder, path: images, size: 16}"]
         (["method.name=[vae]"], ["method.name: expected a name, got ['vae']"]),
         (["data.kind.x=1"], ["data.kind: expected a name"]),
         (["data.size=[16]"], ["data.size: too few values, got [16]"]),
+        (["train.optimiser.learning_rate=-1"], ["train.optimiser.learning_rate", "greater than 0"]),
+        (["train.optimiser.betas=[0.9, 1.5]"], ["train.optimiser.betas", "less than 1"]),
+        (["train.clip_norm=-1"], ["train.clip_norm", "greater than 0"]),
+        (["train.ema_decay=1.5"], ["train.ema_decay", "less than 1"]),
+        (["train.seed=-1"], ["train.seed"]),
+        (["method.mapper.width=130"], ["method.mapper.width", "multiple of 4"]),
+        (["method.mapper.heads=5"], ["method.mapper: width", "multiple of 4 and of heads 5"]),
+        (["method.alignment.weight=-1"], ["method.alignment.weight"]),
+        (
+            ["method.adversarial={start_step: 20, width: 8, num_layers: 5}"],
+            ["method.adversarial.num_layers: too many for images of 16x16"],
+        ),
+        (["data.size=4"], ["too small to measure SSIM"]),
         (["data.size=0"], ["data.size", "at least 1, got 0"]),
         (["data.classes=[hue, hue]"], ["data.classes", "twice"]),
         (["train.seed=2020-01-01"], ["recipe.yaml", "a kind that recipes can't hold"]),
@@ -226,3 +241,56 @@ def test_damaged_and_newer_exports_are_refused_in_one_line(recipe):
     (export / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: not readable as JSON"):
         Tokenizer.from_pretrained("run")
+
+
+def test_unknown_options_and_commands_are_one_line(recipe, capsys, monkeypatch):
+    assert "unrecognized arguments: --foo; see train_tokenizer --help" in complain(
+        capsys, str(recipe), "--foo"
+    )
+    monkeypatch.setattr(sys, "argv", ["semtok", "trian"])
+    assert cli.main() == 2
+    assert capsys.readouterr().err.strip() == "error: no command 'trian'; see semtok --help"
+
+
+def test_an_output_that_cannot_be_written_is_refused_at_once(recipe, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "can't be written to" in complain(capsys, str(recipe), "--output", "here/run")
+
+
+def test_a_vae_with_missing_or_other_tensors_is_refused(recipe):
+    assert run(main, [str(recipe), "--output", "run"]) == 0
+    file = Path("run/export/vae/diffusion_pytorch_model.safetensors")
+    state = safetensors.torch.load_file(file)
+    for broken in (
+        {n: t for n, t in state.items() if n != "decoder.conv_out.weight"},
+        state | {"extra": torch.zeros(1)},
+    ):
+        safetensors.torch.save_file(broken, file)
+        with pytest.raises(UserError, match="do not fit its config.json"):
+            Tokenizer.from_pretrained("run")
+    for file in Path("run/export/vae").iterdir():
+        file.unlink()
+    Path("run/export/vae").rmdir()
+    with pytest.raises(UserError, match="its folder vae/ is missing; export again"):
+        Tokenizer.from_pretrained("run")
+
+
+def test_a_log_and_a_state_that_were_cut_short(recipe, capsys):
+    assert run(main, [str(recipe), "--output", "run"]) == 0
+    log = Path("run/metrics.jsonl")
+    log.write_text(log.read_text() + '{"step": 3, "loss')
+    assert run(main, [str(recipe), "--output", "run", "--resume"]) == 0
+    assert len(log.read_text().splitlines()) == 1
+    newest = sorted(Path("run/checkpoints").iterdir())[-1]
+    torch.save([1, 2], newest / "state.pt")
+    message = complain(capsys, str(recipe), "--output", "run", "--resume")
+    assert "state.pt: damaged, or of another version; delete" in message
+
+
+def test_a_cosine_run_cannot_be_lengthened_but_a_constant_one_can(recipe, capsys):
+    base = [str(recipe), "--output", "run", "train.final_lr_fraction=0"]
+    assert run(main, base) == 0
+    message = complain(capsys, *base, "train.steps=4", "--resume")
+    assert "train.steps was 2 and is now 4" in message
+    base = [str(recipe), "--output", "other", "train.schedule=constant"]
+    assert run(main, base) == 0 and run(main, [*base, "train.steps=3", "--resume"]) == 0

@@ -39,6 +39,35 @@ def test_one_folder_per_class(tmp_path):
     assert torch.equal(blue, batch.labels == 0)
 
 
+def test_flat_train_and_val_folders_are_one_class(tmp_path):
+    for i in range(3):
+        picture(tmp_path / "photos" / "train" / f"{i}.png")
+    picture(tmp_path / "photos" / "val" / "9.png")
+    train, held_out = open_folder(tmp_path / "photos")
+    assert train.class_names == held_out.class_names == ("photos",)
+    assert (len(train), len(held_out)) == (3, 1)
+
+
+def test_a_train_folder_alone_holds_the_classes(tmp_path):
+    for name in ("ant", "bee"):
+        for i in range(3):
+            picture(tmp_path / "train" / name / f"{i}.png")
+    train, held_out = open_folder(tmp_path, validation_fraction=0.3)
+    assert train.class_names == ("ant", "bee") and (len(train), len(held_out)) == (4, 2)
+
+
+def test_photographs_stand_as_the_camera_says(tmp_path):
+    upright = Image.new("RGB", (16, 16))
+    upright.paste((255, 255, 255), (0, 0, 16, 4))  # a white band at the top
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying: to be turned by 90 degrees clockwise
+    (tmp_path / "a").mkdir()
+    for i in range(2):
+        upright.rotate(90).save(tmp_path / "a" / f"{i}.png", exif=exif)
+    image = open_folder(tmp_path / "a", validation_fraction=0.5)[0].load([0]).images[0]
+    assert image[:, :3].min() > 200 and image[:, 6:].max() < 50
+
+
 def test_train_and_val_folders_share_the_class_numbers(tmp_path):
     picture(tmp_path / "train" / "ant" / "1.png")
     picture(tmp_path / "train" / "bee" / "1.png")

@@ -447,3 +447,32 @@ def test_the_embedded_recipe_trains_with_sockets_blocked(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "export" / "config.json").is_file()
+
+
+def test_a_loss_scale_changes_no_gradient_of_any_player(tmp_path):
+    """fp16's gradient scaler, on the CPU: scaling by a power of two and back is exact."""
+    weights = []
+    for scaled in (False, True):
+        recipe = parse_recipe(tiny.content({"adversarial": tiny.ADVERSARIAL}, steps=3), "tiny")
+        folder = tmp_path / str(scaled)
+        folder.mkdir()
+        accelerator = make_accelerator(recipe.train, folder)
+        if scaled:
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        train, held_out = open_sources(recipe.data)
+        torch.manual_seed(0)
+        trainer = Trainer(
+            tiny.build({"adversarial": tiny.ADVERSARIAL}),
+            recipe.train,
+            accelerator=accelerator,
+            folder=folder,
+            source=train,
+            validation=held_out,
+            num_workers=0,
+            tracked={},
+        )
+        trainer.run()
+        assert trainer.objective.players.keys() == {"autoencoder", "discriminator"}
+        weights.append(list(trainer.objective.players.parameters()))
+    for ours, theirs in zip(*weights, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)

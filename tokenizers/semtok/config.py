@@ -126,6 +126,8 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"'{key}' is missing; give {key}=…"
     message = problem["msg"].removeprefix("Value error, ")
+    if key and message.startswith(f"{key}."):  # a check of a section names its setting itself
+        return message
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
     return f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"

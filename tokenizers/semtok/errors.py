@@ -19,7 +19,10 @@ class NonFiniteLoss(RuntimeError):
 class Interrupted(Exception):
     """A signal asked the run to stop and its checkpoint is written. Commands exit with 128 + n."""
 
-    def __init__(self, signal_number: int, checkpoint: Path) -> None:
+    def __init__(
+        self, signal_number: int, checkpoint: Path, way_on: str = "go on with --resume"
+    ) -> None:
         name = signal.Signals(signal_number).name
-        super().__init__(f"stopped by {name}; checkpoint: {checkpoint}; go on with --resume")
+        super().__init__(f"stopped by {name}; checkpoint: {checkpoint}; {way_on}")
+        self.signal_number, self.checkpoint = signal_number, checkpoint
         self.exit_code = 128 + signal_number

@@ -30,6 +30,10 @@ def to_pixels(images: Images, device: torch.device | str | None = None) -> Tenso
     """
     if isinstance(images, Image.Image):
         images = [images]
+    if isinstance(images, np.ndarray):
+        raise ValueError(
+            "NumPy arrays have no agreed layout; give PIL images, or a tensor (B, 3, height, width)"
+        )
     if not isinstance(images, Tensor):
         arrays = [np.asarray(image.convert("RGB")) for image in images]
         if not arrays:

@@ -4,21 +4,24 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from semtok.config import Config
 from semtok.tokenizer import Tokenizer
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimiserConfig(Config):
     """AdamW. The learning rate is used as it stands, whatever the batch or the number of GPUs."""
 
-    learning_rate: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
+    learning_rate: float = Field(gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ def locate_export(
             raise UserError(f"{folder}: this run has no export yet; let it finish with --resume")
     if Path(reference).is_dir():
         raise UserError(f"{reference}: no {kind} there (no config.json)")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", reference) and not reference.startswith("."):
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", reference) and not reference.startswith(".")
+    if is_hub_id and not reference.startswith(f"{RUNS}/"):
         return _from_hub(reference, kind, revision=revision, local_files_only=local_files_only)
     if kind == "model":
         raise UserError(
@@ -62,9 +63,10 @@ def recipe_folder() -> Path | None:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that run on the embedded data."""
+    """Names of the tokenizer recipes that run on the embedded data."""
     folder = recipe_folder()
-    return sorted(path.stem for path in folder.glob("*.yaml")) if folder else []
+    files = sorted(folder.glob("*.yaml")) if folder else []
+    return [f.stem for f in files if "\nmethod:" in f.read_text(encoding="utf-8")]
 
 
 def find_recipe(name: str) -> Path | None:

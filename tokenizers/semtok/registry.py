@@ -84,7 +84,8 @@ def get_method(name: object, *, place: str) -> Method:
         near = difflib.get_close_matches(str(name), _METHODS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(_METHODS))}"
         raise UserError(
-            f"{place}: unknown method '{name}'; {hint} A method of your own needs its file under plugins: (or --plugin)"
+            f"{place}: unknown method '{name}'; {hint} A method of your own needs its file under the "
+            "recipe's plugins:, or --plugin where a command has it"
         )
     return _METHODS[name]
 
@@ -115,6 +116,8 @@ def load_plugins(files: Iterable[str]) -> None:
                 raise UserError(
                     f"plugins: '{file}', line {error.lineno}: not valid Python ({error.msg})"
                 ) from None
+            if isinstance(error, ImportError | ValueError):
+                raise UserError(f"plugins: '{file}': {error}") from None
             raise
 
 

@@ -29,11 +29,20 @@ DAMAGE = (
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
     """Gives a temporary folder beside ``path`` to fill; on success it takes ``path``'s place.
 
     A folder that was there before is removed only after the new one is complete.
+
+    Args:
+        replaces: a file that marks what may be replaced; None: whatever is there.
+
+    Raises:
+        UserError: there is something else at ``path``.
     """
+    foreign = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    if replaces is not None and foreign and not (path / replaces).is_file():
+        raise UserError(f"{path}: holds other files (no {replaces}); choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     temporary.chmod(0o755)  # mkdtemp's folders are closed to others

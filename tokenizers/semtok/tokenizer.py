@@ -15,11 +15,12 @@ from semtok.errors import UserError
 from semtok.images import Images, to_pixels
 from semtok.latents import Latents, LatentSpec, Posterior
 from semtok.references import locate_export
-from semtok.storage import new_folder, read_json, read_tensors, write_json
+from semtok.storage import first_line, new_folder, read_json, read_tensors, write_json
 
 FORMAT_VERSION = 1
 _CONFIG_FILE = "config.json"
 _STATE_FILE = "tokenizer.safetensors"
+_KEYS = {"method", "latents", "diffusion_defaults", "settings", "trained"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Tokenizer(nn.Module, ABC):
 
     def posterior(self, images: Images) -> Posterior:
         """Images to the posterior of their latents, standardised; arguments and errors as ``encode``."""
-        pixels = to_pixels(images, device=self.texture_mean.device)
+        pixels = to_pixels(images, device=self.texture_mean.device).to(self.texture_mean.dtype)
         self.spec.check_image_size(tuple(pixels.shape[-2:]))
         raw = self.posterior_raw(pixels)
         std = self._per_channel(raw.std, lambda std, _, scale: std / scale)
@@ -115,6 +116,10 @@ class Tokenizer(nn.Module, ABC):
         Raises:
             ValueError: latents that do not fit the spec, or statistics not yet measured.
         """
+        if not isinstance(latents, Latents):
+            raise TypeError(
+                f"expected Latents, got {type(latents).__name__}; wrap it: Latents({{'texture': …}})"
+            )
         self.spec.check(latents)
         return self.decode_raw(self.destandardise(latents)).clamp(-1, 1)
 
@@ -189,8 +194,12 @@ class Tokenizer(nn.Module, ABC):
     # Files --------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, the networks and the statistics; an existing export is replaced whole."""
-        with new_folder(Path(folder)) as temporary:
+        """Writes config.json, the networks and the statistics; an existing export is replaced whole.
+
+        Raises:
+            UserError: the folder holds something else.
+        """
+        with new_folder(Path(folder), replaces=_CONFIG_FILE) as temporary:
             settings = self.save_networks(temporary)
             state = {name: buffer for name, buffer in self.named_buffers(recurse=False)}
             safetensors.torch.save_file(state, temporary / _STATE_FILE, metadata={"format": "pt"})
@@ -246,9 +255,18 @@ class Tokenizer(nn.Module, ABC):
             )
         for name, buffer in expected.items():
             buffer.copy_(state[name])
-        tokenizer.diffusion_defaults = {
-            n: DiffusionDefaults(**d) for n, d in config["diffusion_defaults"].items()
-        }
+        try:
+            tokenizer.diffusion_defaults = {
+                n: DiffusionDefaults(**d) for n, d in config["diffusion_defaults"].items()
+            }
+            same = tokenizer.spec == LatentSpec.from_dict(config["latents"])
+        except (TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"{folder / _CONFIG_FILE}: damaged ({first_line(error)})") from None
+        if not same:
+            raise UserError(
+                f"{folder / _CONFIG_FILE}: latents are {config['latents']}, but the networks' are "
+                f"{tokenizer.spec.to_dict()}"
+            )
         return tokenizer.eval()
 
 
@@ -268,7 +286,7 @@ def _check_config(config: Any, folder: Path) -> None:
             f"{place}: format version {config['format_version']} is newer than this semtok "
             f"reads ({FORMAT_VERSION}); upgrade semtok"
         )
-    missing = sorted({"method", "diffusion_defaults", "settings", "trained"} - config.keys())
+    missing = sorted(_KEYS - config.keys())
     if missing:
         raise UserError(f"{place}: {', '.join(missing)} missing; export again")
 

@@ -1,6 +1,5 @@
 """``benchmark``: how fast the library's networks train, beside straightforward PyTorch of the same."""
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -9,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from semtok.commands.cli import Parser
 from semtok.commands.table import print_table
 from semtok.diffusion.dit import PRESETS, DiT, DiTArchitecture, architecture
+from semtok.errors import UserError
 from semtok.latents import LatentSpec, PartSpec
 from semtok.nets.transformer import sincos_positions
 
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="benchmark", description=__doc__)
+    parser = Parser(prog="benchmark", description=__doc__)
     parser.add_argument("task", choices=("dit",), help="what to time")
     parser.add_argument(
         "--network",
@@ -28,6 +29,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="paired rounds of one step each")
     args = parser.parse_args(arguments)
 
+    if min(args.batch_size, args.rounds) < 1:
+        raise UserError("--batch-size and --rounds must be at least 1")
+    known = [name for name in PRESETS if name.startswith("SiT-")]
+    if args.network not in known:
+        raise UserError(f"--network: expected one of {', '.join(known)}, got '{args.network}'")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = architecture(args.network)
     steps = {

@@ -1,9 +1,12 @@
 """The command line: ``semtok <command>`` and the launchers in ``tools/``."""
 
+import argparse
+import errno
 import importlib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from semtok.errors import Interrupted, NonFiniteLoss, UserError
 
@@ -15,6 +18,13 @@ COMMANDS = {
     "evaluate": "measure what a tokenizer's latents hold",
     "train_teacher": "train the embedded teacher again",
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors like all others: one line, and where to read more."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +40,11 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         return main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        print(f"error: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
         return 2
     except NonFiniteLoss as error:
         print(f"error: {error}", file=sys.stderr)
@@ -51,6 +66,9 @@ def main() -> int:
     """``semtok <command> …``; the command's name may be written with - or _."""
     name = sys.argv[1].replace("-", "_") if len(sys.argv) > 1 else ""
     if name not in COMMANDS:
+        if name and name not in ("__help", "_h", "help"):
+            print(f"error: no command '{sys.argv[1]}'; see semtok --help", file=sys.stderr)
+            return 2
         width = max(map(len, COMMANDS))
         print(
             "usage: semtok COMMAND …\n\n"

@@ -1,6 +1,8 @@
 """``evaluate probe …`` and ``evaluate classes …``: what latents hold, and what generated images show."""
 
 import argparse
+import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from semtok.commands.cli import Parser
 from semtok.commands.reference import tokenizer_from_reference
+from semtok.commands.stage import errors_at
 from semtok.commands.table import print_table
 from semtok.data.source import ImageSource
 from semtok.data.sources import open_sources
@@ -27,7 +31,7 @@ from semtok.teachers import Teacher, TeacherConfig
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="evaluate", description=__doc__)
+    parser = Parser(prog="evaluate", description=__doc__)
     tasks = parser.add_subparsers(dest="task", required=True)
     task = tasks.add_parser(
         "probe", help="held-out balanced accuracy of every attribute, " + PROTOCOL
@@ -76,13 +80,32 @@ def _add_data_options(task: argparse.ArgumentParser) -> None:
     )
 
 
-def _probe(args: argparse.Namespace) -> int:
+def _open(args: argparse.Namespace) -> tuple[ImageSource, ImageSource]:
+    """The real images; checks what else the options say, and cuts the numbers to what there is."""
+    if args.num_train < 20 or args.num_held_out < 1:
+        raise UserError("--num-train must be at least 20 and --num-held-out at least 1")
+    if args.output is not None and (
+        args.output.is_dir() or not os.access(args.output.absolute().parent, os.W_OK)
+    ):
+        raise UserError(f"--output {args.output}: not a file that can be written")
     train, held_out = open_sources(parse_data(args.data, place="--data"))
+    args.num_train = min(args.num_train, len(train))
+    args.num_held_out = min(args.num_held_out, len(held_out))
+    return train, held_out
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _probe(args: argparse.Namespace) -> int:
+    train, held_out = _open(args)
     _check_attributes(train)
     scores: dict[str, dict[str, float]] = {}
     for reference in args.tokenizer:
-        tokenizer = tokenizer_from_reference(reference)
-        tokenizer.spec.check_image_size(train.image_size)
+        tokenizer = tokenizer_from_reference(reference).to(_device())
+        with errors_at(f"--data with {reference}"):
+            tokenizer.spec.check_image_size(train.image_size)
         tables = (
             latent_table(tokenizer, train, args.num_train),
             latent_table(tokenizer, held_out, args.num_held_out),
@@ -123,15 +146,22 @@ def _check_attributes(source: ImageSource) -> None:
 
 
 def _classes(args: argparse.Namespace) -> int:
-    train, held_out = open_sources(parse_data(args.data, place="--data"))
-    generator = Generator.from_pretrained(args.model)
+    train, held_out = _open(args)
+    generator = Generator.from_pretrained(args.model).to(_device())
+    if generator.image_size != train.image_size:
+        raise UserError(
+            f"--data: images of {train.image_size}, but the model makes {generator.image_size}; pass size=…"
+        )
     if generator.class_names != train.class_names:
         raise UserError(
             f"--data: {train.name} has {len(train.class_names)} classes ({', '.join(train.class_names[:3])} …), "
             f"the model {len(generator.class_names)} ({', '.join(generator.class_names[:3])} …)"
         )
     teacher = Teacher(TeacherConfig(name=args.teacher, checkpoint=args.teacher_checkpoint))
+    teacher.to(_device())
     num = args.num if args.num is not None else 20 * len(train.class_names)
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise UserError(f"--guidance: expected a number, got {args.guidance}")
     if num < 1 or (args.steps is not None and args.steps < 1):
         raise UserError("--num and --steps must be at least 1")
     sampler = generator.sampler
@@ -141,7 +171,8 @@ def _classes(args: argparse.Namespace) -> int:
     if args.steps is not None:
         sampler = sampler.model_copy(update={"steps": args.steps})
 
-    reader = ClassReader.fit(teacher, train, args.num_train)
+    with errors_at("--data"):
+        reader = ClassReader.fit(teacher, train, args.num_train)
     real, _ = accuracy(reader, real_batches(held_out, args.num_held_out))
     labels = [i % len(train.class_names) for i in range(num)]
 

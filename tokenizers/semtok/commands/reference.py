@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from semtok.commands.train_tokenizer import train_tokenizer
+from semtok.errors import Interrupted
 from semtok.recipe import load_recipe
 from semtok.references import RUNS, find_recipe
 from semtok.tokenizer import Tokenizer
@@ -25,5 +26,10 @@ def tokenizer_from_reference(reference: str) -> Tokenizer:
         f"tokenizer '{reference}' is not trained yet: {'resuming' if unfinished else 'training'} {recipe} first",
         flush=True,
     )
-    train_tokenizer(load_recipe(recipe, []), folder, resume=unfinished, place=str(recipe))
+    try:
+        train_tokenizer(load_recipe(recipe, []), folder, resume=unfinished, place=str(recipe))
+    except Interrupted as stopped:
+        raise Interrupted(
+            stopped.signal_number, stopped.checkpoint, way_on="the same command goes on"
+        ) from None
     return Tokenizer.from_pretrained(folder)

@@ -1,5 +1,6 @@
 """The folder of a run: whose it is, and what may be written there."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,12 @@ RECIPE_FILE = "recipe.yaml"
 
 # Settings that change what is written or how fast, but not what is learned.
 _FREE_ON_RESUME = (
-    "train.steps",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_last",
     "train.sample_every",
     "train.num_sample_images",
     "train.num_validation_images",
-    "train.num_statistics_images",
     "train.tracker",
     "train.compile",
     "data.num_workers",
@@ -42,6 +41,9 @@ def claim_run_folder(folder: Path, recipe: Config, *, resume: bool) -> None:
     file = next((p for p in folder.parents if p.exists() and not p.is_dir()), None)
     if file is not None:
         raise UserError(f"--output {folder}: {file} is a file; choose a folder elsewhere")
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"--output {folder}: {parent} can't be written to; choose another folder")
     recorded = folder / RECIPE_FILE
     if not resume:
         if recorded.exists():
@@ -56,10 +58,12 @@ def claim_run_folder(folder: Path, recipe: Config, *, resume: bool) -> None:
             f"{folder}: no run to resume there (no {RECIPE_FILE}); leave --resume out to start one"
         )
     old, new = flatten(read_yaml(recorded)), flatten(recipe.model_dump(mode="json"))
+    # The cosine's shape depends on the number of steps; a constant rate only goes on for longer.
+    free = _FREE_ON_RESUME + (("train.steps",) if new.get("train.schedule") == "constant" else ())
     changed = [
         key
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in _FREE_ON_RESUME
+        if old.get(key) != new.get(key) and key not in free
     ]
     if changed:
         key = changed[0]

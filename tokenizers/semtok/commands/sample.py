@@ -1,6 +1,8 @@
 """``sample MODEL``: images from a trained generator, to a grid, a folder or an ADM-style .npz."""
 
 import argparse
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torchvision.io import encode_png
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from semtok.commands.cli import Parser
 from semtok.diffusion.generator import Generator
 from semtok.diffusion.guidance import GuidanceConfig
 from semtok.diffusion.sampling import SamplerConfig
@@ -24,7 +27,7 @@ from semtok.storage import new_file
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="sample", description=__doc__)
+    parser = Parser(prog="sample", description=__doc__)
     parser.add_argument("model", help="folder, run name or Hub id of a generator")
     parser.add_argument(
         "--classes",
@@ -72,10 +75,13 @@ def main(arguments: Sequence[str]) -> int:
     num = args.num if args.num is not None else 4 * len(classes)
     if min(num, args.batch_size) < 1:
         raise UserError("--num and --batch-size must be at least 1")
-    # Classes take turns, so that any share of the set is balanced (Inception Score reads it in
-    # consecutive parts); in a grid each class stands together instead.
+    if weak is not None and all(
+        sampler.guidance.scale_of(p.name) == 1 for p in generator.network.spec.parts
+    ):
+        raise UserError("--weak needs a guidance scale other than 1; give --guidance W")
+    # Classes take turns, so that any share of the set is balanced: Inception Score reads it in
+    # consecutive parts.
     labels = [classes[i % len(classes)] for i in range(num)]
-    labels = sorted(labels) if kind == "grid" else labels
 
     state = PartialState(cpu=not torch.cuda.is_available())
     generator.to(state.device)
@@ -105,10 +111,10 @@ def main(arguments: Sequence[str]) -> int:
         images = {k: v for part in gather_object([images]) for k, v in part.items()}
         if state.is_main_process:
             ordered = torch.stack([images[i] for i in range(num)])
-            _write(ordered, labels, args.output, kind, per_class=-(-num // len(classes)))
+            _write(ordered, labels, args.output, kind)
     state.wait_for_everyone()
     if state.is_main_process:
-        names = [_name(generator, label) for label in classes]
+        names = [_name(generator, label) for label in dict.fromkeys(labels)]
         shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         print(f"{num} images of {shown}: {args.output}")
     return 0
@@ -116,6 +122,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _check_output(output: Path) -> str:
     """``grid``, ``npz`` or ``folder``; refuses to write over anything."""
+    parent = next(p for p in output.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--output {output}: {parent} is no folder that can be written to")
     kind = {".png": "grid", ".npz": "npz"}.get(output.suffix.lower(), "folder")
     if kind == "folder" and output.suffix:
         raise UserError(f"--output {output}: expected FILE.png, FILE.npz or a folder")
@@ -147,8 +156,8 @@ def _scale(words: list[str], generator: Generator) -> float | dict[str, float]:
     parts = [part.name for part in generator.network.spec.parts]
     try:
         if len(words) == 1 and "=" not in words[0]:
-            return float(words[0])
-        scales = {name: float(value) for name, value in (word.split("=", 1) for word in words)}
+            return _finite(words[0])
+        scales = {name: _finite(value) for name, value in (word.split("=", 1) for word in words)}
     except ValueError:
         raise UserError(
             f"--guidance: expected a number, or PART=number …, got {' '.join(words)}"
@@ -157,6 +166,13 @@ def _scale(words: list[str], generator: Generator) -> float | dict[str, float]:
     if unknown:
         raise UserError(f"--guidance: no part {sorted(unknown)}; this model's: {', '.join(parts)}")
     return scales
+
+
+def _finite(word: str) -> float:
+    value = float(word)
+    if not math.isfinite(value):
+        raise ValueError(word)
+    return value
 
 
 def _classes(words: list[str] | None, generator: Generator) -> list[int]:
@@ -168,7 +184,7 @@ def _classes(words: list[str] | None, generator: Generator) -> list[int]:
     for word in words:
         if word in numbers:
             chosen.append(numbers[word])
-        elif word.isdigit() and int(word) < len(names):
+        elif word.isdecimal() and int(word) < len(names):
             chosen.append(int(word))
         else:
             known = ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
@@ -182,16 +198,19 @@ def _name(generator: Generator, label: int) -> str:
     return generator.class_names[label] if label < len(generator.class_names) else "any class"
 
 
-def _write(images: Tensor, labels: list[int], output: Path, kind: str, *, per_class: int) -> None:
+def _write(images: Tensor, labels: list[int], output: Path, kind: str) -> None:
     if kind == "npz":
         with new_file(output) as temporary:
             arrays = images.permute(0, 2, 3, 1).numpy()
             np.savez(temporary, arr_0=arrays, arr_1=np.array(labels, dtype=np.int64))
         return
-    # Each class stands together; as many of them in a row as make the grid about square.
-    columns = per_class * max(1, round(len(images) ** 0.5 / per_class))
-    columns = min(columns, 8) if len(set(labels)) == 1 else columns
-    _write_png(output, make_grid(images, nrow=columns, padding=2, pad_value=255))
+    # In a grid each class stands together, as many classes in a row as make it about square.
+    order = sorted(range(len(labels)), key=lambda i: labels[i])
+    per_class, rest = divmod(len(labels), len(set(labels)))
+    columns = max(1, round(len(labels) ** 0.5 / per_class)) * per_class
+    if rest or len(set(labels)) == 1:
+        columns = math.ceil(len(labels) ** 0.5)
+    _write_png(output, make_grid(images[order], nrow=columns, padding=2, pad_value=255))
 
 
 def _write_png(path: Path, image: Tensor) -> None:

@@ -1,6 +1,5 @@
 """``train_dit --tokenizer REF``: a diffusion transformer on the latents of any tokenizer."""
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from semtok.commands.cli import Parser
 from semtok.commands.reference import tokenizer_from_reference
 from semtok.commands.run_folder import claim_run_folder
 from semtok.commands.stage import errors_at, start_trainer, summarise
@@ -27,7 +27,7 @@ from semtok.training.process import make_accelerator
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="train_dit", description=__doc__)
+    parser = Parser(prog="train_dit", description=__doc__)
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, for example train.steps=200"
     )
@@ -51,7 +51,9 @@ def main(arguments: Sequence[str]) -> int:
     if args.print_recipe:
         print(recipe_text(recipe), end="")
         return 0
-    name = f"{path.stem}_{Path(recipe.tokenizer).name}"
+    reference = Path(recipe.tokenizer)
+    reference = reference.parent if reference.name == "export" else reference
+    name = f"{path.stem}_{reference.name}"
     folder = Path(args.output) if args.output else RUNS / name
     train_dit(recipe, folder, resume=args.resume, place=str(path))
     return 0

@@ -1,6 +1,5 @@
 """``train_teacher``: trains the embedded teacher again (about 15 minutes on 2 cores)."""
 
-import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +7,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from semtok.commands.cli import Parser
 from semtok.commands.run_folder import claim_run_folder, record_recipe
 from semtok.commands.table import print_table
 from semtok.config import Config
 from semtok.data.shapes import Shapes, ShapesConfig
 from semtok.demo_teacher import DemoTeacherObjective
+from semtok.errors import UserError
 from semtok.objective import OptimiserConfig
 from semtok.storage import new_file, write_json
 from semtok.teachers import DEMO_FILE
@@ -30,7 +31,7 @@ class TeacherRecipe(Config):
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="train_teacher", description=__doc__)
+    parser = Parser(prog="train_teacher", description=__doc__)
     parser.add_argument(
         "--steps", type=int, default=3000, help="default: 3000, as the embedded teacher was trained"
     )
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     args = parser.parse_args(arguments)
 
+    if args.steps < 1:
+        raise UserError(f"--steps: expected at least 1, got {args.steps}")
     recipe = TeacherRecipe(
         train=TrainConfig(
             steps=args.steps,

@@ -1,6 +1,5 @@
 """``train_tokenizer RECIPE [key=value …]``: from images to a usable tokenizer."""
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from semtok.commands.cli import Parser
 from semtok.commands.run_folder import claim_run_folder, run_folder
 from semtok.commands.stage import errors_at, start_trainer, summarise
 from semtok.data.loading import DataOrder
@@ -25,7 +25,7 @@ from semtok.training.process import make_accelerator
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="train_tokenizer", description=__doc__)
+    parser = Parser(prog="train_tokenizer", description=__doc__)
     parser.add_argument(
         "recipe", type=Path, help="a YAML recipe, for example recipes/send_vae.yaml"
     )
@@ -121,7 +121,8 @@ def _export(
 
     tokenizer.eval()
     generator = torch.Generator(tokenizer.texture_mean.device).manual_seed(recipe.train.seed)
-    tokenizer.measure_statistics(batches(), generator)
+    with errors_at(str(folder)):
+        tokenizer.measure_statistics(batches(), generator)
     tokenizer.training_info = {
         "data": train.name,
         "image_size": list(recipe.data.image_size),

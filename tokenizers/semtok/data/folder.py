@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -20,8 +20,8 @@ _VALIDATION_NAMES = ("val", "validation", "valid", "test")
 class FolderConfig(DataConfig):
     """Settings of a folder of images.
 
-    Layouts: ``train/`` beside ``val/`` (each as follows), one sub-folder per class (torchvision's
-    ``ImageFolder``), or images in one folder, which then is one class.
+    Layouts: ``train/``, beside ``val/`` or alone (each as follows), one sub-folder per class
+    (torchvision's ``ImageFolder``), or images in one folder, which then is one class.
     """
 
     kind: Literal["folder"] = "folder"
@@ -30,7 +30,7 @@ class FolderConfig(DataConfig):
     """Mirror training images at random."""
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     """Share of the images that is held out where the folder has no ``val/``."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     """Chooses the held-out images where the folder has no ``val/``."""
 
 
@@ -69,8 +69,8 @@ class Folder(ImageSource):
             raise UserError(f"data.path: no such folder '{config.path}'; pass data.path=…")
         held_out = next((root / name for name in _VALIDATION_NAMES if (root / name).is_dir()), None)
         if (root / "train").is_dir() and held_out is not None:
-            classes, files = _scan(root / "train")
-            validation_classes, validation_files = _scan(held_out)
+            classes, files = _scan(root / "train", flat_name=root.name)
+            validation_classes, validation_files = _scan(held_out, flat_name=root.name)
             unknown = sorted(set(validation_classes) - set(classes))
             if unknown:
                 raise UserError(
@@ -81,7 +81,9 @@ class Folder(ImageSource):
             ]
             parts = (files, renumbered)
         else:
-            classes, files = _scan(root)
+            folders = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
+            only_train = folders == ["train"]
+            classes, files = _scan(root / "train" if only_train else root, flat_name=root.name)
             parts = _split(files, config.validation_fraction, config.seed)
         sources = tuple(
             cls(
@@ -135,8 +137,12 @@ class Folder(ImageSource):
         )
 
 
-def _scan(root: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
-    """Class names and (path, class) of all image files, sorted by name."""
+def _scan(root: Path, *, flat_name: str) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
+    """Class names and (path, class) of all image files, sorted by name.
+
+    Args:
+        flat_name: of the one class where there are no sub-folders.
+    """
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     groups = [(folder.name, _images_under(folder)) for folder in folders]
     groups = [(name, files) for name, files in groups if files]
@@ -146,7 +152,7 @@ def _scan(root: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
             f"data.path: '{root}' holds images both in itself and in sub-folders; use one layout"
         )
     if not groups:
-        groups = [(root.name, flat)]
+        groups = [(flat_name, flat)]
     files = [(path, label) for label, (_, paths) in enumerate(groups) for path in paths]
     return tuple(name for name, _ in groups), files
 
@@ -171,6 +177,7 @@ def _split(
 def _decode(path: Path, image_size: tuple[int, int]) -> np.ndarray:
     with warnings.catch_warnings(), Image.open(path) as image:
         warnings.simplefilter("ignore")  # Pillow's notes about odd but readable files
+        image = ImageOps.exif_transpose(image)  # cameras store which way is up beside the pixels
         if image.mode.startswith("I;16"):  # Pillow would clip where 8 bits need the upper byte
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("P", "LA", "PA", "RGBA") or "transparency" in image.info:

@@ -10,7 +10,7 @@ from itertools import product
 from typing import Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from semtok.data.source import DataConfig, ImageBatch, ImageSource
@@ -40,7 +40,7 @@ class ShapesConfig(DataConfig):
     num_images: int = 50_000
     """Training images; the held-out images are others."""
     num_validation_images: int = 2_000
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     """Chooses the scenes, independently of the training seed."""
     classes: tuple[str, ...] = ("shape", "hue")
     """Attributes whose combinations are the class labels."""

@@ -1,5 +1,7 @@
 """Settings of the diffusion transformer: the ``diffusion:`` section of its recipes."""
 
+from typing import Annotated
+
 from pydantic import Field, field_validator
 
 from semtok.config import Config
@@ -8,11 +10,13 @@ from semtok.diffusion.transport import PathName, Schedule, TimeConfig
 from semtok.latents import LatentSpec
 from semtok.tokenizer import Tokenizer
 
+Weight = Annotated[float, Field(ge=0)]
+
 
 class REPAConfig(Config):
     """Representation alignment (REPA, Yu et al. 2024): a block's tokens resemble the teacher's."""
 
-    weight: float = 0.5
+    weight: float = Field(0.5, ge=0)
     depth: int = Field(8, ge=1)
     """After which block; REPA has 8 for L and XL, 4 for B."""
     projector_width: int = Field(2048, ge=1)
@@ -27,9 +31,9 @@ class DiffusionConfig(Config):
     time: TimeConfig = TimeConfig()
     leads: dict[str, float] | None = None
     """Per part, by how much of the time axis it leads; None: the tokenizer's defaults."""
-    loss_weights: dict[str, float] | None = None
+    loss_weights: dict[str, Weight] | None = None
     """Per part, of the velocity's squared error; None: the tokenizer's defaults."""
-    cosine_weight: float = 0.0
+    cosine_weight: float = Field(0.0, ge=0)
     """Of 1 - cosine between predicted and true velocity over each part's channels (LightningDiT)."""
     unconditional: bool = False
     """Without classes: the data's labels are not used."""

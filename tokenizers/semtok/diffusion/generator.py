@@ -22,6 +22,15 @@ from semtok.tokenizer import FORMAT_VERSION, Tokenizer, library_version
 KIND = "generator"
 _CONFIG_FILE = "config.json"
 _NETWORK_FILE = "network.safetensors"
+_KEYS = {
+    "format_version",
+    "latents",
+    "image_size",
+    "class_names",
+    "diffusion",
+    "sampler",
+    "trained",
+}
 
 
 class Generator(nn.Module):
@@ -58,9 +67,10 @@ class Generator(nn.Module):
     def device(self) -> torch.device:
         return self.tokenizer.texture_mean.device
 
+    @torch.no_grad()
     def sample(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int | str],
         *,
         seed: int = 0,
         first: int = 0,
@@ -72,22 +82,23 @@ class Generator(nn.Module):
         Image i of a seed is the same in a batch of any size.
 
         Args:
-            labels: classes in [0, number of classes); that number itself asks for any class.
+            labels: classes, by name or number; the number of classes itself asks for any class.
             seed: of the whole set that these images belong to.
             first: place of the first of them in that set.
             sampler: instead of the one it was saved with.
             weak: a weaker generator of the same latents, for autoguidance.
 
         Raises:
-            ValueError: a label out of range, or a weak generator of other latents.
+            ValueError: no label, one out of range, or a weak generator that does not fit.
         """
         return self.tokenizer.decode(
             self.sample_latents(labels, seed=seed, first=first, sampler=sampler, weak=weak)
         )
 
+    @torch.no_grad()
     def sample_latents(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int | str],
         *,
         seed: int = 0,
         first: int = 0,
@@ -95,18 +106,9 @@ class Generator(nn.Module):
         weak: "Generator | None" = None,
     ) -> Latents:
         """Latents of the given classes, spatial parts on the texture's grid; see ``sample``."""
-        num_classes = self.network.num_classes
-        wrong = [label for label in labels if not 0 <= label <= num_classes]
-        if wrong:
-            raise ValueError(
-                f"class label {wrong[0]} is out of range; this model has classes 0 to {num_classes - 1}, "
-                f"and {num_classes} for none"
-            )
-        if weak is not None and weak.network.spec != self.network.spec:
-            raise ValueError(
-                f"the weak model's latents are {describe(weak.network.spec)}, this model's "
-                f"{describe(self.network.spec)}"
-            )
+        numbers = self._numbers(labels)
+        if weak is not None:
+            self._check_weak(weak)
         grid = self.tokenizer.spec.shape("texture", self.image_size)[1:]
         dimension = sum(
             grid[0] * grid[1] * part.channels if part.is_spatial else part.channels
@@ -114,8 +116,8 @@ class Generator(nn.Module):
         )
         return sample_latents(
             self.network,
-            SampleNoise(seed, range(first, first + len(labels)), self.device),
-            torch.tensor(labels, dtype=torch.int64, device=self.device),
+            SampleNoise(seed, range(first, first + len(numbers)), self.device),
+            torch.tensor(numbers, dtype=torch.int64, device=self.device),
             grid,
             sampler or self.sampler,
             schedule=self.schedule,
@@ -124,11 +126,49 @@ class Generator(nn.Module):
             weak=weak.network if weak is not None else None,
         )
 
+    def _numbers(self, labels: Sequence[int | str]) -> list[int]:
+        num_classes = self.network.num_classes
+        if not len(labels):
+            raise ValueError("no class labels given")
+        names = {name: number for number, name in enumerate(self.class_names)}
+        numbers = [
+            names.get(label, -1) if isinstance(label, str) else int(label) for label in labels
+        ]
+        for label, number in zip(labels, numbers, strict=True):
+            if not 0 <= number <= num_classes:
+                raise ValueError(
+                    f"class label {label} is out of range; this model has classes 0 to {num_classes - 1}, "
+                    f"and {num_classes} for none"
+                )
+        return numbers
+
+    def _check_weak(self, weak: "Generator") -> None:
+        """Autoguidance compares velocities, so both must mean the same by latents, classes and time."""
+        ours, theirs = self.network.spec, weak.network.spec
+        if theirs != ours:
+            raise ValueError(
+                f"the weak model's latents are {describe(theirs)}, this model's {describe(ours)}"
+            )
+        for what, own, other in (
+            ("classes", self.class_names, weak.class_names),
+            ("path", self.config.path, weak.config.path),
+            ("leads", self.schedule, weak.schedule),
+        ):
+            if own != other:
+                raise ValueError(f"the weak model has other {what} than this one")
+        means = (self.tokenizer.texture_mean, weak.tokenizer.texture_mean)
+        if not torch.allclose(*means, atol=1e-4):
+            raise ValueError("the weak model was trained on another tokenizer's latents")
+
     # Files --------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, the network and ``tokenizer/``; an existing export is replaced whole."""
-        with new_folder(Path(folder)) as temporary:
+        """Writes config.json, the network and ``tokenizer/``; an existing export is replaced whole.
+
+        Raises:
+            UserError: the folder holds something else.
+        """
+        with new_folder(Path(folder), replaces=_CONFIG_FILE) as temporary:
             self.tokenizer.save_pretrained(temporary / "tokenizer")
             state = {name: t.contiguous() for name, t in self.network.state_dict().items()}
             safetensors.torch.save_file(state, temporary / _NETWORK_FILE, metadata={"format": "pt"})
@@ -169,13 +209,23 @@ class Generator(nn.Module):
         content = read_json(place)
         if not isinstance(content, dict) or content.get("kind") != KIND:
             raise UserError(f"{place}: not a semtok generator (made by tools/train_dit.py)")
+        missing = sorted(_KEYS - content.keys())
+        if missing:
+            raise UserError(f"{place}: {', '.join(missing)} missing; export again")
+        if not isinstance(content["format_version"], int):
+            raise UserError(f"{place}: format_version {content['format_version']!r} is no number")
         if content["format_version"] > FORMAT_VERSION:
             raise UserError(
                 f"{place}: format version {content['format_version']} is newer than this semtok reads "
                 f"({FORMAT_VERSION}); upgrade semtok"
             )
         tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
-        spec = LatentSpec.from_dict(content["latents"])
+        try:
+            spec = LatentSpec.from_dict(content["latents"])
+            image_size = (int(content["image_size"][0]), int(content["image_size"][1]))
+            tokenizer.spec.check_image_size(image_size)
+        except (TypeError, ValueError, LookupError) as error:
+            raise UserError(f"{place}: damaged ({first_line(error)})") from None
         if spec != tokenizer.spec:
             raise UserError(
                 f"{folder}: the model generates {describe(spec)}, its tokenizer has {describe(tokenizer.spec)}"
@@ -187,7 +237,7 @@ class Generator(nn.Module):
             config,
             parse(SamplerConfig, content["sampler"], f"{place}: sampler"),
             class_names=content["class_names"],
-            image_size=tuple(content["image_size"]),
+            image_size=image_size,
             training_info=content["trained"],
         )
         try:

@@ -119,6 +119,27 @@ def on_texture_grid(latents: Latents) -> dict[str, Tensor]:
     }
 
 
+def _check_guidance(config: DiffusionConfig, sampler: SamplerConfig, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where the sampler guides what the training does not prepare for."""
+    scale, parts = sampler.guidance.scale, [part.name for part in tokenizer.spec.parts]
+    unknown = sorted(scale.keys() - set(parts)) if isinstance(scale, dict) else []
+    if unknown:
+        raise ValueError(
+            f"sampler.guidance.scale: no part {unknown}; the parts are {', '.join(parts)}"
+        )
+    if all(sampler.guidance.scale_of(part) == 1 for part in parts):
+        return
+    if config.unconditional:
+        raise ValueError(
+            "sampler.guidance.scale: an unconditional model has no classes to guide by; pass 1"
+        )
+    if config.class_dropout == 0:
+        raise ValueError(
+            "sampler.guidance.scale: guidance needs the null label, which diffusion.class_dropout=0 never "
+            "trains; pass sampler.guidance.scale=1 or some dropout"
+        )
+
+
 def _by_time(t: Tensor, loss: Tensor) -> dict[str, Tensor]:
     """Sum and count of the loss in each quarter of the time axis, for means over steps."""
     bins = (t.detach() * _BINS).long().clamp_max(_BINS - 1)
@@ -161,6 +182,7 @@ class DiffusionObjective(Objective):
         self.sampler, self.image_size = sampler, image_size
         self.class_names = () if config.unconditional else tuple(class_names)
         self.schedule = Schedule.from_leads(self.config.leads)
+        _check_guidance(self.config, sampler, tokenizer)
         self._tokenizer = Reference(tokenizer.eval().requires_grad_(False))
         self._teacher = Reference(teacher) if teacher is not None else None
         shape = architecture(config.network)

@@ -8,7 +8,7 @@ there with the same direction of time).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -73,12 +73,6 @@ def scaled_score(path: PathName, velocity: Tensor, x: Tensor, t: Tensor) -> Tens
     return (c.alpha * velocity - c.d_alpha * x) / (c.d_alpha * c.sigma - c.alpha * c.d_sigma)
 
 
-def predicted_data(path: PathName, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """The data x1 that a velocity at x_t points to, (B, ...)."""
-    c = coefficients(path, _like(t, x))
-    return (c.sigma * velocity - c.d_sigma * x) / (c.d_alpha * c.sigma - c.alpha * c.d_sigma)
-
-
 def _like(t: Tensor, x: Tensor) -> Tensor:
     return t.view(-1, *(1,) * (x.ndim - 1))
 
@@ -95,7 +89,7 @@ class TimeConfig(Config):
     mean: float = 0.0
     """Of the normal before the sigmoid, where ``law`` is ``logit_normal``; above 0 is nearer to data."""
     std: float = Field(1.0, gt=0)
-    shift: float | Literal["dimension"] = 1.0
+    shift: Annotated[float, Field(gt=0)] | Literal["dimension"] = 1.0
     """Moves times towards noise by ``shift_times``, in training and in samplers; ``dimension`` takes
     sqrt(latent dimensions / 4096) (RAE, Zheng et al. 2025, after Esser et al. 2024)."""
 

@@ -103,8 +103,10 @@ def import_dit(
         spec = LatentSpec((PartSpec("texture", channels, stride),))
         num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
         _check_positions(state, config)
-    except (KeyError, ValueError) as error:
+    except (LookupError, ValueError, RuntimeError) as error:
         raise UserError(f"{place}: not a SiT, REPA or LightningDiT checkpoint ({error})") from None
+    if not {"final_layer.linear.weight", "final_layer.linear.bias"} <= state.keys():
+        raise UserError(f"{place}: its final_layer is missing")
     network = DiT(config, spec, num_classes=num_classes)
     ours = {
         our_name(name): value
@@ -118,8 +120,9 @@ def import_dit(
     try:
         network.load_state_dict(ours)
     except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(
-            f"{place}: does not fit the network that its names imply: {error}"
+            f"{place}: does not fit the network that its names imply ({reason})"
         ) from None
     return ImportedDiT(network.eval(), _projectors(state))
 

@@ -33,19 +33,19 @@ class MapperConfig(Config):
 
     depth: int = Field(1, ge=0)
     """ViT blocks; the paper's ablation (table 2) finds 1 better than 0 and 2."""
-    width: int | None = None
+    width: int | None = Field(None, ge=4, multiple_of=4)
     """None: the teacher's."""
-    heads: int | None = None
+    heads: int | None = Field(None, ge=1)
     """None: width / 64, which gives the paper's 12 for 768 and 16 for 1024."""
     patch_size: int = Field(1, ge=1)
     """Latent cells per token and side: 1 for f16 latents, 2 for f8."""
-    projector_width: int = 2048
+    projector_width: int = Field(2048, ge=1)
 
 
 class AlignmentConfig(Config):
     """How latents are noised and compared."""
 
-    weight: float = 1.0
+    weight: float = Field(1.0, ge=0)
     noise: Literal["uniform", "logit_normal", "fixed", "none"] = "uniform"
     """The law of t in z_t = (1 - t) z + t ε, drawn per image; ``uniform`` is eq. 1."""
     noise_level: float | None = Field(None, ge=0, le=1)
@@ -134,6 +134,10 @@ class Mapper(nn.Module):
         super().__init__()
         width = config.width or teacher_width
         heads = config.heads or max(1, width // 64)
+        if width % heads or width % 4:
+            raise ValueError(
+                f"method.mapper: width {width} must be a multiple of 4 and of heads {heads}"
+            )
         self.embed = nn.Conv2d(channels, width, config.patch_size, stride=config.patch_size)
         self.blocks = nn.Sequential(
             *(Block(width, heads, mlp_ratio=4, qkv_bias=True) for _ in range(config.depth))

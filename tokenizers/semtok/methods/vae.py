@@ -16,9 +16,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from pydantic import Field
 from torch import Tensor, nn
 
 from semtok.config import Config
+from semtok.errors import UserError
 from semtok.latents import Latents, LatentSpec, PartSpec, Posterior
 from semtok.metrics import psnr, ssim
 from semtok.nets.autoencoder import (
@@ -54,19 +56,19 @@ class AdversarialConfig(Config):
     (both are logged); fake logits that stay at the real ones mean that it learns nothing.
     """
 
-    weight: float = 0.5
-    start_step: int
+    weight: float = Field(0.5, ge=0)
+    start_step: int = Field(ge=0)
     """Step from which the generator is paid for fooling the discriminator."""
-    discriminator_start_step: int | None = None
+    discriminator_start_step: int | None = Field(None, ge=0)
     """Step from which the discriminator trains; None: together with ``start_step``."""
-    ramp_steps: int = 0
+    ramp_steps: int = Field(0, ge=0)
     """Steps over which the generator's weight rises from 0."""
     adaptive: bool = True
     """Scale the weight by the ratio of gradient norms at the decoder's last layer."""
-    max_adaptive: float = 1e4
+    max_adaptive: float = Field(1e4, gt=0)
     """Cap of that ratio."""
-    width: int = 64
-    num_layers: int = 3
+    width: int = Field(64, ge=8, multiple_of=8)
+    num_layers: int = Field(3, ge=1)
     norm: Literal["batch", "group", "none"] = "group"
     optimiser: OptimiserConfig | None = None
     """None: the same as ``train.optimiser``."""
@@ -81,11 +83,11 @@ class VAEConfig(MethodConfig):
     from: a diffusers folder or Hub id, an export or a run of this library."""
     gradient_checkpointing: bool = False
     reconstruction: Literal["l1", "mse"] = "l1"
-    reconstruction_weight: float = 1.0
-    kl_weight: float = 1e-6
+    reconstruction_weight: float = Field(1.0, ge=0)
+    kl_weight: float = Field(1e-6, ge=0)
     """Of the KL summed over the latent, in nats per image."""
     perceptual: Literal["lpips", "teacher", "none"] = "none"
-    perceptual_weight: float = 1.0
+    perceptual_weight: float = Field(1.0, ge=0)
     lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
     adversarial: AdversarialConfig | None = None
 
@@ -124,13 +126,15 @@ class KLTokenizer(Tokenizer):
         self.autoencoder.register_to_config(
             latents_mean=self.texture_mean.tolist(),
             latents_std=self.texture_std.tolist(),
-            scaling_factor=1 / self.texture_std.square().mean().sqrt().item(),
+            scaling_factor=1.0,  # diffusers divides by it as well
         )
         self.autoencoder.save_pretrained(folder / "vae")
         return {}
 
     @classmethod
     def load_networks(cls, folder: Path, config: Mapping[str, Any]) -> "KLTokenizer":
+        if not (folder / "vae").is_dir():
+            raise UserError(f"{folder}: its folder vae/ is missing; export again")
         autoencoder = load_autoencoder(str(folder / "vae"))
         return cls(autoencoder, method=config["method"], training_info=config["trained"])
 
@@ -142,9 +146,9 @@ class KLTokenizer(Tokenizer):
         config, tokenizer = autoencoder.config, cls(autoencoder, method="vae")
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is None or std is None:
-            mean, std = config.get("shift_factor") or 0.0, 1 / config.scaling_factor
+            mean, std = config.get("shift_factor") or 0.0, 1.0
         tokenizer.texture_mean.copy_(torch.as_tensor(mean))
-        tokenizer.texture_std.copy_(torch.as_tensor(std))
+        tokenizer.texture_std.copy_(torch.as_tensor(std) / config.scaling_factor)
         tokenizer.num_measured_images.fill_(1)  # measured by whoever published it
         return tokenizer
 
@@ -191,6 +195,7 @@ def adaptive_ratio(
     if dist.is_initialized() and dist.get_world_size() > 1:
         for gradient in gradients:
             dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
     wanted, adversarial = (gradient.norm() for gradient in gradients)
     return (wanted / (adversarial + 1e-4)).clamp(0, cap).detach()
 
@@ -328,7 +333,26 @@ class VAEObjective(TokenizerObjective):
         discriminator = players["discriminator"].discriminator if players else None
         players = {"autoencoder": self.player_class(config, stage, discriminator), **players}
         self.players = nn.ModuleDict(players)
+        if min(stage.image_size) < 8:
+            raise ValueError(
+                f"image size {stage.image_size} is too small to measure SSIM; at least 8"
+            )
         self.tokenizer(self.averaged_module()).spec.check_image_size(stage.image_size)
+        self._check_discriminator()
+
+    def _check_discriminator(self) -> None:
+        """It may start late; that its kernels fit the image is known now."""
+        if "discriminator" not in self.players:
+            return
+        height, width = self.stage.image_size
+        try:
+            with torch.no_grad():
+                self.players["discriminator"].discriminator.eval()(torch.zeros(1, 3, height, width))
+        except RuntimeError:
+            raise ValueError(
+                f"method.adversarial.num_layers: too many for images of {height}x{width}"
+            ) from None
+        self.players["discriminator"].train()
 
     def active_players(self, step: int) -> list[str]:
         config = self.config.adversarial

@@ -94,9 +94,17 @@ def load_autoencoder(reference: str) -> AutoencoderKL:
             f"'{reference}' is neither a preset ({', '.join(PRESETS)}), a folder with a VAE, nor a Hub id (org/name)"
         )
     try:
-        return AutoencoderKL.from_pretrained(source, subfolder=subfolder, use_safetensors=True)
+        autoencoder, report = AutoencoderKL.from_pretrained(
+            source, subfolder=subfolder, use_safetensors=True, output_loading_info=True
+        )
     except DAMAGE as error:
         raise UserError(f"VAE '{reference}' can't be loaded: {first_line(error)}") from None
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if wrong:
+        raise UserError(
+            f"VAE '{reference}': its weights do not fit its config.json ({len(wrong)} tensors, such as {wrong[0]})"
+        )
+    return autoencoder
 
 
 def autoencoder_stride(autoencoder: AutoencoderKL) -> int:

@@ -4,7 +4,7 @@ import random
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -15,13 +15,17 @@ from semtok.storage import DAMAGE, first_line, new_folder, read_tensors
 
 _NAME = "step_{:08d}"
 _MODEL_FILE, _STATE_FILE = "model.safetensors", "state.pt"
-
-
-class Stateful(Protocol):
-    """Anything that gives and takes its state."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+_STATE_KEYS = {
+    "step",
+    "seconds",
+    "skipped",
+    "ema_updates",
+    "optimisers",
+    "schedules",
+    "scaler",
+    "metrics",
+    "random",
+}
 
 
 def save_checkpoint(
@@ -70,6 +74,8 @@ def load_checkpoint(path: Path, *, modules: dict[str, torch.nn.Module]) -> dict[
         raise UserError(
             f"{path / _STATE_FILE}: cut short or damaged ({first_line(error)}); {way_out}"
         ) from None
+    if not isinstance(state, dict) or not state.keys() >= _STATE_KEYS:
+        raise UserError(f"{path / _STATE_FILE}: damaged, or of another version; {way_out}")
     for name, module in modules.items():
         prefix = f"{name}."
         own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}

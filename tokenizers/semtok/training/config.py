@@ -23,13 +23,13 @@ class TrainConfig(Config):
     warmup_steps: int = Field(0, ge=0)
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
     """Where the cosine ends, as a fraction of the learning rate."""
-    clip_norm: float | None = 1.0
+    clip_norm: float | None = Field(1.0, gt=0)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    ema_decay: float | None = None
+    ema_decay: float | None = Field(None, ge=0, lt=1)
     """None: no average; the trained weights are evaluated and exported."""
     compile: Literal["none", "inductor", "aot_eager"] = "none"
     """torch.compile's backend for the networks."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     log_every: int = Field(50, ge=1)
     """Steps between readings of the metrics; the host waits for the device at no other step."""
     checkpoint_every: int = Field(1000, ge=1)
@@ -47,7 +47,8 @@ class TrainConfig(Config):
             raise ValueError("train.final_lr_fraction takes effect with train.schedule=cosine only")
         if self.warmup_steps > self.steps:
             raise ValueError(
-                f"train.warmup_steps {self.warmup_steps} is more than train.steps {self.steps}"
+                f"train.warmup_steps {self.warmup_steps} is more than train.steps {self.steps}; "
+                "pass train.warmup_steps=…"
             )
         return self
 

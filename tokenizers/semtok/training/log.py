@@ -104,6 +104,14 @@ def non_finite(first_bad: dict[str, int], *, last_good: Path | None) -> NonFinit
     )
 
 
+def _step_of(line: str) -> float:
+    """A log line's step; a line that a kill cut short belongs to no step."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError):
+        return math.inf
+
+
 class RunLog:
     """``metrics.jsonl`` and ``curves.png`` of a run, and its progress on the terminal."""
 
@@ -122,11 +130,7 @@ class RunLog:
     def _drop_after(self, step: int) -> None:
         # An interrupted run may have logged steps that it will now take again.
         if self.file.exists():
-            kept = [
-                line
-                for line in self.file.read_text().splitlines()
-                if json.loads(line)["step"] <= step
-            ]
+            kept = [line for line in self.file.read_text().splitlines() if _step_of(line) <= step]
             with new_file(self.file) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept))
 

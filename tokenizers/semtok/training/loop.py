@@ -238,20 +238,32 @@ class Trainer:
                     self.accelerator.backward(self._total(output) / self.config.accumulate)
                 carry = {**carry, **output.carry}
 
-        for name in active:
-            if self.config.clip_norm is not None:
-                norm = self.accelerator.clip_grad_norm_(
-                    self.players[name].parameters(), self.config.clip_norm
-                )
-                # With fp16 the loss scale is found by letting gradients overflow; that is no failure.
-                if self.config.precision != "fp16":
-                    self._note({f"grad_norm/{name}": norm})
-            self.optimisers[name].step()
-            self.schedules[name].step()
-            self.optimisers[name].zero_grad()
+        self._step_optimisers(active)
         if self.ema is not None:
             self.ema.update(self.objective.averaged_module())
         self.step += 1
+
+    def _step_optimisers(self, active: list[str]) -> None:
+        scaler = self.accelerator.scaler
+        for name in active:
+            optimiser = self.optimisers[name]
+            if scaler is not None:
+                scaler.unscale_(optimiser.optimizer)
+            if self.config.clip_norm is not None:
+                norm = nn.utils.clip_grad_norm_(
+                    self.players[name].parameters(), self.config.clip_norm
+                )
+                # With fp16 the loss scale is found by letting gradients overflow; that is no failure.
+                if scaler is None:
+                    self._note({f"grad_norm/{name}": norm})
+            if scaler is None:
+                optimiser.step()
+            else:  # accelerate's step would move the scale between one player and the next
+                scaler.step(optimiser.optimizer)
+            self.schedules[name].step()
+            optimiser.zero_grad()
+        if scaler is not None:
+            scaler.update()
 
     def _batches(self) -> Iterator[ImageBatch]:
         order = DataOrder(
