@@ -470,8 +470,8 @@ def test_the_class_reader_knows_real_images_and_finds_wrong_ones(trained, tmp_pa
 def test_evaluate_classes_writes_what_it_found(model, tmp_path, capsys):
     from semtok.commands.evaluate import main
 
-    data = ["kind=shapes", "size=16"]
-    common = ["--num-train", "300", "--num-held-out", "100", "--num", "40", "--data", *data]
+    common = ["--num-train", "300", "--num-held-out", "100", "--num", "40"]
+    common += ["--data", "kind=shapes", "size=16"]
     code = run(
         main, ["classes", "--model", str(model), "--output", str(tmp_path / "c.json"), *common]
     )
@@ -479,6 +479,10 @@ def test_evaluate_classes_writes_what_it_found(model, tmp_path, capsys):
     scores = json.loads((tmp_path / "c.json").read_text())
     assert scores["real"] > 3 * scores["generated"], "six steps teach nobody 36 classes"
     assert len(scores["by_class"]) == 36
-    other = ["classes", "--model", str(model), "--data", *data, "classes=[hue]"]
+    # Without --data it is what the model was trained on: here 24 images.
+    output = tmp_path / "own.json"
+    assert run(main, ["classes", "--model", str(model), "--num", "1", "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["data"] == "shapes (seed 0, training)"
+    other = ["classes", "--model", str(model), "--data", "kind=shapes", "size=16", "classes=[hue]"]
     assert run(main, other) == 2
     assert "has 6 classes (red, yellow, green …), the model 36" in capsys.readouterr().err

@@ -1,10 +1,12 @@
 """``evaluate probe …`` and ``evaluate classes …``: what latents hold, and what generated images show."""
 
 import argparse
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         help="folder, run, Hub id or recipe name; several are compared",
     )
     task.set_defaults(command=_probe)
-    _add_data_options(task)
+    _add_data_options(task, default=["kind=shapes", "size=32"], shown="the embedded shapes")
 
     task = tasks.add_parser(
         "classes", help="share of generated images that show their class, read by a " + CLASSES
@@ -57,20 +59,18 @@ def main(arguments: Sequence[str]) -> int:
     task.add_argument("--teacher", default="demo", help="whose features the classifier reads")
     task.add_argument("--teacher-checkpoint", metavar="FILE", help="its local weights")
     task.set_defaults(command=_classes)
-    _add_data_options(task)
+    _add_data_options(task, default=None, shown="what the model was trained on")
 
     args = parser.parse_args(arguments)
     load_plugins(args.plugin)
     return args.command(args)
 
 
-def _add_data_options(task: argparse.ArgumentParser) -> None:
+def _add_data_options(
+    task: argparse.ArgumentParser, *, default: list[str] | None, shown: str
+) -> None:
     task.add_argument(
-        "--data",
-        nargs="*",
-        default=["kind=shapes", "size=32"],
-        metavar="key=value",
-        help="default: the embedded shapes",
+        "--data", nargs="*", default=default, metavar="key=value", help=f"default: {shown}"
     )
     task.add_argument("--num-train", type=int, default=4000, help="real images to fit on")
     task.add_argument("--num-held-out", type=int, default=2000, help="real images to score on")
@@ -80,15 +80,26 @@ def _add_data_options(task: argparse.ArgumentParser) -> None:
     )
 
 
-def _open(args: argparse.Namespace) -> tuple[ImageSource, ImageSource]:
-    """The real images; checks what else the options say, and cuts the numbers to what there is."""
+def _open(
+    args: argparse.Namespace, trained_on: dict[str, Any] | None = None
+) -> tuple[ImageSource, ImageSource]:
+    """The real images; checks what else the options say, and cuts the numbers to what there is.
+
+    Args:
+        trained_on: a model's data settings, for where ``--data`` is not given.
+    """
     if args.num_train < 20 or args.num_held_out < 1:
         raise UserError("--num-train must be at least 20 and --num-held-out at least 1")
     if args.output is not None and (
         args.output.is_dir() or not os.access(args.output.absolute().parent, os.W_OK)
     ):
         raise UserError(f"--output {args.output}: not a file that can be written")
-    train, held_out = open_sources(parse_data(args.data, place="--data"))
+    settings = args.data
+    if settings is None:
+        if not trained_on:
+            raise UserError("--data: the model does not say what it was trained on; give --data")
+        settings = [f"{key}={json.dumps(value)}" for key, value in trained_on.items()]
+    train, held_out = open_sources(parse_data(settings, place="--data"))
     args.num_train = min(args.num_train, len(train))
     args.num_held_out = min(args.num_held_out, len(held_out))
     return train, held_out
@@ -146,8 +157,8 @@ def _check_attributes(source: ImageSource) -> None:
 
 
 def _classes(args: argparse.Namespace) -> int:
-    train, held_out = _open(args)
     generator = Generator.from_pretrained(args.model).to(_device())
+    train, held_out = _open(args, generator.training_info.get("recipe", {}).get("data"))
     if generator.image_size != train.image_size:
         raise UserError(
             f"--data: images of {train.image_size}, but the model makes {generator.image_size}; pass size=…"

@@ -64,14 +64,14 @@ class DiTArchitecture(Config):
 # of SFD (arXiv 2512.04926), which adds S and 1p6B. T is ours, for the embedded recipes.
 _SIZES = {
     "SiT": {
-        "T": (8, 256, 4),
+        "T": (6, 192, 3),
         "S": (12, 384, 6),
         "B": (12, 768, 12),
         "L": (24, 1024, 16),
         "XL": (28, 1152, 16),
     },
     "LightningDiT": {
-        "T": (8, 256, 4),
+        "T": (6, 192, 3),
         "S": (12, 384, 6),
         "B": (12, 768, 12),
         "L": (24, 1024, 16),
