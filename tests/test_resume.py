@@ -98,9 +98,10 @@ def test_resuming_a_finished_run_changes_nothing(uninterrupted):
 
 def test_only_the_newest_checkpoints_are_kept_and_nothing_temporary_stays(tmp_path):
     folder = tmp_path / "run" / "checkpoints"
-    train(tmp_path / "run", checkpoint_every=3)
+    train(tmp_path / "run", checkpoint_every=3, schedule="constant")
     (folder / ".step_00000004.killed").mkdir()
-    train(tmp_path / "run", checkpoint_every=1, keep_last=2, steps=8, resume=True)
+    settings = {"checkpoint_every": 1, "keep_last": 2, "steps": 8, "schedule": "constant"}
+    train(tmp_path / "run", resume=True, **settings)
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000007", "step_00000008"]
 
 

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import torch.distributed as dist
+
 from semtok.errors import Interrupted, NonFiniteLoss, UserError
 
 COMMANDS = {
@@ -55,6 +57,9 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def launch(name: str) -> int:

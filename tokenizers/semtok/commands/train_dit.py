@@ -118,7 +118,7 @@ def train_dit(
         print(
             f"generator: {folder / 'export'}   pictures: {folder / 'samples'}   curves: {folder / 'curves.png'}"
         )
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
     return generator
 
 

@@ -77,7 +77,6 @@ def train_tokenizer(
             f"tokenizer: {folder / 'export'}   pictures: {folder / 'samples'}   curves: {folder / 'curves.png'}"
         )
     accelerator.wait_for_everyone()  # other processes may read the export next
-    accelerator.end_training()
     return tokenizer
 
 
