@@ -471,7 +471,7 @@ def test_evaluate_classes_writes_what_it_found(model, tmp_path, capsys):
     from semtok.commands.evaluate import main
 
     common = ["--num-train", "300", "--num-held-out", "100", "--num", "40"]
-    common += ["--data", "kind=shapes", "size=16"]
+    common += ["--data", "kind=shapes", "size=16", "classes=[shape, hue]"]
     code = run(
         main, ["classes", "--model", str(model), "--output", str(tmp_path / "c.json"), *common]
     )

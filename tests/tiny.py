@@ -28,7 +28,13 @@ def content(method: dict[str, Any] | None = None, **train: Any) -> dict[str, Any
         method.setdefault("mapper", {"projector_width": 16, "heads": 2})
     return {
         "method": method,
-        "data": {"kind": "shapes", "size": 16, "num_images": 24, "num_validation_images": 8},
+        "data": {
+            "kind": "shapes",
+            "size": 16,
+            "num_images": 24,
+            "num_validation_images": 8,
+            "classes": ["shape", "hue"],
+        },
         "teacher": {"name": "demo"},
         "train": {
             "steps": 6,
