@@ -137,6 +137,10 @@ def test_networks_that_are_others_are_refused_by_name():
     ):
         with pytest.raises(UserError, match=words):
             import_dit(state | change, place="x.pt")
+    for name in ("final_layer.linear.weight", "t_embedder.mlp.0.weight", "pos_embed"):
+        partial = {n: value for n, value in state.items() if n != name}
+        with pytest.raises(UserError, match="x.pt: not a SiT, REPA or LightningDiT checkpoint"):
+            import_dit(partial, place="x.pt", family="repa")
     with pytest.raises(UserError, match="x.pt: not a SiT, REPA or LightningDiT checkpoint"):
         import_dit({"conv.weight": torch.zeros(1)}, place="x.pt")
     narrow = official(network(DiTArchitecture(depth=1, width=32, heads=2), 4), 2)

@@ -270,6 +270,20 @@ class Tokenizer(nn.Module, ABC):
         return tokenizer.eval()
 
 
+def check_format_version(config: Mapping[str, Any], place: Path) -> None:
+    """Raises UserError where an export (a tokenizer's or a generator's) is of a format not known here."""
+    version = config.get("format_version")
+    if version is None:
+        raise UserError(f"{place}: 'format_version' is missing; export again")
+    if not isinstance(version, int):
+        raise UserError(f"{place}: format_version {version!r} is no number")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{place}: format version {version} is newer than this semtok reads ({FORMAT_VERSION}); "
+            "upgrade semtok"
+        )
+
+
 def _check_config(config: Any, folder: Path) -> None:
     """Raises UserError where an export's config.json can't be read by this version."""
     place = folder / _CONFIG_FILE
@@ -279,13 +293,7 @@ def _check_config(config: Any, folder: Path) -> None:
         raise UserError(
             f"{folder}: is a {config['kind']}, not a tokenizer; its tokenizer is {folder / 'tokenizer'}"
         )
-    if not isinstance(config.get("format_version"), int):
-        raise UserError(f"{place}: 'format_version' is missing; export again")
-    if config["format_version"] > FORMAT_VERSION:
-        raise UserError(
-            f"{place}: format version {config['format_version']} is newer than this semtok "
-            f"reads ({FORMAT_VERSION}); upgrade semtok"
-        )
+    check_format_version(config, place)
     missing = sorted(_KEYS - config.keys())
     if missing:
         raise UserError(f"{place}: {', '.join(missing)} missing; export again")

@@ -25,9 +25,9 @@ _FREE_ON_RESUME = (
 )
 
 
-def run_folder(recipe_path: Path, output: str | None) -> Path:
-    """Where a run's output goes: ``--output``, or ``runs/<recipe's name>``."""
-    return Path(output) if output else RUNS / recipe_path.stem
+def run_folder(name: str, output: str | None) -> Path:
+    """Where a run's output goes: ``--output``, or ``runs/<name>``."""
+    return Path(output) if output else RUNS / name
 
 
 def claim_run_folder(folder: Path, recipe: Config, *, resume: bool) -> None:

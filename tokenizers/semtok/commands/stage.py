@@ -1,5 +1,6 @@
 """What every training command does around the loop: starting, and what it leaves and shows at its end."""
 
+import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,20 @@ _LABELS = {
     "kl_per_dim": ("KL", "{:.2f} nats per dimension"),
     "velocity": ("squared error of the velocity", "{:.4f}"),
 }
+
+
+def add_run_options(parser: argparse.ArgumentParser, default_folder: str) -> None:
+    """What every training command takes beside its recipe."""
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings, for example train.steps=200"
+    )
+    parser.add_argument("--output", help=f"run folder; default: {default_folder}")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the run's newest checkpoint"
+    )
+    parser.add_argument(
+        "--print-recipe", action="store_true", help="show the resolved recipe and stop"
+    )
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ import torch
 
 from semtok.commands.cli import Parser
 from semtok.commands.reference import tokenizer_from_reference
-from semtok.commands.run_folder import claim_run_folder
-from semtok.commands.stage import errors_at, start_trainer, summarise
+from semtok.commands.run_folder import claim_run_folder, run_folder
+from semtok.commands.stage import add_run_options, errors_at, start_trainer, summarise
 from semtok.data.source import ImageSource
 from semtok.data.sources import open_sources
 from semtok.diffusion.generator import Generator
@@ -19,7 +19,7 @@ from semtok.diffusion.objective import DiffusionObjective
 from semtok.errors import UserError
 from semtok.images import to_pixels
 from semtok.recipe import DiffusionRecipe, load_diffusion_recipe, recipe_text
-from semtok.references import RUNS, recipe_folder
+from semtok.references import recipe_folder
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 from semtok.training.process import make_accelerator
@@ -29,21 +29,12 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     parser = Parser(prog="train_dit", description=__doc__)
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings, for example train.steps=200"
-    )
-    parser.add_argument(
         "--tokenizer",
         metavar="REF",
         help="folder, run, Hub id or recipe name; an embedded recipe is trained first",
     )
     parser.add_argument("--recipe", type=Path, help="a YAML recipe; default: recipes/dit.yaml")
-    parser.add_argument("--output", help="run folder; default: runs/<recipe>_<tokenizer>")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the run's newest checkpoint"
-    )
-    parser.add_argument(
-        "--print-recipe", action="store_true", help="show the resolved recipe and stop"
-    )
+    add_run_options(parser, "runs/<recipe>_<tokenizer>")
     args = parser.parse_intermixed_args(arguments)
 
     path = args.recipe or _default_recipe()
@@ -53,8 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     reference = Path(recipe.tokenizer)
     reference = reference.parent if reference.name == "export" else reference
-    name = f"{path.stem}_{reference.name}"
-    folder = Path(args.output) if args.output else RUNS / name
+    folder = run_folder(f"{path.stem}_{reference.name}", args.output)
     train_dit(recipe, folder, resume=args.resume, place=str(path))
     return 0
 

@@ -10,7 +10,7 @@ import torch
 
 from semtok.commands.cli import Parser
 from semtok.commands.run_folder import claim_run_folder, run_folder
-from semtok.commands.stage import errors_at, start_trainer, summarise
+from semtok.commands.stage import add_run_options, errors_at, start_trainer, summarise
 from semtok.data.loading import DataOrder
 from semtok.data.source import ImageSource
 from semtok.data.sources import open_sources
@@ -29,23 +29,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "recipe", type=Path, help="a YAML recipe, for example recipes/send_vae.yaml"
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings, for example train.steps=200"
-    )
-    parser.add_argument("--output", help="run folder; default: runs/<recipe's name>")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the run's newest checkpoint"
-    )
-    parser.add_argument(
-        "--print-recipe", action="store_true", help="show the resolved recipe and stop"
-    )
+    add_run_options(parser, "runs/<recipe's name>")
     args = parser.parse_intermixed_args(arguments)
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.print_recipe:
         print(recipe_text(recipe), end="")
         return 0
-    folder = run_folder(args.recipe, args.output)
+    folder = run_folder(args.recipe.stem, args.output)
     train_tokenizer(recipe, folder, resume=args.resume, place=str(args.recipe))
     return 0
 

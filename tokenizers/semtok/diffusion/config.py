@@ -43,6 +43,11 @@ class DiffusionConfig(Config):
     checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
 
+    @property
+    def schedule(self) -> Schedule:
+        """When each part is denoised; of unresolved leads, the texture's alone."""
+        return Schedule.from_leads(self.leads or {"texture": 0.0})
+
     @field_validator("network")
     @classmethod
     def _known(cls, network: str | DiTArchitecture) -> str | DiTArchitecture:
@@ -52,7 +57,7 @@ class DiffusionConfig(Config):
 
 def build_network(config: DiffusionConfig, spec: LatentSpec, *, num_classes: int) -> DiT:
     """The network that resolved settings and a spec describe, freshly initialised."""
-    schedule = Schedule.from_leads(config.leads or {"texture": 0.0})
+    schedule = config.schedule
     # Parts whose time the network is told separately, the leading ones first; none without a lead.
     ordered = sorted(schedule.starts, key=lambda name: schedule.starts[name])
     return DiT(

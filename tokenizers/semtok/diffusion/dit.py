@@ -62,23 +62,16 @@ class DiTArchitecture(Config):
 
 # (depth, width, heads). SiT: table 1 of DiT; LightningDiT: its released configurations, and those
 # of SFD (arXiv 2512.04926), which adds S and 1p6B. T is ours, for the embedded recipes.
+_SIT_SIZES = {
+    "T": (6, 192, 3),
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
 _SIZES = {
-    "SiT": {
-        "T": (6, 192, 3),
-        "S": (12, 384, 6),
-        "B": (12, 768, 12),
-        "L": (24, 1024, 16),
-        "XL": (28, 1152, 16),
-    },
-    "LightningDiT": {
-        "T": (6, 192, 3),
-        "S": (12, 384, 6),
-        "B": (12, 768, 12),
-        "L": (24, 1024, 16),
-        "XL": (28, 1152, 16),
-        "1p0B": (24, 1536, 24),
-        "1p6B": (28, 1792, 28),
-    },
+    "SiT": _SIT_SIZES,
+    "LightningDiT": _SIT_SIZES | {"1p0B": (24, 1536, 24), "1p6B": (28, 1792, 28)},
 }
 _PATCHES = {"SiT": (1, 2, 4, 8), "LightningDiT": (1, 2)}
 PRESETS: dict[str, DiTArchitecture] = {

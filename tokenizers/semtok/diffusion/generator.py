@@ -12,12 +12,11 @@ from semtok.config import parse
 from semtok.diffusion.config import DiffusionConfig, build_network
 from semtok.diffusion.dit import DiT
 from semtok.diffusion.sampling import SampleNoise, SamplerConfig, sample_latents
-from semtok.diffusion.transport import Schedule
 from semtok.errors import UserError
 from semtok.latents import Latents, LatentSpec
 from semtok.references import locate_export
 from semtok.storage import DAMAGE, first_line, new_folder, read_json, read_tensors, write_json
-from semtok.tokenizer import FORMAT_VERSION, Tokenizer, library_version
+from semtok.tokenizer import FORMAT_VERSION, Tokenizer, check_format_version, library_version
 
 KIND = "generator"
 _CONFIG_FILE = "config.json"
@@ -61,7 +60,7 @@ class Generator(nn.Module):
         self.config, self.sampler = config, sampler
         self.class_names, self.image_size = tuple(class_names), image_size
         self.training_info = training_info or {}
-        self.schedule = Schedule.from_leads(config.leads or {"texture": 0.0})
+        self.schedule = config.schedule
 
     @property
     def device(self) -> torch.device:
@@ -212,13 +211,7 @@ class Generator(nn.Module):
         missing = sorted(_KEYS - content.keys())
         if missing:
             raise UserError(f"{place}: {', '.join(missing)} missing; export again")
-        if not isinstance(content["format_version"], int):
-            raise UserError(f"{place}: format_version {content['format_version']!r} is no number")
-        if content["format_version"] > FORMAT_VERSION:
-            raise UserError(
-                f"{place}: format version {content['format_version']} is newer than this semtok reads "
-                f"({FORMAT_VERSION}); upgrade semtok"
-            )
+        check_format_version(content, place)
         tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
         try:
             spec = LatentSpec.from_dict(content["latents"])

@@ -13,7 +13,7 @@ from semtok.diffusion.config import DiffusionConfig, build_network, resolve_defa
 from semtok.diffusion.dit import DiT, architecture
 from semtok.diffusion.generator import Generator
 from semtok.diffusion.sampling import SampleNoise, SamplerConfig
-from semtok.diffusion.transport import Schedule, interpolate
+from semtok.diffusion.transport import interpolate
 from semtok.latents import Latents
 from semtok.nets.transformer import silu_mlp
 from semtok.objective import Draws, Objective, Reference, StepOutput, Term
@@ -44,11 +44,9 @@ def cosine_loss(predicted: Tensor, velocity: Tensor) -> Tensor:
 class DiTPlayer(nn.Module):
     """The network, with REPA's projector where the recipe has it."""
 
-    def __init__(
-        self, config: DiffusionConfig, network: DiT, schedule: Schedule, teacher: Teacher | None
-    ) -> None:
+    def __init__(self, config: DiffusionConfig, network: DiT, teacher: Teacher | None) -> None:
         super().__init__()
-        self.config, self.schedule, self.network = config, schedule, network
+        self.config, self.schedule, self.network = config, config.schedule, network
         self.projector = None
         if config.repa is not None:
             assert teacher is not None, "REPA needs a teacher"
@@ -181,7 +179,7 @@ class DiffusionObjective(Objective):
         self.config = resolve_defaults(config, tokenizer)
         self.sampler, self.image_size = sampler, image_size
         self.class_names = () if config.unconditional else tuple(class_names)
-        self.schedule = Schedule.from_leads(self.config.leads)
+        self.schedule = self.config.schedule
         _check_guidance(self.config, sampler, tokenizer)
         self._tokenizer = Reference(tokenizer.eval().requires_grad_(False))
         self._teacher = Reference(teacher) if teacher is not None else None
@@ -198,7 +196,7 @@ class DiffusionObjective(Objective):
             )
         network = build_network(self.config, tokenizer.spec, num_classes=len(self.class_names))
         network.checkpointing = config.checkpointing
-        player = DiTPlayer(self.config, network, self.schedule, teacher)
+        player = DiTPlayer(self.config, network, teacher)
         self.players = nn.ModuleDict({"dit": player})
 
     @property

@@ -238,15 +238,9 @@ def _euler_maruyama(
     if step.is_last:
         return state
     return {
-        name: part + _like(spread[name], part) * noise(tuple(part.shape[1:]))
-        if step.moved[name]
-        else part
+        name: part + spread[name] * noise(tuple(part.shape[1:])) if step.moved[name] else part
         for name, part in state.items()
     }
-
-
-def _like(value: Tensor, part: Tensor) -> Tensor:
-    return value.view(-1, *(1,) * (part.ndim - 1))
 
 
 def _dopri5(velocity: Velocity, start: State, config: SamplerConfig, schedule: Schedule) -> State:

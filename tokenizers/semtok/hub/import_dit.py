@@ -103,20 +103,18 @@ def import_dit(
         spec = LatentSpec((PartSpec("texture", channels, stride),))
         num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
         _check_positions(state, config)
+        ours = {
+            our_name(name): value
+            for name, value in state.items()
+            if not name.startswith(("pos_embed", "feat_rope.", "projectors."))
+        }
+        for name in ("final.linear.weight", "final.linear.bias"):
+            ours[name] = _velocity_rows(ours[name], config.patch_size, channels)
+        if family == "repa":
+            _reverse_time(ours)
     except (LookupError, ValueError, RuntimeError) as error:
         raise UserError(f"{place}: not a SiT, REPA or LightningDiT checkpoint ({error})") from None
-    if not {"final_layer.linear.weight", "final_layer.linear.bias"} <= state.keys():
-        raise UserError(f"{place}: its final_layer is missing")
     network = DiT(config, spec, num_classes=num_classes)
-    ours = {
-        our_name(name): value
-        for name, value in state.items()
-        if not name.startswith(("pos_embed", "feat_rope.", "projectors."))
-    }
-    for name in ("final.linear.weight", "final.linear.bias"):
-        ours[name] = _velocity_rows(ours[name], config.patch_size, channels)
-    if family == "repa":
-        _reverse_time(ours)
     try:
         network.load_state_dict(ours)
     except RuntimeError as error:
