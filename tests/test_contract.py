@@ -68,7 +68,7 @@ def test_statistics_do_not_depend_on_how_images_are_batched(tokenizer):
     images = torch.rand(8, 3, 16, 16) * 2 - 1
     # Posterior means alone, so that the draws cannot differ.
     original = tokenizer.posterior_raw
-    tokenizer.posterior_raw = lambda pixels: deterministic(original(pixels).mean)
+    tokenizer.posterior_raw = lambda pixels, features=None: deterministic(original(pixels).mean)
     try:
         tokenizer.measure_statistics([images])
         whole = tokenizer.texture_mean.clone(), tokenizer.texture_std.clone()
@@ -88,7 +88,9 @@ def test_encoding_before_statistics_are_measured_is_refused(pixels):
 
 def test_measuring_a_constant_channel_is_an_error(tokenizer):
     zeros = torch.zeros(2, 4, 2, 2)
-    tokenizer.posterior_raw = lambda pixels: deterministic(Latents({"texture": zeros}))
+    tokenizer.posterior_raw = lambda pixels, features=None: deterministic(
+        Latents({"texture": zeros})
+    )
     try:
         with pytest.raises(ValueError, match=r"'texture': channels \[0, 1, 2, 3\] are constant"):
             tokenizer.measure_statistics([torch.zeros(2, 3, 8, 8)])

@@ -20,6 +20,7 @@ from semtok.diffusion.dit import DiTArchitecture
 from semtok.diffusion.guidance import GuidanceConfig
 from semtok.diffusion.objective import DiffusionObjective, cosine_loss, squared_error
 from semtok.diffusion.sampling import SamplerConfig
+from semtok.objective import Batch
 from semtok.recipe import parse_recipe
 from semtok.teachers import Teacher, TeacherConfig
 
@@ -99,9 +100,9 @@ def test_each_term_trains_what_it_should_and_the_tokenizer_stays_as_it_is(traine
     for parameter in network.parameters():  # zero-initialised layers let no gradient through
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
-    inputs = stage.prepare(torch.rand(4, 3, 16, 16) * 2 - 1, torch.tensor([0, 1, 2, 0]), {})
+    inputs = stage.prepare(Batch(torch.rand(4, 3, 16, 16) * 2 - 1, torch.tensor([0, 1, 2, 0])))
     output = player(inputs, tiny.draws(), 0, {})
-    assert output.terms.keys() == {"velocity/texture", "cosine/texture", "alignment"}
+    assert output.terms.keys() == {"velocity/texture", "cosine", "alignment"}
     reached = {}
     for name, term in output.terms.items():
         grads = torch.autograd.grad(
@@ -111,7 +112,7 @@ def test_each_term_trains_what_it_should_and_the_tokenizer_stays_as_it_is(traine
         reached[name] = {n for n, g in zip(names, grads, strict=True) if g is not None and g.any()}
     everything = {n for n, _ in player.named_parameters()}
     projector = {n for n in everything if n.startswith("projector.")}
-    for name in ("velocity/texture", "cosine/texture"):
+    for name in ("velocity/texture", "cosine"):
         assert reached[name] == everything - projector
     late = {n for n in everything if n.startswith(("network.blocks.1.", "network.final."))}
     assert reached["alignment"] == everything - late, "REPA after block 1 trains no later block"
@@ -127,7 +128,7 @@ def test_labels_are_dropped_as_often_as_asked(trained, monkeypatch):
     monkeypatch.setattr(
         network, "forward", lambda x, t, y, **k: seen.append(y) or original(x, t, y, **k)
     )
-    inputs = stage.prepare(torch.zeros(256, 3, 16, 16), torch.ones(256, dtype=torch.int64), {})
+    inputs = stage.prepare(Batch(torch.zeros(256, 3, 16, 16), torch.ones(256, dtype=torch.int64)))
     for step in range(4):
         stage.players["dit"](inputs, tiny.draws(step, 256), step, {})
     labels = torch.cat(seen)
@@ -137,7 +138,7 @@ def test_labels_are_dropped_as_often_as_asked(trained, monkeypatch):
 
 def test_metrics_tell_the_loss_of_each_quarter_of_time(trained):
     stage = objective(Tokenizer.from_pretrained(trained / "runs/tok"))
-    inputs = stage.prepare(torch.rand(64, 3, 16, 16), torch.zeros(64, dtype=torch.int64), {})
+    inputs = stage.prepare(Batch(torch.rand(64, 3, 16, 16), torch.zeros(64, dtype=torch.int64)))
     output = stage.players["dit"](inputs, tiny.draws(0, 64), 0, {})
     pairs = torch.stack(list(output.metrics.values()))
     assert list(output.metrics) == [

@@ -136,10 +136,10 @@ def test_two_processes_train_a_missing_tokenizer_together_first(tmp_path):
     script.write_text(
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from semtok.commands import reference, train_dit\n"
+        "from semtok.commands import train_dit, train_tokenizer\n"
         "from semtok.commands.cli import run\n"
         f"os.chdir({str(tmp_path)!r})\n"
-        f"reference.find_recipe = lambda name: Path({str(recipe)!r})\n"
+        f"train_tokenizer.find_recipe = lambda name: Path({str(recipe)!r})\n"
         "sys.exit(run(train_dit.main, ['--recipe', 'dit.yaml', '--output', 'runs/dit']))\n"
     )
     outputs = launch([str(script)], 2)

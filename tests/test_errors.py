@@ -47,7 +47,7 @@ FOLDER = ["data={kind: folder, path: images, size: 16}"]
         (["methd.name=vae"], ["'methd'", "did you mean 'method'"]),
         (["train.optimiser.lr=1"], ["train.optimiser.lr", "known here: betas, learning_rate"]),
         (["train.steps=abc"], ["train.steps", "integer", "'abc'"]),
-        (["train.steps=0"], ["train.steps", "greater than or equal to 1"]),
+        (["train.steps=0"], ["train.steps", "expected at least 1, got 0"]),
         (["data.size=big"], ["data.size", "'big'"]),
         (["data.classes=[colour]"], ["data.classes", "colour", "hue"]),
         (["train.batch_size"], ["train.batch_size", "key=value"]),

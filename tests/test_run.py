@@ -358,7 +358,7 @@ def test_unreadable_files_are_warned_of_once_and_counted(tmp_path, capsys):
 
 def test_a_recipe_name_is_trained_first_and_found_the_second_time(tmp_path, monkeypatch, capsys):
     from semtok import references
-    from semtok.commands.reference import tokenizer_from_reference
+    from semtok.commands.train_tokenizer import tokenizer_from_reference
 
     recipes = tmp_path / "recipes"
     recipes.mkdir()

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from semtok.commands.train_tokenizer import build_objective
-from semtok.images import to_pixels
 from semtok.objective import Draws, TokenizerObjective
 from semtok.recipe import parse_recipe
+from semtok.training.loop import on_device
 
 AUTOENCODER = {
     "block_channels": [8, 8, 16],
@@ -17,13 +17,15 @@ AUTOENCODER = {
     "latent_channels": 4,
     "norm_groups": 4,
 }
+COMPOSITES = ("redi", "reglue", "semvae")
 ADVERSARIAL = {"start_step": 0, "width": 8, "num_layers": 1}
 
 
 def content(method: dict[str, Any] | None = None, **train: Any) -> dict[str, Any]:
     """A recipe of the given method settings (Send-VAE's by default) that trains in a second."""
     method = {"name": "send_vae"} | (method or {})
-    method.setdefault("vae", deepcopy(AUTOENCODER))
+    if method["name"] not in COMPOSITES:
+        method.setdefault("vae", deepcopy(AUTOENCODER))
     if method["name"] == "send_vae":
         method.setdefault("mapper", {"projector_width": 16, "heads": 2})
     return {
@@ -64,7 +66,7 @@ def batch(objective: TokenizerObjective, num: int = 4) -> dict[str, Any]:
     from semtok.data.shapes import Shapes, ShapesConfig
 
     loaded = Shapes(ShapesConfig(size=16), train=True).load(range(num))
-    return objective.prepare(to_pixels(loaded.images), loaded.labels, loaded.attributes)
+    return objective.prepare(on_device(loaded, torch.device("cpu")))
 
 
 def draws(step: int = 0, num: int = 4) -> Draws:

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from semtok.data.shapes import ATTRIBUTES
-from semtok.objective import Draws, Objective, StepOutput, Term
+from semtok.objective import Batch, Draws, Objective, StepOutput, Term
 from semtok.teachers import DEMO_WIDTH, demo_network
 
 _PATCH = 4
@@ -64,10 +64,8 @@ class DemoTeacherObjective(Objective):
     def averaged_module(self) -> nn.Module:
         return self.players["teacher"].network
 
-    def prepare(
-        self, pixels: Tensor, labels: Tensor, attributes: Mapping[str, Tensor]
-    ) -> dict[str, Any]:
-        return {"pixels": pixels, "attributes": attributes}
+    def prepare(self, batch: Batch) -> dict[str, Any]:
+        return {"pixels": batch.pixels, "attributes": batch.attributes}
 
     def validate(
         self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]

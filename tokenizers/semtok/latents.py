@@ -101,15 +101,21 @@ class LatentSpec:
     parts: tuple[PartSpec, ...]
 
     def __post_init__(self) -> None:
-        names = [part.name for part in self.parts]
-        if len(set(names)) != len(names) or names[:1] != ["texture"]:
-            raise ValueError(f"a latent spec lists distinct parts, 'texture' first; got {names}")
+        if len(set(self.names)) != len(self.names) or self.names[:1] != ("texture",):
+            raise ValueError(
+                f"a latent spec lists distinct parts, 'texture' first; got {list(self.names)}"
+            )
 
     def __getitem__(self, name: str) -> PartSpec:
         for part in self.parts:
             if part.name == name:
                 return part
-        raise KeyError(f"no part '{name}'; the parts are {[part.name for part in self.parts]}")
+        raise KeyError(f"no part '{name}'; the parts are {list(self.names)}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parts' names, in order."""
+        return tuple(part.name for part in self.parts)
 
     @property
     def stride(self) -> int:
@@ -140,10 +146,8 @@ class LatentSpec:
 
     def check(self, latents: Latents) -> None:
         """Raises ValueError where latents do not have this spec's parts, in order, with its channels."""
-        if list(latents) != [part.name for part in self.parts]:
-            raise ValueError(
-                f"expected parts {[part.name for part in self.parts]}, got {list(latents)}"
-            )
+        if tuple(latents) != self.names:
+            raise ValueError(f"expected parts {list(self.names)}, got {list(latents)}")
         for part in self.parts:
             tensor = latents[part.name]
             if tensor.ndim != (4 if part.is_spatial else 2) or tensor.shape[1] != part.channels:

@@ -2,15 +2,18 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import torch
+from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
 from semtok.config import Config
+from semtok.data.source import ImageSource
+from semtok.teachers import TeacherFeatures
 from semtok.tokenizer import Tokenizer
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -50,6 +53,23 @@ class StepOutput:
     terms: dict[str, Term]
     metrics: dict[str, Tensor] = field(default_factory=dict)
     carry: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch as the loop gives it, on the device.
+
+    Attributes:
+        pixels: (B, 3, H, W) in [-1, 1]; None where cached features stand for the images.
+        labels: int64 (B,).
+        attributes: int64 (B,) each, by name.
+        features: what a teacher saw in the images, where it is cached.
+    """
+
+    pixels: Tensor | None
+    labels: Tensor
+    attributes: Mapping[str, Tensor] = field(default_factory=dict)
+    features: TeacherFeatures | None = None
 
 
 @dataclass(frozen=True)
@@ -126,10 +146,16 @@ class Objective(nn.Module, ABC):
     def averaged_module(self) -> nn.Module:
         """The part of a player that the EMA follows, and that evaluation and export use."""
 
+    def measure(self, batches: Iterable[Batch]) -> None:
+        """Takes in, before the first step, what is measured on training data instead of learned.
+
+        Called once in a run, on each process with its share of the batches, which are read only
+        where they are iterated. Where there are steps, what it finds has to stand in the players'
+        buffers, which checkpoints keep.
+        """
+
     @abstractmethod
-    def prepare(
-        self, pixels: Tensor, labels: Tensor, attributes: Mapping[str, Tensor]
-    ) -> dict[str, Any]:
+    def prepare(self, batch: Batch) -> dict[str, Any]:
         """Inputs that all players share, without gradient: one teacher forward for every consumer."""
 
     @abstractmethod
@@ -147,6 +173,10 @@ class Objective(nn.Module, ABC):
 
 class TokenizerObjective(Objective):
     """A stage that makes a tokenizer."""
+
+    def training_source(self, source: ImageSource, accelerator: Accelerator) -> ImageSource:
+        """What training reads, given the images: a cache of them where the settings ask for one."""
+        return source
 
     @abstractmethod
     def tokenizer(self, averaged: nn.Module) -> Tokenizer:

@@ -26,28 +26,31 @@ def rows_of_images(rows: list[Tensor], min_height: int = 96) -> Tensor:
     return make_grid(to_uint8(torch.cat(scaled)), nrow=len(rows[0]), padding=4, pad_value=255)
 
 
-def principal_components(features: Tensor) -> Tensor:
+def principal_components(features: Tensor, of: Tensor | None = None) -> Tensor:
     """The first three principal components of spatial features, as colours.
 
     Args:
-        features: (B, C, h, w); components are taken over all positions of the batch.
+        features: (B, C, h, w).
+        of: (B', C, h', w'), over all of whose positions components are taken; None: the features'
+            own. Features of one meaning get the same colours by the same ``of``.
 
     Returns:
         Pixels (B, 3, h, w) in [-1, 1]; two standard deviations span half the range.
     """
-    batch, _, height, width = features.shape
-    flat = rearrange(features.float(), "b c h w -> (b h w) c")
-    flat = flat - flat.mean(dim=0)
+    source = rearrange((features if of is None else of).float(), "b c h w -> (b h w) c")
+    mean = source.mean(dim=0)
+    flat = source - mean
     _, strengths, directions = torch.linalg.svd(flat, full_matrices=False)
     # Directions that only rounding errors span would be scaled up to noise.
-    size = strengths[0] + flat.numel() ** 0.5 * features.float().abs().max()
+    size = strengths[0] + flat.numel() ** 0.5 * source.abs().max()
     rounding = 4 * torch.finfo(flat.dtype).eps * size
     directions = (directions * (strengths > rounding)[:, None])[:3]
     # A direction's sign is arbitrary; fixing it keeps colours alike from one picture to the next.
     largest = directions.abs().argmax(dim=1, keepdim=True)
     directions = directions * directions.gather(1, largest).sign()
-    components = flat @ directions.T
-    spread = components.square().sum(dim=0).div(max(1, len(components) - 1)).sqrt()
-    components = components / (2 * spread).where(spread > 0, 1)
-    components = F.pad(components, (0, 3 - components.shape[1]))
-    return rearrange(components, "(b h w) c -> b c h w", b=batch, h=height, w=width).clamp(-1, 1)
+    spread = (flat @ directions.T).square().sum(dim=0).div(max(1, len(flat) - 1)).sqrt()
+    centred = features.float() - mean[:, None, None]
+    components = torch.einsum("k c, b c h w -> b k h w", directions, centred)
+    components = components / (2 * spread).where(spread > 0, 1)[:, None, None]
+    components = F.pad(components, (0, 0, 0, 0, 0, 3 - components.shape[1]))
+    return components.clamp(-1, 1)

@@ -40,6 +40,17 @@ class TokenizerRecipe(Config, Generic[MethodType, DataType]):
             )
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _steps_where_needed(self) -> "TokenizerRecipe[MethodType, DataType]":
+        if self.method.has_steps() != bool(self.train.steps):
+            raise ValueError(
+                "train.steps: expected at least 1, got 0"
+                if self.method.has_steps()
+                else f"train.steps: method '{self.method.name}' with these settings learns nothing by "
+                "steps; pass train.steps=0"
+            )
+        return self
+
 
 class DiffusionRecipe(Config, Generic[DataType]):
     """Everything that determines a generator's training."""
@@ -51,15 +62,15 @@ class DiffusionRecipe(Config, Generic[DataType]):
     sampler: SamplerConfig = SamplerConfig()
     """How pictures are drawn in training, and by default afterwards."""
     teacher: TeacherConfig | None = None
-    """Used by REPA."""
+    """Used by REPA; None: the tokenizer's own, where it has one."""
     train: TrainConfig
     plugins: tuple[str, ...] = ()
     """Python files that register methods of your own."""
 
     @pydantic.model_validator(mode="after")
-    def _teacher_where_needed(self) -> "DiffusionRecipe[DataType]":
-        if self.diffusion.repa is not None and self.teacher is None:
-            raise ValueError("diffusion.repa needs a teacher; give teacher.name=…")
+    def _some_steps(self) -> "DiffusionRecipe[DataType]":
+        if not self.train.steps:
+            raise ValueError("train.steps: expected at least 1, got 0")
         return self
 
 

@@ -2,12 +2,15 @@
 
 import re
 import sysconfig
+from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
 from semtok.errors import UserError
 
 RUNS = Path("runs")
+DEMO = "demo"
+"""Name of the embedded VAE, which every installation has."""
 
 
 def locate_export(
@@ -19,7 +22,8 @@ def locate_export(
 ) -> Path:
     """Finds the exported folder that a reference names.
 
-    The order: a folder (an export, or a run that holds one), ``runs/<name>``, a Hub id.
+    The order: a folder (an export, or a run that holds one), ``runs/<name>``, ``demo`` for the
+    embedded VAE, a Hub id.
 
     Args:
         kind: what is looked for, for messages.
@@ -35,6 +39,8 @@ def locate_export(
             raise UserError(f"{folder}: this run has no export yet; let it finish with --resume")
     if Path(reference).is_dir():
         raise UserError(f"{reference}: no {kind} there (no config.json)")
+    if reference == DEMO and kind == "tokenizer":
+        return Path(str(files("semtok") / "assets" / "demo_tokenizer"))
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", reference) and not reference.startswith(".")
     if is_hub_id and not reference.startswith(f"{RUNS}/"):
         return _from_hub(reference, kind, revision=revision, local_files_only=local_files_only)

@@ -23,14 +23,28 @@ class MethodConfig(Config):
         """Whether training reads a teacher's features."""
         return False
 
+    def has_steps(self) -> bool:
+        """Whether anything is learned by optimiser steps."""
+        return True
+
+    def texture_reference(self) -> str | None:
+        """The tokenizer that this one is built on, where there is one."""
+        return None
+
 
 @dataclass(frozen=True)
 class Stage:
-    """What a method is given beside its own settings when training starts."""
+    """What a method is given beside its own settings when training starts.
+
+    Attributes:
+        image_size: (height, width) of the training images.
+        texture: the tokenizer that ``MethodConfig.texture_reference`` names.
+    """
 
     image_size: tuple[int, int]
     teacher: Teacher | None
     steps: int
+    texture: Tokenizer | None = None
 
 
 @dataclass(frozen=True)
@@ -122,5 +136,8 @@ def load_plugins(files: Iterable[str]) -> None:
 
 
 def _load_built_in() -> None:
+    import semtok.methods.redi
+    import semtok.methods.reglue
+    import semtok.methods.semvae
     import semtok.methods.send_vae
     import semtok.methods.vae  # noqa: F401

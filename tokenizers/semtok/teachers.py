@@ -2,6 +2,8 @@
 
 import contextlib
 import difflib
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -74,6 +76,15 @@ class TeacherFeatures:
     patches: tuple[Tensor, ...]
     pooled: Tensor
 
+    @property
+    def joined(self) -> Tensor:
+        """All layers' patch tokens on one channel axis, in their order: (B, sum of D, rows, columns)."""
+        return self.patches[0] if len(self.patches) == 1 else torch.cat(self.patches, dim=1)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TeacherFeatures":
+        """Applies a function to every tensor."""
+        return TeacherFeatures(tuple(map(function, self.patches)), function(self.pooled))
+
 
 class Teacher(nn.Module):
     """A frozen timm network with its own input size and normalisation.
@@ -98,9 +109,10 @@ class Teacher(nn.Module):
         self.register_buffer("mean", torch.tensor(data["mean"])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(data["std"])[:, None, None], persistent=False)
         self.input_size = config.input_size or min(data["input_size"][1:])
-        # A ViT's grid is made of whole patches; a CNN takes any size, and 32 keeps its grid whole.
+        # Pixels of the network's input per token and side. A CNN takes any size, and whole multiples
+        # of 32 keep its grid whole.
         embed = getattr(self.network, "patch_embed", None)
-        self._multiple = int(embed.feat_ratio()) if hasattr(embed, "feat_ratio") else 32
+        self.patch_size = int(embed.feat_ratio()) if hasattr(embed, "feat_ratio") else 32
         self._is_transformer = isinstance(self.network, _TRANSFORMERS)
         self.eval()
         self._check_layers()
@@ -113,32 +125,61 @@ class Teacher(nn.Module):
         """Channels D of the patch tokens, per layer."""
         return self._widths
 
-    def preprocess(self, pixels: Tensor) -> Tensor:
+    @property
+    def pooled_width(self) -> int:
+        """Channels D of the pooled token."""
+        return self._widths[-1]
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of the patch tokens of images of (height, width).
+
+        The shorter side of what the network sees is ``input_size``, the longer keeps the aspect
+        ratio, both rounded to whole patches.
+        """
+        short = min(image_size)
+        rows, columns = (
+            max(1, round(side * self.input_size / short / self.patch_size)) for side in image_size
+        )
+        return rows, columns
+
+    def fingerprint(self) -> str:
+        """A digest of the weights: tokenizers that encode by a teacher know theirs by it."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def preprocess(self, pixels: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] to the network's input: normalised, then resized.
 
         The order and the bicubic filter without antialiasing are those of the REPA family's code.
-        The shorter side becomes ``input_size``, the longer keeps the aspect ratio, both rounded
-        to whole patches.
+
+        Args:
+            grid: of the patch tokens; None: what ``grid`` says.
         """
         normalised = ((pixels + 1) / 2 - self.mean) / self.std
-        short = min(pixels.shape[-2:])
-        size = [
-            max(1, round(side * self.input_size / short / self._multiple)) * self._multiple
-            for side in pixels.shape[-2:]
-        ]
-        if tuple(size) == tuple(pixels.shape[-2:]):
+        size = tuple(n * self.patch_size for n in grid or self.grid(tuple(pixels.shape[-2:])))
+        if size == tuple(pixels.shape[-2:]):
             return normalised
         return F.interpolate(normalised, size=size, mode="bicubic", align_corners=False)
 
-    def features(self, pixels: Tensor, *, differentiable: bool = False) -> TeacherFeatures:
+    def features(
+        self,
+        pixels: Tensor,
+        *,
+        grid: tuple[int, int] | None = None,
+        differentiable: bool = False,
+    ) -> TeacherFeatures:
         """One forward pass for every consumer.
 
         Args:
             pixels: (B, 3, H, W) in [-1, 1], any size.
+            grid: (rows, columns) of the patch tokens; None: what ``grid`` says.
             differentiable: let gradients flow to ``pixels``; the teacher itself never has any.
         """
         with contextlib.nullcontext() if differentiable else torch.no_grad():
-            inputs = self.preprocess(pixels)
+            inputs = self.preprocess(pixels, grid)
             if self._is_transformer:
                 return self._transformer_features(inputs)
             layers = self._positive_layers
@@ -188,7 +229,7 @@ class Teacher(nn.Module):
                 f"teacher.layers: {list(self.config.layers)} names the same layer twice; "
                 f"'{self.timm_name}' has {depth} layers"
             )
-        side = max(1, self.input_size // self._multiple) * self._multiple
+        side = max(1, self.input_size // self.patch_size) * self.patch_size
         probe = self.features(torch.zeros(1, 3, side, side))
         self._widths = tuple(patch.shape[1] for patch in probe.patches)
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from semtok.errors import UserError
 from semtok.images import Images, to_pixels
 from semtok.latents import Latents, LatentSpec, Posterior
 from semtok.references import locate_export
+from semtok.statistics import StreamingMoments
 from semtok.storage import first_line, new_folder, read_json, read_tensors, write_json
+from semtok.teachers import Teacher, TeacherConfig, TeacherFeatures
 
 FORMAT_VERSION = 1
 _CONFIG_FILE = "config.json"
@@ -25,11 +27,19 @@ _KEYS = {"method", "latents", "diffusion_defaults", "settings", "trained"}
 
 @dataclass(frozen=True)
 class DiffusionDefaults:
-    """How a generator should treat one part, unless its recipe says otherwise."""
+    """What a generator's recipe means, in its own words, where its ``diffusion:`` section is silent.
 
-    loss_weight: float = 1.0
-    lead: float = 0.0
-    """By how much of the time axis this part runs ahead of the texture."""
+    Attributes:
+        leads: per part, by how much of the time axis it runs ahead; parts not named have 0.
+        loss_weights: per part, of the velocity's squared error; parts not named have 1.
+        cosine_weight: of the cosine loss of the velocity.
+        repa: settings of representation alignment, or None for none.
+    """
+
+    leads: dict[str, float] = field(default_factory=dict)
+    loss_weights: dict[str, float] = field(default_factory=dict)
+    cosine_weight: float = 0.0
+    repa: dict[str, Any] | None = None
 
 
 class Tokenizer(nn.Module, ABC):
@@ -47,7 +57,9 @@ class Tokenizer(nn.Module, ABC):
     method: str
     """Name under which the method is registered."""
     spec: LatentSpec
-    diffusion_defaults: dict[str, DiffusionDefaults]
+    diffusion_defaults: DiffusionDefaults
+    teacher_config: TeacherConfig | None = None
+    """Settings of the teacher by whose features it encodes; None: it needs none."""
     training_info: dict[str, Any]
     """What trained it (teacher, data, image size); for readers, no code depends on it."""
 
@@ -58,7 +70,7 @@ class Tokenizer(nn.Module, ABC):
         self.spec = spec
         self.method = method
         self.training_info = training_info or {}
-        self.diffusion_defaults = {part.name: DiffusionDefaults() for part in spec.parts}
+        self.diffusion_defaults = DiffusionDefaults()
         for part in spec.parts:
             self.register_buffer(f"{part.name}_mean", torch.zeros(part.channels))
             self.register_buffer(f"{part.name}_std", torch.ones(part.channels))
@@ -67,8 +79,12 @@ class Tokenizer(nn.Module, ABC):
     # What a method gives ------------------------------------------------------------------------
 
     @abstractmethod
-    def posterior_raw(self, pixels: Tensor) -> Posterior:
-        """Pixels to the posterior of their raw latents."""
+    def posterior_raw(self, pixels: Tensor, features: TeacherFeatures | None = None) -> Posterior:
+        """Pixels to the posterior of their raw latents.
+
+        Args:
+            features: what ``features`` gives for these pixels, where the caller has it already.
+        """
 
     @abstractmethod
     def decode_raw(self, raw: Latents) -> Tensor:
@@ -82,6 +98,20 @@ class Tokenizer(nn.Module, ABC):
     @abstractmethod
     def load_networks(cls, folder: Path, config: Mapping[str, Any]) -> "Tokenizer":
         """Rebuilds the tokenizer from what ``save_networks`` wrote and the whole config.json."""
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher by whose features it encodes, or None."""
+        return None
+
+    def features(self, pixels: Tensor) -> TeacherFeatures | None:
+        """What that teacher sees in pixels, or None."""
+        return None
+
+    @property
+    def measured_parts(self) -> tuple[str, ...]:
+        """The parts whose statistics ``measure_statistics`` measures."""
+        return self.spec.names
 
     # The contract -------------------------------------------------------------------------------
 
@@ -102,11 +132,16 @@ class Tokenizer(nn.Module, ABC):
         posterior = self.posterior(images)
         return posterior.sample(generator) if sample else posterior.mean
 
-    def posterior(self, images: Images) -> Posterior:
-        """Images to the posterior of their latents, standardised; arguments and errors as ``encode``."""
+    def posterior(self, images: Images, features: TeacherFeatures | None = None) -> Posterior:
+        """Images to the posterior of their latents, standardised; errors as ``encode``.
+
+        Args:
+            images: as ``encode`` takes them.
+            features: what ``features`` gives for these images, where the caller has it already.
+        """
         pixels = to_pixels(images, device=self.texture_mean.device).to(self.texture_mean.dtype)
         self.spec.check_image_size(tuple(pixels.shape[-2:]))
-        raw = self.posterior_raw(pixels)
+        raw = self.posterior_raw(pixels, features)
         std = self._per_channel(raw.std, lambda std, _, scale: std / scale)
         return Posterior(self.standardise(raw.mean), std)
 
@@ -166,20 +201,19 @@ class Tokenizer(nn.Module, ABC):
         Raises:
             ValueError: no image, or a channel that does not vary or is not finite.
         """
+        if not self.measured_parts:
+            return
         num_images = 0
-        sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+        moments = {name: StreamingMoments() for name in self.measured_parts}
         for pixels in batches:
             raw = self.posterior_raw(pixels.to(self.texture_mean.device)).sample(generator)
             num_images += len(pixels)
-            for name, part in raw.items():
-                values = part.double().transpose(0, 1).flatten(1)  # (C, everything else)
-                mean = values.mean(dim=1)
-                squares = (values - mean[:, None]).square().sum(dim=1)
-                sums[name] = _merge(sums.get(name), (mean, squares, values.shape[1]))
+            for name, seen in moments.items():
+                seen.add(raw[name])
         if not num_images:
             raise ValueError("no images to measure latent statistics on")
-        for name, (mean, squares, count) in sums.items():
-            std = (squares / count).sqrt()
+        for name, seen in moments.items():
+            mean, std = seen.mean, seen.std
             if not bool(
                 (std > 1e-6).all() & torch.isfinite(mean).all() & torch.isfinite(std).all()
             ):
@@ -212,9 +246,7 @@ class Tokenizer(nn.Module, ABC):
                     "kind": "tokenizer",
                     "method": self.method,
                     "latents": self.spec.to_dict(),
-                    "diffusion_defaults": {
-                        name: asdict(d) for name, d in self.diffusion_defaults.items()
-                    },
+                    "diffusion_defaults": asdict(self.diffusion_defaults),
                     "settings": settings,
                     "trained": self.training_info,
                 },
@@ -256,9 +288,7 @@ class Tokenizer(nn.Module, ABC):
         for name, buffer in expected.items():
             buffer.copy_(state[name])
         try:
-            tokenizer.diffusion_defaults = {
-                n: DiffusionDefaults(**d) for n, d in config["diffusion_defaults"].items()
-            }
+            tokenizer.diffusion_defaults = DiffusionDefaults(**config["diffusion_defaults"])
             same = tokenizer.spec == LatentSpec.from_dict(config["latents"])
         except (TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{folder / _CONFIG_FILE}: damaged ({first_line(error)})") from None
@@ -297,21 +327,6 @@ def _check_config(config: Any, folder: Path) -> None:
     missing = sorted(_KEYS - config.keys())
     if missing:
         raise UserError(f"{place}: {', '.join(missing)} missing; export again")
-
-
-def _merge(
-    a: tuple[Tensor, Tensor, int] | None, b: tuple[Tensor, Tensor, int]
-) -> tuple[Tensor, Tensor, int]:
-    """Joins (mean, sum of squared deviations, count) of two sets (Chan, Golub and LeVeque 1979)."""
-    if a is None:
-        return b
-    count = a[2] + b[2]
-    delta = b[0] - a[0]
-    return (
-        a[0] + delta * (b[2] / count),
-        a[1] + b[1] + delta.square() * (a[2] * b[2] / count),
-        count,
-    )
 
 
 def library_version() -> str:

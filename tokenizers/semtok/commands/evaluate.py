@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from semtok.commands.cli import Parser
-from semtok.commands.reference import tokenizer_from_reference
 from semtok.commands.stage import errors_at
 from semtok.commands.table import print_table
+from semtok.commands.train_tokenizer import tokenizer_from_reference
 from semtok.data.source import ImageSource
 from semtok.data.sources import open_sources
 from semtok.diffusion.generator import Generator

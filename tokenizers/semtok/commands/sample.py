@@ -56,6 +56,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--weak", metavar="MODEL", help="autoguidance: guide away from this weaker model"
     )
+    parser.add_argument(
+        "--strip",
+        type=int,
+        metavar="COLUMNS",
+        help="show sampling over time, one image a row, its semantic part below; to FILE.png",
+    )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images")
     parser.add_argument("--batch-size", type=int, default=32, help="changes speed, not images")
     parser.add_argument(
@@ -83,6 +89,8 @@ def main(arguments: Sequence[str]) -> int:
     # consecutive parts.
     labels = [classes[i % len(classes)] for i in range(num)]
 
+    if args.strip is not None:
+        return _strip(args, generator, sampler, labels if args.num is not None else classes[:4])
     state = PartialState(cpu=not torch.cuda.is_available())
     generator.to(state.device)
     weak = weak.to(state.device) if weak is not None else None
@@ -117,6 +125,20 @@ def main(arguments: Sequence[str]) -> int:
         names = [_name(generator, label) for label in dict.fromkeys(labels)]
         shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         print(f"{num} images of {shown}: {args.output}")
+    return 0
+
+
+def _strip(
+    args: argparse.Namespace, generator: Generator, sampler: SamplerConfig, labels: list[int]
+) -> int:
+    if args.output.suffix.lower() != ".png" or args.strip < 2 or args.weak:
+        raise UserError(
+            "--strip: expected at least 2 columns, --output FILE.png, and no --weak model"
+        )
+    generator.to("cuda" if torch.cuda.is_available() else "cpu")
+    picture = generator.strip(labels, columns=args.strip, seed=args.seed, sampler=sampler)
+    _write_png(args.output, picture)
+    print(f"sampling over time of {len(labels)} images: {args.output}")
     return 0
 
 

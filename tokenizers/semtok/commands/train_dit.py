@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from semtok.commands.cli import Parser
-from semtok.commands.reference import tokenizer_from_reference
 from semtok.commands.run_folder import claim_run_folder, run_folder
 from semtok.commands.stage import add_run_options, errors_at, start_trainer, summarise
+from semtok.commands.train_tokenizer import keep_tokenizer, tokenizer_from_reference
 from semtok.data.source import ImageSource
 from semtok.data.sources import open_sources
 from semtok.diffusion.generator import Generator
@@ -72,7 +72,8 @@ def train_dit(
     claim_run_folder(folder, recipe, resume=resume)
     sources = open_sources(recipe.data)
     make_accelerator(recipe.train, folder)  # what it refuses should not wait for the tokenizer
-    teacher = Teacher(recipe.teacher) if recipe.diffusion.repa is not None else None
+    wanted = recipe.teacher is not None and recipe.diffusion.repa is not False
+    teacher = Teacher(recipe.teacher) if wanted else None
     copy = folder / "tokenizer"
     kept = resume and copy.is_dir()
     tokenizer = (
@@ -90,8 +91,8 @@ def train_dit(
         resume=resume,
         what=f"a diffusion transformer in the latents of {recipe.tokenizer}",
     )
-    if accelerator.is_main_process and not copy.is_dir():
-        tokenizer.save_pretrained(copy)
+    if accelerator.is_main_process:
+        keep_tokenizer(tokenizer, copy)
 
     averaged = trainer.run()
     metrics = trainer.validate()

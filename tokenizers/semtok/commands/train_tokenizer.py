@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,18 @@ from semtok.commands.stage import add_run_options, errors_at, start_trainer, sum
 from semtok.data.loading import DataOrder
 from semtok.data.source import ImageSource
 from semtok.data.sources import open_sources
+from semtok.errors import Interrupted
 from semtok.images import to_pixels
-from semtok.objective import TokenizerObjective
+from semtok.objective import Batch, TokenizerObjective
 from semtok.recipe import TokenizerRecipe, load_recipe, recipe_text
+from semtok.references import RUNS, find_recipe
 from semtok.registry import Stage, get_method
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
+from semtok.training.loop import on_device
 from semtok.training.process import make_accelerator
+
+_TEXTURE = "texture"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -53,11 +58,19 @@ def train_tokenizer(
     start = time.perf_counter()
     claim_run_folder(folder, recipe, resume=resume)
     sources = open_sources(recipe.data)
+    make_accelerator(recipe.train, folder)  # what it refuses should not wait for another tokenizer
+    texture = _texture(recipe, folder, resume=resume)
     accelerator = make_accelerator(recipe.train, folder)
-    objective = build_objective(recipe, place=place)
+    objective = build_objective(recipe, texture, place=place)
     trainer = start_trainer(
         objective, recipe, accelerator, folder, sources, resume=resume, what=recipe.method.name
     )
+    if texture is not None and accelerator.is_main_process:
+        keep_tokenizer(texture, folder / _TEXTURE)
+    trainer.source = objective.training_source(sources[0], accelerator)
+    if not trainer.step:
+        share = (accelerator.process_index, accelerator.num_processes)
+        objective.measure(statistics_batches(trainer.source, recipe, accelerator.device, share))
     averaged = trainer.run()
     metrics = trainer.validate()
     tokenizer = objective.tokenizer(averaged)
@@ -71,8 +84,55 @@ def train_tokenizer(
     return tokenizer
 
 
-def build_objective(recipe: TokenizerRecipe[Any, Any], *, place: str) -> TokenizerObjective:
+def tokenizer_from_reference(reference: str) -> Tokenizer:
+    """Loads a tokenizer; where the reference names an embedded recipe without a finished run, trains it.
+
+    The order: a folder, the name of a finished run, ``demo``, a Hub id, the name of an embedded recipe.
+
+    Raises:
+        UserError: the reference names nothing.
+    """
+    recipe = find_recipe(reference)
+    folder = RUNS / reference
+    if recipe is None or Path(reference).is_dir() or (folder / "export" / "config.json").is_file():
+        return Tokenizer.from_pretrained(reference)
+    unfinished = (folder / "recipe.yaml").is_file()
+    print(
+        f"tokenizer '{reference}' is not trained yet: {'resuming' if unfinished else 'training'} {recipe} first",
+        flush=True,
+    )
+    try:
+        train_tokenizer(load_recipe(recipe, []), folder, resume=unfinished, place=str(recipe))
+    except Interrupted as stopped:
+        raise Interrupted(
+            stopped.signal_number, stopped.checkpoint, way_on="the same command goes on"
+        ) from None
+    return Tokenizer.from_pretrained(folder)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, copy: Path) -> None:
+    """Copies into a run the tokenizer that it is built on: what a reference names may change meanwhile."""
+    if not copy.is_dir():
+        tokenizer.save_pretrained(copy)
+
+
+def _texture(recipe: TokenizerRecipe[Any, Any], folder: Path, *, resume: bool) -> Tokenizer | None:
+    reference = recipe.method.texture_reference()
+    if reference is None:
+        return None
+    copy = folder / _TEXTURE
+    if resume and copy.is_dir():
+        return Tokenizer.from_pretrained(copy)
+    return tokenizer_from_reference(reference)
+
+
+def build_objective(
+    recipe: TokenizerRecipe[Any, Any], texture: Tokenizer | None = None, *, place: str
+) -> TokenizerObjective:
     """Builds the networks that a recipe describes, on the CPU, from its seed.
+
+    Args:
+        texture: the tokenizer that the method is built on, where it is on one.
 
     Raises:
         UserError: a teacher or weights that can't be had, or settings that don't fit each other.
@@ -86,8 +146,28 @@ def build_objective(recipe: TokenizerRecipe[Any, Any], *, place: str) -> Tokeniz
     torch.manual_seed(recipe.train.seed)
     with errors_at(place):
         return method.objective(
-            recipe.method, Stage(recipe.data.image_size, teacher, recipe.train.steps)
+            recipe.method, Stage(recipe.data.image_size, teacher, recipe.train.steps, texture)
         )
+
+
+def statistics_batches(
+    source: ImageSource,
+    recipe: TokenizerRecipe[Any, Any],
+    device: torch.device,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[Batch]:
+    """The first training images, in the order and with the mirroring of the first epoch.
+
+    Args:
+        share: (index, number of processes): only every so-manieth batch is given.
+    """
+    train = recipe.train
+    num_images = min(train.num_statistics_images, len(source))
+    keys = DataOrder(len(source), num_images, train.seed, source.flip).keys(0)
+    batch_size = min(64, train.batch_size)
+    firsts = range(0, num_images, batch_size)
+    for first in firsts[share[0] :: share[1]]:
+        yield on_device(source.load_keys(keys[first : first + batch_size]), device)
 
 
 def _export(
@@ -98,21 +178,12 @@ def _export(
     metrics: dict[str, float],
 ) -> None:
     """Measures the latents' statistics, writes ``export/`` and checks what a reader of it gets."""
-    batch_size = min(64, recipe.train.batch_size)
-    num_images = min(recipe.train.num_statistics_images, len(train))
-    keys = DataOrder(len(train), num_images, recipe.train.seed, train.flip).keys(0)
-
-    def batches() -> Any:
-        for first in range(0, num_images, batch_size):
-            chosen = keys[first : first + batch_size]
-            pixels = to_pixels(train.load([index for index, _ in chosen]).images)
-            mirrored = torch.tensor([mirror for _, mirror in chosen])[:, None, None, None]
-            yield torch.where(mirrored, pixels.flip(-1), pixels)
-
     tokenizer.eval()
-    generator = torch.Generator(tokenizer.texture_mean.device).manual_seed(recipe.train.seed)
+    device = tokenizer.texture_mean.device
+    generator = torch.Generator(device).manual_seed(recipe.train.seed)
     with errors_at(str(folder)):
-        tokenizer.measure_statistics(batches(), generator)
+        pixels = (batch.pixels for batch in statistics_batches(train, recipe, device))
+        tokenizer.measure_statistics(pixels, generator)
     tokenizer.training_info = {
         "data": train.name,
         "image_size": list(recipe.data.image_size),
@@ -122,8 +193,8 @@ def _export(
     }
     tokenizer.save_pretrained(folder / "export")
 
-    pixels = to_pixels(train.load([0]).images, device=tokenizer.texture_mean.device)
-    reloaded = Tokenizer.from_pretrained(folder / "export").to(pixels.device)
+    pixels = to_pixels(train.load([0]).images, device=device)
+    reloaded = Tokenizer.from_pretrained(folder / "export").to(device)
     with torch.no_grad():
         ours, theirs = tokenizer.encode(pixels), reloaded.encode(pixels)
     # On a GPU two calls of one network may differ by rounding.

@@ -1,5 +1,6 @@
 """Folders of images: one folder per class, or all in one."""
 
+import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,11 @@ class Folder(ImageSource):
         self.class_names, self.image_size, self.flip = class_names, image_size, flip
         self.name = f"{root.name} ({len(self.files)} images)"
         self._unreadable: set[int] = set()
+
+    @property
+    def identity(self) -> str:
+        names = "\n".join(path.relative_to(self.root).as_posix() for path, _ in self.files)
+        return f"{self.name} {hashlib.blake2b(names.encode(), digest_size=8).hexdigest()}"
 
     @classmethod
     def open(cls, config: FolderConfig) -> tuple["Folder", "Folder"]:

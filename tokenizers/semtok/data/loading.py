@@ -1,16 +1,13 @@
 """The order in which training sees the data, and the loader that follows it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from semtok.data.source import ImageBatch, ImageSource
-
-Key = tuple[int, bool]
-"""An image's index, and whether it is mirrored."""
+from semtok.data.source import ImageBatch, ImageSource, Key
 
 
 @dataclass(frozen=True)
@@ -134,12 +131,7 @@ class _Indexed(Dataset[Any]):
         return self.__getitems__([key])
 
     def __getitems__(self, keys: list[Key]) -> ImageBatch:
-        batch = self.source.load([index for index, _ in keys])
-        mirrored = torch.tensor([mirror for _, mirror in keys])
-        if not mirrored.any():
-            return batch
-        images = torch.where(mirrored[:, None, None, None], batch.images.flip(-1), batch.images)
-        return replace(batch, images=images)
+        return self.source.load_keys(keys)
 
 
 def _keep(batch: ImageBatch) -> ImageBatch:

@@ -2,12 +2,17 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from semtok.config import Config
+from semtok.teachers import TeacherFeatures
+
+Key = tuple[int, bool]
+"""An image's index, and whether it is mirrored."""
 
 
 class DataConfig(Config):
@@ -37,22 +42,27 @@ class ImageBatch:
     """Images with what is known about them.
 
     Attributes:
-        images: uint8 (B, 3, H, W).
+        images: uint8 (B, 3, H, W); None where cached features stand for them.
         labels: int64 (B,), in ``range(source.num_classes)``.
         attributes: per attribute name int64 (B,), an index into ``source.attributes[name]``.
         skipped: names of files that could not be read and were replaced by the next readable one.
+        features: what a teacher saw in the images, where it is cached.
     """
 
-    images: Tensor
+    images: Tensor | None
     labels: Tensor
     attributes: dict[str, Tensor] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
+    features: TeacherFeatures | None = None
 
     def pin_memory(self) -> "ImageBatch":
         """A copy in page-locked memory, for asynchronous transfer to a GPU."""
-        attributes = {name: values.pin_memory() for name, values in self.attributes.items()}
         return ImageBatch(
-            self.images.pin_memory(), self.labels.pin_memory(), attributes, self.skipped
+            self.images.pin_memory() if self.images is not None else None,
+            self.labels.pin_memory(),
+            {name: values.pin_memory() for name, values in self.attributes.items()},
+            self.skipped,
+            self.features.map(Tensor.pin_memory) if self.features is not None else None,
         )
 
 
@@ -76,9 +86,22 @@ class ImageSource(ABC):
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def identity(self) -> str:
+        """What the images are, for caches: two sources of one identity load the same."""
+        return self.name
+
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def load(self, indices: Sequence[int]) -> ImageBatch:
         """Reads the images with these indices, each in ``range(len(self))``."""
+
+    def load_keys(self, keys: Sequence[Key]) -> ImageBatch:
+        """Reads images, mirrored left to right where their key says so."""
+        batch = self.load([index for index, _ in keys])
+        mirrored = torch.tensor([mirror for _, mirror in keys])[:, None, None, None]
+        if not mirrored.any():
+            return batch
+        return replace(batch, images=torch.where(mirrored, batch.images.flip(-1), batch.images))

@@ -1,6 +1,6 @@
 """Settings of the diffusion transformer: the ``diffusion:`` section of its recipes."""
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -17,9 +17,17 @@ class REPAConfig(Config):
     """Representation alignment (REPA, Yu et al. 2024): a block's tokens resemble the teacher's."""
 
     weight: float = Field(0.5, ge=0)
-    depth: int = Field(8, ge=1)
-    """After which block; REPA has 8 for L and XL, 4 for B."""
+    depth: int | None = Field(None, ge=1)
+    """After which block; None: a third of them, at most 8, which is REPA's 4 for B and 8 for L and XL."""
     projector_width: int = Field(2048, ge=1)
+    loss: Literal["cosine", "cosine_mse"] = "cosine"
+    """``cosine_mse`` is the mean of 1 - cosine and of the squared error (SFD, table 19)."""
+    with_global: bool = False
+    """The token of the global part is aligned to the teacher's pooled token, as one more position."""
+
+    def depth_in(self, num_blocks: int) -> int:
+        """After which of a network's blocks."""
+        return self.depth if self.depth is not None else min(8, max(1, num_blocks // 3))
 
 
 class DiffusionConfig(Config):
@@ -31,15 +39,18 @@ class DiffusionConfig(Config):
     time: TimeConfig = TimeConfig()
     leads: dict[str, float] | None = None
     """Per part, by how much of the time axis it leads; None: the tokenizer's defaults."""
-    loss_weights: dict[str, Weight] | None = None
-    """Per part, of the velocity's squared error; None: the tokenizer's defaults."""
-    cosine_weight: float = Field(0.0, ge=0)
-    """Of 1 - cosine between predicted and true velocity over each part's channels (LightningDiT)."""
+    loss_weights: dict[str, Weight | dict[int, Weight]] | None = None
+    """Per part, of the mean squared error of its velocity; None: the tokenizer's defaults. Either one
+    weight, or weights by the step (0-based) from which they hold: {0: 1.0, 250000: 0.5}."""
+    cosine_weight: float | None = Field(None, ge=0)
+    """Of 1 - cosine between predicted and true velocity over the channels of all spatial parts together
+    (LightningDiT, SFD); None: the tokenizer's default."""
     unconditional: bool = False
     """Without classes: the data's labels are not used."""
     class_dropout: float = Field(0.1, ge=0, le=1)
     """How often a label is replaced by the null label, which guidance needs."""
-    repa: REPAConfig | None = None
+    repa: REPAConfig | Literal[False] | None = None
+    """None: the tokenizer's default; false: none."""
     checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
 
@@ -47,6 +58,21 @@ class DiffusionConfig(Config):
     def schedule(self) -> Schedule:
         """When each part is denoised; of unresolved leads, the texture's alone."""
         return Schedule.from_leads(self.leads or {"texture": 0.0})
+
+    def loss_weight(self, part: str, step: int) -> float:
+        """What a part's squared error is multiplied by at a step (0-based)."""
+        weight = (self.loss_weights or {}).get(part, 1.0)
+        if isinstance(weight, dict):
+            return weight[max(start for start in weight if start <= step)]
+        return weight
+
+    @field_validator("loss_weights")
+    @classmethod
+    def _from_the_first_step(cls, weights: dict[str, Any] | None) -> dict[str, Any] | None:
+        for part, weight in (weights or {}).items():
+            if isinstance(weight, dict) and (0 not in weight or min(weight) < 0):
+                raise ValueError(f"'{part}': weights by step begin with step 0, got {weight}")
+        return weights
 
     @field_validator("network")
     @classmethod
@@ -57,31 +83,57 @@ class DiffusionConfig(Config):
 
 def build_network(config: DiffusionConfig, spec: LatentSpec, *, num_classes: int) -> DiT:
     """The network that resolved settings and a spec describe, freshly initialised."""
-    schedule = config.schedule
-    # Parts whose time the network is told separately, the leading ones first; none without a lead.
-    ordered = sorted(schedule.starts, key=lambda name: schedule.starts[name])
     return DiT(
         architecture(config.network),
         spec,
         num_classes=num_classes,
-        timed_parts=() if schedule.is_synchronous else tuple(ordered),
+        timed_parts=timed_parts(config.schedule),
     )
 
 
+def timed_parts(schedule: Schedule) -> tuple[str, ...]:
+    """The parts whose times the network is told: one of each distinct time, the leading first.
+
+    Empty where all share one time.
+    """
+    if schedule.is_synchronous:
+        return ()
+    by_start: dict[float, str] = {}
+    for name, start in schedule.starts.items():
+        by_start.setdefault(start, name)
+    return tuple(by_start[start] for start in sorted(by_start))
+
+
 def resolve_defaults(config: DiffusionConfig, tokenizer: Tokenizer) -> DiffusionConfig:
-    """Fills leads and loss weights from the tokenizer's defaults.
+    """Fills what the settings leave open from the tokenizer's defaults.
 
     Raises:
-        ValueError: a part that the tokenizer does not have.
+        ValueError: a part that the tokenizer does not have, or too few blocks for REPA.
     """
-    defaults = tokenizer.diffusion_defaults
+    defaults, names = tokenizer.diffusion_defaults, tokenizer.spec.names
     for key in ("leads", "loss_weights"):
-        unknown = (getattr(config, key) or {}).keys() - defaults.keys()
+        unknown = (getattr(config, key) or {}).keys() - set(names)
         if unknown:
             raise ValueError(
                 f"diffusion.{key}: no part {sorted(unknown)} in this tokenizer's latents; its parts: "
-                f"{', '.join(defaults)}"
+                f"{', '.join(names)}"
             )
-    leads = {name: d.lead for name, d in defaults.items()} | (config.leads or {})
-    weights = {n: d.loss_weight for n, d in defaults.items()} | (config.loss_weights or {})
-    return config.model_copy(update={"leads": leads, "loss_weights": weights})
+    repa = config.repa
+    if repa is None:
+        repa = REPAConfig(**defaults.repa) if defaults.repa is not None else False
+    if repa and repa.with_global and "global" not in names:
+        raise ValueError(
+            "diffusion.repa.with_global: this tokenizer's latents have no global part; its parts: "
+            f"{', '.join(names)}"
+        )
+    cosine_weight = config.cosine_weight
+    return config.model_copy(
+        update={
+            "leads": dict.fromkeys(names, 0.0) | defaults.leads | (config.leads or {}),
+            "loss_weights": dict.fromkeys(names, 1.0)
+            | defaults.loss_weights
+            | (config.loss_weights or {}),
+            "cosine_weight": defaults.cosine_weight if cosine_weight is None else cosine_weight,
+            "repa": repa,
+        }
+    )

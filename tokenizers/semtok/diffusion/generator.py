@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from semtok.config import parse
 from semtok.diffusion.config import DiffusionConfig, build_network
 from semtok.diffusion.dit import DiT
-from semtok.diffusion.sampling import SampleNoise, SamplerConfig, sample_latents
+from semtok.diffusion.sampling import SampleNoise, SamplerConfig, Watch, sample_latents
 from semtok.errors import UserError
 from semtok.latents import Latents, LatentSpec
+from semtok.pictures import principal_components, rows_of_images
 from semtok.references import locate_export
 from semtok.storage import DAMAGE, first_line, new_folder, read_json, read_tensors, write_json
 from semtok.tokenizer import FORMAT_VERSION, Tokenizer, check_format_version, library_version
@@ -103,8 +104,13 @@ class Generator(nn.Module):
         first: int = 0,
         sampler: SamplerConfig | None = None,
         weak: "Generator | None" = None,
+        watch: Watch | None = None,
     ) -> Latents:
-        """Latents of the given classes, spatial parts on the texture's grid; see ``sample``."""
+        """Latents of the given classes, spatial parts on the texture's grid; see ``sample``.
+
+        Args:
+            watch: told the clock and the state on the way, see ``sampling.integrate``.
+        """
         numbers = self._numbers(labels)
         if weak is not None:
             self._check_weak(weak)
@@ -123,7 +129,44 @@ class Generator(nn.Module):
             path=self.config.path,
             shift=self.config.time.shift_for(dimension),
             weak=weak.network if weak is not None else None,
+            watch=watch,
         )
+
+    @torch.no_grad()
+    def strip(
+        self,
+        labels: Sequence[int | str],
+        *,
+        columns: int = 9,
+        seed: int = 0,
+        sampler: SamplerConfig | None = None,
+    ) -> Tensor:
+        """A picture of sampling: for each label the texture, decoded, and below it the semantic part
+        where there is one, from noise (left) to data: uint8 (3, H, W).
+
+        Args:
+            columns: states shown, evenly spaced on the clock as far as the sampler's steps allow.
+        """
+        rows = []
+        for place, label in enumerate(labels):
+            seen: list[tuple[float, dict[str, Tensor]]] = []
+            self.sample_latents(
+                [label],
+                seed=seed,
+                first=place,
+                sampler=sampler,
+                watch=lambda clock, state, seen=seen: seen.append((clock, state)),
+            )
+            chosen = []
+            for column in range(columns):
+                wanted = self.schedule.length * column / max(1, columns - 1)
+                chosen.append(min(seen, key=lambda entry: abs(entry[0] - wanted))[1])
+            states = {name: torch.cat([state[name] for state in chosen]) for name in chosen[0]}
+            rows.append(self.tokenizer.decode(Latents(states)))
+            if "semantic" in states:
+                semantic = states["semantic"]
+                rows.append(principal_components(semantic, of=semantic[-1:]))
+        return rows_of_images(rows)
 
     def _numbers(self, labels: Sequence[int | str]) -> list[int]:
         num_classes = self.network.num_classes

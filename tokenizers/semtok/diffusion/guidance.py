@@ -15,6 +15,8 @@ from semtok.config import Config
 from semtok.diffusion.dit import DiT
 from semtok.diffusion.transport import Times
 
+Interval = tuple[float, float]
+
 
 class GuidanceConfig(Config):
     """How strongly, when, and on which channels."""
@@ -22,17 +24,19 @@ class GuidanceConfig(Config):
     scale: float | dict[str, float] = 1.0
     """w in base + w (conditional - base), for all parts or per part (others 1). 1 is no guidance, and
     costs no second forward."""
-    interval: tuple[float, float] = (0.0, 1.0)
-    """Times of the part, from noise 0 to data 1, between which it is guided; both ends belong to it."""
+    interval: Interval | dict[str, Interval] = (0.0, 1.0)
+    """Times of the part, from noise 0 to data 1, between which it is guided; both ends belong to it.
+    For all parts or per part (others always)."""
     num_channels: int | None = Field(None, ge=1)
     """Guide the first channels of the texture only. SiT's and LightningDiT's published figures come
     from 3; nobody else needs it."""
 
     @field_validator("interval")
     @classmethod
-    def _ordered(cls, interval: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(f"expected 0 <= begin <= end <= 1, got {list(interval)}")
+    def _ordered(cls, interval: Interval | dict[str, Interval]) -> Interval | dict[str, Interval]:
+        for begin, end in interval.values() if isinstance(interval, dict) else (interval,):
+            if not 0 <= begin <= end <= 1:
+                raise ValueError(f"expected 0 <= begin <= end <= 1, got {[begin, end]}")
         return interval
 
     def scale_of(self, part: str) -> float:
@@ -41,12 +45,17 @@ class GuidanceConfig(Config):
 
     def active(self, times: Mapping[str, float]) -> dict[str, float]:
         """The scales other than 1 of the parts that are guided at these times."""
-        begin, end = self.interval
+
+        def guided(name: str, t: float) -> bool:
+            per_part = isinstance(self.interval, dict)
+            begin, end = self.interval.get(name, (0.0, 1.0)) if per_part else self.interval
+            # Adaptive solvers look a little beyond the end of time.
+            return begin <= min(max(t, 0.0), 1.0) <= end
+
         return {
             name: self.scale_of(name)
             for name, t in times.items()
-            # Adaptive solvers look a little beyond the end of time.
-            if self.scale_of(name) != 1 and begin <= min(max(t, 0.0), 1.0) <= end
+            if self.scale_of(name) != 1 and guided(name, t)
         }
 
 

@@ -16,12 +16,13 @@ from semtok.diffusion.sampling import SampleNoise, SamplerConfig
 from semtok.diffusion.transport import interpolate
 from semtok.latents import Latents
 from semtok.nets.transformer import silu_mlp
-from semtok.objective import Draws, Objective, Reference, StepOutput, Term
-from semtok.pictures import rows_of_images
-from semtok.teachers import Teacher
+from semtok.objective import Batch, Draws, Objective, Reference, StepOutput, Term
+from semtok.pictures import principal_components, rows_of_images
+from semtok.teachers import Teacher, TeacherFeatures
 from semtok.tokenizer import Tokenizer
 
 _BINS = 4  # of time, in which the loss is told apart
+_BIN_NAMES = [f"velocity_at_{(i + 0.5) / _BINS:.3f}" for i in range(_BINS)]
 
 
 # Losses ------------------------------------------------------------------------------------------
@@ -42,16 +43,22 @@ def cosine_loss(predicted: Tensor, velocity: Tensor) -> Tensor:
 
 
 class DiTPlayer(nn.Module):
-    """The network, with REPA's projector where the recipe has it."""
+    """The network, with REPA's projector where the settings have it.
+
+    Args:
+        config: resolved.
+        teacher: whose features REPA's targets are.
+    """
 
     def __init__(self, config: DiffusionConfig, network: DiT, teacher: Teacher | None) -> None:
         super().__init__()
         self.config, self.schedule, self.network = config, config.schedule, network
-        self.projector = None
-        if config.repa is not None:
+        self.projector = self._depth = None
+        if config.repa:
             assert teacher is not None, "REPA needs a teacher"
             width = network.config.width
             self.projector = silu_mlp(width, config.repa.projector_width, teacher.widths[-1])
+            self._depth = config.repa.depth_in(network.config.depth)
 
     def forward(
         self, inputs: Mapping[str, Any], draws: Draws, step: int, carry: Mapping[str, Tensor]
@@ -78,32 +85,48 @@ class DiTPlayer(nn.Module):
         for name, part in data.items():
             noise = draws.normal(f"noise/{name}", tuple(part.shape[1:]))
             x[name], velocity[name] = interpolate(config.path, part, noise, times[name])
-        depth = config.repa.depth if config.repa is not None else None
-        output = self.network(x, times, labels, hidden_after=depth)
-        terms = self._velocity_terms(output.velocity, velocity)
-        if config.repa is not None:
-            value = self._alignment(output.hidden, inputs["features"].patches[-1], data)
+        output = self.network(x, times, labels, hidden_after=self._depth)
+        terms = self._velocity_terms(output.velocity, velocity, step)
+        if config.repa:
+            value = self._alignment(output.hidden, inputs["features"], data)
             terms["alignment"] = Term(value, config.repa.weight)
         return StepOutput(terms, metrics=_by_time(t, terms["velocity/texture"].value))
 
     def _velocity_terms(
-        self, predicted: Latents, velocity: Mapping[str, Tensor]
+        self, predicted: Latents, velocity: Mapping[str, Tensor], step: int
     ) -> dict[str, Term]:
-        weights, terms = self.config.loss_weights or {}, {}
-        for name, target in velocity.items():
-            weight = weights.get(name, 1.0)
-            terms[f"velocity/{name}"] = Term(squared_error(predicted[name], target), weight)
-            if self.config.cosine_weight:
-                terms[f"cosine/{name}"] = Term(
-                    cosine_loss(predicted[name], target), self.config.cosine_weight
-                )
+        weights = {name: self.config.loss_weight(name, step) for name in velocity}
+        terms = {
+            f"velocity/{name}": Term(squared_error(predicted[name], target), weights[name])
+            for name, target in velocity.items()
+        }
+        if self.config.cosine_weight:
+            # A part that has no weight is not to be learned by way of the cosine either.
+            names = [name for name in self.network.spatial if weights[name]]
+            value = cosine_loss(
+                torch.cat([predicted[name] for name in names], dim=1),
+                torch.cat([velocity[name] for name in names], dim=1),
+            )
+            terms["cosine"] = Term(value, self.config.cosine_weight)
         return terms
 
-    def _alignment(self, hidden: Tensor, target: Tensor, data: Mapping[str, Tensor]) -> Tensor:
-        patch = self.network.config.patch_size
-        tokens = self.projector(hidden[:, len(self.network.vectors) :])
-        height = data["texture"].shape[-2] // patch
-        return alignment_loss(rearrange(tokens, "b (h w) d -> b d h w", h=height), target)
+    def _alignment(
+        self, hidden: Tensor, features: TeacherFeatures, data: Mapping[str, Tensor]
+    ) -> Tensor:
+        """REPA's loss (B,): the mean over all aligned tokens."""
+        repa, num_vectors = self.config.repa, len(self.network.vectors)
+        height = data["texture"].shape[-2] // self.network.config.patch_size
+        tokens = self.projector(hidden)
+        patches = rearrange(tokens[:, num_vectors:], "b (h w) d -> b d h w", h=height)
+        value = alignment_loss(patches, features.patches[-1], repa.loss)
+        if not repa.with_global:
+            return value
+        place = list(self.network.vectors).index("global")
+        own = alignment_loss(
+            tokens[:, place, :, None, None], features.pooled[:, :, None, None], repa.loss
+        )
+        num_patches = patches.shape[-2] * patches.shape[-1]
+        return (num_patches * value + own) / (num_patches + 1)
 
 
 def on_texture_grid(latents: Latents) -> dict[str, Tensor]:
@@ -119,12 +142,14 @@ def on_texture_grid(latents: Latents) -> dict[str, Tensor]:
 
 def _check_guidance(config: DiffusionConfig, sampler: SamplerConfig, tokenizer: Tokenizer) -> None:
     """Raises ValueError where the sampler guides what the training does not prepare for."""
-    scale, parts = sampler.guidance.scale, [part.name for part in tokenizer.spec.parts]
-    unknown = sorted(scale.keys() - set(parts)) if isinstance(scale, dict) else []
-    if unknown:
-        raise ValueError(
-            f"sampler.guidance.scale: no part {unknown}; the parts are {', '.join(parts)}"
-        )
+    parts = tokenizer.spec.names
+    for key in ("scale", "interval"):
+        value = getattr(sampler.guidance, key)
+        unknown = sorted(value.keys() - set(parts)) if isinstance(value, dict) else []
+        if unknown:
+            raise ValueError(
+                f"sampler.guidance.{key}: no part {unknown}; the parts are {', '.join(parts)}"
+            )
     if all(sampler.guidance.scale_of(part) == 1 for part in parts):
         return
     if config.unconditional:
@@ -143,10 +168,7 @@ def _by_time(t: Tensor, loss: Tensor) -> dict[str, Tensor]:
     bins = (t.detach() * _BINS).long().clamp_max(_BINS - 1)
     chosen = F.one_hot(bins, _BINS).to(loss.dtype)  # (B, bins)
     sums, counts = (loss.detach()[:, None] * chosen).sum(dim=0), chosen.sum(dim=0)
-    return {
-        f"velocity_at_{(i + 0.5) / _BINS:.3f}": torch.stack([sums[i], counts[i]])
-        for i in range(_BINS)
-    }
+    return {name: torch.stack([sums[i], counts[i]]) for i, name in enumerate(_BIN_NAMES)}
 
 
 # The objective -----------------------------------------------------------------------------------
@@ -182,21 +204,28 @@ class DiffusionObjective(Objective):
         self.schedule = self.config.schedule
         _check_guidance(self.config, sampler, tokenizer)
         self._tokenizer = Reference(tokenizer.eval().requires_grad_(False))
-        self._teacher = Reference(teacher) if teacher is not None else None
-        shape = architecture(config.network)
+        repa, shape = self.config.repa, architecture(config.network)
+        if repa and repa.depth_in(shape.depth) > shape.depth:
+            raise ValueError(
+                f"diffusion.repa.depth: {repa.depth} is more than the network's {shape.depth} blocks"
+            )
+        # One forward pass serves the tokenizer and REPA where both mean the same teacher.
+        own = tokenizer.teacher_config
+        self._shared_teacher = own is not None and (teacher is None or teacher.config == own)
+        if repa and self._shared_teacher:
+            teacher = tokenizer.teacher
+        if repa and teacher is None:
+            raise ValueError("diffusion.repa needs a teacher; give teacher.name=…")
+        self._teacher = Reference(teacher) if repa else None
         rows, columns = tokenizer.spec.shape("texture", image_size)[1:]
         if rows % shape.patch_size or columns % shape.patch_size:
             raise ValueError(
                 f"diffusion.network: patch size {shape.patch_size} does not divide the latent grid "
                 f"{rows}x{columns}"
             )
-        if config.repa is not None and config.repa.depth > shape.depth:
-            raise ValueError(
-                f"diffusion.repa.depth: {config.repa.depth} is more than the network's {shape.depth} blocks"
-            )
         network = build_network(self.config, tokenizer.spec, num_classes=len(self.class_names))
         network.checkpointing = config.checkpointing
-        player = DiTPlayer(self.config, network, teacher)
+        player = DiTPlayer(self.config, network, teacher if repa else None)
         self.players = nn.ModuleDict({"dit": player})
 
     @property
@@ -213,22 +242,23 @@ class DiffusionObjective(Objective):
     def averaged_module(self) -> nn.Module:
         return self.players["dit"].network
 
-    def prepare(
-        self, pixels: Tensor, labels: Tensor, attributes: Mapping[str, Tensor]
-    ) -> dict[str, Any]:
+    def prepare(self, batch: Batch) -> dict[str, Any]:
         with torch.no_grad():
-            posterior = self.tokenizer.posterior(pixels)
-        if self.config.unconditional:
-            labels = torch.zeros_like(labels)  # the null label, and the only one
-        features = self._teacher.module.features(pixels) if self._teacher is not None else None
+            features = self.tokenizer.features(batch.pixels)
+            posterior = self.tokenizer.posterior(batch.pixels, features)
+        if self._teacher is not None and not self._shared_teacher:
+            features = self._teacher.module.features(batch.pixels)
+        # The null label is the only one of an unconditional model.
+        labels = torch.zeros_like(batch.labels) if self.config.unconditional else batch.labels
         return {"posterior": posterior, "labels": labels, "features": features}
 
     def validate(
         self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        """Squared error of the texture's velocity at fixed times, with noise that belongs to the batch."""
+        """Squared error of each part's velocity at fixed times, with noise that belongs to the batch:
+        ``velocity``, the texture's, also for each time; ``velocity_<part>`` for the others."""
         data = on_texture_grid(inputs["posterior"].mean)
-        errors = {}
+        by_time: list[dict[str, Tensor]] = []
         for i in range(_BINS):
             t = torch.full((len(pixels),), (i + 0.5) / _BINS, device=pixels.device)
             times = self.schedule.times(t * self.schedule.length)
@@ -238,15 +268,26 @@ class DiffusionObjective(Objective):
                 own = noise(tuple(part.shape[1:]))
                 x[name], velocity[name] = interpolate(self.config.path, part, own, times[name])
             predicted = averaged(x, times, inputs["labels"]).velocity
-            errors[f"velocity_at_{t[0]:.3f}"] = squared_error(
-                predicted.texture, velocity["texture"]
-            )
-        return {"velocity": torch.stack(list(errors.values())).mean(dim=0), **errors}
+            by_time.append({n: squared_error(predicted[n], velocity[n]) for n in data})
+        means = {n: torch.stack([errors[n] for errors in by_time]).mean(dim=0) for n in data}
+        return {
+            "velocity": means.pop("texture"),
+            **dict(zip(_BIN_NAMES, (errors["texture"] for errors in by_time), strict=True)),
+            **{f"velocity_{name}": value for name, value in means.items()},
+        }
 
     def picture(self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        """Samples of the validation images' classes, always from the same noise; below, the images."""
-        samples = self.generator(averaged).sample(inputs["labels"].tolist())
-        return rows_of_images([samples, pixels])
+        """Samples of the validation images' classes, always from the same noise; below, the images.
+
+        Under each, where there is one, the semantic part, in the same colours.
+        """
+        latents = self.generator(averaged).sample_latents(inputs["labels"].tolist())
+        samples = self.tokenizer.decode(latents)
+        if "semantic" not in latents:
+            return rows_of_images([samples, pixels])
+        real = on_texture_grid(inputs["posterior"].mean)["semantic"]
+        maps = [principal_components(x, of=real) for x in (latents["semantic"], real)]
+        return rows_of_images([samples, maps[0], pixels, maps[1]])
 
     def generator(self, averaged: nn.Module) -> Generator:
         """The generator to export, on the given weights of ``averaged_module``."""

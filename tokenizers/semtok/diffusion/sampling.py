@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torchdiffeq import odeint
 
@@ -19,6 +19,8 @@ from semtok.latents import Latents
 State = dict[str, Tensor]
 Velocity = Callable[[State, float, float], State]
 """(state, clock, clock that decides whether guidance is on) to the velocity of every part."""
+Watch = Callable[[float, State], None]
+"""Told the clock and the state on the way."""
 
 
 class SamplerConfig(Config):
@@ -28,6 +30,9 @@ class SamplerConfig(Config):
     """``sde`` is Euler-Maruyama with diffusion coefficient σ(t), as SiT and REPA sample."""
     steps: int = Field(50, ge=1)
     """Steps of the fixed-step methods; a lead adds one for each border that falls between two."""
+    split_at_borders: bool = True
+    """Steps end where a part starts or ends. False is how SFD was published: a part moves through a whole
+    step if it is its turn where the step begins, which gives it more or less than its unit of time."""
     last_step: float = Field(0.04, gt=0, lt=1)
     """Length of ``sde``'s last step, which adds no noise."""
     shift: float | None = Field(None, gt=0)
@@ -37,6 +42,12 @@ class SamplerConfig(Config):
     atol: float = Field(1e-6, gt=0)
     """Tolerances of ``dopri5``."""
     guidance: GuidanceConfig = GuidanceConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SamplerConfig":
+        if self.method == "sde" and not self.split_at_borders:
+            raise ValueError("sampler.split_at_borders=false goes with euler, heun and dopri5")
+        return self
 
 
 class SampleNoise:
@@ -74,6 +85,7 @@ def sample_latents(
     path: PathName = "linear",
     shift: float = 1.0,
     weak: DiT | None = None,
+    watch: Watch | None = None,
 ) -> Latents:
     """Draws latents, spatial parts on the texture's grid.
 
@@ -87,6 +99,7 @@ def sample_latents(
         schedule: which part leads.
         shift: of the training times; ``config.shift`` goes before it.
         weak: the network of autoguidance.
+        watch: see ``integrate``.
     """
     start = {
         part.name: noise((part.channels, *grid) if part.is_spatial else (part.channels,))
@@ -98,7 +111,14 @@ def sample_latents(
         own = {name: part[rows] for name, part in start.items()}
         steps_shift = shift if config.shift is None else config.shift
         return integrate(
-            velocity, own, config, schedule=schedule, path=path, shift=steps_shift, noise=noise
+            velocity,
+            own,
+            config,
+            schedule=schedule,
+            path=path,
+            shift=steps_shift,
+            noise=noise,
+            watch=watch,
         )
 
     if config.method != "dopri5":
@@ -143,6 +163,7 @@ def integrate(
     path: PathName = "linear",
     shift: float = 1.0,
     noise: Callable[[tuple[int, ...]], Tensor] | None = None,
+    watch: Watch | None = None,
 ) -> Latents:
     """Follows a velocity from noise to data. A part moves only between its own start and end.
 
@@ -150,14 +171,20 @@ def integrate(
         velocity: see ``Velocity``.
         start: noise per part.
         noise: further noise for ``sde``, called with a part's shape without the batch axis.
+        watch: told the clock and the state at the start and after each step (``dopri5``: after each
+            stretch between borders).
     """
+    watch = watch or (lambda clock, state: None)
+    watch(0.0, start)
     if config.method == "dopri5":
-        return Latents(_dopri5(velocity, start, config, schedule))
+        return Latents(_dopri5(velocity, start, config, schedule, watch))
     last_step = config.last_step if config.method == "sde" else None
-    grid = time_grid(config.steps, schedule, shift=shift, last_step=last_step)
+    split = config.split_at_borders
+    grid = time_grid(config.steps, schedule, shift=shift, last_step=last_step, split=split)
     state = start
     for begin, end in zip(grid, grid[1:], strict=False):
-        step = Step(begin, end, is_last=end == grid[-1], moved=schedule.moved(begin, end))
+        moved = schedule.moved(begin, end) if split else schedule.active(begin)
+        step = Step(begin, end, is_last=end == grid[-1], moved=moved)
         if config.method == "euler":
             state = step.move(state, velocity(state, begin, begin))
         elif config.method == "heun":
@@ -165,11 +192,12 @@ def integrate(
         else:
             assert noise is not None, "sde needs a source of noise"
             state = _euler_maruyama(velocity, state, step, schedule.times_at(begin), path, noise)
+        watch(end, state)
     return Latents(state)
 
 
 def time_grid(
-    steps: int, schedule: Schedule, *, shift: float, last_step: float | None
+    steps: int, schedule: Schedule, *, shift: float, last_step: float | None, split: bool = True
 ) -> list[float]:
     """Clock readings from 0 to the schedule's length.
 
@@ -177,7 +205,12 @@ def time_grid(
         steps: intervals, before the schedule's borders split some.
         shift: moves readings towards noise, on the clock as a share of its length.
         last_step: length of the last interval before shifting; None makes it like the others.
+        split: add the schedule's borders. Without them the grid is of float32, in which the
+            published samplers decide whose turn it is.
     """
+    if not split:
+        clock = torch.linspace(0, schedule.length, steps + 1, dtype=torch.float32)
+        return (shift_times(clock / schedule.length, shift) * schedule.length).tolist()
     share = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     if last_step is not None and steps > 1:
         share[:-1] = torch.linspace(0, 1 - last_step / schedule.length, steps, dtype=torch.float64)
@@ -243,21 +276,41 @@ def _euler_maruyama(
     }
 
 
-def _dopri5(velocity: Velocity, start: State, config: SamplerConfig, schedule: Schedule) -> State:
+def _root_mean_square(parts: tuple[Tensor, ...]) -> Tensor:
+    """Over all numbers of all parts, so that the error of a step does not depend on their division."""
+    return torch.cat([part.flatten() for part in parts]).square().mean().sqrt()
+
+
+def _dopri5(
+    velocity: Velocity, start: State, config: SamplerConfig, schedule: Schedule, watch: Watch
+) -> State:
     """Dormand-Prince 5(4) by torchdiffeq, restarted where a part starts or ends."""
     names, state = list(start), tuple(start.values())
-    edges = [0.0, *schedule.borders, schedule.length]
+    borders = schedule.borders if config.split_at_borders else ()
+    edges = [0.0, *borders, schedule.length]
     for begin, end in zip(edges, edges[1:], strict=False):
-        moved = schedule.moved(begin, end)
+        stretch = schedule.moved(begin, end) if config.split_at_borders else None
 
         def slope(
-            clock: Tensor, parts: tuple[Tensor, ...], moved: dict[str, bool] = moved
+            clock: Tensor,
+            parts: tuple[Tensor, ...],
+            stretch: dict[str, bool] | None = stretch,
         ) -> tuple[Tensor, ...]:
             now = float(clock)
+            moved = stretch if stretch is not None else schedule.active(now)
             speed = velocity(dict(zip(names, parts, strict=True)), now, now)
             return tuple(speed[n] if moved[n] else torch.zeros_like(speed[n]) for n in names)
 
         span = torch.tensor([begin, end], device=state[0].device)
-        states = odeint(slope, state, span, method="dopri5", rtol=config.rtol, atol=config.atol)
+        states = odeint(
+            slope,
+            state,
+            span,
+            method="dopri5",
+            rtol=config.rtol,
+            atol=config.atol,
+            options={"norm": _root_mean_square},
+        )
         state = tuple(part[-1] for part in states)
+        watch(end, dict(zip(names, state, strict=True)))
     return dict(zip(names, state, strict=True))

@@ -159,12 +159,23 @@ class Schedule:
         return {name: (clock - start).clamp(0, 1) for name, start in self.starts.items()}
 
     def times_at(self, clock: float) -> dict[str, float]:
-        """Each part's time at one clock reading; a solver may look beyond the end."""
-        if self.is_synchronous:
-            return dict.fromkeys(self.starts, clock)
-        return {name: min(max(clock - start, 0.0), 1.0) for name, start in self.starts.items()}
+        """Each part's time at one clock reading; a solver may look beyond the end, with the last parts."""
+        return {
+            name: max(clock - start, 0.0)
+            if start + 1 == self.length
+            else min(max(clock - start, 0.0), 1.0)
+            for name, start in self.starts.items()
+        }
 
     def moved(self, begin: float, end: float) -> dict[str, bool]:
         """Which parts move between two clock readings that no border separates."""
         middle = (begin + end) / 2
         return {name: start < middle < start + 1 for name, start in self.starts.items()}
+
+    def active(self, clock: float) -> dict[str, bool]:
+        """Whose turn it is at one clock reading, both ends included, in float32 as SFD's code decides."""
+        now = torch.tensor(clock, dtype=torch.float32)
+        return {
+            name: bool(now >= start) and bool(now <= start + 1)
+            for name, start in self.starts.items()
+        }

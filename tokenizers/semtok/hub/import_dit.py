@@ -1,11 +1,11 @@
-"""Official checkpoints of diffusion transformers, read into this library's network and conventions.
+"""Official checkpoints of diffusion transformers, read into this library's network and conventions:
+SiT, REPA, REG, REGLUE, LightningDiT, SFD.
 
-SiT and LightningDiT run time from noise to data as we do. REPA and its family run it from data to
+SiT, LightningDiT and SFD run time from noise to data as we do. REPA and its family run it from data to
 noise and predict the opposite velocity; both are folded into the weights, exactly, so that an
 imported network is one like any other: v(x, t) = -v'(x, 1 - t).
 """
 
-import argparse
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,13 +17,19 @@ from torch import Tensor, nn
 
 from semtok.diffusion.dit import DiT, DiTArchitecture, rotary_table, time_frequencies
 from semtok.errors import UserError
+from semtok.hub.checkpoints import read_state_dict
 from semtok.latents import LatentSpec, PartSpec
 from semtok.nets.transformer import silu_mlp, sincos_positions
-from semtok.storage import DAMAGE, first_line, read_tensors
 
 Family = Literal["sit", "repa", "lightningdit"]
 
 _RENAMED = (
+    (r"t_embedder_sem\.", "time_embed.semantic."),
+    (r"t_embedder_tex\.", "time_embed.texture."),
+    (r"cls_projectors2\.", "vector_embed.global.0."),
+    (r"wg_norm\.", "vector_embed.global.1."),
+    (r"final_layer\.linear_cls\.", "final.vectors.global."),
+    (r"repa_projector\.", "projectors.0."),
     (r"x_embedder\.proj\.", "patch_embed."),
     (r"t_embedder\.", "time_embed.all."),
     (r"y_embedder\.embedding_table\.", "label_embed."),
@@ -32,6 +38,7 @@ _RENAMED = (
     (r"final_layer\.adaLN_modulation\.1\.", "final.modulation."),
     (r"(blocks\.\d+)\.adaLN_modulation\.1\.", r"\1.modulation."),
 )
+_VECTOR, _LEADS = "cls_projectors2.weight", "t_embedder_sem.mlp.0.weight"
 _PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
 
 
@@ -54,26 +61,10 @@ def read_official_checkpoint(
 ) -> dict[str, Tensor]:
     """The state dict in a ``.pt`` or ``.safetensors`` file, nested as the training scripts write it or bare.
 
-    Nothing in the file is executed: it is read with ``weights_only``; of the classes that such
-    files hold beside tensors, ``argparse.Namespace`` alone is admitted.
-
     Raises:
-        UserError: no such file, or not a checkpoint that can be read so.
+        UserError: no such file, or not a checkpoint that can be read without running code in it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGE as error:
-        raise UserError(f"{path}: can't be read as a checkpoint ({first_line(error)})") from None
-    state = content.get(weights, content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path}: holds no state dict, neither bare nor under '{weights}'")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    return read_state_dict(path, weights)
 
 
 def import_dit(
@@ -82,7 +73,9 @@ def import_dit(
     place: str,
     family: Family | None = None,
     heads: int | None = None,
-    stride: int = 8,
+    stride: int | None = None,
+    semantic_channels: int | None = None,
+    semantic_stride: int = 16,
 ) -> ImportedDiT:
     """Builds the network that a state dict is of, of any size.
 
@@ -91,7 +84,11 @@ def import_dit(
         place: starts every message.
         family: whose conventions hold; None: told from the names.
         heads: attention heads; None: from the rotary table, or the published size of that width.
-        stride: image pixels per latent cell, for the network's LatentSpec.
+        stride: image pixels per texture cell, for the network's LatentSpec; None: 8, or SFD's 16.
+        semantic_channels: how many of the last channels are the semantic part; None: those of SFD
+            and REGLUE have 16, others none.
+        semantic_stride: image pixels per cell of the semantic part before it was resized to the
+            texture's grid; the published ones have 16x16 tokens of 256x256 pixels.
 
     Raises:
         UserError: names or shapes that are not of these networks.
@@ -99,14 +96,14 @@ def import_dit(
     family = family or _family(state)
     try:
         config = _architecture(state, heads)
+        spec = _spec(state, stride, semantic_channels, semantic_stride)
         channels = state["x_embedder.proj.weight"].shape[1]
-        spec = LatentSpec((PartSpec("texture", channels, stride),))
         num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
         _check_positions(state, config)
         ours = {
             our_name(name): value
             for name, value in state.items()
-            if not name.startswith(("pos_embed", "feat_rope.", "projectors."))
+            if not name.startswith(("pos_embed", "feat_rope.", "projectors.", "repa_projector."))
         }
         for name in ("final.linear.weight", "final.linear.bias"):
             ours[name] = _velocity_rows(ours[name], config.patch_size, channels)
@@ -114,7 +111,8 @@ def import_dit(
             _reverse_time(ours)
     except (LookupError, ValueError, RuntimeError) as error:
         raise UserError(f"{place}: not a SiT, REPA or LightningDiT checkpoint ({error})") from None
-    network = DiT(config, spec, num_classes=num_classes)
+    timed_parts = ("semantic", "texture") if _LEADS in state else ()
+    network = DiT(config, spec, num_classes=num_classes, timed_parts=timed_parts)
     try:
         network.load_state_dict(ours)
     except RuntimeError as error:
@@ -128,7 +126,29 @@ def import_dit(
 def _family(state: Mapping[str, Tensor]) -> Family:
     if "blocks.0.mlp.w12.weight" in state:
         return "lightningdit"
-    return "repa" if "projectors.0.0.weight" in state else "sit"
+    return "repa" if {"projectors.0.0.weight", _VECTOR} & state.keys() else "sit"
+
+
+def _spec(
+    state: Mapping[str, Tensor],
+    stride: int | None,
+    semantic_channels: int | None,
+    semantic_stride: int,
+) -> LatentSpec:
+    channels = state["x_embedder.proj.weight"].shape[1]
+    if semantic_channels is None:
+        with_features = _LEADS in state or (_VECTOR in state and channels > 16)
+        semantic_channels = 16 if with_features else 0
+    if not 0 <= semantic_channels < channels:
+        raise ValueError(f"{semantic_channels} semantic of {channels} channels leave no texture")
+    parts = [
+        PartSpec("texture", channels - semantic_channels, stride or (16 if _LEADS in state else 8))
+    ]
+    if semantic_channels:
+        parts.append(PartSpec("semantic", semantic_channels, semantic_stride))
+    if _VECTOR in state:
+        parts.append(PartSpec("global", state[_VECTOR].shape[1], None))
+    return LatentSpec(tuple(parts))
 
 
 def _architecture(state: Mapping[str, Tensor], heads: int | None) -> DiTArchitecture:
@@ -159,11 +179,14 @@ def _architecture(state: Mapping[str, Tensor], heads: int | None) -> DiTArchitec
 
 def _check_positions(state: Mapping[str, Tensor], config: DiTArchitecture) -> None:
     """Our position codes are computed; a checkpoint with others would mean something else."""
-    num_tokens = state["pos_embed"].shape[1]
+    num_tokens = state["pos_embed"].shape[1] - (_VECTOR in state)
     side = round(num_tokens**0.5)
     if side**2 != num_tokens:
         raise ValueError(f"pos_embed of {num_tokens} tokens is not a square grid")
-    expected = {"pos_embed": sincos_positions((side, side), config.width)[None]}
+    positions = sincos_positions((side, side), config.width)
+    if _VECTOR in state:  # the class token, first, has no place
+        positions = torch.cat([torch.zeros(1, config.width), positions])
+    expected = {"pos_embed": positions[None]}
     if config.rope:
         table = rotary_table((side, side), config.width // config.heads, 0, torch.device("cpu"))
         expected |= {"feat_rope.freqs_cos": table[0], "feat_rope.freqs_sin": table[1]}
@@ -201,15 +224,17 @@ def _reverse_time(state: dict[str, Tensor]) -> None:
         ],
         dim=1,
     ).to(state[name])
-    for name in ("final.linear.weight", "final.linear.bias"):
-        state[name] = -state[name]
+    for name in state:
+        if name.startswith(("final.linear.", "final.vectors.")):
+            state[name] = -state[name]
 
 
 def _projectors(state: Mapping[str, Any]) -> nn.ModuleList:
     heads = nn.ModuleList()
-    while f"projectors.{len(heads)}.0.weight" in state:
+    named = {our_name(name): value for name, value in state.items()}
+    while f"projectors.{len(heads)}.0.weight" in named:
         prefix = f"projectors.{len(heads)}."
-        own = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        own = {n.removeprefix(prefix): v for n, v in named.items() if n.startswith(prefix)}
         hidden, width = own["0.weight"].shape
         head = silu_mlp(width, hidden, len(own["4.weight"]))
         head.load_state_dict(own)

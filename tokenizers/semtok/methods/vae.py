@@ -33,6 +33,7 @@ from semtok.nets.autoencoder import (
 from semtok.nets.discriminator import PatchDiscriminator
 from semtok.nets.perceptual import LPIPS, teacher_distance
 from semtok.objective import (
+    Batch,
     Draws,
     OptimiserConfig,
     Reference,
@@ -114,7 +115,7 @@ class KLTokenizer(Tokenizer):
         super().__init__(LatentSpec((part,)), method=method, training_info=training_info)
         self.autoencoder = autoencoder
 
-    def posterior_raw(self, pixels: Tensor) -> Posterior:
+    def posterior_raw(self, pixels: Tensor, features: TeacherFeatures | None = None) -> Posterior:
         gaussian = self.autoencoder.encode(pixels).latent_dist
         return Posterior(Latents({"texture": gaussian.mean}), Latents({"texture": gaussian.std}))
 
@@ -388,11 +389,9 @@ class VAEObjective(TokenizerObjective):
     def averaged_module(self) -> nn.Module:
         return self.players["autoencoder"].autoencoder
 
-    def prepare(
-        self, pixels: Tensor, labels: Tensor, attributes: Mapping[str, Tensor]
-    ) -> dict[str, Any]:
-        features = self.teacher.module.features(pixels) if self.teacher is not None else None
-        return {"pixels": pixels, "features": features}
+    def prepare(self, batch: Batch) -> dict[str, Any]:
+        features = self.teacher.module.features(batch.pixels) if self.teacher is not None else None
+        return {"pixels": batch.pixels, "features": features}
 
     def tokenizer(self, averaged: nn.Module) -> KLTokenizer:
         return KLTokenizer(averaged, method=self.config.name)

@@ -12,15 +12,19 @@ from semtok.objective import OptimiserConfig
 class TrainConfig(Config):
     """How long, how fast, and what is written on the way."""
 
-    steps: int = Field(ge=1)
-    """Optimiser steps."""
+    steps: int = Field(ge=0)
+    """Optimiser steps; 0 for methods that learn nothing by steps."""
     batch_size: int = Field(ge=1)
     """Images per optimiser step, over all processes and micro-batches."""
     accumulate: int = Field(1, ge=1)
     """Micro-batches per optimiser step."""
-    optimiser: OptimiserConfig
+    optimiser: OptimiserConfig | None = None
+    """Needed wherever there are steps."""
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
+    """Over which the rate rises from 0."""
+    constant_steps: int = Field(0, ge=0)
+    """After them, at the full rate, before the cosine begins."""
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
     """Where the cosine ends, as a fraction of the learning rate."""
     clip_norm: float | None = Field(1.0, gt=0)
@@ -43,13 +47,22 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
-        if self.final_lr_fraction and self.schedule != "cosine":
-            raise ValueError("train.final_lr_fraction takes effect with train.schedule=cosine only")
-        if self.warmup_steps > self.steps:
+        for name in ("final_lr_fraction", "constant_steps"):
+            if getattr(self, name) and self.schedule != "cosine":
+                raise ValueError(f"train.{name} takes effect with train.schedule=cosine only")
+        if self.steps and self.warmup_steps + self.constant_steps > self.steps:
+            what = "train.constant_steps" if self.constant_steps else "train.warmup_steps"
             raise ValueError(
-                f"train.warmup_steps {self.warmup_steps} is more than train.steps {self.steps}; "
-                "pass train.warmup_steps=…"
+                f"train.warmup_steps {self.warmup_steps}"
+                + (
+                    f" and train.constant_steps {self.constant_steps}"
+                    if self.constant_steps
+                    else ""
+                )
+                + f" is more than train.steps {self.steps}; pass {what}=…"
             )
+        if self.steps and self.optimiser is None:
+            raise ValueError("train.optimiser is missing; give train.optimiser.learning_rate=…")
         return self
 
     def learning_rate_factor(self, step: int) -> float:
@@ -57,6 +70,7 @@ class TrainConfig(Config):
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         if self.schedule == "constant":
             return warmup
-        progress = max(0, step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        before = self.warmup_steps + self.constant_steps
+        progress = max(0, step - before) / max(1, self.steps - before)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return warmup * (self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine)

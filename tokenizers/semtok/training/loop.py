@@ -18,7 +18,7 @@ from semtok.data.loading import BatchSlice, DataOrder, batches_in_order, trainin
 from semtok.data.source import ImageBatch, ImageSource
 from semtok.errors import Interrupted
 from semtok.images import to_pixels
-from semtok.objective import Draws, Objective, StepOutput
+from semtok.objective import Batch, Draws, Objective, StepOutput
 from semtok.storage import new_file
 from semtok.training.checkpoint import (
     list_checkpoints,
@@ -31,6 +31,20 @@ from semtok.training.config import TrainConfig
 from semtok.training.ema import ModelEMA
 from semtok.training.log import MetricSums, RunLog, non_finite
 from semtok.training.process import StopSignals
+
+
+def on_device(batch: ImageBatch, device: torch.device) -> Batch:
+    """What a source loaded, as objectives take it."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    return Batch(
+        to_pixels(move(batch.images)) if batch.images is not None else None,
+        move(batch.labels),
+        {name: move(values) for name, values in batch.attributes.items()},
+        batch.features.map(move) if batch.features is not None else None,
+    )
 
 
 class Trainer:
@@ -92,6 +106,7 @@ class Trainer:
         self._signals = StopSignals()
 
     def _optimiser(self, name: str, player: nn.Module) -> Any:
+        assert self.config.optimiser is not None, "TrainConfig asks for one where there are steps"
         settings = self.objective.optimiser_config(name, self.config.optimiser)
         optimiser = torch.optim.AdamW(
             player.parameters(),
@@ -203,6 +218,8 @@ class Trainer:
 
     def _run(self, batches: Iterator[ImageBatch]) -> None:
         config = self.config
+        if not config.steps:
+            self._sample()
         while self.step < config.steps:
             self.train_step(batches)
             self.log.step_done()
@@ -285,12 +302,7 @@ class Trainer:
             self.log.say(
                 f"warning: {name} can't be read as an image; another image takes its place"
             )
-        images = to_pixels(batch.images.to(self.device, non_blocking=True))
-        labels = batch.labels.to(self.device, non_blocking=True)
-        attributes = {
-            name: a.to(self.device, non_blocking=True) for name, a in batch.attributes.items()
-        }
-        return self.objective.prepare(images, labels, attributes)
+        return self.objective.prepare(on_device(batch, self.device))
 
     def _total(self, output: StepOutput) -> Tensor:
         means = {name: term.value.mean() for name, term in output.terms.items()}

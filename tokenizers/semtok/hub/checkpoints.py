@@ -1,0 +1,78 @@
+"""Reading the pickled files that published training scripts write, without running what is in them."""
+
+import argparse
+import collections
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from semtok.errors import UserError
+from semtok.storage import DAMAGE, first_line, read_tensors
+
+
+class _Inert:
+    """Stands for a class of a settings library whose contents nobody here reads."""
+
+
+_SETTINGS_CLASSES = (
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata",
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig",
+    "omegaconf.nodes.AnyNode",
+    "omegaconf.nodes.BooleanNode",
+    "omegaconf.nodes.FloatNode",
+    "omegaconf.nodes.IntegerNode",
+    "omegaconf.nodes.StringNode",
+)
+# Beside tensors and plain containers, published files hold arguments (a Namespace, or OmegaConf's
+# objects) and statistics as numpy arrays. Nothing else is admitted.
+_ADMITTED: list[Any] = [
+    argparse.Namespace,
+    collections.defaultdict,
+    dict,
+    (_Inert, "typing.Any"),
+    *((_Inert, name) for name in _SETTINGS_CLASSES),
+    (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
+    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in (np.float32, np.float64)),
+]
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """What a ``.pt``, ``.pth`` or ``.safetensors`` file holds.
+
+    Pickles are read with ``weights_only``: no code in them runs, and a class that is not admitted by
+    name is refused by name.
+
+    Raises:
+        UserError: no such file, or one that can't be read so.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    try:
+        with torch.serialization.safe_globals(_ADMITTED):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except DAMAGE as error:
+        raise UserError(f"{path}: can't be read as a checkpoint ({first_line(error)})") from None
+
+
+def read_state_dict(path: str | Path, weights: str = "ema") -> dict[str, Tensor]:
+    """The state dict in a file, nested under ``weights`` or bare; names without ``module.`` before them.
+
+    Raises:
+        UserError: see ``read_checkpoint``, or a file without a state dict.
+    """
+    content = read_checkpoint(path)
+    state = content.get(weights, content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path}: holds no state dict, neither bare nor under '{weights}'")
+    return {name.removeprefix("module."): value for name, value in state.items()}

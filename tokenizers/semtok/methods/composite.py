@@ -1,0 +1,362 @@
+"""What SemVAE, REGLUE and ReDi share: latents made of an image VAE's and of a teacher's features.
+
+A composite tokenizer has the texture part of any other tokenizer; a semantic part, which a *coder*
+compresses from a frozen teacher's patch tokens; and a global part, the teacher's pooled token. Each
+of the last two may be left out (REG has the global part alone). Only the texture part is decoded to
+the image. The methods differ in their coder and in how it is learned.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from semtok.data.feature_cache import ensure_feature_cache
+from semtok.data.source import ImageSource
+from semtok.errors import UserError
+from semtok.latents import Latents, LatentSpec, PartSpec, Posterior
+from semtok.objective import Batch, Reference, TokenizerObjective
+from semtok.pictures import principal_components, rows_of_images
+from semtok.registry import MethodConfig, Stage
+from semtok.storage import DAMAGE, first_line, read_tensors
+from semtok.teachers import Teacher, TeacherConfig, TeacherFeatures
+from semtok.tokenizer import DiffusionDefaults, Tokenizer
+
+_CODER_FILE = "coder.safetensors"
+_TEACHER_FILE = "teacher.safetensors"
+
+
+# Settings ----------------------------------------------------------------------------------------
+
+
+class CompositeConfig(MethodConfig):
+    """Settings that all composites share."""
+
+    texture: str = "demo"
+    """Whose texture part: a folder, a run's name, a Hub id, a diffusers VAE, an embedded recipe's name
+    (then it is trained first), or ``demo``, the embedded VAE."""
+    global_token: bool
+    """Whether the teacher's pooled token (the CLS token of its last layer) is a part."""
+    statistics: Literal["measured", "none"] = "measured"
+    """``none`` leaves the semantic and global parts unscaled, as REGLUE, REG and ReDi publish; their
+    variance then sets how much noise hides them."""
+    feature_cache: str | None = None
+    """A folder where the teacher's features are kept in float16 once they were computed; None
+    computes them in each step."""
+
+    def needs_teacher(self) -> bool:
+        return True
+
+    def texture_reference(self) -> str | None:
+        return self.texture
+
+
+# Coders ------------------------------------------------------------------------------------------
+
+
+class FeatureCoder(nn.Module, ABC):
+    """Compresses a teacher's patch tokens, all layers on one channel axis, and restores them.
+
+    Attributes:
+        feature_channels: D of the features.
+        channels: C of the code, the semantic part.
+    """
+
+    feature_channels: int
+    channels: int
+
+    @abstractmethod
+    def encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, D, h, w) to mean and standard deviation (0: deterministic) of the code
+        (B, C, h, w)."""
+
+    @abstractmethod
+    def decode(self, code: Tensor) -> Tensor:
+        """Codes (B, C, h, w) to features (B, D, h, w)."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Arguments that build a coder of this shape, as JSON."""
+
+
+def feature_cosine(predicted: Tensor, features: Tensor) -> Tensor:
+    """Cosine over channels, averaged over positions: two of (B, D, h, w) to (B,), in float32."""
+    return F.cosine_similarity(predicted.float(), features.float(), dim=1).mean(dim=(1, 2))
+
+
+# The tokenizer -----------------------------------------------------------------------------------
+
+
+class CompositeTokenizer(Tokenizer):
+    """Texture of another tokenizer, coded features and pooled token of a teacher.
+
+    Decoding needs no teacher, so a loaded tokenizer reads the teacher's weights when it first
+    encodes; they must be those that it was trained with.
+
+    Args:
+        texture: a tokenizer whose only part is the texture.
+        coder: of the semantic part; None: there is none.
+        teacher: whose features; or its settings and fingerprint, to load it later.
+        feature_stride: image pixels per patch token of the teacher along each side.
+        global_width: width of the pooled token; None: no global part.
+        scaled: whether the semantic and global parts are standardised; else they stay as they are.
+    """
+
+    coder_class: ClassVar[type[FeatureCoder] | None] = None
+
+    def __init__(
+        self,
+        texture: Tokenizer,
+        coder: FeatureCoder | None,
+        teacher: Teacher | tuple[TeacherConfig, str],
+        *,
+        feature_stride: int,
+        global_width: int | None,
+        scaled: bool = True,
+        method: str,
+        training_info: dict[str, Any] | None = None,
+    ) -> None:
+        parts = [texture.spec["texture"]]
+        if coder is not None:
+            parts.append(PartSpec("semantic", coder.channels, feature_stride))
+        if global_width is not None:
+            parts.append(PartSpec("global", global_width, None))
+        super().__init__(LatentSpec(tuple(parts)), method=method, training_info=training_info)
+        self.texture, self.coder = texture, coder
+        self.feature_stride, self.scaled = feature_stride, scaled
+        self._teacher: Teacher | None = None
+        if not isinstance(teacher, tuple):
+            self._teacher, teacher = teacher, (teacher.config, teacher.fingerprint())
+        self.teacher_config, self.teacher_fingerprint = teacher
+        self.texture_mean.copy_(texture.texture_mean)
+        self.texture_std.copy_(texture.texture_std)
+        if not self.measured_parts:
+            self.num_measured_images.copy_(texture.num_measured_images)
+
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher, loaded when it is first asked for.
+
+        Raises:
+            UserError: it can't be had, or its weights are not those that trained this tokenizer.
+        """
+        if self._teacher is None:
+            teacher = Teacher(self.teacher_config)
+            if teacher.fingerprint() != self.teacher_fingerprint:
+                raise UserError(
+                    f"teacher '{self.teacher_config.name}': its weights here are not those that this "
+                    "tokenizer was trained with; encoding would mean something else"
+                )
+            self._teacher = teacher.to(self.texture_mean.device)
+        return self._teacher
+
+    @property
+    def measured_parts(self) -> tuple[str, ...]:
+        # The texture keeps the statistics that its own tokenizer measured.
+        return self.spec.names[1:] if self.scaled else ()
+
+    def features(self, pixels: Tensor) -> TeacherFeatures:
+        rows, columns = (side // self.feature_stride for side in pixels.shape[-2:])
+        return self.teacher.features(pixels, grid=(rows, columns))
+
+    def posterior_raw(self, pixels: Tensor, features: TeacherFeatures | None = None) -> Posterior:
+        texture = self.texture.posterior_raw(pixels)
+        mean, std = dict(texture.mean), dict(texture.std)
+        features = features if features is not None else self.features(pixels)
+        if self.coder is not None:
+            mean["semantic"], std["semantic"] = self.coder.encode(features.joined)
+        if "global" in self.spec.names:
+            mean["global"] = features.pooled
+            std["global"] = torch.zeros_like(features.pooled)
+        return Posterior(Latents(mean), Latents(std))
+
+    def decode_raw(self, raw: Latents) -> Tensor:
+        return self.texture.decode_raw(Latents({"texture": raw.texture}))
+
+    def decode_features(self, latents: Latents) -> Tensor:
+        """The teacher's features (B, D, h, w) that the semantic part stands for.
+
+        Raises:
+            ValueError: this tokenizer has no semantic part.
+        """
+        if self.coder is None:
+            raise ValueError(f"a '{self.method}' tokenizer without a coder has no semantic part")
+        return self.coder.decode(self.destandardise(latents)["semantic"])
+
+    # Files ------------------------------------------------------------------------------------
+
+    def save_networks(self, folder: Path) -> dict[str, Any]:
+        """Writes ``texture/``, a whole tokenizer; the coder; and a teacher that only a local file has."""
+        self.texture.save_pretrained(folder / "texture")
+        if self.coder is not None:
+            state = {name: t.contiguous() for name, t in self.coder.state_dict().items()}
+            safetensors.torch.save_file(state, folder / _CODER_FILE, metadata={"format": "pt"})
+        config = self.teacher_config
+        if config.checkpoint is not None:
+            state = {n: t.contiguous() for n, t in self.teacher.network.state_dict().items()}
+            safetensors.torch.save_file(state, folder / _TEACHER_FILE, metadata={"format": "pt"})
+            config = config.model_copy(update={"checkpoint": _TEACHER_FILE})
+        return {
+            "coder": self.coder.settings() if self.coder is not None else None,
+            "teacher": config.model_dump(mode="json"),
+            "teacher_fingerprint": self.teacher_fingerprint,
+            "feature_stride": self.feature_stride,
+            "global_width": self.spec["global"].channels if "global" in self.spec.names else None,
+            "scaled": self.scaled,
+        }
+
+    @classmethod
+    def load_networks(cls, folder: Path, config: Mapping[str, Any]) -> "CompositeTokenizer":
+        settings = config["settings"]
+        texture = Tokenizer.from_pretrained(folder / "texture")
+        try:
+            teacher = TeacherConfig.model_validate_json(json.dumps(settings["teacher"]))
+            if teacher.checkpoint is not None:
+                teacher = teacher.model_copy(update={"checkpoint": str(folder / _TEACHER_FILE)})
+            coder = None
+            if settings["coder"] is not None:
+                assert cls.coder_class is not None
+                coder = cls.coder_class(**settings["coder"])
+                coder.load_state_dict(read_tensors(folder / _CODER_FILE))
+            return cls(
+                texture,
+                coder,
+                (teacher, settings["teacher_fingerprint"]),
+                feature_stride=settings["feature_stride"],
+                global_width=settings["global_width"],
+                scaled=settings["scaled"],
+                method=config["method"],
+                training_info=config["trained"],
+            )
+        except UserError:
+            raise
+        except (TypeError, AssertionError, *DAMAGE) as error:
+            raise UserError(
+                f"{folder}: damaged or of another version ({first_line(error)})"
+            ) from None
+
+
+# The objective -----------------------------------------------------------------------------------
+
+
+class CompositeObjective(TokenizerObjective):
+    """Trains or fits a coder on a teacher's features; the texture's tokenizer stays as it is.
+
+    Args:
+        coder: the semantic part's; None: there is none, and nothing is trained.
+
+    Raises:
+        ValueError: a texture tokenizer with further parts, or a grid of patch tokens that does not
+            divide the image.
+    """
+
+    tokenizer_class: ClassVar[type[CompositeTokenizer]]
+
+    def __init__(self, config: CompositeConfig, stage: Stage, coder: FeatureCoder | None) -> None:
+        super().__init__()
+        assert stage.teacher is not None and stage.texture is not None
+        self.config, self.stage, self.teacher = config, stage, Reference(stage.teacher)
+        self.texture = Reference(stage.texture)
+        if stage.texture.spec.names != ("texture",):
+            raise ValueError(
+                f"method.texture: '{config.texture}' has parts {', '.join(stage.texture.spec.names)}; "
+                "a composite takes a tokenizer of the texture alone"
+            )
+        self.feature_stride = feature_stride(stage.teacher, stage.image_size)
+        self.players = nn.ModuleDict()
+        self._coder = Reference(coder if coder is not None else nn.Identity())
+        self.tokenizer(self.averaged_module()).spec.check_image_size(stage.image_size)
+
+    def frozen_modules(self) -> list[nn.Module]:
+        held = [self.teacher.module, self.texture.module]
+        return held if len(self.players) else [*held, self._coder.module]
+
+    def averaged_module(self) -> nn.Module:
+        return self._coder.module
+
+    def training_source(self, source: ImageSource, accelerator: Accelerator) -> ImageSource:
+        if self.config.feature_cache is None:
+            return source
+        rows, columns = (side // self.feature_stride for side in self.stage.image_size)
+        return ensure_feature_cache(
+            source,
+            self.teacher.module,
+            (rows, columns),
+            Path(self.config.feature_cache),
+            batch_size=64,
+            accelerator=accelerator,
+        )
+
+    def prepare(self, batch: Batch) -> dict[str, Any]:
+        features = batch.features
+        if features is None:
+            grid = tuple(side // self.feature_stride for side in batch.pixels.shape[-2:])
+            features = self.teacher.module.features(batch.pixels, grid=grid)
+        return {"features": features}
+
+    def tokenizer(self, averaged: nn.Module) -> CompositeTokenizer:
+        config, teacher = self.config, self.teacher.module
+        tokenizer = self.tokenizer_class(
+            self.texture.module,
+            averaged if isinstance(averaged, FeatureCoder) else None,
+            teacher,
+            feature_stride=self.feature_stride,
+            global_width=teacher.pooled_width if config.global_token else None,
+            scaled=config.statistics == "measured",
+            method=config.name,
+        )
+        tokenizer.diffusion_defaults = self.diffusion_defaults(tokenizer.spec)
+        return tokenizer
+
+    @abstractmethod
+    def diffusion_defaults(self, spec: LatentSpec) -> DiffusionDefaults:
+        """How the paper diffuses these latents."""
+
+    def validate(
+        self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        if not isinstance(averaged, FeatureCoder):
+            return {}
+        features = inputs["features"].joined
+        decoded = averaged.decode(averaged.encode(features)[0])
+        return {"feature_cosine": feature_cosine(decoded, features)}
+
+    def picture(
+        self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]
+    ) -> Tensor | None:
+        """The images; principal components of the features, of their reconstruction, in the same
+        colours, and of the code."""
+        if not isinstance(averaged, FeatureCoder):
+            return None
+        features = inputs["features"].joined
+        code = averaged.encode(features)[0]
+        maps = [principal_components(x, of=features) for x in (features, averaged.decode(code))]
+        return rows_of_images([pixels, *maps, principal_components(code)])
+
+
+def feature_stride(teacher: Teacher, image_size: tuple[int, int]) -> int:
+    """Image pixels per patch token.
+
+    Raises:
+        ValueError: the teacher's grid does not divide the image into squares.
+    """
+    rows, columns = teacher.grid(image_size)
+    height, width = image_size
+    if height % rows or width % columns or height // rows != width // columns:
+        near = min(
+            (s for s in range(1, min(image_size) + 1) if not (height % s or width % s)),
+            key=lambda s: abs(min(image_size) / s - min(rows, columns)),
+        )
+        size = min(image_size) // near * teacher.patch_size
+        raise ValueError(
+            f"teacher.input_size: {teacher.input_size} gives {rows}x{columns} tokens, which do not divide "
+            f"{height}x{width} pixels; pass teacher.input_size={size}"
+        )
+    return height // rows

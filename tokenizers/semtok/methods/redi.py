@@ -1,0 +1,116 @@
+"""ReDi: principal components of a teacher's features, the linear baseline of semantic latents.
+
+"Boosting Generative Image Modeling via Joint Image-Feature Synthesis", arXiv 2504.16064. The last
+layer's patch tokens are standardised and projected on their first principal components (8 in the
+paper); the diffusion transformer denoises them together with the image latents. Components come
+from one streaming pass over training images, exactly; nothing is learned by steps.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from einops import einsum
+from pydantic import Field
+from torch import Tensor
+
+from semtok.latents import LatentSpec
+from semtok.methods.composite import (
+    CompositeConfig,
+    CompositeObjective,
+    CompositeTokenizer,
+    FeatureCoder,
+)
+from semtok.objective import Batch
+from semtok.registry import Stage, register_method
+from semtok.statistics import StreamingMoments
+from semtok.tokenizer import DiffusionDefaults
+
+
+class ReDiConfig(CompositeConfig):
+    """Settings of ReDi. Its recipe has ``train.steps: 0``; ``train.num_statistics_images`` are read."""
+
+    name: Literal["redi"] = "redi"
+    global_token: bool = False
+    channels: int = Field(8, ge=1)
+    """Principal components kept."""
+
+    def has_steps(self) -> bool:
+        return False
+
+
+class PrincipalComponents(FeatureCoder):
+    """Standardised features on their first principal components.
+
+    Args:
+        feature_channels: D.
+        channels: components kept, at most D.
+    """
+
+    def __init__(self, feature_channels: int, channels: int) -> None:
+        super().__init__()
+        if channels > feature_channels:
+            raise ValueError(
+                f"method.channels: {channels} components of features with {feature_channels} channels"
+            )
+        self.feature_channels, self.channels = feature_channels, channels
+        self.register_buffer("feature_mean", torch.zeros(feature_channels))
+        self.register_buffer("feature_std", torch.ones(feature_channels))
+        self.register_buffer("components", torch.eye(channels, feature_channels))  # rows
+
+    def fit(self, moments: StreamingMoments) -> None:
+        """Takes the components of the features whose mean and covariance these are."""
+        std = moments.std.where(moments.std > 0, 1.0)
+        correlation = moments.matrix / torch.outer(std, std)
+        directions = torch.linalg.eigh(correlation.cpu()).eigenvectors.flip(1)  # largest first
+        components = directions[:, : self.channels].T
+        # A direction's sign is arbitrary; its largest entry is made positive.
+        largest = components.abs().argmax(dim=1, keepdim=True)
+        self.components.copy_(components * components.gather(1, largest).sign())
+        self.feature_mean.copy_(moments.mean)
+        self.feature_std.copy_(std)
+
+    def encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        standardised = (features - self.feature_mean[:, None, None]) / self.feature_std[
+            :, None, None
+        ]
+        code = einsum(self.components, standardised, "c d, b d h w -> b c h w")
+        return code, torch.zeros_like(code)
+
+    def decode(self, code: Tensor) -> Tensor:
+        standardised = einsum(self.components, code, "c d, b c h w -> b d h w")
+        return standardised * self.feature_std[:, None, None] + self.feature_mean[:, None, None]
+
+    def settings(self) -> dict[str, Any]:
+        return {"feature_channels": self.feature_channels, "channels": self.channels}
+
+
+class ReDiTokenizer(CompositeTokenizer):
+    """Image latents and principal components."""
+
+    coder_class = PrincipalComponents
+
+
+class ReDiObjective(CompositeObjective):
+    """Fits the components in the pass before the first step; there is no step."""
+
+    tokenizer_class = ReDiTokenizer
+
+    def __init__(self, config: ReDiConfig, stage: Stage) -> None:
+        assert stage.teacher is not None
+        coder = PrincipalComponents(sum(stage.teacher.widths), config.channels)
+        super().__init__(config, stage, coder)
+
+    def measure(self, batches: Iterable[Batch]) -> None:
+        moments = StreamingMoments(covariance=True)
+        for batch in batches:
+            moments.add(self.prepare(batch)["features"].joined)
+        self.averaged_module().fit(moments.over_processes())
+
+    def diffusion_defaults(self, spec: LatentSpec) -> DiffusionDefaults:
+        # Both spatial parts weigh the same; REPA is an option of the paper, not its default.
+        weights = {"global": 0.03} if "global" in spec.names else {}  # REG's
+        return DiffusionDefaults(loss_weights=weights)
+
+
+register_method("redi", config=ReDiConfig, objective=ReDiObjective, tokenizer=ReDiTokenizer)
