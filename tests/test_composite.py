@@ -253,6 +253,26 @@ def test_grids_that_do_not_divide_the_image_are_refused_with_a_size_that_does():
     assert feature_stride(Teacher(TeacherConfig(input_size=32)), (16, 24)) == 2
 
 
+def test_a_texture_that_is_not_trained_yet_is_trained_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tiny.content({"name": "vae"}, steps=2)))
+    found = {"mine": tmp_path / "mine.yaml"}
+    monkeypatch.setattr(command, "find_recipe", found.get)
+    with pytest.raises(UserError, match="method.heads: 3 does not divide"):
+        trained("semvae", tmp_path / "run", texture="mine", heads=3)
+    assert not (tmp_path / "runs").exists(), "what is wrong is told before the long work"
+    trained("semvae", tmp_path / "run", texture="mine")
+    assert "tokenizer 'mine' is not trained yet: training" in capsys.readouterr().out
+    ours, mine = Tokenizer.from_pretrained("run"), Tokenizer.from_pretrained("mine")
+    with torch.no_grad():
+        assert torch.equal(ours.encode(pixels(1)).texture, mine.encode(pixels(1)).texture)
+    # A resumed run keeps its copy, whatever became of the reference.
+    shutil.rmtree(tmp_path / "runs")
+    found.clear()
+    resumed = parse_recipe(content("semvae", texture="mine"), "tiny")
+    train_tokenizer(resumed, tmp_path / "run", resume=True)
+
+
 # Training ----------------------------------------------------------------------------------------
 
 

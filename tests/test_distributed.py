@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import tiny
+from semtok import Tokenizer
 from semtok.commands import sample, train_dit
 from semtok.commands.cli import run
 
@@ -21,6 +22,7 @@ METHODS = {
         "adversarial": {**tiny.ADVERSARIAL, "norm": "group", "weight": 0.5},
     },
     "vae": {"name": "vae"},
+    "semvae": {"name": "semvae", "channels": 4, "width": 16, "heads": 2, "blocks": 1},
 }
 
 
@@ -68,6 +70,26 @@ def test_two_gloo_processes_train_to_the_weights_of_one(name, tmp_path):
         torch.testing.assert_close(
             one[key], two[key], atol=2e-5, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}"
         )
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{"name": "redi", "channels": 4}, {"name": "reglue", "compressor": {"hidden": [8]}}],
+    ids=lambda method: method["name"],
+)
+def test_two_processes_measure_the_features_of_all(method, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    steps = {"steps": 0, "warmup_steps": 0} if method["name"] == "redi" else {"steps": 2}
+    cache = {"feature_cache": str(tmp_path / "cache")} if method["name"] == "reglue" else {}
+    content = tiny.content(method | cache, num_statistics_images=10, **steps)
+    recipe.write_text(yaml.safe_dump(content))
+    command = ["-m", "semtok.commands.cli", "train_tokenizer", str(recipe), "--output"]
+    launch([*command, str(tmp_path / "two")], 2)
+    launch([*command, str(tmp_path / "one")], 1)  # reads the cache that two have written
+    one, two = (Tokenizer.from_pretrained(tmp_path / run).coder for run in ("one", "two"))
+    names = ["feature_mean", "feature_std"] + (["components"] if method["name"] == "redi" else [])
+    for name in names:
+        torch.testing.assert_close(getattr(one, name), getattr(two, name), atol=1e-4, rtol=1e-4)
 
 
 def test_the_two_processes_hold_equal_weights(tmp_path):

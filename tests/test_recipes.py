@@ -80,9 +80,12 @@ def test_a_tokenizer_recipe_builds_and_trains_at_toy_size(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", GENERATORS)
-def test_a_generator_recipe_builds_and_trains_at_toy_size(name, tmp_path, toy_tokenizer):
-    content = at_toy_size(read_yaml(ROOT / name)) | {"tokenizer": str(toy_tokenizer)}
-    shape = architecture(content["diffusion"]["network"]).model_dump()
+def test_a_generator_recipe_builds_and_trains_at_toy_size(name, tmp_path, toy_tokenizers):
+    parts = read_yaml(ROOT / name)["diffusion"].get("leads", {}).keys() - {"texture"}
+    toy = toy_tokenizers["vae" if not parts else "reglue" if "global" in parts else "semvae"]
+    content = at_toy_size(read_yaml(ROOT / name)) | {"tokenizer": str(toy)}
+    network = content["diffusion"]["network"]
+    shape = architecture(network).model_dump() if isinstance(network, str) else network
     content["diffusion"]["network"] = shape | {"depth": 2, "width": 32, "heads": 2}
     if content["diffusion"].get("repa"):
         content["diffusion"]["repa"] |= {"depth": 1, "projector_width": 16}
@@ -92,10 +95,16 @@ def test_a_generator_recipe_builds_and_trains_at_toy_size(name, tmp_path, toy_to
 
 
 @pytest.fixture(scope="module")
-def toy_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("toy") / "run"
-    train_tokenizer(parse_recipe(tiny.content({"name": "vae"}, steps=2), "tiny"), folder)
-    return folder
+def toy_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("toy")
+    methods = {
+        "vae": {"name": "vae"},
+        "reglue": {"name": "reglue", "compressor": {"hidden": [8], "channels": 4}},
+        "semvae": {"name": "semvae", "channels": 4, "width": 16, "heads": 2, "blocks": 1},
+    }
+    for name, method in methods.items():
+        train_tokenizer(parse_recipe(tiny.content(method, steps=2), "tiny"), root / name)
+    return {name: root / name for name in methods}
 
 
 def at_toy_size(content: dict[str, Any]) -> dict[str, Any]:

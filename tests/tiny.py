@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from semtok.commands.train_tokenizer import build_objective
+from semtok.data.shapes import Shapes, ShapesConfig
+from semtok.images import to_pixels
 from semtok.objective import Draws, TokenizerObjective
 from semtok.recipe import parse_recipe
 from semtok.training.loop import on_device
@@ -63,10 +65,13 @@ def build(method: dict[str, Any] | None = None, **train: Any) -> TokenizerObject
 
 def batch(objective: TokenizerObjective, num: int = 4) -> dict[str, Any]:
     """Prepared inputs of the first training images."""
-    from semtok.data.shapes import Shapes, ShapesConfig
-
     loaded = Shapes(ShapesConfig(size=16), train=True).load(range(num))
     return objective.prepare(on_device(loaded, torch.device("cpu")))
+
+
+def batch_of_shapes(num: int) -> torch.Tensor:
+    """Pixels of the first training images, 16x16."""
+    return to_pixels(Shapes(ShapesConfig(size=16), train=True).load(range(num)).images)
 
 
 def draws(step: int = 0, num: int = 4) -> Draws:

@@ -25,8 +25,7 @@ from semtok.registry import load_plugins
 from semtok.storage import new_file
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Returns the exit code."""
+def _parser() -> Parser:
     parser = Parser(prog="sample", description=__doc__)
     parser.add_argument("model", help="folder, run name or Hub id of a generator")
     parser.add_argument(
@@ -70,8 +69,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--plugin", action="append", default=[], help="a Python file that registers a method"
     )
-    args = parser.parse_args(arguments)
+    return parser
 
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code."""
+    args = _parser().parse_args(arguments)
     load_plugins(args.plugin)
     kind = _check_output(args.output)
     generator = Generator.from_pretrained(args.model)
@@ -91,10 +94,24 @@ def main(arguments: Sequence[str]) -> int:
 
     if args.strip is not None:
         return _strip(args, generator, sampler, labels if args.num is not None else classes[:4])
+    _draw(args, generator, weak, sampler, labels, kind)
+    return 0
+
+
+def _draw(
+    args: argparse.Namespace,
+    generator: Generator,
+    weak: Generator | None,
+    sampler: SamplerConfig,
+    labels: list[int],
+    kind: str,
+) -> None:
+    """Draws the set, each process its share of the batches, and writes it as ``kind`` says."""
     state = PartialState(cpu=not torch.cuda.is_available())
     generator.to(state.device)
     weak = weak.to(state.device) if weak is not None else None
     images: dict[int, Tensor] = {}
+    num = len(labels)
     batches = [
         range(first, min(first + args.batch_size, num)) for first in range(0, num, args.batch_size)
     ]
@@ -125,7 +142,6 @@ def main(arguments: Sequence[str]) -> int:
         names = [_name(generator, label) for label in dict.fromkeys(labels)]
         shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         print(f"{num} images of {shown}: {args.output}")
-    return 0
 
 
 def _strip(

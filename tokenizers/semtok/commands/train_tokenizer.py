@@ -18,7 +18,7 @@ from semtok.errors import Interrupted
 from semtok.images import to_pixels
 from semtok.objective import Batch, TokenizerObjective
 from semtok.recipe import TokenizerRecipe, load_recipe, recipe_text
-from semtok.references import RUNS, find_recipe
+from semtok.references import DEMO, RUNS, find_recipe
 from semtok.registry import Stage, get_method
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ def train_tokenizer(
     claim_run_folder(folder, recipe, resume=resume)
     sources = open_sources(recipe.data)
     make_accelerator(recipe.train, folder)  # what it refuses should not wait for another tokenizer
-    texture = _texture(recipe, folder, resume=resume)
+    texture = _texture(recipe, folder, resume=resume, place=place)
     accelerator = make_accelerator(recipe.train, folder)
     objective = build_objective(recipe, texture, place=place)
     trainer = start_trainer(
@@ -92,9 +92,8 @@ def tokenizer_from_reference(reference: str) -> Tokenizer:
     Raises:
         UserError: the reference names nothing.
     """
-    recipe = find_recipe(reference)
-    folder = RUNS / reference
-    if recipe is None or Path(reference).is_dir() or (folder / "export" / "config.json").is_file():
+    recipe, folder = _untrained(reference), RUNS / reference
+    if recipe is None:
         return Tokenizer.from_pretrained(reference)
     unfinished = (folder / "recipe.yaml").is_file()
     print(
@@ -110,19 +109,29 @@ def tokenizer_from_reference(reference: str) -> Tokenizer:
     return Tokenizer.from_pretrained(folder)
 
 
+def _untrained(reference: str) -> Path | None:
+    """The embedded recipe that a reference names, where neither a folder nor a finished run does."""
+    finished = (RUNS / reference / "export" / "config.json").is_file()
+    return None if finished or Path(reference).is_dir() else find_recipe(reference)
+
+
 def keep_tokenizer(tokenizer: Tokenizer, copy: Path) -> None:
     """Copies into a run the tokenizer that it is built on: what a reference names may change meanwhile."""
     if not copy.is_dir():
         tokenizer.save_pretrained(copy)
 
 
-def _texture(recipe: TokenizerRecipe[Any, Any], folder: Path, *, resume: bool) -> Tokenizer | None:
+def _texture(
+    recipe: TokenizerRecipe[Any, Any], folder: Path, *, resume: bool, place: str
+) -> Tokenizer | None:
     reference = recipe.method.texture_reference()
     if reference is None:
         return None
     copy = folder / _TEXTURE
     if resume and copy.is_dir():
         return Tokenizer.from_pretrained(copy)
+    if _untrained(reference) is not None:  # whatever else is wrong should not wait for its training
+        build_objective(recipe, Tokenizer.from_pretrained(DEMO), place=place)
     return tokenizer_from_reference(reference)
 
 
@@ -159,7 +168,7 @@ def statistics_batches(
     """The first training images, in the order and with the mirroring of the first epoch.
 
     Args:
-        share: (index, number of processes): only every so-manieth batch is given.
+        share: (index, number) of processes: batches are dealt out in turn.
     """
     train = recipe.train
     num_images = min(train.num_statistics_images, len(source))

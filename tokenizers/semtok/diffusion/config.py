@@ -19,7 +19,9 @@ class REPAConfig(Config):
     weight: float = Field(0.5, ge=0)
     depth: int | None = Field(None, ge=1)
     """After which block; None: a third of them, at most 8, which is REPA's 4 for B and 8 for L and XL."""
-    projector_width: int = Field(2048, ge=1)
+    projector_width: int | None = Field(None, ge=1)
+    """None: REPA's 2048; in networks narrower than SiT-S twice their width, as the projector would cost
+    more than the network."""
     loss: Literal["cosine", "cosine_mse"] = "cosine"
     """``cosine_mse`` is the mean of 1 - cosine and of the squared error (SFD, table 19)."""
     with_global: bool = False
@@ -28,6 +30,12 @@ class REPAConfig(Config):
     def depth_in(self, num_blocks: int) -> int:
         """After which of a network's blocks."""
         return self.depth if self.depth is not None else min(8, max(1, num_blocks // 3))
+
+    def projector_width_for(self, width: int) -> int:
+        """Hidden width of the projector of a network of this width."""
+        if self.projector_width is not None:
+            return self.projector_width
+        return 2048 if width >= 384 else 2 * width
 
 
 class DiffusionConfig(Config):

@@ -57,7 +57,8 @@ class DiTPlayer(nn.Module):
         if config.repa:
             assert teacher is not None, "REPA needs a teacher"
             width = network.config.width
-            self.projector = silu_mlp(width, config.repa.projector_width, teacher.widths[-1])
+            hidden = config.repa.projector_width_for(width)
+            self.projector = silu_mlp(width, hidden, teacher.widths[-1])
             self._depth = config.repa.depth_in(network.config.depth)
 
     def forward(

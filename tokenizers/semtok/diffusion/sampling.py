@@ -311,6 +311,10 @@ def _dopri5(
             atol=config.atol,
             options={"norm": _root_mean_square},
         )
-        state = tuple(part[-1] for part in states)
+        # A part that stands still stays as it is; interpolation would round it.
+        state = tuple(
+            old if stretch is not None and not stretch[name] else part[-1]
+            for name, old, part in zip(names, state, states, strict=True)
+        )
         watch(end, dict(zip(names, state, strict=True)))
     return dict(zip(names, state, strict=True))

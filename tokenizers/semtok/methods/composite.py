@@ -8,7 +8,7 @@ the image. The methods differ in their coder and in how it is learned.
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +25,7 @@ from semtok.latents import Latents, LatentSpec, PartSpec, Posterior
 from semtok.objective import Batch, Reference, TokenizerObjective
 from semtok.pictures import principal_components, rows_of_images
 from semtok.registry import MethodConfig, Stage
+from semtok.statistics import StreamingMoments
 from semtok.storage import DAMAGE, first_line, read_tensors
 from semtok.teachers import Teacher, TeacherConfig, TeacherFeatures
 from semtok.tokenizer import DiffusionDefaults, Tokenizer
@@ -84,6 +85,34 @@ class FeatureCoder(nn.Module, ABC):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Arguments that build a coder of this shape, as JSON."""
+
+
+class StandardisedCoder(FeatureCoder):
+    """A coder of features that are standardised per channel, by statistics measured on training data.
+
+    Args:
+        feature_channels: D of the features.
+        channels: C of the code.
+    """
+
+    def __init__(self, feature_channels: int, channels: int) -> None:
+        super().__init__()
+        self.feature_channels, self.channels = feature_channels, channels
+        self.register_buffer("feature_mean", torch.zeros(feature_channels))
+        self.register_buffer("feature_std", torch.ones(feature_channels))
+
+    def take_statistics(self, moments: StreamingMoments) -> None:
+        """Standardises by these moments from now on; channels that never vary are only centred."""
+        self.feature_mean.copy_(moments.mean)
+        self.feature_std.copy_(moments.std.where(moments.std > 0, 1.0))
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """Features (B, D, h, w) to about zero mean and unit variance per channel."""
+        return (features - self.feature_mean[:, None, None]) / self.feature_std[:, None, None]
+
+    def destandardise(self, standardised: Tensor) -> Tensor:
+        """The inverse of ``standardise``."""
+        return standardised * self.feature_std[:, None, None] + self.feature_mean[:, None, None]
 
 
 def feature_cosine(predicted: Tensor, features: Tensor) -> Tensor:
@@ -280,6 +309,15 @@ class CompositeObjective(TokenizerObjective):
 
     def averaged_module(self) -> nn.Module:
         return self._coder.module
+
+    def feature_moments(
+        self, batches: Iterable[Batch], *, covariance: bool = False
+    ) -> StreamingMoments:
+        """Moments of the features of all processes' batches."""
+        moments = StreamingMoments(covariance=covariance)
+        for batch in batches:
+            moments.add(self.prepare(batch)["features"].joined)
+        return moments.over_processes()
 
     def training_source(self, source: ImageSource, accelerator: Accelerator) -> ImageSource:
         if self.config.feature_cache is None:

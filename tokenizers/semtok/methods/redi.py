@@ -19,7 +19,7 @@ from semtok.methods.composite import (
     CompositeConfig,
     CompositeObjective,
     CompositeTokenizer,
-    FeatureCoder,
+    StandardisedCoder,
 )
 from semtok.objective import Batch
 from semtok.registry import Stage, register_method
@@ -39,7 +39,7 @@ class ReDiConfig(CompositeConfig):
         return False
 
 
-class PrincipalComponents(FeatureCoder):
+class PrincipalComponents(StandardisedCoder):
     """Standardised features on their first principal components.
 
     Args:
@@ -48,38 +48,30 @@ class PrincipalComponents(FeatureCoder):
     """
 
     def __init__(self, feature_channels: int, channels: int) -> None:
-        super().__init__()
+        super().__init__(feature_channels, channels)
         if channels > feature_channels:
             raise ValueError(
                 f"method.channels: {channels} components of features with {feature_channels} channels"
             )
-        self.feature_channels, self.channels = feature_channels, channels
-        self.register_buffer("feature_mean", torch.zeros(feature_channels))
-        self.register_buffer("feature_std", torch.ones(feature_channels))
         self.register_buffer("components", torch.eye(channels, feature_channels))  # rows
 
     def fit(self, moments: StreamingMoments) -> None:
         """Takes the components of the features whose mean and covariance these are."""
-        std = moments.std.where(moments.std > 0, 1.0)
+        self.take_statistics(moments)
+        std = self.feature_std.double()
         correlation = moments.matrix / torch.outer(std, std)
         directions = torch.linalg.eigh(correlation.cpu()).eigenvectors.flip(1)  # largest first
         components = directions[:, : self.channels].T
         # A direction's sign is arbitrary; its largest entry is made positive.
         largest = components.abs().argmax(dim=1, keepdim=True)
         self.components.copy_(components * components.gather(1, largest).sign())
-        self.feature_mean.copy_(moments.mean)
-        self.feature_std.copy_(std)
 
     def encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        standardised = (features - self.feature_mean[:, None, None]) / self.feature_std[
-            :, None, None
-        ]
-        code = einsum(self.components, standardised, "c d, b d h w -> b c h w")
+        code = einsum(self.components, self.standardise(features), "c d, b d h w -> b c h w")
         return code, torch.zeros_like(code)
 
     def decode(self, code: Tensor) -> Tensor:
-        standardised = einsum(self.components, code, "c d, b c h w -> b d h w")
-        return standardised * self.feature_std[:, None, None] + self.feature_mean[:, None, None]
+        return self.destandardise(einsum(self.components, code, "c d, b c h w -> b d h w"))
 
     def settings(self) -> dict[str, Any]:
         return {"feature_channels": self.feature_channels, "channels": self.channels}
@@ -102,10 +94,7 @@ class ReDiObjective(CompositeObjective):
         super().__init__(config, stage, coder)
 
     def measure(self, batches: Iterable[Batch]) -> None:
-        moments = StreamingMoments(covariance=True)
-        for batch in batches:
-            moments.add(self.prepare(batch)["features"].joined)
-        self.averaged_module().fit(moments.over_processes())
+        self.averaged_module().fit(self.feature_moments(batches, covariance=True))
 
     def diffusion_defaults(self, spec: LatentSpec) -> DiffusionDefaults:
         # Both spatial parts weigh the same; REPA is an option of the paper, not its default.

@@ -21,11 +21,10 @@ from semtok.methods.composite import (
     CompositeConfig,
     CompositeObjective,
     CompositeTokenizer,
-    FeatureCoder,
+    StandardisedCoder,
 )
 from semtok.objective import Batch, Draws, StepOutput, Term
 from semtok.registry import Stage, register_method
-from semtok.statistics import StreamingMoments
 from semtok.tokenizer import DiffusionDefaults
 
 # Settings ----------------------------------------------------------------------------------------
@@ -67,7 +66,7 @@ class ResidualBlock(nn.Module):
         return F.relu(x + y)
 
 
-class Compressor(FeatureCoder):
+class Compressor(StandardisedCoder):
     """Standardised features to a few channels and back, at one resolution, without sampling.
 
     Args:
@@ -76,24 +75,17 @@ class Compressor(FeatureCoder):
     """
 
     def __init__(self, feature_channels: int, hidden: list[int], channels: int) -> None:
-        super().__init__()
-        self.feature_channels, self.hidden, self.channels = feature_channels, hidden, channels
+        super().__init__(feature_channels, channels)
+        self.hidden = hidden
         widths = [feature_channels, *hidden, channels]
         self.encoder, self.decoder = _stack(widths), _stack(widths[::-1])
-        self.register_buffer("feature_mean", torch.zeros(feature_channels))
-        self.register_buffer("feature_std", torch.ones(feature_channels))
-
-    def standardise(self, features: Tensor) -> Tensor:
-        """Features (B, D, h, w) to about zero mean and unit variance per channel."""
-        return (features - self.feature_mean[:, None, None]) / self.feature_std[:, None, None]
 
     def encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
         code = self.encoder(self.standardise(features))
         return code, torch.zeros_like(code)
 
     def decode(self, code: Tensor) -> Tensor:
-        standardised = self.decoder(code)
-        return standardised * self.feature_std[:, None, None] + self.feature_mean[:, None, None]
+        return self.destandardise(self.decoder(code))
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -164,14 +156,8 @@ class REGLUEObjective(CompositeObjective):
 
     def measure(self, batches: Iterable[Batch]) -> None:
         compressor = self.averaged_module()
-        if not isinstance(compressor, Compressor):
-            return
-        moments = StreamingMoments()
-        for batch in batches:
-            moments.add(self.prepare(batch)["features"].joined)
-        moments = moments.over_processes()
-        compressor.feature_mean.copy_(moments.mean)
-        compressor.feature_std.copy_(moments.std.where(moments.std > 0, 1.0))
+        if isinstance(compressor, Compressor):
+            compressor.take_statistics(self.feature_moments(batches))
 
     def compiled_modules(self) -> list[nn.Module]:
         compressor = self.averaged_module()
