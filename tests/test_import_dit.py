@@ -1,6 +1,7 @@
 """Official checkpoints of any size, in every nesting, and files that are none."""
 
 import argparse
+import os
 import pickle
 from pathlib import Path
 
@@ -109,16 +110,18 @@ def test_nestings_and_prefixes_of_the_training_scripts(tmp_path):
 
 class Evil:
     def __reduce__(self):
-        return (Path.write_text, (Path("evil"), "was here"))
+        return (os.mkdir, ("evil",))
 
 
 def test_files_that_are_no_checkpoints(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("evil.pt").write_bytes(pickle.dumps({"ema": Evil()}))
+    torch.save({"ema": Evil()}, "saved.pt")
     torch.save({"ema": [1, 2]}, "list.pt")
     Path("text.pt").write_text("hello")
     for name, words in (
-        ("evil.pt", "can't be read as a checkpoint"),
+        ("evil.pt", "it would run or build something .* is refused"),
+        ("saved.pt", "it would run or build '.*mkdir' .* is refused"),
         ("list.pt", "holds no state dict"),
         ("text.pt", "can't be read as a checkpoint"),
         ("none.pt", "no such file"),
@@ -146,3 +149,27 @@ def test_networks_that_are_others_are_refused_by_name():
     narrow = official(network(DiTArchitecture(depth=1, width=32, heads=2), 4), 2)
     with pytest.raises(UserError, match="width 32 is no published size; give the number of heads"):
         import_dit(narrow, place="x.pt")
+
+
+def test_damaged_coders_are_one_line(tmp_path):
+    from semtok.hub.import_coder import import_compressor, import_semvae
+
+    for number, content in enumerate(
+        ({"model_state_dict": None}, {"model_state_dict": {1: 2}}, {"encoder.0.weight": 3}, [1])
+    ):
+        file = tmp_path / f"{number}.pt"
+        torch.save(content, file)
+        with pytest.raises(UserError, match=f"{number}.pt: not a SemVAE checkpoint"):
+            import_semvae(file)
+        with pytest.raises(UserError, match=f"{number}.pt"):
+            import_compressor(file, file)
+
+
+def test_damaged_projectors_and_odd_arguments_are_one_line():
+    state = official(network(SIT, 5), 2) | {"projectors.0.0.weight": torch.zeros(2, 2)}
+    for settings in ({}, {"heads": 0}, {"family": "foo"}, {"stride": -3}, {"semantic_channels": 9}):
+        with pytest.raises(
+            UserError, match="x.pt: not a SiT, REPA or LightningDiT checkpoint"
+        ) as e:
+            import_dit(state, place="x.pt", **settings)
+        assert "\n" not in str(e.value)

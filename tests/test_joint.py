@@ -248,6 +248,22 @@ def test_the_cosine_is_that_of_all_spatial_channels_together():
     torch.testing.assert_close(terms["cosine"].value[3], 1 - torch.stack(by_cell).mean())
 
 
+def test_no_weight_on_any_spatial_part_leaves_no_cosine():
+    stage = objective(
+        tokenizer("vae", "reglue", True),
+        loss_weights={"texture": 0.0, "semantic": {0: 1.0, 3: 0.0}},
+        cosine_weight=1.0,
+    )
+    player, inputs = stage.players["dit"], stage.prepare(batch())
+    terms = [player(inputs, tiny.draws(0, 8), step, {}).terms for step in (2, 3)]
+    assert "cosine" in terms[0] and "cosine" not in terms[1]
+
+
+def test_leads_further_apart_than_the_time_axis_are_refused():
+    with pytest.raises(ValueError, match="diffusion.leads: .* further apart than 1"):
+        objective(tokenizer("vae", "redi", False), leads={"semantic": 0.7, "texture": -0.5})
+
+
 def test_alignment_with_the_squared_error_by_hand():
     a, b = torch.randn(2, 3, 5, 2, 2)
     cosine = 1 - F.cosine_similarity(a, b, dim=1).mean(dim=(1, 2))
@@ -482,6 +498,42 @@ def test_a_strip_ends_with_the_sample_and_starts_with_the_noise(model):
     third = next(state for clock, state in seen if clock == pytest.approx(0.3))
     assert torch.equal(third["texture"], seen[0][1]["texture"])
     assert not torch.equal(third["semantic"], seen[0][1]["semantic"])
+
+
+def test_a_weak_model_must_have_the_same_codes(model):
+    main, weak = Generator.from_pretrained(model), Generator.from_pretrained(model)
+    strong = main.sampler.model_copy(update={"guidance": GuidanceConfig(scale=1.5)})
+    assert main.sample([0], weak=weak, sampler=strong).isfinite().all()
+    with torch.no_grad():
+        next(weak.tokenizer.coder.parameters()).add_(0.1)
+    with pytest.raises(ValueError, match="another tokenizer's latents"):
+        main.sample([0], weak=weak, sampler=strong)
+
+
+def test_what_the_recipe_refuses_sampling_refuses_too(model, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    Generator.from_pretrained(model).save_pretrained(copy)
+    config = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(
+        config.replace('"split_at_borders": true', '"split_at_borders": false')
+    )
+    output = ["--num", "1", "--output", str(tmp_path / "x.png")]
+    assert run(sample.main, [str(copy), "--method", "sde", *output]) == 2
+    assert "split_at_borders=false goes with euler" in capsys.readouterr().err
+    (copy / "config.json").write_text(
+        config.replace('"class_dropout": 0.1', '"class_dropout": 0.0')
+    )
+    assert run(sample.main, [str(copy), "--guidance", "2", *output]) == 2
+    assert "diffusion.class_dropout=0 never trains" in capsys.readouterr().err
+    assert run(sample.main, [str(copy), *output]) == 0
+
+
+def test_other_image_sizes_than_the_tokenizers_are_told(model, tmp_path, capsys):
+    root = model.parent
+    arguments = ["--recipe", str(root / "dit.yaml"), "--tokenizer", str(root / "tok")]
+    arguments += ["--output", str(tmp_path / "run"), "data.size=24", "train.steps=2"]
+    assert run(train_dit.main, arguments) == 0
+    assert "was trained on images of 16x16, these are 24x24" in capsys.readouterr().out
 
 
 def test_every_registered_method_is_tried_here():

@@ -1,16 +1,18 @@
 """Tokenizer: images to standardised latents and back, and the files it lives in."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from semtok.config import Config
 from semtok.errors import UserError
 from semtok.images import Images, to_pixels
 from semtok.latents import Latents, LatentSpec, Posterior
@@ -25,8 +27,7 @@ _STATE_FILE = "tokenizer.safetensors"
 _KEYS = {"method", "latents", "diffusion_defaults", "settings", "trained"}
 
 
-@dataclass(frozen=True)
-class DiffusionDefaults:
+class DiffusionDefaults(Config):
     """What a generator's recipe means, in its own words, where its ``diffusion:`` section is silent.
 
     Attributes:
@@ -36,10 +37,16 @@ class DiffusionDefaults:
         repa: settings of representation alignment, or None for none.
     """
 
-    leads: dict[str, float] = field(default_factory=dict)
-    loss_weights: dict[str, float] = field(default_factory=dict)
-    cosine_weight: float = 0.0
+    leads: dict[str, float] = {}
+    loss_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    cosine_weight: float = Field(0.0, ge=0)
     repa: dict[str, Any] | None = None
+
+    def check_parts(self, spec: LatentSpec) -> None:
+        """Raises ValueError where a part is named that the latents do not have."""
+        unknown = sorted((self.leads.keys() | self.loss_weights.keys()) - set(spec.names))
+        if unknown:
+            raise ValueError(f"diffusion_defaults name no part of the latents: {unknown}")
 
 
 class Tokenizer(nn.Module, ABC):
@@ -225,6 +232,17 @@ class Tokenizer(nn.Module, ABC):
             getattr(self, f"{name}_std").copy_(std)
         self.num_measured_images.fill_(num_images)
 
+    def means_the_same(self, other: "Tokenizer") -> bool:
+        """Whether latents of this tokenizer are latents of the other, as far as can be told without images."""
+        if self.spec != other.spec:
+            return False
+        ours, theirs = (
+            dict(self.named_buffers(recurse=False)),
+            dict(other.named_buffers(recurse=False)),
+        )
+        names = [n for part in self.spec.names for n in (f"{part}_mean", f"{part}_std")]
+        return all(torch.allclose(ours[n].cpu(), theirs[n].cpu(), atol=1e-4) for n in names)
+
     # Files --------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -246,7 +264,7 @@ class Tokenizer(nn.Module, ABC):
                     "kind": "tokenizer",
                     "method": self.method,
                     "latents": self.spec.to_dict(),
-                    "diffusion_defaults": asdict(self.diffusion_defaults),
+                    "diffusion_defaults": self.diffusion_defaults.model_dump(mode="json"),
                     "settings": settings,
                     "trained": self.training_info,
                 },
@@ -288,7 +306,9 @@ class Tokenizer(nn.Module, ABC):
         for name, buffer in expected.items():
             buffer.copy_(state[name])
         try:
-            tokenizer.diffusion_defaults = DiffusionDefaults(**config["diffusion_defaults"])
+            defaults = json.dumps(config["diffusion_defaults"])
+            tokenizer.diffusion_defaults = DiffusionDefaults.model_validate_json(defaults)
+            tokenizer.diffusion_defaults.check_parts(tokenizer.spec)
             same = tokenizer.spec == LatentSpec.from_dict(config["latents"])
         except (TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{folder / _CONFIG_FILE}: damaged ({first_line(error)})") from None

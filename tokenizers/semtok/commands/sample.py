@@ -16,6 +16,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from semtok.commands.cli import Parser
+from semtok.config import parse
 from semtok.diffusion.generator import Generator
 from semtok.diffusion.guidance import GuidanceConfig
 from semtok.diffusion.sampling import SamplerConfig
@@ -186,8 +187,9 @@ def _sampler(args: argparse.Namespace, generator: Generator) -> SamplerConfig:
         raise UserError(
             f"--interval: expected 0 <= BEGIN <= END <= 1, got {args.interval}"
         ) from None
-    changes = {"method": args.method, "steps": args.steps, "guidance": guidance}
-    return own.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    changes = {"method": args.method, "steps": args.steps, "guidance": guidance.model_dump()}
+    given = {k: v for k, v in changes.items() if v is not None}
+    return parse(SamplerConfig, own.model_dump() | given, "--method, --steps")
 
 
 def _scale(words: list[str], generator: Generator) -> float | dict[str, float]:

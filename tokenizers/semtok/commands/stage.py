@@ -137,6 +137,16 @@ def summarise(
     )
 
 
+def print_places(folder: Path, what: str) -> None:
+    """Tells where a run has left what people look for."""
+    places = {
+        what: folder / "export",
+        "pictures": folder / "samples",
+        "curves": folder / "curves.png",
+    }
+    print("   ".join(f"{name}: {path}" for name, path in places.items() if path.exists()))
+
+
 def _for_tracker(recipe: Config) -> dict[str, int | float | str | bool]:
     """A recipe as trackers take it: flat, of plain values."""
     settings = flatten(recipe.model_dump(mode="json"))

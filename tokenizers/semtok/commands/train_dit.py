@@ -10,7 +10,13 @@ import torch
 
 from semtok.commands.cli import Parser
 from semtok.commands.run_folder import claim_run_folder, run_folder
-from semtok.commands.stage import add_run_options, errors_at, start_trainer, summarise
+from semtok.commands.stage import (
+    add_run_options,
+    errors_at,
+    print_places,
+    start_trainer,
+    summarise,
+)
 from semtok.commands.train_tokenizer import keep_tokenizer, tokenizer_from_reference
 from semtok.data.source import ImageSource
 from semtok.data.sources import open_sources
@@ -82,6 +88,13 @@ def train_dit(
     accelerator = make_accelerator(recipe.train, folder)
     objective = build_diffusion_objective(recipe, tokenizer, sources[0], teacher, place=place)
     _check_latents(tokenizer, sources[0], recipe.tokenizer)
+    seen = tokenizer.training_info.get("image_size")
+    if accelerator.is_main_process and seen and tuple(seen) != recipe.data.image_size:
+        print(
+            f"warning: tokenizer '{recipe.tokenizer}' was trained on images of {seen[0]}x{seen[1]}, "
+            f"these are {recipe.data.image_size[0]}x{recipe.data.image_size[1]}",
+            flush=True,
+        )
     trainer = start_trainer(
         objective,
         recipe,
@@ -106,9 +119,7 @@ def train_dit(
         }
         generator.save_pretrained(folder / "export")
         summarise(trainer, metrics, folder, total_seconds=time.perf_counter() - start)
-        print(
-            f"generator: {folder / 'export'}   pictures: {folder / 'samples'}   curves: {folder / 'curves.png'}"
-        )
+        print_places(folder, "generator")
     accelerator.wait_for_everyone()
     return generator
 

@@ -10,7 +10,13 @@ import torch
 
 from semtok.commands.cli import Parser
 from semtok.commands.run_folder import claim_run_folder, run_folder
-from semtok.commands.stage import add_run_options, errors_at, start_trainer, summarise
+from semtok.commands.stage import (
+    add_run_options,
+    errors_at,
+    print_places,
+    start_trainer,
+    summarise,
+)
 from semtok.data.loading import DataOrder
 from semtok.data.source import ImageSource
 from semtok.data.sources import open_sources
@@ -62,24 +68,29 @@ def train_tokenizer(
     texture = _texture(recipe, folder, resume=resume, place=place)
     accelerator = make_accelerator(recipe.train, folder)
     objective = build_objective(recipe, texture, place=place)
+    with errors_at(place):
+        read = objective.training_source(sources[0], accelerator)
     trainer = start_trainer(
-        objective, recipe, accelerator, folder, sources, resume=resume, what=recipe.method.name
+        objective,
+        recipe,
+        accelerator,
+        folder,
+        (read, sources[1]),
+        resume=resume,
+        what=recipe.method.name,
     )
     if texture is not None and accelerator.is_main_process:
         keep_tokenizer(texture, folder / _TEXTURE)
-    trainer.source = objective.training_source(sources[0], accelerator)
     if not trainer.step:
         share = (accelerator.process_index, accelerator.num_processes)
-        objective.measure(statistics_batches(trainer.source, recipe, accelerator.device, share))
+        objective.measure(statistics_batches(read, recipe, accelerator.device, share))
     averaged = trainer.run()
     metrics = trainer.validate()
     tokenizer = objective.tokenizer(averaged)
     if accelerator.is_main_process:
         _export(tokenizer, recipe, sources[0], folder, metrics)
         summarise(trainer, metrics, folder, total_seconds=time.perf_counter() - start)
-        print(
-            f"tokenizer: {folder / 'export'}   pictures: {folder / 'samples'}   curves: {folder / 'curves.png'}"
-        )
+        print_places(folder, "tokenizer")
     accelerator.wait_for_everyone()  # other processes may read the export next
     return tokenizer
 

@@ -60,8 +60,12 @@ class Folder(ImageSource):
 
     @property
     def identity(self) -> str:
-        names = "\n".join(path.relative_to(self.root).as_posix() for path, _ in self.files)
-        return f"{self.name} {hashlib.blake2b(names.encode(), digest_size=8).hexdigest()}"
+        digest = hashlib.blake2b(digest_size=8)
+        for path, _ in self.files:
+            state = path.stat()
+            name = path.relative_to(self.root).as_posix()
+            digest.update(f"{name} {state.st_size} {state.st_mtime_ns}\n".encode())
+        return f"{self.name} {digest.hexdigest()}"
 
     @classmethod
     def open(cls, config: FolderConfig) -> tuple["Folder", "Folder"]:

@@ -4,8 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from semtok.config import Config
+from semtok.config import Config, parse
 from semtok.diffusion.dit import DiT, DiTArchitecture, architecture
+from semtok.diffusion.sampling import SamplerConfig
 from semtok.diffusion.transport import PathName, Schedule, TimeConfig
 from semtok.latents import LatentSpec
 from semtok.tokenizer import Tokenizer
@@ -126,9 +127,16 @@ def resolve_defaults(config: DiffusionConfig, tokenizer: Tokenizer) -> Diffusion
                 f"diffusion.{key}: no part {sorted(unknown)} in this tokenizer's latents; its parts: "
                 f"{', '.join(names)}"
             )
+    leads = dict.fromkeys(names, 0.0) | defaults.leads | (config.leads or {})
+    if max(leads.values()) - min(leads.values()) > 1:
+        raise ValueError(
+            f"diffusion.leads: {leads} are further apart than 1, which is one part after the other"
+        )
     repa = config.repa
     if repa is None:
-        repa = REPAConfig(**defaults.repa) if defaults.repa is not None else False
+        repa = False
+        if defaults.repa is not None:
+            repa = parse(REPAConfig, defaults.repa, "the tokenizer's diffusion_defaults.repa")
     if repa and repa.with_global and "global" not in names:
         raise ValueError(
             "diffusion.repa.with_global: this tokenizer's latents have no global part; its parts: "
@@ -137,7 +145,7 @@ def resolve_defaults(config: DiffusionConfig, tokenizer: Tokenizer) -> Diffusion
     cosine_weight = config.cosine_weight
     return config.model_copy(
         update={
-            "leads": dict.fromkeys(names, 0.0) | defaults.leads | (config.leads or {}),
+            "leads": leads,
             "loss_weights": dict.fromkeys(names, 1.0)
             | defaults.loss_weights
             | (config.loss_weights or {}),
@@ -145,3 +153,26 @@ def resolve_defaults(config: DiffusionConfig, tokenizer: Tokenizer) -> Diffusion
             "repa": repa,
         }
     )
+
+
+def check_guidance(config: DiffusionConfig, sampler: SamplerConfig, spec: LatentSpec) -> None:
+    """Raises ValueError where the sampler guides what the training does not prepare for."""
+    parts = spec.names
+    for key in ("scale", "interval"):
+        value = getattr(sampler.guidance, key)
+        unknown = sorted(value.keys() - set(parts)) if isinstance(value, dict) else []
+        if unknown:
+            raise ValueError(
+                f"sampler.guidance.{key}: no part {unknown}; the parts are {', '.join(parts)}"
+            )
+    if all(sampler.guidance.scale_of(part) == 1 for part in parts):
+        return
+    if config.unconditional:
+        raise ValueError(
+            "sampler.guidance.scale: an unconditional model has no classes to guide by; pass 1"
+        )
+    if config.class_dropout == 0:
+        raise ValueError(
+            "sampler.guidance.scale: guidance needs the null label, which diffusion.class_dropout=0 never "
+            "trains; pass sampler.guidance.scale=1 or some dropout"
+        )

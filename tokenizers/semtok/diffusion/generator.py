@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from semtok.config import parse
-from semtok.diffusion.config import DiffusionConfig, build_network
+from semtok.diffusion.config import DiffusionConfig, build_network, check_guidance
 from semtok.diffusion.dit import DiT
 from semtok.diffusion.sampling import SampleNoise, SamplerConfig, Watch, sample_latents
 from semtok.errors import UserError
@@ -114,6 +114,8 @@ class Generator(nn.Module):
         numbers = self._numbers(labels)
         if weak is not None:
             self._check_weak(weak)
+        else:
+            check_guidance(self.config, sampler or self.sampler, self.network.spec)
         grid = self.tokenizer.spec.shape("texture", self.image_size)[1:]
         dimension = sum(
             grid[0] * grid[1] * part.channels if part.is_spatial else part.channels
@@ -198,8 +200,7 @@ class Generator(nn.Module):
         ):
             if own != other:
                 raise ValueError(f"the weak model has other {what} than this one")
-        means = (self.tokenizer.texture_mean, weak.tokenizer.texture_mean)
-        if not torch.allclose(*means, atol=1e-4):
+        if not self.tokenizer.means_the_same(weak.tokenizer):
             raise ValueError("the weak model was trained on another tokenizer's latents")
 
     # Files --------------------------------------------------------------------------------------
@@ -255,7 +256,7 @@ class Generator(nn.Module):
         if missing:
             raise UserError(f"{place}: {', '.join(missing)} missing; export again")
         check_format_version(content, place)
-        tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+        tokenizer = Tokenizer.from_pretrained((folder / "tokenizer").absolute())
         try:
             spec = LatentSpec.from_dict(content["latents"])
             image_size = (int(content["image_size"][0]), int(content["image_size"][1]))

@@ -9,7 +9,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from semtok.alignment import alignment_loss
-from semtok.diffusion.config import DiffusionConfig, build_network, resolve_defaults
+from semtok.diffusion.config import (
+    DiffusionConfig,
+    build_network,
+    check_guidance,
+    resolve_defaults,
+)
 from semtok.diffusion.dit import DiT, architecture
 from semtok.diffusion.generator import Generator
 from semtok.diffusion.sampling import SampleNoise, SamplerConfig
@@ -101,9 +106,9 @@ class DiTPlayer(nn.Module):
             f"velocity/{name}": Term(squared_error(predicted[name], target), weights[name])
             for name, target in velocity.items()
         }
-        if self.config.cosine_weight:
-            # A part that has no weight is not to be learned by way of the cosine either.
-            names = [name for name in self.network.spatial if weights[name]]
+        # A part that has no weight is not to be learned by way of the cosine either.
+        names = [name for name in self.network.spatial if weights[name]]
+        if self.config.cosine_weight and names:
             value = cosine_loss(
                 torch.cat([predicted[name] for name in names], dim=1),
                 torch.cat([velocity[name] for name in names], dim=1),
@@ -139,29 +144,6 @@ def on_texture_grid(latents: Latents) -> dict[str, Tensor]:
         else part
         for name, part in latents.items()
     }
-
-
-def _check_guidance(config: DiffusionConfig, sampler: SamplerConfig, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where the sampler guides what the training does not prepare for."""
-    parts = tokenizer.spec.names
-    for key in ("scale", "interval"):
-        value = getattr(sampler.guidance, key)
-        unknown = sorted(value.keys() - set(parts)) if isinstance(value, dict) else []
-        if unknown:
-            raise ValueError(
-                f"sampler.guidance.{key}: no part {unknown}; the parts are {', '.join(parts)}"
-            )
-    if all(sampler.guidance.scale_of(part) == 1 for part in parts):
-        return
-    if config.unconditional:
-        raise ValueError(
-            "sampler.guidance.scale: an unconditional model has no classes to guide by; pass 1"
-        )
-    if config.class_dropout == 0:
-        raise ValueError(
-            "sampler.guidance.scale: guidance needs the null label, which diffusion.class_dropout=0 never "
-            "trains; pass sampler.guidance.scale=1 or some dropout"
-        )
 
 
 def _by_time(t: Tensor, loss: Tensor) -> dict[str, Tensor]:
@@ -203,7 +185,7 @@ class DiffusionObjective(Objective):
         self.sampler, self.image_size = sampler, image_size
         self.class_names = () if config.unconditional else tuple(class_names)
         self.schedule = self.config.schedule
-        _check_guidance(self.config, sampler, tokenizer)
+        check_guidance(self.config, sampler, tokenizer.spec)
         self._tokenizer = Reference(tokenizer.eval().requires_grad_(False))
         repa, shape = self.config.repa, architecture(config.network)
         if repa and repa.depth_in(shape.depth) > shape.depth:

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,13 @@ def read_checkpoint(path: str | Path) -> Any:
         with torch.serialization.safe_globals(_ADMITTED):
             return torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGE as error:
+        if "weights_only" in str(error):  # torch's own advice is to trust the file
+            foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+            what = f"'{foreign[1]}'" if foreign else "something"
+            raise UserError(
+                f"{path}: can't be read as a checkpoint: it would run or build {what} that is neither a "
+                "tensor nor a known setting, and is refused"
+            ) from None
         raise UserError(f"{path}: can't be read as a checkpoint ({first_line(error)})") from None
 
 

@@ -13,7 +13,7 @@ from semtok.errors import UserError
 from semtok.hub.checkpoints import read_checkpoint, read_state_dict
 from semtok.methods.reglue import Compressor
 from semtok.methods.semvae import SemVAE
-from semtok.storage import first_line
+from semtok.storage import DAMAGE, first_line
 
 
 def import_compressor(path: str | Path, statistics: str | Path) -> Compressor:
@@ -40,7 +40,9 @@ def import_compressor(path: str | Path, statistics: str | Path) -> Compressor:
         content = read_checkpoint(statistics)
         state |= {f"feature_{name}": _vector(content[name]) for name in ("mean", "std")}
         compressor.load_state_dict(state)
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        if not (compressor.feature_std > 0).all():
+            raise ValueError("a standard deviation is not positive")
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{path} with {statistics}: not a REGLUE compressor and its statistics ({first_line(error)})"
         ) from None
@@ -62,9 +64,9 @@ def import_semvae(path: str | Path, *, heads: int | None = None) -> SemVAE:
         UserError: a file that is none.
     """
     content = read_checkpoint(path)
-    state = content.get("model_state_dict", content) if isinstance(content, Mapping) else {}
-    state = {name.removeprefix("module."): value for name, value in state.items()}
     try:
+        state = content.get("model_state_dict", content)
+        state = {name.removeprefix("module."): value for name, value in state.items()}
         width, feature_channels = state["encoder.0.weight"].shape
         blocks = sum(
             name.startswith("encoder.") and name.endswith("norm1.weight") for name in state
@@ -73,7 +75,7 @@ def import_semvae(path: str | Path, *, heads: int | None = None) -> SemVAE:
         heads = heads or _heads(content) or 6
         coder = SemVAE(feature_channels, channels, width, heads, blocks)
         coder.load_state_dict(state)
-    except (LookupError, AttributeError, ValueError, RuntimeError) as error:
+    except (AttributeError, TypeError, ArithmeticError, *DAMAGE) as error:
         raise UserError(f"{path}: not a SemVAE checkpoint ({first_line(error)})") from None
     return coder.eval()
 

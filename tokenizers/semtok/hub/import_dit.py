@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from semtok.errors import UserError
 from semtok.hub.checkpoints import read_state_dict
 from semtok.latents import LatentSpec, PartSpec
 from semtok.nets.transformer import silu_mlp, sincos_positions
+from semtok.storage import first_line
 
 Family = Literal["sit", "repa", "lightningdit"]
 
@@ -93,8 +94,13 @@ def import_dit(
     Raises:
         UserError: names or shapes that are not of these networks.
     """
-    family = family or _family(state)
     try:
+        family = family or _family(state)
+        if family not in get_args(Family) or (heads is not None and heads < 1):
+            raise ValueError(f"family {family}, {heads} heads")
+        if min(stride or 1, semantic_stride) < 1:
+            raise ValueError("strides are at least 1")
+        projectors = _projectors(state)
         config = _architecture(state, heads)
         spec = _spec(state, stride, semantic_channels, semantic_stride)
         channels = state["x_embedder.proj.weight"].shape[1]
@@ -110,7 +116,8 @@ def import_dit(
         if family == "repa":
             _reverse_time(ours)
     except (LookupError, ValueError, RuntimeError) as error:
-        raise UserError(f"{place}: not a SiT, REPA or LightningDiT checkpoint ({error})") from None
+        reason = first_line(error)
+        raise UserError(f"{place}: not a SiT, REPA or LightningDiT checkpoint ({reason})") from None
     timed_parts = ("semantic", "texture") if _LEADS in state else ()
     network = DiT(config, spec, num_classes=num_classes, timed_parts=timed_parts)
     try:
@@ -120,7 +127,7 @@ def import_dit(
         raise UserError(
             f"{place}: does not fit the network that its names imply ({reason})"
         ) from None
-    return ImportedDiT(network.eval(), _projectors(state))
+    return ImportedDiT(network.eval(), projectors)
 
 
 def _family(state: Mapping[str, Tensor]) -> Family:

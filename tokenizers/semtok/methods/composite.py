@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from semtok.data.feature_cache import ensure_feature_cache
@@ -44,13 +45,19 @@ class CompositeConfig(MethodConfig):
     """Whose texture part: a folder, a run's name, a Hub id, a diffusers VAE, an embedded recipe's name
     (then it is trained first), or ``demo``, the embedded VAE."""
     global_token: bool
-    """Whether the teacher's pooled token (the CLS token of its last layer) is a part."""
+    """Whether the teacher's pooled token (the CLS token of the last of its layers in use) is a part."""
     statistics: Literal["measured", "none"] = "measured"
     """``none`` leaves the semantic and global parts unscaled, as REGLUE, REG and ReDi publish; their
     variance then sets how much noise hides them."""
     feature_cache: str | None = None
     """A folder where the teacher's features are kept in float16 once they were computed; None
     computes them in each step."""
+
+    @model_validator(mode="after")
+    def _cache_pays(self) -> "CompositeConfig":
+        if self.feature_cache is not None and not self.has_steps():
+            raise ValueError("feature_cache: nothing is read twice here; leave it out")
+        return self
 
     def needs_teacher(self) -> bool:
         return True
@@ -115,6 +122,10 @@ class StandardisedCoder(FeatureCoder):
         return standardised * self.feature_std[:, None, None] + self.feature_mean[:, None, None]
 
 
+GLOBAL_WEIGHT = 0.03
+"""Of the global part's velocity, REGLUE's and REG's; other papers have no such part."""
+
+
 def feature_cosine(predicted: Tensor, features: Tensor) -> Tensor:
     """Cosine over channels, averaged over positions: two of (B, D, h, w) to (B,), in float32."""
     return F.cosine_similarity(predicted.float(), features.float(), dim=1).mean(dim=(1, 2))
@@ -160,9 +171,10 @@ class CompositeTokenizer(Tokenizer):
         super().__init__(LatentSpec(tuple(parts)), method=method, training_info=training_info)
         self.texture, self.coder = texture, coder
         self.feature_stride, self.scaled = feature_stride, scaled
-        self._teacher: Teacher | None = None
+        # Not a submodule: it is neither trained, nor saved with the weights, nor there before its use.
+        self._teacher: Reference | None = None
         if not isinstance(teacher, tuple):
-            self._teacher, teacher = teacher, (teacher.config, teacher.fingerprint())
+            self._teacher, teacher = Reference(teacher), (teacher.config, teacher.fingerprint())
         self.teacher_config, self.teacher_fingerprint = teacher
         self.texture_mean.copy_(texture.texture_mean)
         self.texture_std.copy_(texture.texture_std)
@@ -183,8 +195,8 @@ class CompositeTokenizer(Tokenizer):
                     f"teacher '{self.teacher_config.name}': its weights here are not those that this "
                     "tokenizer was trained with; encoding would mean something else"
                 )
-            self._teacher = teacher.to(self.texture_mean.device)
-        return self._teacher
+            self._teacher = Reference(teacher)
+        return self._teacher.module.to(self.texture_mean)
 
     @property
     def measured_parts(self) -> tuple[str, ...]:
@@ -194,6 +206,16 @@ class CompositeTokenizer(Tokenizer):
     def features(self, pixels: Tensor) -> TeacherFeatures:
         rows, columns = (side // self.feature_stride for side in pixels.shape[-2:])
         return self.teacher.features(pixels, grid=(rows, columns))
+
+    def means_the_same(self, other: Tokenizer) -> bool:
+        if not super().means_the_same(other) or not isinstance(other, CompositeTokenizer):
+            return False
+        if self.coder is None or other.coder is None:
+            return self.coder is other.coder
+        ours, theirs = self.coder.state_dict(), other.coder.state_dict()
+        return ours.keys() == theirs.keys() and all(
+            torch.equal(value.cpu(), theirs[name].cpu()) for name, value in ours.items()
+        )
 
     def posterior_raw(self, pixels: Tensor, features: TeacherFeatures | None = None) -> Posterior:
         texture = self.texture.posterior_raw(pixels)
@@ -244,7 +266,7 @@ class CompositeTokenizer(Tokenizer):
     @classmethod
     def load_networks(cls, folder: Path, config: Mapping[str, Any]) -> "CompositeTokenizer":
         settings = config["settings"]
-        texture = Tokenizer.from_pretrained(folder / "texture")
+        texture = Tokenizer.from_pretrained((folder / "texture").absolute())
         try:
             teacher = TeacherConfig.model_validate_json(json.dumps(settings["teacher"]))
             if teacher.checkpoint is not None:
@@ -266,7 +288,7 @@ class CompositeTokenizer(Tokenizer):
             )
         except UserError:
             raise
-        except (TypeError, AssertionError, *DAMAGE) as error:
+        except (TypeError, AssertionError, ArithmeticError, *DAMAGE) as error:
             raise UserError(
                 f"{folder}: damaged or of another version ({first_line(error)})"
             ) from None
@@ -299,9 +321,23 @@ class CompositeObjective(TokenizerObjective):
                 "a composite takes a tokenizer of the texture alone"
             )
         self.feature_stride = feature_stride(stage.teacher, stage.image_size)
+        self._check_maps()
         self.players = nn.ModuleDict()
         self._coder = Reference(coder if coder is not None else nn.Identity())
         self.tokenizer(self.averaged_module()).spec.check_image_size(stage.image_size)
+
+    @torch.no_grad()
+    def _check_maps(self) -> None:
+        """The stages of a CNN have grids of their own; only the last has the one that is asked for."""
+        height, width = self.stage.image_size
+        grid = (height // self.feature_stride, width // self.feature_stride)
+        features = self.teacher.module.features(torch.zeros(1, 3, height, width), grid=grid)
+        maps = [tuple(patches.shape[-2:]) for patches in features.patches]
+        if any(shape != grid for shape in maps):
+            raise ValueError(
+                f"teacher.layers: {list(self.teacher.module.config.layers)} have maps of {maps} where "
+                f"tokens of {grid} are wanted; pass teacher.layers=[-1]"
+            )
 
     def frozen_modules(self) -> list[nn.Module]:
         held = [self.teacher.module, self.texture.module]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from semtok.latents import LatentSpec
 from semtok.methods.composite import (
+    GLOBAL_WEIGHT,
     CompositeConfig,
     CompositeObjective,
     CompositeTokenizer,
@@ -98,7 +99,7 @@ class ReDiObjective(CompositeObjective):
 
     def diffusion_defaults(self, spec: LatentSpec) -> DiffusionDefaults:
         # Both spatial parts weigh the same; REPA is an option of the paper, not its default.
-        weights = {"global": 0.03} if "global" in spec.names else {}  # REG's
+        weights = {"global": GLOBAL_WEIGHT} if "global" in spec.names else {}
         return DiffusionDefaults(loss_weights=weights)
 
 

@@ -8,7 +8,7 @@ time, and is aligned to the teacher (REPA). Without the compressor it is REG (ar
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from semtok.config import Config
 from semtok.latents import LatentSpec
 from semtok.methods.composite import (
+    GLOBAL_WEIGHT,
     CompositeConfig,
     CompositeObjective,
     CompositeTokenizer,
@@ -33,7 +34,7 @@ from semtok.tokenizer import DiffusionDefaults
 class CompressorConfig(Config):
     """Shape of the compressor. The paper's is 3072, 256, 16: best of 128, 256, 512 and of 4 to 20."""
 
-    hidden: tuple[int, ...] = (256,)
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = (256,)
     """Channels between the features and the code, each followed by a residual block."""
     channels: int = Field(16, ge=1)
     """Of the code, the semantic part."""
@@ -168,7 +169,7 @@ class REGLUEObjective(CompositeObjective):
     def diffusion_defaults(self, spec: LatentSpec) -> DiffusionDefaults:
         # As published: both spatial parts weigh the same, each by the mean over its own channels, and
         # REPA's targets hold the CLS token.
-        weights = {"semantic": 1.0, "global": 0.03}
+        weights = {"semantic": 1.0, "global": GLOBAL_WEIGHT}
         return DiffusionDefaults(
             loss_weights={name: weights[name] for name in spec.names[1:]},
             repa={"weight": 0.5, "with_global": "global" in spec.names},

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from semtok.latents import LatentSpec
 from semtok.methods.composite import (
+    GLOBAL_WEIGHT,
     CompositeConfig,
     CompositeObjective,
     CompositeTokenizer,
@@ -212,7 +213,7 @@ class SemVAEObjective(CompositeObjective):
             "semantic": SEMANTIC_WEIGHT * semantic / (texture + semantic),
         }
         if "global" in spec.names:
-            weights["global"] = 0.03  # REGLUE's; SemVAE has no such part
+            weights["global"] = GLOBAL_WEIGHT
         return DiffusionDefaults(
             leads={"semantic": LEAD},
             loss_weights=weights,

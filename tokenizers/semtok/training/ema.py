@@ -23,6 +23,11 @@ class ModelEMA(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
+    def restart(self, module: nn.Module) -> None:
+        """Begins anew from the module as it is: for what was measured into it after this copy was made."""
+        self.module.load_state_dict(module.state_dict())
+
+    @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Moves towards the module's present weights; a few fused kernels, no host synchronisation."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))

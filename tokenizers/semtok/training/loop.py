@@ -203,6 +203,8 @@ class Trainer:
         )
         if config.tracker != "none":
             self.accelerator.init_trackers("semtok", config=self.tracked)
+        if self.ema is not None and not self.step:
+            self.ema.restart(self.objective.averaged_module())
         batches = self._batches()
         self.objective.players.train()
         self._mark()
