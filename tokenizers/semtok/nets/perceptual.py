@@ -17,6 +17,11 @@ _BACKBONE_FILES = {
 }
 
 
+def backbone_file(net: str) -> Path:
+    """Where torchvision's cache has, or would have, the weights of one of LPIPS' backbones."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / _BACKBONE_FILES[net]
+
+
 class LPIPS(nn.Module):
     """LPIPS (Zhang et al. 2018) by the ``lpips`` package, with its real weights.
 
@@ -33,7 +38,7 @@ class LPIPS(nn.Module):
         super().__init__()
         import lpips  # slow to import, and only recipes with this loss need it
 
-        file = Path(torch.hub.get_dir()) / "checkpoints" / _BACKBONE_FILES[net]
+        file = backbone_file(net)
         if not file.is_file():
             print(f"perceptual loss: fetching torchvision's {net} weights to {file}")
         try:

@@ -1,0 +1,105 @@
+"""``evaluate classes``: whether generated images show their class."""
+
+import argparse
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from semtok.commands.evaluation.options import add_data_options, device, open_data
+from semtok.commands.stage import errors_at
+from semtok.commands.table import print_table
+from semtok.diffusion.generator import Generator
+from semtok.diffusion.sampling import SamplerConfig
+from semtok.errors import UserError
+from semtok.evaluation.classes import PROTOCOL, ClassReader, accuracy, real_batches
+from semtok.images import to_uint8
+from semtok.storage import write_json
+from semtok.teachers import Teacher, TeacherConfig
+
+
+def add_task(tasks: argparse._SubParsersAction) -> None:
+    """Adds the task to the command."""
+    task = tasks.add_parser(
+        "classes", help="share of generated images that show their class, read by a " + PROTOCOL
+    )
+    task.add_argument("--model", required=True, metavar="REF", help="folder, run or Hub id")
+    task.add_argument("--num", type=int, help="generated images; default: 20 of each class")
+    task.add_argument("--seed", type=int, default=0, help="of the generated images")
+    task.add_argument("--guidance", type=float, metavar="W", help="default: the model's own")
+    task.add_argument("--steps", type=int, help="sampler steps; default: the model's own")
+    task.add_argument("--teacher", default="demo", help="whose features the classifier reads")
+    task.add_argument("--teacher-checkpoint", metavar="FILE", help="its local weights")
+    task.set_defaults(command=_classes)
+    add_data_options(task, default=None, shown="what the model was trained on")
+
+
+def _classes(args: argparse.Namespace) -> int:
+    generator = Generator.from_pretrained(args.model).to(device())
+    train, held_out = open_data(args, generator.training_info.get("recipe", {}).get("data"))
+    if generator.image_size != train.image_size:
+        raise UserError(
+            f"--data: images of {train.image_size}, but the model makes {generator.image_size}; pass size=…"
+        )
+    if generator.class_names != train.class_names:
+        raise UserError(
+            f"--data: {train.name} has {len(train.class_names)} classes ({', '.join(train.class_names[:3])} …), "
+            f"the model {len(generator.class_names)} ({', '.join(generator.class_names[:3])} …)"
+        )
+    teacher = Teacher(TeacherConfig(name=args.teacher, checkpoint=args.teacher_checkpoint))
+    teacher.to(device())
+    num = args.num if args.num is not None else 20 * len(train.class_names)
+    sampler = _sampler(args, generator)
+    if num < 1:
+        raise UserError("--num must be at least 1")
+
+    with errors_at("--data"):
+        reader = ClassReader.fit(teacher, train, args.num_train)
+    real, _ = accuracy(reader, real_batches(held_out, args.num_held_out))
+    labels = [i % len(train.class_names) for i in range(num)]
+
+    def generated() -> Iterator[tuple[Tensor, Tensor]]:
+        for first in tqdm(range(0, num, 64), desc="sampling", unit="batch"):
+            own = labels[first : first + 64]
+            images = generator.sample(own, seed=args.seed, first=first, sampler=sampler)
+            # As files would hold them.
+            yield to_uint8(images), torch.tensor(own)
+
+    with errors_at("--guidance"):
+        share, by_label = accuracy(reader, generated())
+    worst = sorted(by_label, key=lambda label: by_label[label])[:3]
+    rows = [
+        ("real held-out images", f"{100 * real:.1f}"),
+        (f"{num} generated images", f"{100 * share:.1f}"),
+        ("chance", f"{100 / len(train.class_names):.1f}"),
+        *((f"  {train.class_names[n]}", f"{100 * by_label[n]:.1f}") for n in worst),
+    ]
+    print_table("images that show their class, in % (the three worst classes below)", rows)
+    if args.output:
+        scores = {
+            "protocol": PROTOCOL,
+            "data": train.name,
+            "real": real,
+            "generated": share,
+            "by_class": {train.class_names[n]: value for n, value in by_label.items()},
+            "num_generated": num,
+            "seed": args.seed,
+            "sampler": sampler.model_dump(mode="json"),
+        }
+        write_json(args.output, scores)
+    return 0
+
+
+def _sampler(args: argparse.Namespace, generator: Generator) -> SamplerConfig:
+    """The model's sampler, with what the options change."""
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise UserError(f"--guidance: expected a number, got {args.guidance}")
+    if args.steps is not None and args.steps < 1:
+        raise UserError("--steps must be at least 1")
+    sampler = generator.sampler
+    if args.guidance is not None:
+        guidance = sampler.guidance.model_copy(update={"scale": args.guidance})
+        sampler = sampler.model_copy(update={"guidance": guidance})
+    return sampler.model_copy(update={"steps": args.steps}) if args.steps is not None else sampler

@@ -1,0 +1,72 @@
+"""What the tasks of ``evaluate`` share: the images to evaluate on, and where the scores go."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from semtok.data.source import ImageSource
+from semtok.data.sources import open_sources
+from semtok.errors import UserError
+from semtok.recipe import parse_data
+
+SHAPES = ["kind=shapes", "size=32"]
+
+
+def add_data_options(
+    task: argparse.ArgumentParser, *, default: list[str] | None, shown: str, num_train: bool = True
+) -> None:
+    """Options of every task.
+
+    Args:
+        default: data settings; None: the task knows them otherwise, as ``shown`` says.
+        num_train: whether something is fitted on training images.
+    """
+    task.add_argument(
+        "--data", nargs="*", default=default, metavar="key=value", help=f"default: {shown}"
+    )
+    if num_train:
+        task.add_argument("--num-train", type=int, default=4000, help="real images to fit on")
+    task.add_argument("--num-held-out", type=int, default=2000, help="real images to score on")
+    task.add_argument("--output", type=Path, help="also write the scores as JSON")
+    task.add_argument(
+        "--plugin", action="append", default=[], help="a Python file that registers a method"
+    )
+
+
+def open_data(
+    args: argparse.Namespace, trained_on: dict[str, Any] | None = None
+) -> tuple[ImageSource, ImageSource]:
+    """The real images, training and held-out; checks what else the options say, and cuts the numbers to
+    what there is.
+
+    Args:
+        trained_on: a model's data settings, for where ``--data`` is not given.
+
+    Raises:
+        UserError: options that can't be.
+    """
+    if getattr(args, "num_train", 20) < 20 or args.num_held_out < 1:
+        raise UserError("--num-train must be at least 20 and --num-held-out at least 1")
+    for option in ("output", "grid"):
+        file = getattr(args, option, None)
+        if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+            raise UserError(f"--{option} {file}: not a file that can be written")
+    settings = args.data
+    if settings is None:
+        if not trained_on:
+            raise UserError("--data: the model does not say what it was trained on; give --data")
+        settings = [f"{key}={json.dumps(value)}" for key, value in trained_on.items()]
+    train, held_out = open_sources(parse_data(settings, place="--data"))
+    if hasattr(args, "num_train"):
+        args.num_train = min(args.num_train, len(train))
+    args.num_held_out = min(args.num_held_out, len(held_out))
+    return train, held_out
+
+
+def device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

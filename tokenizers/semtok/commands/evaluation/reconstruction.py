@@ -1,0 +1,174 @@
+"""``evaluate reconstruction``: how well tokenizers reconstruct, and what their latents are like."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.io import encode_png
+
+from semtok.commands.evaluation.options import SHAPES, add_data_options, device, open_data
+from semtok.commands.stage import errors_at
+from semtok.commands.table import print_table
+from semtok.commands.train_tokenizer import tokenizer_from_reference
+from semtok.data.source import ImageSource
+from semtok.errors import UserError
+from semtok.evaluation.inception import load_inception
+from semtok.evaluation.reconstruction import (
+    FeatureExtractor,
+    ReconstructionReport,
+    evaluate_reconstruction,
+)
+from semtok.images import to_pixels
+from semtok.nets.perceptual import LPIPS, backbone_file
+from semtok.pictures import rows_of_images
+from semtok.storage import new_file, write_json
+from semtok.teachers import Teacher, TeacherConfig
+from semtok.tokenizer import Tokenizer
+
+_LABELS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
+
+
+def add_task(tasks: argparse._SubParsersAction) -> None:
+    """Adds the task to the command."""
+    task = tasks.add_parser(
+        "reconstruction", help="PSNR, SSIM, LPIPS, Fréchet distances, and statistics of the latents"
+    )
+    task.add_argument(
+        "--tokenizer",
+        nargs="+",
+        required=True,
+        metavar="REF",
+        help="folder, run, Hub id or recipe name; several are compared",
+    )
+    task.add_argument("--sample", action="store_true", help="decode a draw, not the mean")
+    task.add_argument("--seed", type=int, default=0, help="of the draws")
+    task.add_argument("--lpips-net", choices=("vgg", "alex", "squeeze"), default="vgg")
+    task.add_argument("--teacher", default="demo", help="whose features FD-<teacher> compares")
+    task.add_argument("--teacher-checkpoint", metavar="FILE", help="its local weights")
+    task.add_argument(
+        "--download", action="store_true", help="fetch weights of LPIPS and FID that are not cached"
+    )
+    task.add_argument("--grid", type=Path, help="FILE.png: the worst and the median images")
+    task.set_defaults(command=_reconstruction)
+    add_data_options(task, default=SHAPES, shown="the embedded shapes", num_train=False)
+
+
+def _reconstruction(args: argparse.Namespace) -> int:
+    _, held_out = open_data(args)
+    missing: dict[str, str] = {}
+    perceptual = _perceptual(args, missing)
+    extractors = _extractors(args, missing)
+    reports: dict[str, ReconstructionReport] = {}
+    grids = []
+    for reference in args.tokenizer:
+        tokenizer = tokenizer_from_reference(reference).to(device())
+        with errors_at(f"--data with {reference}"):
+            tokenizer.spec.check_image_size(held_out.image_size)
+            reports[reference] = evaluate_reconstruction(
+                tokenizer,
+                held_out,
+                args.num_held_out,
+                perceptual=perceptual,
+                extractors=extractors,
+                sample=args.sample,
+                seed=args.seed,
+            )
+        if args.grid is not None:
+            grids += _worst_and_median(tokenizer, held_out, reports[reference])
+    _print(reports, missing, args.num_held_out)
+    if args.grid is not None:
+        with new_file(args.grid) as temporary:
+            temporary.write_bytes(encode_png(rows_of_images(grids)).numpy().tobytes())
+        print(f"worst four and median four of each, with the images above: {args.grid}")
+    if args.output is not None:
+        scores = {reference: _as_json(report) for reference, report in reports.items()}
+        settings = {"data": held_out.name, "num_images": args.num_held_out, "sample": args.sample}
+        write_json(args.output, settings | {"unavailable": missing, "scores": scores})
+    return 0
+
+
+def _perceptual(args: argparse.Namespace, missing: dict[str, str]) -> nn.Module | None:
+    file = backbone_file(args.lpips_net)
+    if not file.is_file() and not args.download:
+        missing["lpips"] = (
+            f"{args.lpips_net}'s weights are not at {file}; put them there, or --download"
+        )
+        return None
+    try:
+        return LPIPS(args.lpips_net).to(device())
+    except UserError as error:
+        missing["lpips"] = str(error)
+        return None
+
+
+def _extractors(args: argparse.Namespace, missing: dict[str, str]) -> dict[str, FeatureExtractor]:
+    teacher = Teacher(TeacherConfig(name=args.teacher, checkpoint=args.teacher_checkpoint))
+    teacher.to(device())
+    extractors: dict[str, FeatureExtractor] = {
+        f"FD-{args.teacher}": lambda images: teacher.features(to_pixels(images)).pooled
+    }
+    try:
+        inception = load_inception(download=args.download).to(device())
+        extractors["rFID"] = lambda images: inception(images)[0]
+    except UserError as error:
+        missing["rFID"] = str(error)
+    return extractors
+
+
+@torch.no_grad()
+def _worst_and_median(
+    tokenizer: Tokenizer, source: ImageSource, report: ReconstructionReport
+) -> list[torch.Tensor]:
+    """Two rows: images, and their reconstructions; of the lowest PSNR, and of the middle one."""
+    order = report.psnr.argsort().tolist()
+    middle = max(0, len(order) // 2 - 2)
+    chosen = [*order[:4], *order[middle : middle + 4]]
+    pixels = to_pixels(source.load(chosen).images, device=device())
+    return [pixels, tokenizer.decode(tokenizer.encode(pixels))]
+
+
+def _print(
+    reports: dict[str, ReconstructionReport], missing: dict[str, str], num_images: int
+) -> None:
+    names = [*next(iter(reports.values())).scores, *missing]
+    rows = [
+        (_LABELS.get(name, name), *(_number(r.scores.get(name)) for r in reports.values()))
+        for name in names
+    ]
+    parts = dict.fromkeys(part for report in reports.values() for part in report.parts)
+    for part in parts:
+        seen = [report.parts.get(part) for report in reports.values()]
+        rows += [
+            (f"{part}: KL, bits per dimension", *(_number(s.kl_bits if s else None) for s in seen)),
+            (f"{part}: dead channels", *(str(s.num_dead) if s else "-" for s in seen)),
+            (f"{part}: mean", *(_range(s.mean) if s else "-" for s in seen)),
+            (f"{part}: std", *(_range(s.std) if s else "-" for s in seen)),
+        ]
+    print_table(
+        f"reconstruction of {num_images} held-out images", rows, ("score", *map(str, reports))
+    )
+    for name, reason in missing.items():
+        print(f"{_LABELS.get(name, name)} is missing: {reason}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _range(values: torch.Tensor) -> str:
+    return f"{values.min():.2f} to {values.max():.2f}"
+
+
+def _as_json(report: ReconstructionReport) -> dict[str, Any]:
+    parts = {
+        name: {
+            "mean": part.mean.tolist(),
+            "std": part.std.tolist(),
+            "kl_bits_per_dimension": part.kl_bits,
+            "num_dead_channels": part.num_dead,
+        }
+        for name, part in report.parts.items()
+    }
+    return {**report.scores, "latents": parts}
