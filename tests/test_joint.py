@@ -1,5 +1,6 @@
 """Joint diffusion: every composite with every option, parts that lead, weights, alignment, guidance."""
 
+import shutil
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
@@ -467,6 +468,18 @@ def test_a_generator_leads_by_its_tokenizers_default_and_survives_the_disk(model
     generator.save_pretrained(tmp_path / "copy")
     again = Generator.from_pretrained(tmp_path / "copy").sample([0, 1], seed=4)
     assert torch.equal(again, generator.sample([0, 1], seed=4))
+
+
+def test_an_interrupted_joint_run_ends_with_the_same_weights(model, tmp_path):
+    root = model.parent
+    arguments = ["--recipe", str(root / "dit.yaml"), "--tokenizer", str(root / "tok")]
+    arguments += ["--output", str(tmp_path / "run"), "train.checkpoint_every=3"]
+    assert run(train_dit.main, arguments) == 0
+    shutil.rmtree(sorted((tmp_path / "run/checkpoints").iterdir())[-1])
+    assert run(train_dit.main, [*arguments, "--resume"]) == 0
+    ours, theirs = tiny.final_tensors(tmp_path / "run"), tiny.final_tensors(model)
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
 
 
 def test_sampling_needs_no_teacher(model, monkeypatch):
