@@ -110,6 +110,7 @@ def test_the_two_processes_hold_equal_weights(tmp_path):
         "assert torch.equal(both[0], both[1])\n"
         "metrics = trainer.validate(); values = [None, None]\n"
         "dist.all_gather_object(values, metrics); assert values[0] == values[1]\n"
+        "dist.barrier(); dist.destroy_process_group()\n"  # threads left at exit would abort it
     )
     launch([str(script), str(tmp_path / "run")], 2)
 

@@ -148,9 +148,7 @@ class Tokenizer(nn.Module, ABC):
         """
         pixels = to_pixels(images, device=self.texture_mean.device).to(self.texture_mean.dtype)
         self.spec.check_image_size(tuple(pixels.shape[-2:]))
-        raw = self.posterior_raw(pixels, features)
-        std = self._per_channel(raw.std, lambda std, _, scale: std / scale)
-        return Posterior(self.standardise(raw.mean), std)
+        return self.standardise_posterior(self.posterior_raw(pixels, features))
 
     def decode(self, latents: Latents) -> Tensor:
         """Latents to pixels (B, 3, H, W), clamped to [-1, 1]. Parts beside the texture may be needed or not.
@@ -168,6 +166,11 @@ class Tokenizer(nn.Module, ABC):
     def standardise(self, raw: Latents) -> Latents:
         """Raw latents to latents: (z - mean) / std, per channel."""
         return self._per_channel(raw, lambda z, mean, std: (z - mean) / std)
+
+    def standardise_posterior(self, raw: Posterior) -> Posterior:
+        """A posterior of raw latents to that of latents."""
+        std = self._per_channel(raw.std, lambda std, _, scale: std / scale)
+        return Posterior(self.standardise(raw.mean), std)
 
     def destandardise(self, latents: Latents) -> Latents:
         """Latents to raw latents, the inverse of ``standardise``."""

@@ -17,7 +17,7 @@ from semtok.commands.stage import (
     start_trainer,
     summarise,
 )
-from semtok.commands.train_tokenizer import keep_tokenizer, tokenizer_from_reference
+from semtok.commands.train_tokenizer import keep_tokenizer, tokenizer_of_run
 from semtok.data.source import ImageSource
 from semtok.data.sources import open_sources
 from semtok.diffusion.generator import Generator
@@ -81,10 +81,7 @@ def train_dit(
     wanted = recipe.teacher is not None and recipe.diffusion.repa is not False
     teacher = Teacher(recipe.teacher) if wanted else None
     copy = folder / "tokenizer"
-    kept = resume and copy.is_dir()
-    tokenizer = (
-        Tokenizer.from_pretrained(copy) if kept else tokenizer_from_reference(recipe.tokenizer)
-    )
+    tokenizer = tokenizer_of_run(recipe.tokenizer, copy, resume=resume)
     accelerator = make_accelerator(recipe.train, folder)
     objective = build_diffusion_objective(recipe, tokenizer, sources[0], teacher, place=place)
     _check_latents(tokenizer, sources[0], recipe.tokenizer)

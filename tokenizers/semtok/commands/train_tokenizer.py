@@ -126,6 +126,13 @@ def _untrained(reference: str) -> Path | None:
     return None if finished or Path(reference).is_dir() else find_recipe(reference)
 
 
+def tokenizer_of_run(reference: str, copy: Path, *, resume: bool) -> Tokenizer:
+    """The tokenizer that a run is built on: a resumed one reads the copy that it kept."""
+    if resume and copy.is_dir():
+        return Tokenizer.from_pretrained(copy)
+    return tokenizer_from_reference(reference)
+
+
 def keep_tokenizer(tokenizer: Tokenizer, copy: Path) -> None:
     """Copies into a run the tokenizer that it is built on: what a reference names may change meanwhile."""
     if not copy.is_dir():
@@ -139,11 +146,11 @@ def _texture(
     if reference is None:
         return None
     copy = folder / _TEXTURE
-    if resume and copy.is_dir():
-        return Tokenizer.from_pretrained(copy)
-    if _untrained(reference) is not None:  # whatever else is wrong should not wait for its training
+    kept = resume and copy.is_dir()
+    if not kept and _untrained(reference) is not None:
+        # Whatever else is wrong should not wait for the other tokenizer's training.
         build_objective(recipe, Tokenizer.from_pretrained(DEMO), place=place)
-    return tokenizer_from_reference(reference)
+    return tokenizer_of_run(reference, copy, resume=resume)
 
 
 def build_objective(

@@ -32,7 +32,7 @@ class CachedFeatures(ImageSource):
 
     Args:
         source: the images.
-        folder: a finished cache of that source, see ``ensure``.
+        folder: a finished cache of that source, see ``ensure_feature_cache``.
     """
 
     def __init__(self, source: ImageSource, folder: Path) -> None:
@@ -156,7 +156,9 @@ def _write(
     firsts = range(0, num_rows, batch_size)
     own = firsts[accelerator.process_index :: accelerator.num_processes]
     skipped: dict[int, str] = {}
-    for first in tqdm(own, desc="teacher's features", unit="batch", disable=not _on_terminal()):
+    for first in tqdm(
+        own, desc="teacher's features", unit="batch", disable=not sys.stderr.isatty()
+    ):
         rows = slice(first, min(first + batch_size, num_rows))
         batch = source.load_keys(keys[rows])
         features = teacher.features(to_pixels(batch.images.to(accelerator.device)), grid=grid)
@@ -195,7 +197,3 @@ def _claim(folder: Path, num_bytes: int) -> Path:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     temporary.chmod(0o755)  # mkdtemp's folders are closed to others
     return temporary
-
-
-def _on_terminal() -> bool:
-    return sys.stderr.isatty()

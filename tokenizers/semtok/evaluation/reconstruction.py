@@ -91,8 +91,8 @@ def evaluate_reconstruction(
     kl_sums: dict[str, tuple[float, int]] = {}
     for batch in batches_in_order(source, batch_size, num_images):
         pixels = to_pixels(batch.images, device=device)
-        features = tokenizer.features(pixels)
-        posterior = tokenizer.posterior(pixels, features)
+        raw = tokenizer.posterior_raw(pixels)
+        posterior = tokenizer.standardise_posterior(raw)
         drawn = posterior.sample(generator)
         decoded = tokenizer.decode(drawn if sample else posterior.mean)
         values = {"psnr": psnr(decoded, pixels), "ssim": ssim(decoded, pixels)}
@@ -106,7 +106,6 @@ def evaluate_reconstruction(
                 seen.add(extract(to_uint8(images)))
         for name, seen in latents.items():
             seen.add(drawn[name])
-        raw = tokenizer.posterior_raw(pixels, features)
         for name, mean in raw.mean.items():
             if (std := raw.std[name]).any():
                 kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).double().sum()

@@ -35,6 +35,9 @@ _CODER_FILE = "coder.safetensors"
 _TEACHER_FILE = "teacher.safetensors"
 
 
+GLOBAL_WEIGHT = 0.03
+"""Of the global part's velocity, REGLUE's and REG's; other papers have no such part."""
+
 # Settings ----------------------------------------------------------------------------------------
 
 
@@ -122,13 +125,14 @@ class StandardisedCoder(FeatureCoder):
         return standardised * self.feature_std[:, None, None] + self.feature_mean[:, None, None]
 
 
-GLOBAL_WEIGHT = 0.03
-"""Of the global part's velocity, REGLUE's and REG's; other papers have no such part."""
-
-
 def feature_cosine(predicted: Tensor, features: Tensor) -> Tensor:
     """Cosine over channels, averaged over positions: two of (B, D, h, w) to (B,), in float32."""
     return F.cosine_similarity(predicted.float(), features.float(), dim=1).mean(dim=(1, 2))
+
+
+def token_grid(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """(rows, columns) of the patch tokens of images of (height, width)."""
+    return image_size[0] // stride, image_size[1] // stride
 
 
 # The tokenizer -----------------------------------------------------------------------------------
@@ -204,8 +208,8 @@ class CompositeTokenizer(Tokenizer):
         return self.spec.names[1:] if self.scaled else ()
 
     def features(self, pixels: Tensor) -> TeacherFeatures:
-        rows, columns = (side // self.feature_stride for side in pixels.shape[-2:])
-        return self.teacher.features(pixels, grid=(rows, columns))
+        grid = token_grid(tuple(pixels.shape[-2:]), self.feature_stride)
+        return self.teacher.features(pixels, grid=grid)
 
     def means_the_same(self, other: Tokenizer) -> bool:
         if not super().means_the_same(other) or not isinstance(other, CompositeTokenizer):
@@ -329,9 +333,9 @@ class CompositeObjective(TokenizerObjective):
     @torch.no_grad()
     def _check_maps(self) -> None:
         """The stages of a CNN have grids of their own; only the last has the one that is asked for."""
-        height, width = self.stage.image_size
-        grid = (height // self.feature_stride, width // self.feature_stride)
-        features = self.teacher.module.features(torch.zeros(1, 3, height, width), grid=grid)
+        grid = token_grid(self.stage.image_size, self.feature_stride)
+        blank = torch.zeros(1, 3, *self.stage.image_size)
+        features = self.teacher.module.features(blank, grid=grid)
         maps = [tuple(patches.shape[-2:]) for patches in features.patches]
         if any(shape != grid for shape in maps):
             raise ValueError(
@@ -358,11 +362,10 @@ class CompositeObjective(TokenizerObjective):
     def training_source(self, source: ImageSource, accelerator: Accelerator) -> ImageSource:
         if self.config.feature_cache is None:
             return source
-        rows, columns = (side // self.feature_stride for side in self.stage.image_size)
         return ensure_feature_cache(
             source,
             self.teacher.module,
-            (rows, columns),
+            token_grid(self.stage.image_size, self.feature_stride),
             Path(self.config.feature_cache),
             batch_size=64,
             accelerator=accelerator,
@@ -371,7 +374,7 @@ class CompositeObjective(TokenizerObjective):
     def prepare(self, batch: Batch) -> dict[str, Any]:
         features = batch.features
         if features is None:
-            grid = tuple(side // self.feature_stride for side in batch.pixels.shape[-2:])
+            grid = token_grid(tuple(batch.pixels.shape[-2:]), self.feature_stride)
             features = self.teacher.module.features(batch.pixels, grid=grid)
         return {"features": features}
 

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from semtok.commands.evaluation.options import add_data_options, device, open_data
+from semtok.commands.evaluation.options import (
+    add_data_options,
+    add_teacher_options,
+    device,
+    load_teacher,
+    open_data,
+)
 from semtok.commands.stage import errors_at
 from semtok.commands.table import print_table
 from semtok.diffusion.generator import Generator
@@ -17,7 +23,6 @@ from semtok.errors import UserError
 from semtok.evaluation.classes import PROTOCOL, ClassReader, accuracy, real_batches
 from semtok.images import to_uint8
 from semtok.storage import write_json
-from semtok.teachers import Teacher, TeacherConfig
 
 
 def add_task(tasks: argparse._SubParsersAction) -> None:
@@ -30,8 +35,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     task.add_argument("--seed", type=int, default=0, help="of the generated images")
     task.add_argument("--guidance", type=float, metavar="W", help="default: the model's own")
     task.add_argument("--steps", type=int, help="sampler steps; default: the model's own")
-    task.add_argument("--teacher", default="demo", help="whose features the classifier reads")
-    task.add_argument("--teacher-checkpoint", metavar="FILE", help="its local weights")
+    add_teacher_options(task, "whose features the classifier reads")
     task.set_defaults(command=_classes)
     add_data_options(task, default=None, shown="what the model was trained on")
 
@@ -48,8 +52,7 @@ def _classes(args: argparse.Namespace) -> int:
             f"--data: {train.name} has {len(train.class_names)} classes ({', '.join(train.class_names[:3])} …), "
             f"the model {len(generator.class_names)} ({', '.join(generator.class_names[:3])} …)"
         )
-    teacher = Teacher(TeacherConfig(name=args.teacher, checkpoint=args.teacher_checkpoint))
-    teacher.to(device())
+    teacher = load_teacher(args)
     num = args.num if args.num is not None else 20 * len(train.class_names)
     sampler = _sampler(args, generator)
     if num < 1:

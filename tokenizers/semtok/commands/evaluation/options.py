@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 
+from semtok.commands.stage import errors_at
+from semtok.commands.train_tokenizer import tokenizer_from_reference
 from semtok.data.source import ImageSource
 from semtok.data.sources import open_sources
 from semtok.errors import UserError
 from semtok.recipe import parse_data
+from semtok.teachers import Teacher, TeacherConfig
+from semtok.tokenizer import Tokenizer
 
 SHAPES = ["kind=shapes", "size=32"]
 
@@ -35,6 +39,41 @@ def add_data_options(
     task.add_argument(
         "--plugin", action="append", default=[], help="a Python file that registers a method"
     )
+
+
+def add_tokenizer_option(task: argparse.ArgumentParser) -> None:
+    """Which tokenizers a task compares."""
+    task.add_argument(
+        "--tokenizer",
+        nargs="+",
+        required=True,
+        metavar="REF",
+        help="folder, run, Hub id or recipe name; several are compared",
+    )
+
+
+def add_teacher_options(task: argparse.ArgumentParser, purpose: str) -> None:
+    """Which teacher a task looks through, and what for."""
+    task.add_argument("--teacher", default="demo", help=purpose)
+    task.add_argument("--teacher-checkpoint", metavar="FILE", help="its local weights")
+
+
+def load_teacher(args: argparse.Namespace) -> Teacher:
+    """The teacher that the options name, on the device."""
+    config = TeacherConfig(name=args.teacher, checkpoint=args.teacher_checkpoint)
+    return Teacher(config).to(device())
+
+
+def load_tokenizer(reference: str, source: ImageSource) -> Tokenizer:
+    """One of the tokenizers that the options name, on the device.
+
+    Raises:
+        UserError: there is none, or it does not take images of this size.
+    """
+    tokenizer = tokenizer_from_reference(reference).to(device())
+    with errors_at(f"--data with {reference}"):
+        tokenizer.spec.check_image_size(source.image_size)
+    return tokenizer
 
 
 def open_data(

@@ -4,10 +4,14 @@ import argparse
 
 import numpy as np
 
-from semtok.commands.evaluation.options import SHAPES, add_data_options, device, open_data
-from semtok.commands.stage import errors_at
+from semtok.commands.evaluation.options import (
+    SHAPES,
+    add_data_options,
+    add_tokenizer_option,
+    load_tokenizer,
+    open_data,
+)
 from semtok.commands.table import print_table
-from semtok.commands.train_tokenizer import tokenizer_from_reference
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
 from semtok.evaluation.probe import PROTOCOL, latent_table, probe
@@ -19,13 +23,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     task = tasks.add_parser(
         "probe", help="held-out balanced accuracy of every attribute, " + PROTOCOL
     )
-    task.add_argument(
-        "--tokenizer",
-        nargs="+",
-        required=True,
-        metavar="REF",
-        help="folder, run, Hub id or recipe name; several are compared",
-    )
+    add_tokenizer_option(task)
     task.set_defaults(command=_probe)
     add_data_options(task, default=SHAPES, shown="the embedded shapes")
 
@@ -35,9 +33,7 @@ def _probe(args: argparse.Namespace) -> int:
     _check_attributes(train)
     scores: dict[str, dict[str, float]] = {}
     for reference in args.tokenizer:
-        tokenizer = tokenizer_from_reference(reference).to(device())
-        with errors_at(f"--data with {reference}"):
-            tokenizer.spec.check_image_size(train.image_size)
+        tokenizer = load_tokenizer(reference, train)
         tables = (
             latent_table(tokenizer, train, args.num_train),
             latent_table(tokenizer, held_out, args.num_held_out),

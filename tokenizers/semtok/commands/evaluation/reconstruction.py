@@ -8,10 +8,18 @@ import torch
 from torch import nn
 from torchvision.io import encode_png
 
-from semtok.commands.evaluation.options import SHAPES, add_data_options, device, open_data
+from semtok.commands.evaluation.options import (
+    SHAPES,
+    add_data_options,
+    add_teacher_options,
+    add_tokenizer_option,
+    device,
+    load_teacher,
+    load_tokenizer,
+    open_data,
+)
 from semtok.commands.stage import errors_at
 from semtok.commands.table import print_table
-from semtok.commands.train_tokenizer import tokenizer_from_reference
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
 from semtok.evaluation.inception import load_inception
@@ -24,7 +32,6 @@ from semtok.images import to_pixels
 from semtok.nets.perceptual import LPIPS, backbone_file
 from semtok.pictures import rows_of_images
 from semtok.storage import new_file, write_json
-from semtok.teachers import Teacher, TeacherConfig
 from semtok.tokenizer import Tokenizer
 
 _LABELS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
@@ -35,18 +42,11 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     task = tasks.add_parser(
         "reconstruction", help="PSNR, SSIM, LPIPS, Fréchet distances, and statistics of the latents"
     )
-    task.add_argument(
-        "--tokenizer",
-        nargs="+",
-        required=True,
-        metavar="REF",
-        help="folder, run, Hub id or recipe name; several are compared",
-    )
+    add_tokenizer_option(task)
     task.add_argument("--sample", action="store_true", help="decode a draw, not the mean")
     task.add_argument("--seed", type=int, default=0, help="of the draws")
     task.add_argument("--lpips-net", choices=("vgg", "alex", "squeeze"), default="vgg")
-    task.add_argument("--teacher", default="demo", help="whose features FD-<teacher> compares")
-    task.add_argument("--teacher-checkpoint", metavar="FILE", help="its local weights")
+    add_teacher_options(task, "whose features FD-<teacher> compares")
     task.add_argument(
         "--download", action="store_true", help="fetch weights of LPIPS and FID that are not cached"
     )
@@ -63,9 +63,8 @@ def _reconstruction(args: argparse.Namespace) -> int:
     reports: dict[str, ReconstructionReport] = {}
     grids = []
     for reference in args.tokenizer:
-        tokenizer = tokenizer_from_reference(reference).to(device())
+        tokenizer = load_tokenizer(reference, held_out)
         with errors_at(f"--data with {reference}"):
-            tokenizer.spec.check_image_size(held_out.image_size)
             reports[reference] = evaluate_reconstruction(
                 tokenizer,
                 held_out,
@@ -104,8 +103,7 @@ def _perceptual(args: argparse.Namespace, missing: dict[str, str]) -> nn.Module 
 
 
 def _extractors(args: argparse.Namespace, missing: dict[str, str]) -> dict[str, FeatureExtractor]:
-    teacher = Teacher(TeacherConfig(name=args.teacher, checkpoint=args.teacher_checkpoint))
-    teacher.to(device())
+    teacher = load_teacher(args)
     extractors: dict[str, FeatureExtractor] = {
         f"FD-{args.teacher}": lambda images: teacher.features(to_pixels(images)).pooled
     }
