@@ -22,20 +22,23 @@ def table(rng: np.random.Generator, num: int, signal: float) -> LatentTable:
     labels = rng.integers(0, 4, num)
     codes = np.eye(4)[labels] * signal
     features = np.concatenate([codes, np.zeros((num, 8))], axis=1) + rng.normal(size=(num, 12))
-    return LatentTable(features.astype(np.float32), {"kind": labels})
+    return LatentTable(features.astype(np.float32), {"kind": labels}, {"kind": 4})
 
 
 def test_the_probe_reads_what_is_linear_and_nothing_from_noise():
     rng = np.random.default_rng(0)
-    assert probe(table(rng, 800, 10), table(rng, 400, 10))["kind"] > 0.99
-    assert probe(table(rng, 800, 0), table(rng, 400, 0))["kind"] == pytest.approx(0.25, abs=0.08)
+    read = probe(table(rng, 800, 10), table(rng, 400, 10))["kind"]
+    assert min(read.f1, read.balanced_accuracy) > 0.99
+    read = probe(table(rng, 800, 0), table(rng, 400, 0))["kind"]
+    assert read.balanced_accuracy == pytest.approx(0.25, abs=0.08)
 
 
 def test_balanced_accuracy_does_not_reward_the_frequent_class():
     rng = np.random.default_rng(0)
     rare = (rng.random(2000) < 0.05).astype(np.int64)
-    noise = LatentTable(rng.normal(size=(2000, 4)).astype(np.float32), {"kind": rare})
-    assert probe(noise, noise)["kind"] == pytest.approx(0.5, abs=0.05)
+    features = rng.normal(size=(2000, 4)).astype(np.float32)
+    noise = LatentTable(features, {"kind": rare}, {"kind": 2})
+    assert probe(noise, noise)["kind"].balanced_accuracy == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +67,13 @@ def test_the_probe_command_prints_a_table_and_writes_its_protocol(run, tmp_path,
     scores = json.loads(output.read_text())
     assert "balanced accuracy" in scores["protocol"] and scores["num_train"] == 120
     values = scores["scores"][str(run)]
-    assert set(values) == {*ATTRIBUTES, "mean"} and all(0 <= v <= 1 for v in values.values())
-    assert f"{100 * values['mean']:.1f}" in capsys.readouterr().out
+    assert list(values["attributes"]) == list(ATTRIBUTES)
+    shown = capsys.readouterr().out
+    for value in (values["mean"], *values["attributes"].values()):
+        low, high = value["f1_interval"]
+        assert 0 <= low <= high <= 1 and 0 <= value["balanced_accuracy"] <= 1
+        assert f"{100 * value['f1']:.1f}" in shown and f"{100 * low:.1f}" in shown
+        assert f"{100 * value['balanced_accuracy']:.1f}" in shown
 
 
 def test_probing_images_without_attributes_is_an_error(run, tmp_path, capsys):

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from semtok.data.folder import Folder, FolderConfig
-from semtok.data.loading import BatchSlice, DataOrder, batches_in_order, training_batches
+from semtok.data.loading import BatchSlice, DataOrder, chosen_batches, training_batches
 from semtok.data.shapes import Shapes, ShapesConfig
 from semtok.data.source import ImageBatch, ImageSource
 
@@ -128,7 +128,7 @@ def test_two_loader_processes_give_the_batches_of_none(tmp_path):
 )
 def test_images_in_order_end_where_asked_or_where_the_set_ends(num_images, expected):
     source = shapes()
-    batches = list(batches_in_order(source, 3, num_images))
+    batches = list(chosen_batches(source, 3, num_images))
     assert [len(batch.images) for batch in batches] == expected
     images = torch.cat([batch.images for batch in batches])
     assert torch.equal(images, source.load(range(sum(expected))).images)

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from semtok.data.attributes import ImageAttributes, read_attributes
 from semtok.data.source import DataConfig, ImageBatch, ImageSource
 from semtok.errors import UserError
 
@@ -33,6 +34,9 @@ class FolderConfig(DataConfig):
     """Share of the images that is held out where the folder has no ``val/``."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Chooses the held-out images where the folder has no ``val/``."""
+    attributes: str | None = None
+    """A table of what the images show, for probes: CSV (a header; the first column names the image), CelebA's
+    ``list_attr_celeba.txt``, or ``predicate-matrix-binary.txt`` of Animals with Attributes 2."""
 
 
 class Folder(ImageSource):
@@ -40,9 +44,8 @@ class Folder(ImageSource):
 
     Args:
         files: (path, class index), sorted.
+        attributes: of these files, in their order; None where nothing is known.
     """
-
-    attributes: dict[str, tuple[str, ...]] = {}
 
     def __init__(
         self,
@@ -52,9 +55,12 @@ class Folder(ImageSource):
         class_names: tuple[str, ...],
         image_size: tuple[int, int],
         flip: bool,
+        attributes: ImageAttributes | None = None,
     ) -> None:
         self.files, self.root = list(files), root
         self.class_names, self.image_size, self.flip = class_names, image_size, flip
+        self.attributes = attributes.categories if attributes is not None else {}
+        self._values = attributes.values if attributes is not None else None
         self.name = f"{root.name} ({len(self.files)} images)"
         self._unreadable: set[int] = set()
 
@@ -72,7 +78,8 @@ class Folder(ImageSource):
         """The training and the held-out part of a folder.
 
         Raises:
-            UserError: no such folder, or no readable image in either part.
+            UserError: no such folder, no readable image in either part, or a table of attributes that
+                does not fit.
         """
         root = Path(config.path)
         if not root.is_dir():
@@ -95,11 +102,17 @@ class Folder(ImageSource):
             only_train = folders == ["train"]
             classes, files = _scan(root / "train" if only_train else root, flat_name=root.name)
             parts = _split(files, config.validation_fraction, config.seed)
+        attributes = _attributes(config, parts, root, classes)
         sources = tuple(
             cls(
-                part, root=root, class_names=classes, image_size=config.image_size, flip=config.flip
+                part,
+                root=root,
+                class_names=classes,
+                image_size=config.image_size,
+                flip=config.flip,
+                attributes=known,
             )
-            for part in parts
+            for part, known in zip(parts, attributes, strict=True)
         )
         for source in sources:
             source.check_readable()
@@ -108,13 +121,23 @@ class Folder(ImageSource):
     def __len__(self) -> int:
         return len(self.files)
 
+    def chosen(self, num_images: int) -> list[int]:
+        # Sorted by class: the first images would be of few classes.
+        generator = torch.Generator().manual_seed(0)
+        return torch.randperm(len(self), generator=generator)[:num_images].tolist()
+
     def load(self, indices: Sequence[int]) -> ImageBatch:
-        images, labels, skipped = [], [], []
+        images, rows, skipped = [], [], []
         for index in indices:
             image, used = self._read(index, skipped)
             images.append(torch.from_numpy(image).permute(2, 0, 1))
-            labels.append(self.files[used][1])
-        return ImageBatch(torch.stack(images), torch.tensor(labels), skipped=tuple(skipped))
+            rows.append(used)
+        attributes = {}
+        if self._values is not None:
+            columns = self._values[rows].unbind(1)
+            attributes = dict(zip(self.attributes, columns, strict=True))
+        labels = torch.tensor([self.files[row][1] for row in rows])
+        return ImageBatch(torch.stack(images), labels, attributes, tuple(skipped))
 
     def check_readable(self) -> None:
         """Raises UserError where no file can be read; stops at the first that can."""
@@ -182,6 +205,23 @@ def _split(
     return [f for i, f in enumerate(files) if i not in held_out], [
         files[i] for i in sorted(held_out)
     ]
+
+
+def _attributes(
+    config: FolderConfig,
+    parts: tuple[list[tuple[Path, int]], list[tuple[Path, int]]],
+    root: Path,
+    class_names: tuple[str, ...],
+) -> tuple[ImageAttributes | None, ImageAttributes | None]:
+    """The attributes of both parts, with the same categories."""
+    train, held_out = parts
+    if config.attributes is None or not train or not held_out:  # an empty part is told of later
+        return None, None
+    known = read_attributes(Path(config.attributes), [*train, *held_out], root, class_names)
+    return (
+        ImageAttributes(known.categories, known.values[: len(train)]),
+        ImageAttributes(known.categories, known.values[len(train) :]),
+    )
 
 
 def _decode(path: Path, image_size: tuple[int, int]) -> np.ndarray:

@@ -95,11 +95,11 @@ def training_batches(
     return iter(loader)
 
 
-def batches_in_order(source: ImageSource, batch_size: int, num_images: int) -> Iterator[ImageBatch]:
-    """The first ``num_images`` images (or all there are), in index order, unflipped."""
-    num_images = min(num_images, len(source))
-    for first in range(0, num_images, batch_size):
-        yield source.load(range(first, min(first + batch_size, num_images)))
+def chosen_batches(source: ImageSource, batch_size: int, num_images: int) -> Iterator[ImageBatch]:
+    """``source.chosen(num_images)``, unflipped."""
+    chosen = source.chosen(num_images)
+    for first in range(0, len(chosen), batch_size):
+        yield source.load(chosen[first : first + batch_size])
 
 
 class _MicroBatches:

@@ -77,6 +77,10 @@ class Shapes(ImageSource):
         self._first = 0 if train else config.num_images
         self._len = config.num_images if train else config.num_validation_images
 
+    @property
+    def identity(self) -> str:
+        return f"{self.name} from {self._first}"
+
     def __len__(self) -> int:
         return self._len
 

@@ -98,6 +98,13 @@ class ImageSource(ABC):
     def load(self, indices: Sequence[int]) -> ImageBatch:
         """Reads the images with these indices, each in ``range(len(self))``."""
 
+    def chosen(self, num_images: int) -> list[int]:
+        """Indices of that many images, or of all, for whoever looks at a part for the whole.
+
+        The first ones, unless the order means something: then a fixed random choice, in random order.
+        """
+        return list(range(min(num_images, len(self))))
+
     def load_keys(self, keys: Sequence[Key]) -> ImageBatch:
         """Reads images, mirrored left to right where their key says so."""
         batch = self.load([index for index, _ in keys])

@@ -10,7 +10,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from semtok.data.loading import batches_in_order
+from semtok.data.loading import chosen_batches
 from semtok.data.source import ImageSource
 from semtok.images import to_pixels
 from semtok.teachers import Teacher
@@ -32,14 +32,14 @@ class ClassReader:
 
     @classmethod
     def fit(cls, teacher: Teacher, source: ImageSource, num_images: int) -> "ClassReader":
-        """Learns the source's labels from its first ``num_images`` images.
+        """Learns the source's labels from ``source.chosen(num_images)``.
 
         Raises:
             ValueError: they are all of one class.
         """
         pairs = [
             (_features(teacher, batch.images), batch.labels.numpy())
-            for batch in batches_in_order(source, 64, num_images)
+            for batch in chosen_batches(source, 64, num_images)
         ]
         x, y = (np.concatenate(column) for column in zip(*pairs, strict=True))
         if len(set(y.tolist())) < 2:
@@ -74,8 +74,8 @@ def accuracy(
 
 
 def real_batches(source: ImageSource, num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first images of a source with their labels."""
-    for batch in batches_in_order(source, 64, num_images):
+    """``source.chosen(num_images)`` with their labels."""
+    for batch in chosen_batches(source, 64, num_images):
         yield batch.images, batch.labels
 
 

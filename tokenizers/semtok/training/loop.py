@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.io import encode_png
 
-from semtok.data.loading import BatchSlice, DataOrder, batches_in_order, training_batches
+from semtok.data.loading import BatchSlice, DataOrder, chosen_batches, training_batches
 from semtok.data.source import ImageBatch, ImageSource
 from semtok.errors import Interrupted
 from semtok.images import to_pixels
@@ -367,9 +367,7 @@ class Trainer:
 
     def _sample(self) -> None:
         if self.accelerator.is_main_process:
-            batch = self.validation.load(
-                range(min(self.config.num_sample_images, len(self.validation)))
-            )
+            batch = self.validation.load(self.validation.chosen(self.config.num_sample_images))
             with self._evaluating():
                 picture = self.objective.picture(self.averaged, *self._evaluation_inputs(batch))
             if picture is not None:
@@ -382,7 +380,7 @@ class Trainer:
         """Held-out metrics of the averaged weights, over ``num_validation_images``, shared among processes."""
         sums: dict[str, Tensor] = {}
         count = torch.zeros((), dtype=torch.float64, device=self.device)
-        batches = batches_in_order(
+        batches = chosen_batches(
             self.validation, self.share.micro_batch_size, self.config.num_validation_images
         )
         with self._evaluating():

@@ -1,6 +1,9 @@
 """``evaluate probe``: what a linear layer reads off the latents."""
 
 import argparse
+import difflib
+import json
+from typing import Any
 
 import numpy as np
 
@@ -12,47 +15,63 @@ from semtok.commands.evaluation.options import (
     open_data,
 )
 from semtok.commands.table import print_table
+from semtok.config import apply_overrides
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
-from semtok.evaluation.probe import PROTOCOL, latent_table, probe
+from semtok.evaluation.probe import PROTOCOL, AttributeScore, latent_table, mean_score, probe
 from semtok.storage import write_json
 
 
 def add_task(tasks: argparse._SubParsersAction) -> None:
     """Adds the task to the command."""
     task = tasks.add_parser(
-        "probe", help="held-out balanced accuracy of every attribute, " + PROTOCOL
+        "probe",
+        help="held-out F1 and balanced accuracy of every attribute, "
+        + PROTOCOL.replace("%", "%%"),  # argparse formats its help
     )
     add_tokenizer_option(task)
+    task.add_argument(
+        "--attributes",
+        metavar="FILE",
+        help="table of attributes of a folder of images, short for --data attributes=FILE: CSV, "
+        "CelebA's list_attr_celeba.txt, or predicate-matrix-binary.txt of AwA2",
+    )
+    task.add_argument("--only", nargs="+", metavar="NAME", help="probe for these attributes alone")
     task.set_defaults(command=_probe)
     add_data_options(task, default=SHAPES, shown="the embedded shapes")
 
 
 def _probe(args: argparse.Namespace) -> int:
+    if args.attributes is not None:
+        args.data = _with_attributes(args.data, args.attributes)
     train, held_out = open_data(args)
-    _check_attributes(train)
-    scores: dict[str, dict[str, float]] = {}
+    names = _names(train, args.only)
+    chance = {name: 1 / len(train.attributes[name]) for name in names}
+    results: dict[str, dict[str, AttributeScore]] = {}
+    means: dict[str, AttributeScore] = {}
     for reference in args.tokenizer:
         tokenizer = load_tokenizer(reference, train)
         tables = (
             latent_table(tokenizer, train, args.num_train),
             latent_table(tokenizer, held_out, args.num_held_out),
         )
-        values = probe(*tables)
-        scores[reference] = {**values, "mean": float(np.mean(list(values.values())))}
-        print(f"{reference}: mean {scores[reference]['mean']:.3f}", flush=True)
+        scores = probe(*tables, only=names)
+        if not scores:
+            raise UserError(
+                f"--num-train {args.num_train}: these images show one category of each attribute; give more"
+            )
+        results[reference], means[reference] = scores, mean_score(scores)
+        _print(f"{reference}: linear probe, in %", scores, means[reference], chance)
 
-    names = list(next(iter(scores.values())))
-    chance = {n: 1 / len(train.attributes[n]) for n in train.attributes}
-    chance["mean"] = float(np.mean(list(chance.values())))
-    rows = [
-        (r, *(f"{100 * s[n]:.1f}" for n in names)) for r, s in [("chance", chance), *scores.items()]
-    ]
-    print_table(
-        f"linear probe: held-out balanced accuracy in %, {args.num_train} training images",
-        rows,
-        ("tokenizer", *names),
-    )
+    # Which images there are, and what they show, is the same for every tokenizer.
+    probed = list(next(iter(results.values())))
+    skipped = [name for name in names if name not in probed]
+    if skipped:
+        print(f"not probed, as the training images show one category: {', '.join(skipped)}")
+    if len(means) > 1:
+        rows = [(reference, *_cells(score)) for reference, score in means.items()]
+        print_table("mean over attributes, in %", rows, ("tokenizer", *_HEADER))
+    print(f"{args.num_train} training images, {args.num_held_out} held-out images, {train.name}")
     if args.output:
         write_json(
             args.output,
@@ -61,13 +80,78 @@ def _probe(args: argparse.Namespace) -> int:
                 "data": train.name,
                 "num_train": args.num_train,
                 "num_held_out": args.num_held_out,
-                "chance": chance,
-                "scores": scores,
+                "categories": {name: list(train.attributes[name]) for name in probed},
+                "not_probed": skipped,
+                "chance_balanced_accuracy": {
+                    "mean": float(np.mean([chance[name] for name in probed])),
+                    "attributes": {name: chance[name] for name in probed},
+                },
+                "scores": {
+                    reference: {
+                        "mean": _plain(means[reference]),
+                        "attributes": {name: _plain(score) for name, score in scores.items()},
+                    }
+                    for reference, scores in results.items()
+                },
             },
         )
     return 0
 
 
-def _check_attributes(source: ImageSource) -> None:
+_HEADER = ("F1", "95 % interval", "balanced accuracy")
+
+
+def _print(
+    title: str,
+    scores: dict[str, AttributeScore],
+    mean: AttributeScore,
+    chance: dict[str, float],
+) -> None:
+    rows = [
+        (name, *_cells(score), f"{100 * chance[name]:.1f}", str(round(1 / chance[name])))
+        for name, score in scores.items()
+    ]
+    mean_chance = float(np.mean([chance[name] for name in scores]))
+    rows.append(("mean", *_cells(mean), f"{100 * mean_chance:.1f}", ""))
+    print_table(title, rows, ("attribute", *_HEADER, "its chance", "categories"))
+
+
+def _cells(score: AttributeScore) -> tuple[str, str, str]:
+    low, high = score.f1_interval
+    return (
+        f"{100 * score.f1:.1f}",
+        f"{100 * low:.1f} to {100 * high:.1f}",
+        f"{100 * score.balanced_accuracy:.1f}",
+    )
+
+
+def _plain(score: AttributeScore) -> dict[str, Any]:
+    return {
+        "f1": score.f1,
+        "f1_interval": list(score.f1_interval),
+        "balanced_accuracy": score.balanced_accuracy,
+    }
+
+
+def _with_attributes(settings: list[str], file: str) -> list[str]:
+    given = apply_overrides({}, settings)
+    if given.get("attributes") is not None:
+        raise UserError("--attributes: --data gives attributes=… already; leave one out")
+    if given.get("kind", "folder") != "folder":
+        raise UserError(
+            f"--attributes: kind={given['kind']} has its own; give --data kind=folder path=… size=…"
+        )
+    return [*settings, f"attributes={json.dumps(file, ensure_ascii=False)}"]
+
+
+def _names(source: ImageSource, only: list[str] | None) -> list[str]:
+    """The attributes to probe for."""
     if not source.attributes:
-        raise UserError(f"--data: {source.name} has no attributes to probe for; use kind=shapes")
+        raise UserError(
+            f"--data: {source.name} has no attributes to probe for; give --attributes FILE, or use kind=shapes"
+        )
+    for name in only or ():
+        if name not in source.attributes:
+            near = difflib.get_close_matches(name, source.attributes, n=1, cutoff=0)
+            raise UserError(f"--only: no attribute '{name}'; did you mean '{near[0]}'?")
+    return list(dict.fromkeys(only)) if only else list(source.attributes)

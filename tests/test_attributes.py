@@ -1,0 +1,244 @@
+"""Tables of attributes, and the folders of images that they describe."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from semtok import UserError
+from semtok.data.attributes import read_attributes
+from semtok.data.folder import Folder, FolderConfig
+from semtok.data.loading import BatchSlice, DataOrder, training_batches
+
+
+def pictures(root: Path, *names: str) -> list[tuple[Path, int]]:
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(root / name)
+    return [(root / name, 0) for name in names]
+
+
+def table(root: Path, text: str, name: str = "table.csv") -> Path:
+    (root / name).write_text(text, encoding="utf-8")
+    return root / name
+
+
+def read(root: Path, text: str, *names: str) -> dict[str, list[str]]:
+    """The category names of the images, per attribute."""
+    known = read_attributes(table(root, text), pictures(root, *names), root, ("all",))
+    columns = zip(known.categories.items(), known.values.unbind(1), strict=True)
+    return {
+        name: [categories[i] for i in column.tolist()] for (name, categories), column in columns
+    }
+
+
+def open_folder(root: Path, attributes: Path | None, **settings) -> tuple[Folder, Folder]:
+    config = {"path": str(root), "size": 8, "attributes": str(attributes)} | settings
+    return Folder.open(FolderConfig(**config))
+
+
+# Formats -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["cat/1.png", "cat/1", "1.png", "1", "./cat/1.png"])
+def test_csv_names_images_by_path_or_unique_name_with_or_without_suffix(tmp_path, first):
+    text = f"file,colour\n{first},red\ncat/2.png,blue\nelsewhere.png,green\n"
+    assert read(tmp_path, text, "cat/1.png", "cat/2.png") == {"colour": ["red", "blue"]}
+
+
+def test_csv_as_spreadsheets_write_it(tmp_path):
+    text = '\ufefffile,"a, b", size \r\n\r\n1.png,"x ""y""", 10\r\n2.png,z,9\r\n'
+    known = read(tmp_path, text, "1.png", "2.png")
+    assert known == {"a, b": ['x "y"', "z"], "size": ["10", "9"]}
+
+
+def test_categories_are_sorted_numbers_as_numbers_and_constant_attributes_left_out(tmp_path):
+    text = "f,n,s,same,sign\na,10,b,7,1\nb,9,a,7,-1\nc,-2.5,10,7,1\n"
+    files = pictures(tmp_path, "a.png", "b.png", "c.png")
+    known = read_attributes(table(tmp_path, text), files, tmp_path, ("all",))
+    assert known.categories == {
+        "n": ("-2.5", "9", "10"),
+        "s": ("10", "a", "b"),
+        "sign": ("-1", "1"),
+    }
+    assert known.values.tolist() == [[2, 2, 1], [1, 1, 0], [0, 0, 1]]
+    assert known.values.dtype == torch.int64
+
+
+def test_a_path_that_is_given_wins_over_a_name_that_several_share(tmp_path):
+    text = "file,x\na.png,0\na.png.jpg,1\n"
+    assert read(tmp_path, text, "a.png", "a.png.jpg") == {"x": ["0", "1"]}
+
+
+CELEBA = """2
+Bald Smiling Young Male
+000001.jpg -1  1  1 -1
+000002.jpg  1 -1  1  1
+"""
+
+
+def test_celebas_own_file(tmp_path):
+    path = table(tmp_path, CELEBA, "list_attr_celeba.txt")
+    files = pictures(tmp_path, "img/000001.jpg", "img/000002.jpg")
+    known = read_attributes(path, files, tmp_path, ("img",))
+    assert known.categories == dict.fromkeys(("Bald", "Smiling", "Male"), ("-1", "1"))
+    assert known.values.tolist() == [[0, 1, 0], [1, 0, 1]]
+
+
+def awa(root: Path, **content: str) -> Path:
+    content = {
+        "classes": "       1\tantelope\n       2\tgrizzly+bear\n       3\twhale\n",
+        "predicates": "       1\tblack\n       2\tbig teeth\n       3\tanimal\n",
+    } | content
+    for name, text in content.items():
+        table(root, text, f"{name}.txt")
+    return table(root, "0 1 1\n1 0 1\n1 1 1\n", "predicate-matrix-binary.txt")
+
+
+def test_animals_with_attributes_take_those_of_their_class(tmp_path):
+    images = tmp_path / "JPEGImages"
+    pictures(
+        images, *(f"{name}/{i}.jpg" for name in ("antelope", "grizzly+bear") for i in range(3))
+    )
+    parts = open_folder(images, awa(tmp_path), validation_fraction=0.3)
+    assert parts[0].attributes == {"black": ("0", "1"), "big teeth": ("0", "1")}
+    for part in parts:
+        batch = part.load(range(len(part)))
+        assert torch.equal(batch.attributes["black"], batch.labels)
+        assert torch.equal(batch.attributes["big teeth"], 1 - batch.labels)
+
+
+# Errors ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("f,x\na.png,0\n", "table.csv: no row for image 'b.png'; name each image"),
+        ("f,x\na,0\nb,1,2\n", "table.csv, line 3: 2 values, 1 attributes"),
+        ("f,x\na,0\nb\n", "line 3: 0 values, 1 attributes"),
+        ("f,x\na,0\nb, \n", "line 3: 'x' is empty; fill it in"),
+        ("f,x\n,0\nb,1\n", "line 2: 'name' is empty"),
+        ("f,x,x\na,0,1\nb,1,0\n", "attribute 'x' occurs 2 times"),
+        ("f,x,\na,0,1\nb,1,0\n", "an attribute has no name"),
+        ("f,x\na,0\na,1\nb,1\n", "line 3: 'a' occurs a second time"),
+        ("f,x\na,0\na.png,1\nb,1\n", "both 'a.png' and 'a' name 'a.png'"),
+        ("f,x\na,1\nb,1\n", "each attribute is the same in all images"),
+        ("f;x\na;1\nb;0\n", "no attributes; expected CSV with a header"),
+        ("", "no attributes; expected CSV"),
+        ("f,x\n", "no row for image 'a.png'"),
+        ('f,x\na,"1\nb,0\n', "not CSV"),
+        ("3\nx y\na.png 1 -1\nb.png 1 1\n", "2 rows, its first line says 3; get the whole file"),
+        ("2\nx y\na.png 1\nb.png 1 1\n", "line 3: 1 values, 2 attributes"),
+        ("2\n", "0 rows, its first line says 2"),
+    ],
+)
+def test_tables_that_do_not_fit_are_one_line_errors(tmp_path, text, message):
+    with pytest.raises(UserError, match="data.attributes: .*table.csv") as caught:
+        read(tmp_path, text, "a.png", "b.png")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_name_that_several_images_have_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"'1.png' names others beside 'cat/1.png'; .* its path"):
+        read(tmp_path, "f,x\n1.png,0\ndog/1.png,1\n", "cat/1.png", "dog/1.png")
+    with pytest.raises(UserError, match=r"'1' names others beside '1.jpg'"):
+        read(tmp_path, "f,x\n1,0\n", "1.jpg", "1.png")
+
+
+def test_files_that_are_no_text_are_errors(tmp_path):
+    files = pictures(tmp_path, "a.png")
+    (tmp_path / "latin.csv").write_bytes("f,x\na,é\n".encode("latin-1"))
+    for name, message in [
+        ("none.csv", "No such file"),
+        ("latin.csv", "not UTF-8"),
+        ("a.png", "not UTF-8"),
+        (".", "data.attributes=FILE"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read_attributes(tmp_path / name, files, tmp_path, ("all",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"classes": "1\tantelop\n2\tgrizzly\n3\twhale\n"}, "'antelope'; did you mean 'antelop'"),
+        (
+            {"classes": "1\tx\n2\ty\n3\tz\n"},
+            "classes.txt: no class 'antelope'; name each sub-folder",
+        ),
+        ({"classes": "1\tantelope\n"}, "3 rows for 1 classes"),
+        ({"predicates": "1\tblack\n"}, "line 1: 3 values, 1 attributes"),
+        ({"predicates": "1\tb\n2\tb\n3\tc\n"}, "attribute 'b' occurs 2 times"),
+    ],
+)
+def test_class_tables_that_do_not_fit_are_errors(tmp_path, content, message):
+    pictures(tmp_path / "images", "antelope/1.jpg", "antelope/2.jpg")
+    with pytest.raises(UserError) as caught:
+        open_folder(tmp_path / "images", awa(tmp_path, **content))
+    assert message in str(caught.value)
+
+
+def test_a_class_table_without_the_files_beside_it_is_an_error(tmp_path):
+    pictures(tmp_path / "images", "antelope/1.jpg", "antelope/2.jpg")
+    awa(tmp_path).with_name("predicates.txt").unlink()
+    with pytest.raises(UserError, match="predicates.txt: No such file"):
+        open_folder(tmp_path / "images", tmp_path / "predicate-matrix-binary.txt")
+
+
+# Folders -----------------------------------------------------------------------------------------
+
+
+def colours(root: Path, num: int) -> Path:
+    """A folder in which the attribute 'red' says how red an image is."""
+    pictures(root, *(f"{i}.png" for i in range(num)))
+    rows = "".join(f"{i}.png,{20 * i},{i % 2}\n" for i in range(num))
+    return table(root, "file,red,odd\n" + rows)
+
+
+def test_both_parts_share_the_categories_and_images_keep_their_values(tmp_path):
+    parts = open_folder(tmp_path, colours(tmp_path, 10), validation_fraction=0.3)
+    assert [len(part) for part in parts] == [7, 3]
+    for part in parts:
+        assert part.attributes["red"] == tuple(str(20 * i) for i in range(10))
+        batch = part.load([2, 0])
+        names = [part.attributes["red"][i] for i in batch.attributes["red"].tolist()]
+        assert names == [str(int(image[0, 0, 0])) for image in batch.images]
+        assert batch.attributes["odd"].dtype == torch.int64
+
+
+def test_train_and_val_folders_are_named_from_the_folder(tmp_path):
+    pictures(tmp_path, "train/a/1.png", "train/a/2.png", "val/a/1.png")
+    path = table(tmp_path, "f,x\ntrain/a/1,0\ntrain/a/2,1\nval/a/1,1\n")
+    train, held_out = open_folder(tmp_path, path)
+    assert train.load([0, 1]).attributes["x"].tolist() == [0, 1]
+    assert held_out.load([0]).attributes["x"].tolist() == [1]
+
+
+def test_an_unreadable_image_gives_way_to_the_next_and_to_its_attributes(tmp_path):
+    pictures(tmp_path, "train/1.png", "train/2.png", "val/3.png")
+    (tmp_path / "train" / "1.png").write_text("hello")
+    train, _ = open_folder(tmp_path, table(tmp_path, "f,x\n1,0\n2,1\n3,0\n"))
+    batch = train.load([0, 1])
+    assert batch.attributes["x"].tolist() == [1, 1] and len(batch.skipped) == 1
+
+
+def test_a_folder_without_a_table_knows_no_attributes(tmp_path):
+    colours(tmp_path, 4)
+    for part in Folder.open(FolderConfig(path=str(tmp_path), size=8)):
+        assert part.attributes == {} and part.load([0]).attributes == {}
+
+
+def test_an_empty_folder_is_told_before_its_table(tmp_path):
+    with pytest.raises(UserError, match="data.path: no images"):
+        open_folder(tmp_path, tmp_path / "none.csv")
+
+
+def test_training_on_a_folder_with_attributes_sees_them(tmp_path):
+    train, _ = open_folder(tmp_path, colours(tmp_path, 6), validation_fraction=0.3)
+    order, share = DataOrder(len(train), 4, 0, flip=True), BatchSlice(4, 1, 0, 1)
+    settings = {"first_step": 0, "last_step": 1, "num_workers": 0, "pin_memory": False}
+    (batch,) = training_batches(train, order, share, **settings)
+    red = [train.attributes["red"][i] for i in batch.attributes["red"].tolist()]
+    assert red == [str(int(image[0, 0, 0])) for image in batch.images]
