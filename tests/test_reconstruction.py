@@ -12,7 +12,7 @@ from semtok import Tokenizer
 from semtok.commands import evaluate
 from semtok.commands.cli import run
 from semtok.data.shapes import Shapes, ShapesConfig
-from semtok.evaluation.frechet import frechet_distance
+from semtok.evaluation.frechet import Gaussian, frechet_distance
 from semtok.evaluation.reconstruction import evaluate_reconstruction
 from semtok.images import to_pixels, to_uint8
 from semtok.statistics import StreamingMoments
@@ -20,11 +20,11 @@ from semtok.statistics import StreamingMoments
 SOURCE = Shapes(ShapesConfig(size=32), train=False)
 
 
-def moments(features: torch.Tensor) -> StreamingMoments:
+def gaussian(features: torch.Tensor) -> Gaussian:
     seen = StreamingMoments(covariance=True)
     for part in features.split(100):
         seen.add(part)
-    return seen
+    return Gaussian.of(seen)
 
 
 # The Fréchet distance ----------------------------------------------------------------------------
@@ -36,7 +36,7 @@ def test_the_frechet_distance_is_torch_fidelitys_on_the_same_features():
     b = torch.randn(400, 12) @ torch.randn(12, 12) + 1
     statistics = [fid.fid_features_to_statistics(x.double()) for x in (a, b)]
     expected = fid.fid_statistics_to_metric(*statistics, verbose=False)
-    ours = frechet_distance(moments(a), moments(b))
+    ours = frechet_distance(gaussian(a), gaussian(b))
     assert ours == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
 
 
@@ -44,19 +44,19 @@ def test_the_frechet_distance_of_gaussians_has_a_closed_form():
     shift, scale = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([1.0, 2.0, 3.0])
     base = torch.randn(4000, 3, dtype=torch.float64)
     base = torch.linalg.qr(base - base.mean(dim=0))[0] * (len(base) - 1) ** 0.5  # covariance is 1
-    ours = frechet_distance(moments(base), moments(base * scale + shift))
+    ours = frechet_distance(gaussian(base), gaussian(base * scale + shift))
     expected = shift.square().sum() + (scale - 1).square().sum()
     assert ours == pytest.approx(float(expected), rel=1e-6)
-    assert frechet_distance(moments(base), moments(base)) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(gaussian(base), gaussian(base)) == pytest.approx(0, abs=1e-6)
 
 
 def test_singular_covariances_have_a_distance_and_single_images_none():
     flat = torch.randn(50, 2) @ torch.randn(2, 6)
-    assert frechet_distance(moments(flat), moments(flat)) == pytest.approx(0, abs=1e-4)
+    assert frechet_distance(gaussian(flat), gaussian(flat)) == pytest.approx(0, abs=1e-4)
     with pytest.raises(ValueError, match="at least two images"):
-        frechet_distance(moments(flat[:1]), moments(flat))
+        frechet_distance(gaussian(flat[:1]), gaussian(flat))
     with pytest.raises(ValueError, match="width 6 and of width 5"):
-        frechet_distance(moments(flat), moments(flat[:, :5]))
+        frechet_distance(gaussian(flat), gaussian(flat[:, :5]))
 
 
 # A tokenizer -------------------------------------------------------------------------------------

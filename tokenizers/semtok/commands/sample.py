@@ -16,9 +16,8 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from semtok.commands.cli import Parser
-from semtok.config import parse
+from semtok.commands.sampler_options import add_sampler_options, sampler_from
 from semtok.diffusion.generator import Generator
-from semtok.diffusion.guidance import GuidanceConfig
 from semtok.diffusion.sampling import SamplerConfig
 from semtok.errors import UserError
 from semtok.images import to_uint8
@@ -36,23 +35,7 @@ def _parser() -> Parser:
         help="names or numbers, or 'none' for images of any class; default: all classes",
     )
     parser.add_argument("--num", type=int, help="images in all; default: 4 of each class")
-    parser.add_argument(
-        "--method", choices=("euler", "heun", "dopri5", "sde"), help="default: the model's own"
-    )
-    parser.add_argument("--steps", type=int, help="sampler steps; default: the model's own")
-    parser.add_argument(
-        "--guidance",
-        nargs="+",
-        metavar="W",
-        help="guidance scale, 1 is none; or one for each part, as texture=1.5 semantic=2",
-    )
-    parser.add_argument(
-        "--interval",
-        nargs=2,
-        type=float,
-        metavar=("BEGIN", "END"),
-        help="guide between these times, noise 0 to data 1",
-    )
+    add_sampler_options(parser)
     parser.add_argument(
         "--weak", metavar="MODEL", help="autoguidance: guide away from this weaker model"
     )
@@ -80,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     kind = _check_output(args.output)
     generator = Generator.from_pretrained(args.model)
     weak = Generator.from_pretrained(args.weak) if args.weak else None
-    sampler = _sampler(args, generator)
+    sampler = sampler_from(args, generator)
     classes = _classes(args.classes, generator)
     num = args.num if args.num is not None else 4 * len(classes)
     if min(num, args.batch_size) < 1:
@@ -170,49 +153,6 @@ def _check_output(output: Path) -> str:
     if output.is_dir() and any(output.iterdir()) or output.is_file():
         raise UserError(f"--output {output}: exists already; choose another or remove it")
     return kind
-
-
-def _sampler(args: argparse.Namespace, generator: Generator) -> SamplerConfig:
-    own = generator.sampler
-    if args.steps is not None and args.steps < 1:
-        raise UserError(f"--steps: expected at least 1, got {args.steps}")
-    guidance = own.guidance.model_dump()
-    if args.guidance is not None:
-        guidance["scale"] = _scale(args.guidance, generator)
-    if args.interval is not None:
-        guidance["interval"] = tuple(args.interval)
-    try:
-        guidance = GuidanceConfig(**guidance)
-    except ValueError:
-        raise UserError(
-            f"--interval: expected 0 <= BEGIN <= END <= 1, got {args.interval}"
-        ) from None
-    changes = {"method": args.method, "steps": args.steps, "guidance": guidance.model_dump()}
-    given = {k: v for k, v in changes.items() if v is not None}
-    return parse(SamplerConfig, own.model_dump() | given, "--method, --steps")
-
-
-def _scale(words: list[str], generator: Generator) -> float | dict[str, float]:
-    parts = [part.name for part in generator.network.spec.parts]
-    try:
-        if len(words) == 1 and "=" not in words[0]:
-            return _finite(words[0])
-        scales = {name: _finite(value) for name, value in (word.split("=", 1) for word in words)}
-    except ValueError:
-        raise UserError(
-            f"--guidance: expected a number, or PART=number …, got {' '.join(words)}"
-        ) from None
-    unknown = scales.keys() - set(parts)
-    if unknown:
-        raise UserError(f"--guidance: no part {sorted(unknown)}; this model's: {', '.join(parts)}")
-    return scales
-
-
-def _finite(word: str) -> float:
-    value = float(word)
-    if not math.isfinite(value):
-        raise ValueError(word)
-    return value
 
 
 def _classes(words: list[str] | None, generator: Generator) -> list[int]:

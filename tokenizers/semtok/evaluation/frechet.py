@@ -5,30 +5,49 @@ features it is called by the teacher's name (FD-DINOv2, Stein et al. 2023; FD-de
 one), never FID.
 """
 
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from semtok.statistics import StreamingMoments
 
 
-def frechet_distance(a: StreamingMoments, b: StreamingMoments) -> float:
-    """|μa - μb|² + tr(Σa + Σb - 2 (Σa Σb)^½) of the Gaussians with these moments.
+@dataclass(frozen=True)
+class Gaussian:
+    """A normal distribution of features.
 
-    The covariances are the unbiased ones, as in the published FID code.
+    Attributes:
+        mean: float64 (D,).
+        covariance: float64 (D, D), the unbiased one, as in the published FID code.
+    """
 
-    Args:
-        a, b: with covariances, of features (N, D).
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, moments: StreamingMoments) -> "Gaussian":
+        """The one with these moments, which must hold covariances.
+
+        Raises:
+            ValueError: fewer than two observations.
+        """
+        if moments.count < 2:
+            raise ValueError("a Fréchet distance needs at least two images on each side")
+        return cls(moments.mean, moments.matrix * (moments.count / (moments.count - 1)))
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """|μa - μb|² + tr(Σa + Σb - 2 (Σa Σb)^½).
 
     Raises:
-        ValueError: fewer than two observations, or features of different widths.
+        ValueError: features of different widths.
     """
-    if min(a.count, b.count) < 2:
-        raise ValueError("a Fréchet distance needs at least two images on each side")
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of width {len(a.mean)} and of width {len(b.mean)}")
-    first, second = (m.matrix * (m.count / (m.count - 1)) for m in (a, b))
     # tr (Σa Σb)^½ is the sum of the roots of the eigenvalues of the symmetric Σa^½ Σb Σa^½.
-    values, vectors = torch.linalg.eigh(first)
+    values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    product = torch.linalg.eigvalsh(root @ second @ root).clamp_min(0).sqrt().sum()
+    product = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp_min(0).sqrt().sum()
     gap = (a.mean - b.mean).square().sum()
-    return float(gap + first.trace() + second.trace() - 2 * product)
+    return float(gap + a.covariance.trace() + b.covariance.trace() - 2 * product)

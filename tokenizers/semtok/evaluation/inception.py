@@ -1,16 +1,56 @@
 """The Inception network of FID, by torch-fidelity; asked for, never assumed."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from semtok.errors import UserError
 from semtok.storage import DAMAGE, first_line
 
+_SPATIAL_CHANNELS = 7
 
-def load_inception(*, download: bool = False) -> nn.Module:
-    """The network that published FIDs use: uint8 images (B, 3, H, W) to a tuple of features (B, 2048).
+
+@dataclass(frozen=True)
+class InceptionFeatures:
+    """What the network sees in images.
+
+    Attributes:
+        pooled: (B, 2048), for FID, precision, recall and KID.
+        spatial: (B, 2023), for sFID: the first 7 channels of 17x17 positions of block ``mixed_6``
+            of the TensorFlow graph, flattened positions first, as ADM's evaluation does (Nash et al.
+            2021; Dhariwal and Nichol 2021).
+        logits: (B, 1008), without the bias, for the Inception Score.
+    """
+
+    pooled: Tensor
+    spatial: Tensor
+    logits: Tensor
+
+
+class Inception(nn.Module):
+    """torch-fidelity's copy of the TensorFlow network that published FIDs use."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self._spatial = torch.empty(0)
+        network.Mixed_6d.register_forward_hook(self._keep_spatial)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> InceptionFeatures:
+        """Features of uint8 images (B, 3, H, W), which it resizes as the TensorFlow graph does."""
+        pooled, logits = self.network(images)
+        return InceptionFeatures(pooled, self._spatial, logits)
+
+    def _keep_spatial(self, block: nn.Module, inputs: object, output: Tensor) -> None:
+        # The block joins its branches on the channel axis, the graph's mixed_6/conv first.
+        self._spatial = output[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float()
+
+
+def load_inception(*, download: bool = False) -> Inception:
+    """The network that published FIDs use.
 
     Args:
         download: fetch its weights (91 MB) where torch.hub's cache does not have them.
@@ -26,17 +66,18 @@ def load_inception(*, download: bool = False) -> nn.Module:
     except ImportError:
         raise UserError("needs torch-fidelity; pip install 'semtok[evaluation]'") from None
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    if not file.is_file() and not download:
+        raise UserError(f"Inception's weights are not at {file}; put them there, or --download")
     try:
         if not file.is_file():
-            if not download:
-                raise UserError(
-                    f"Inception's weights are not at {file}; put them there, or --download"
-                )
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file))
         torch.load(file, map_location="cpu", weights_only=True)  # refuses all but tensors
-        return FeatureExtractorInceptionV3(
-            "inception", ["2048"], feature_extractor_weights_path=str(file)
+        layers = ["2048", "logits_unbiased"]
+        return Inception(
+            FeatureExtractorInceptionV3(
+                "inception", layers, feature_extractor_weights_path=str(file)
+            )
         )
     except DAMAGE as error:
         raise UserError(f"Inception's weights at {file}: {first_line(error)}") from None

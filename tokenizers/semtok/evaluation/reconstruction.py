@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from semtok.data.loading import batches_in_order
+from semtok.data.loading import chosen_batches
 from semtok.data.source import ImageSource
-from semtok.evaluation.frechet import frechet_distance
+from semtok.evaluation.frechet import Gaussian, frechet_distance
 from semtok.images import to_pixels, to_uint8
 from semtok.metrics import psnr, ssim
 from semtok.statistics import StreamingMoments
@@ -50,7 +50,7 @@ class ReconstructionReport:
     Attributes:
         scores: means over images: ``psnr`` (dB), ``ssim``, ``lpips`` where asked for; and for each
             feature extractor its Fréchet distance, by its name.
-        psnr: of each image (N,), in index order.
+        psnr: of each image (N,), in the order of ``source.chosen(N)``.
         parts: per part of the latents.
     """
 
@@ -71,7 +71,7 @@ def evaluate_reconstruction(
     seed: int = 0,
     batch_size: int = 32,
 ) -> ReconstructionReport:
-    """Encodes and decodes the first ``num_images`` images of a source; never holds more than a batch.
+    """Encodes and decodes ``source.chosen(num_images)``; never holds more than a batch.
 
     Args:
         perceptual: LPIPS; None leaves it out.
@@ -89,7 +89,7 @@ def evaluate_reconstruction(
     }
     latents = {name: StreamingMoments() for name in tokenizer.spec.names}
     kl_sums: dict[str, tuple[float, int]] = {}
-    for batch in batches_in_order(source, batch_size, num_images):
+    for batch in chosen_batches(source, batch_size, num_images):
         pixels = to_pixels(batch.images, device=device)
         raw = tokenizer.posterior_raw(pixels)
         posterior = tokenizer.standardise_posterior(raw)
@@ -113,7 +113,7 @@ def evaluate_reconstruction(
                 kl_sums[name] = (total + float(kl), count + mean.numel())
     count = sum(len(values) for values in all_psnr)
     scores = {name: float(value / count) for name, value in sums.items()}
-    scores |= {name: frechet_distance(*pair) for name, pair in moments.items()}
+    scores |= {name: frechet_distance(*map(Gaussian.of, pair)) for name, pair in moments.items()}
     parts = {}
     for name, seen in latents.items():
         total, numbers = kl_sums.get(name, (math.nan, 0))

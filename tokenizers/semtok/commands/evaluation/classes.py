@@ -1,7 +1,6 @@
 """``evaluate classes``: whether generated images show their class."""
 
 import argparse
-import math
 from collections.abc import Iterator
 
 import torch
@@ -15,10 +14,10 @@ from semtok.commands.evaluation.options import (
     load_teacher,
     open_data,
 )
+from semtok.commands.sampler_options import add_sampler_options, sampler_from
 from semtok.commands.stage import errors_at
 from semtok.commands.table import print_table
 from semtok.diffusion.generator import Generator
-from semtok.diffusion.sampling import SamplerConfig
 from semtok.errors import UserError
 from semtok.evaluation.classes import PROTOCOL, ClassReader, accuracy, real_batches
 from semtok.images import to_uint8
@@ -33,8 +32,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     task.add_argument("--model", required=True, metavar="REF", help="folder, run or Hub id")
     task.add_argument("--num", type=int, help="generated images; default: 20 of each class")
     task.add_argument("--seed", type=int, default=0, help="of the generated images")
-    task.add_argument("--guidance", type=float, metavar="W", help="default: the model's own")
-    task.add_argument("--steps", type=int, help="sampler steps; default: the model's own")
+    add_sampler_options(task)
     add_teacher_options(task, "whose features the classifier reads")
     task.set_defaults(command=_classes)
     add_data_options(task, default=None, shown="what the model was trained on")
@@ -54,7 +52,7 @@ def _classes(args: argparse.Namespace) -> int:
         )
     teacher = load_teacher(args)
     num = args.num if args.num is not None else 20 * len(train.class_names)
-    sampler = _sampler(args, generator)
+    sampler = sampler_from(args, generator)
     if num < 1:
         raise UserError("--num must be at least 1")
 
@@ -93,16 +91,3 @@ def _classes(args: argparse.Namespace) -> int:
         }
         write_json(args.output, scores)
     return 0
-
-
-def _sampler(args: argparse.Namespace, generator: Generator) -> SamplerConfig:
-    """The model's sampler, with what the options change."""
-    if args.guidance is not None and not math.isfinite(args.guidance):
-        raise UserError(f"--guidance: expected a number, got {args.guidance}")
-    if args.steps is not None and args.steps < 1:
-        raise UserError("--steps must be at least 1")
-    sampler = generator.sampler
-    if args.guidance is not None:
-        guidance = sampler.guidance.model_copy(update={"scale": args.guidance})
-        sampler = sampler.model_copy(update={"guidance": guidance})
-    return sampler.model_copy(update={"steps": args.steps}) if args.steps is not None else sampler

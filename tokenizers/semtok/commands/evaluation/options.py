@@ -35,6 +35,11 @@ def add_data_options(
     if num_train:
         task.add_argument("--num-train", type=int, default=4000, help="real images to fit on")
     task.add_argument("--num-held-out", type=int, default=2000, help="real images to score on")
+    add_output_options(task)
+
+
+def add_output_options(task: argparse.ArgumentParser) -> None:
+    """Where scores go, and where methods may come from."""
     task.add_argument("--output", type=Path, help="also write the scores as JSON")
     task.add_argument(
         "--plugin", action="append", default=[], help="a Python file that registers a method"
@@ -90,20 +95,34 @@ def open_data(
     """
     if getattr(args, "num_train", 20) < 20 or args.num_held_out < 1:
         raise UserError("--num-train must be at least 20 and --num-held-out at least 1")
-    for option in ("output", "grid"):
-        file = getattr(args, option, None)
-        if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
-            raise UserError(f"--{option} {file}: not a file that can be written")
-    settings = args.data
-    if settings is None:
-        if not trained_on:
-            raise UserError("--data: the model does not say what it was trained on; give --data")
-        settings = [f"{key}={json.dumps(value)}" for key, value in trained_on.items()]
-    train, held_out = open_sources(parse_data(settings, place="--data"))
+    check_output(args)
+    train, held_out = data_of(args.data, trained_on, place="--data")
     if hasattr(args, "num_train"):
         args.num_train = min(args.num_train, len(train))
     args.num_held_out = min(args.num_held_out, len(held_out))
     return train, held_out
+
+
+def data_of(
+    settings: list[str] | None, trained_on: dict[str, Any] | None, *, place: str
+) -> tuple[ImageSource, ImageSource]:
+    """Training and held-out images: as the words say, or else what a model was trained on."""
+    if settings is None:
+        if not trained_on:
+            raise UserError(
+                f"{place}: the model does not say what it was trained on; give {place} key=value …"
+            )
+        settings = [f"{key}={json.dumps(value)}" for key, value in trained_on.items()]
+    return open_sources(parse_data(settings, place=place))
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raises UserError where a file that the options name can't be written."""
+    for option in ("output", "grid", "save_reference"):
+        file = getattr(args, option, None)
+        if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+            shown = option.replace("_", "-")
+            raise UserError(f"--{shown} {file}: not a file that can be written")
 
 
 def device() -> torch.device:

@@ -109,7 +109,7 @@ def _extractors(args: argparse.Namespace, missing: dict[str, str]) -> dict[str, 
     }
     try:
         inception = load_inception(download=args.download).to(device())
-        extractors["rFID"] = lambda images: inception(images)[0]
+        extractors["rFID"] = lambda images: inception(images).pooled
     except UserError as error:
         missing["rFID"] = str(error)
     return extractors
@@ -122,7 +122,8 @@ def _worst_and_median(
     """Two rows: images, and their reconstructions; of the lowest PSNR, and of the middle one."""
     order = report.psnr.argsort().tolist()
     middle = max(0, len(order) // 2 - 2)
-    chosen = [*order[:4], *order[middle : middle + 4]]
+    seen = source.chosen(len(order))
+    chosen = [seen[i] for i in (*order[:4], *order[middle : middle + 4])]
     pixels = to_pixels(source.load(chosen).images, device=device())
     return [pixels, tokenizer.decode(tokenizer.encode(pixels))]
 

@@ -1,0 +1,325 @@
+"""Scores of generated images: closed forms, known overlaps, files in and out, and the command."""
+
+import json
+import weakref
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import tiny
+from semtok.commands import evaluate
+from semtok.commands.cli import run
+from semtok.commands.train_dit import train_dit
+from semtok.commands.train_tokenizer import train_tokenizer
+from semtok.data.folder import Folder, FolderConfig
+from semtok.data.shapes import Shapes, ShapesConfig
+from semtok.evaluation.frechet import Gaussian
+from semtok.evaluation.generation import (
+    FeatureNetwork,
+    SetFeatures,
+    generation_scores,
+    read_statistics,
+    see,
+    see_reference,
+    write_statistics,
+)
+from semtok.evaluation.image_sets import (
+    ImageSet,
+    images_of_folder,
+    images_of_npz,
+    images_of_source,
+    labels_for,
+)
+from semtok.evaluation.inception import Inception
+from semtok.recipe import parse_diffusion_recipe, parse_recipe
+from semtok.statistics import StreamingMoments
+
+pytest.importorskip("torch_fidelity")
+SOURCE = Shapes(ShapesConfig(size=16, num_images=400), train=True)
+MEANS = FeatureNetwork(
+    "means", "", lambda images: {"pooled": images.float().flatten(2).mean(dim=2) / 255}
+)
+
+
+def seen(
+    features: torch.Tensor, name: str = "x", logits: torch.Tensor | None = None
+) -> SetFeatures:
+    moments = StreamingMoments(covariance=True)
+    moments.add(features)
+    return SetFeatures(name, "made up", len(features), Gaussian.of(moments), None, features, logits)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SEMTOK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "references"
+
+
+# Scores ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_precision_and_recall_are_the_overlap_of_two_sets(share):
+    """Real: two far clusters, half of the images each. Generated: images of the first, the rest far away."""
+    torch.manual_seed(0)
+    real = torch.cat([torch.randn(200, 4), torch.randn(200, 4) + 100])
+    inside = round(200 * share)
+    generated = torch.cat([real[:inside], torch.randn(200 - inside, 4) - 100])
+    scores = generation_scores(seen(generated), seen(real))
+    assert scores["precision-x"] == pytest.approx(share)
+    assert scores["recall-x"] == pytest.approx(0.5 if share else 0, abs=0.1)
+
+
+def test_a_set_against_itself_is_perfect_and_names_its_network():
+    features = torch.randn(300, 5)
+    scores = generation_scores(seen(features), seen(features))
+    assert set(scores) == {"FD-x", "precision-x", "recall-x", "KD-x"}, "never FID"
+    assert scores["FD-x"] == pytest.approx(0, abs=1e-6)
+    assert scores["precision-x"] == scores["recall-x"] == 1
+    assert scores["KD-x"] <= 1e-3
+    with pytest.raises(ValueError, match="features of x, but a reference of y"):
+        generation_scores(seen(features), seen(features, "y"))
+
+
+def test_inception_scores_have_their_usual_names_and_do_not_depend_on_the_order():
+    torch.manual_seed(0)
+    logits = 8 * torch.eye(10).repeat_interleave(1000, dim=0)  # sorted by class: ten sure classes
+    features = torch.randn(10_000, 3)
+    in_order = seen(features, "inception", logits)
+    scores = generation_scores(in_order, seen(features[:500], "inception"))
+    assert set(scores) == {"FID", "IS", "precision", "recall", "KID"}
+    # exp of the mean divergence of ten sure predictions from uniform ones
+    p = logits[0].double().softmax(dim=0)
+    expected = float((p * (p.log() + np.log(10))).sum().exp())
+    assert scores["IS"] == pytest.approx(expected, rel=1e-2)
+
+
+def test_sfid_sees_the_first_seven_channels_of_mixed_6():
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *a, **k: {})
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda *a, **k: None)
+        network = module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"])
+    outputs = []
+    # mixed_4 to mixed_7 of the TensorFlow graph are Mixed_6b to Mixed_6e here
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda *a: outputs.append(a[-1]))
+    features = Inception(network)(SOURCE.load([0, 1]).images)
+    assert features.pooled.shape == (2, 2048) and features.logits.shape == (2, 1008)
+    expected = outputs[0][:, :7]  # (B, 7, 17, 17)
+    assert features.spatial.shape == (2, 2023)
+    back = features.spatial.view(2, 17, 17, 7)  # positions first, as TensorFlow lays images out
+    assert torch.equal(back.permute(0, 3, 1, 2), expected)
+
+
+def test_no_more_images_than_a_batch_are_held():
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def batches():
+        nonlocal most
+        for _ in range(20):
+            batch = torch.randint(0, 255, (8, 3, 4, 4), dtype=torch.uint8)
+            alive.append(weakref.ref(batch))
+            most = max(most, sum(ref() is not None for ref in alive))
+            yield batch
+            del batch
+
+    result = see(ImageSet("made up", "", 160, (4, 4), batches), [MEANS], max_features=30)["means"]
+    assert most <= 2 and result.num_images == 160 and len(result.features) == 30
+
+
+def test_labels_are_balanced_or_drawn():
+    assert np.bincount(labels_for(30, 3, balanced=True, seed=0)).tolist() == [10, 10, 10]
+    drawn = labels_for(3000, 3, balanced=False, seed=1)
+    assert set(np.bincount(drawn).tolist()) != {1000} and min(np.bincount(drawn)) > 900
+    assert drawn == labels_for(3000, 3, balanced=False, seed=1)
+
+
+# Sets of images and their files ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_archive_streams_what_numpy_reads(tmp_path, save):
+    arrays = np.random.default_rng(0).integers(0, 255, (11, 6, 4, 3), dtype=np.uint8)
+    save(tmp_path / "x.npz", arr_0=arrays, arr_1=np.arange(11))
+    images = images_of_npz(tmp_path / "x.npz", batch_size=4)
+    assert (images.num_images, images.image_size) == (11, (6, 4))
+    for _ in range(2):  # each pass from the beginning
+        parts = list(images.open())
+        assert [len(part) for part in parts] == [4, 4, 3]
+        assert np.array_equal(torch.cat(parts).permute(0, 2, 3, 1).numpy(), arrays)
+
+
+def test_archives_that_are_not_images_are_refused(tmp_path):
+    np.savez(tmp_path / "float.npz", arr_0=np.zeros((3, 4, 4, 3)))
+    with pytest.raises(ValueError, match=r"arr_0 is float64 .*expected uint8"):
+        images_of_npz(tmp_path / "float.npz")
+    np.savez(tmp_path / "other.npz", images=np.zeros(3))
+    with pytest.raises(ValueError, match="holds no arr_0"):
+        images_of_npz(tmp_path / "other.npz")
+    np.savez(tmp_path / "pickle.npz", arr_0=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(ValueError, match="expected uint8"):
+        images_of_npz(tmp_path / "pickle.npz")
+    (tmp_path / "damaged.npz").write_bytes(b"PK nothing")
+    with pytest.raises(ValueError, match=r"damaged\.npz: cut short or damaged"):
+        images_of_npz(tmp_path / "damaged.npz")
+    with pytest.raises(ValueError, match="no such file"):
+        images_of_npz(tmp_path / "none.npz")
+
+
+def test_images_to_score_are_of_one_size_and_readable(tmp_path):
+    for i, size in enumerate([(8, 8), (8, 8), (8, 9)]):
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match=r"2\.png is 8x9, 0\.png 8x8"):
+        images_of_folder(tmp_path)
+    (tmp_path / "2.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"2\.png: can't be read as an image"):
+        images_of_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"2\.png: can't be read as an image; remove it"):
+        list(images_of_folder(tmp_path, (8, 8)).open())
+    (tmp_path / "2.png").unlink()
+    assert images_of_folder(tmp_path).image_size == (8, 8)
+
+
+def test_a_part_of_a_folder_is_not_its_first_classes(tmp_path):
+    for label in range(4):
+        (tmp_path / str(label)).mkdir()
+        for i in range(10):
+            Image.new("RGB", (4, 4)).save(tmp_path / str(label) / f"{i}.png")
+    source, _ = Folder.open(FolderConfig(path=str(tmp_path), size=4))
+    labels = source.load(source.chosen(20)).labels
+    assert set(labels.tolist()) == {0, 1, 2, 3}
+    assert sorted(source.chosen(1000)) == list(range(len(source)))
+
+
+def test_references_are_read_from_the_cache_until_the_images_change(cache, monkeypatch):
+    calls = []
+
+    def look(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        calls.append(len(images))
+        return MEANS.see(images)
+
+    network = FeatureNetwork("means", "1", look)
+    first = see_reference(images_of_source(SOURCE, 100), network, cache)
+    again = see_reference(images_of_source(SOURCE, 100), network, cache)
+    assert sum(calls) == 100 and len(list(cache.iterdir())) == 1
+    assert torch.equal(first.pooled.covariance, again.pooled.covariance)
+    assert torch.equal(first.features, again.features) and again.source == first.source
+    see_reference(images_of_source(SOURCE, 101), network, cache)
+    see_reference(images_of_source(SOURCE, 100), FeatureNetwork("means", "2", look), cache)
+    assert sum(calls) == 301
+    for file in cache.iterdir():
+        file.write_bytes(b"damaged")
+    see_reference(images_of_source(SOURCE, 100), network, cache)
+    assert sum(calls) == 401, "a damaged file is made anew"
+
+
+def test_statistics_of_adm_are_read_and_damaged_ones_refused(tmp_path):
+    file = tmp_path / "s.npz"
+    sigma = np.eye(2048, dtype=np.float64)
+    np.savez(file, mu=np.zeros(2048), sigma=sigma, mu_s=np.ones(2), sigma_s=np.eye(2))
+    stored = read_statistics(file)
+    assert stored.network == "inception" and stored.source == "s.npz" and stored.features is None
+    assert stored.spatial.mean.tolist() == [1, 1]
+    write_statistics(tmp_path / "t.npz", stored)
+    assert torch.equal(
+        read_statistics(tmp_path / "t.npz").pooled.covariance, stored.pooled.covariance
+    )
+    np.savez(file, mu=np.zeros(3), sigma=np.eye(2))
+    with pytest.raises(ValueError, match="do not fit each other"):
+        read_statistics(file)
+    np.savez(file, mu=np.array([{}], dtype=object), sigma=np.eye(2))
+    with pytest.raises(ValueError, match="damaged"):
+        read_statistics(file)
+
+
+# The command -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator that was trained for six steps."""
+    root = tmp_path_factory.mktemp("generation")
+    train_tokenizer(parse_recipe(tiny.content({"name": "vae"}, steps=2), "tiny"), root / "tok")
+    content = tiny.content()
+    del content["method"], content["teacher"]
+    shape = {"depth": 1, "width": 24, "heads": 2, "patch_size": 2}
+    content |= {"tokenizer": str(root / "tok"), "diffusion": {"network": shape}}
+    content["sampler"] = {"steps": 2}
+    recipe = parse_diffusion_recipe(yaml.safe_load(yaml.safe_dump(content)), "tiny")
+    train_dit(recipe, root / "dit")
+    return root / "dit"
+
+
+def score(*words: object) -> int:
+    return run(evaluate.main, ["generation", *map(str, words)])
+
+
+def test_a_model_is_scored_against_what_it_was_trained_on(model, tmp_path, capsys):
+    output = tmp_path / "scores.json"
+    assert score("--model", model, "--num", 40, "--num-reference", 20, "--output", output) == 0
+    printed = capsys.readouterr().out
+    for words in ("FD-demo", "precision-demo", "reference, seen by demo: shapes", "20 images"):
+        assert words in printed
+    assert "Inception's scores" in printed and "missing" in printed, "no weights here, and said so"
+    written = json.loads(output.read_text())
+    assert written["num_images"] == 40 and written["labels"] == "balanced"
+    assert "FID" not in written["scores"] and written["scores"]["FD-demo"] > 0
+    # The same images by way of an archive, and of a folder, score the same.
+    for name in ("x.npz", "folder"):
+        words = [str(model), "--num", "40", "--output", str(tmp_path / name)]
+        from semtok.commands import sample
+
+        assert run(sample.main, words) == 0
+        data = ["--reference", "kind=shapes", "size=16", "num_images=24", "--num-reference", 20]
+        assert score("--images", tmp_path / name, *data, "--output", output) == 0
+        again = json.loads(output.read_text())["scores"]
+        assert again["FD-demo"] == pytest.approx(written["scores"]["FD-demo"], rel=1e-4)
+
+
+def test_a_set_of_files_is_perfect_against_itself_and_its_statistics(tmp_path, capsys):
+    for i, image in enumerate(SOURCE.load(range(30)).images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i:02}.png")
+    output, statistics = tmp_path / "s.json", tmp_path / "reference.npz"
+    words = ["--images", tmp_path, "--reference", tmp_path, "--output", output]
+    assert score(*words, "--save-reference", statistics) == 0
+    scores = json.loads(output.read_text())["scores"]
+    assert scores["FD-demo"] == pytest.approx(0, abs=1e-2) and scores["precision-demo"] == 1
+    assert set(zipfile.ZipFile(statistics).namelist()) >= {"mu.npy", "sigma.npy"}
+    words = ["--images", tmp_path, "--reference", statistics, "--output", output]
+    assert score(*words) == 0
+    assert json.loads(output.read_text())["scores"] == pytest.approx(scores, abs=1e-6)
+    assert "statistics of the reference, by demo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--images", "none"], "--images none: no such folder or .npz file"),
+        (["--images", "one"], "--images one: one image; scores are of sets"),
+        (["--images", "two"], "--reference is missing"),
+        (["--images", "two", "--reference", "none"], "--reference none: no such folder or .npz"),
+        (["--images", "two", "--reference", "empty.npz"], "neither images (arr_0) nor statistics"),
+        (["--images", "two", "--reference", "kind=shapes", "size=16"], "images of 16x16, those to"),
+        (["--images", "two", "--reference", "adm.npz"], "nothing there that can be compared with"),
+        (["--images", "two", "--num", "1"], "must be at least 2"),
+        (["--model", "nobody"], "model 'nobody': no such folder or run"),
+    ],
+)
+def test_wrong_words_are_one_line(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    for folder, num in (("one", 1), ("two", 2)):
+        (tmp_path / folder).mkdir()
+        for i in range(num):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / folder / f"{i}.png")
+    np.savez(tmp_path / "empty.npz", nothing=np.zeros(1))
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3))
+    assert score(*words) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error

@@ -1,0 +1,70 @@
+"""``evaluate latents``: what latents promise before a diffusion model is trained on them."""
+
+import argparse
+from dataclasses import asdict
+
+from semtok.commands.evaluation.options import (
+    SHAPES,
+    add_data_options,
+    add_teacher_options,
+    add_tokenizer_option,
+    load_teacher,
+    load_tokenizer,
+    open_data,
+)
+from semtok.commands.stage import errors_at
+from semtok.commands.table import print_table
+from semtok.errors import UserError
+from semtok.evaluation.latents import NUM_NEIGHBOURS, PREDICTORS, evaluate_latents
+from semtok.storage import write_json
+
+
+def add_task(tasks: argparse._SubParsersAction) -> None:
+    """Adds the task to the command."""
+    task = tasks.add_parser(
+        "latents", help="predictors of how well a diffusion model will generate in the latents"
+    )
+    add_tokenizer_option(task)
+    add_teacher_options(task, "whose features the latents are compared with")
+    task.add_argument("--seed", type=int, default=0, help="of draws, noise and maps")
+    task.set_defaults(command=_latents)
+    add_data_options(task, default=SHAPES, shown="the embedded shapes", num_train=False)
+
+
+def _latents(args: argparse.Namespace) -> int:
+    _, held_out = open_data(args)
+    if args.num_held_out <= NUM_NEIGHBOURS:
+        raise UserError(
+            f"--num-held-out: {args.num_held_out} images, but each is compared with its "
+            f"{NUM_NEIGHBOURS} nearest; give at least {NUM_NEIGHBOURS + 1}"
+        )
+    teacher = load_teacher(args)
+    scores: dict[str, dict[str, float]] = {}
+    for reference in args.tokenizer:
+        tokenizer = load_tokenizer(reference, held_out)
+        with errors_at(f"--tokenizer {reference}"):
+            scores[reference] = evaluate_latents(
+                tokenizer, held_out, args.num_held_out, teacher, seed=args.seed
+            )
+        print(f"{reference}: done", flush=True)
+    _print(scores, f"latents of {args.num_held_out} held-out images, teacher {args.teacher}")
+    if args.output is not None:
+        settings = {
+            "data": held_out.name,
+            "num_images": args.num_held_out,
+            "teacher": args.teacher,
+            "seed": args.seed,
+            "predictors": {name: asdict(predictor) for name, predictor in PREDICTORS.items()},
+        }
+        write_json(args.output, settings | {"scores": scores})
+    return 0
+
+
+def _print(scores: dict[str, dict[str, float]], title: str) -> None:
+    rows = [
+        (predictor.label, predictor.better, *(f"{own[name]:.4f}" for own in scores.values()))
+        for name, predictor in PREDICTORS.items()
+    ]
+    print_table(title, rows, ("predictor", "better", *scores))
+    for predictor in PREDICTORS.values():
+        print(f"{predictor.label}: {predictor.meaning} ({predictor.source})")

@@ -1,0 +1,79 @@
+"""Options of every command that draws images: how they are sampled."""
+
+import argparse
+import math
+
+from semtok.config import parse
+from semtok.diffusion.generator import Generator
+from semtok.diffusion.guidance import GuidanceConfig
+from semtok.diffusion.sampling import SamplerConfig
+from semtok.errors import UserError
+
+
+def add_sampler_options(parser: argparse.ArgumentParser) -> None:
+    """The sampler's method, steps and guidance; each by default the model's own."""
+    parser.add_argument(
+        "--method", choices=("euler", "heun", "dopri5", "sde"), help="default: the model's own"
+    )
+    parser.add_argument("--steps", type=int, help="sampler steps; default: the model's own")
+    parser.add_argument(
+        "--guidance",
+        nargs="+",
+        metavar="W",
+        help="guidance scale, 1 is none; or one for each part, as texture=1.5 semantic=2",
+    )
+    parser.add_argument(
+        "--interval",
+        nargs=2,
+        type=float,
+        metavar=("BEGIN", "END"),
+        help="guide between these times, noise 0 to data 1",
+    )
+
+
+def sampler_from(args: argparse.Namespace, generator: Generator) -> SamplerConfig:
+    """The model's own sampler, with what the options change.
+
+    Raises:
+        UserError: an option out of range, or a part that the model does not have.
+    """
+    own = generator.sampler
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps: expected at least 1, got {args.steps}")
+    guidance = own.guidance.model_dump()
+    if args.guidance is not None:
+        guidance["scale"] = _scale(args.guidance, generator)
+    if args.interval is not None:
+        guidance["interval"] = tuple(args.interval)
+    try:
+        guidance = GuidanceConfig(**guidance)
+    except ValueError:
+        raise UserError(
+            f"--interval: expected 0 <= BEGIN <= END <= 1, got {args.interval}"
+        ) from None
+    changes = {"method": args.method, "steps": args.steps, "guidance": guidance.model_dump()}
+    given = {k: v for k, v in changes.items() if v is not None}
+    return parse(SamplerConfig, own.model_dump() | given, "--method, --steps")
+
+
+def _scale(words: list[str], generator: Generator) -> float | dict[str, float]:
+    parts = [part.name for part in generator.network.spec.parts]
+    try:
+        if len(words) == 1 and "=" not in words[0]:
+            return _finite(words[0])
+        scales = {name: _finite(value) for name, value in (word.split("=", 1) for word in words)}
+    except ValueError:
+        raise UserError(
+            f"--guidance: expected a number, or PART=number …, got {' '.join(words)}"
+        ) from None
+    unknown = scales.keys() - set(parts)
+    if unknown:
+        raise UserError(f"--guidance: no part {sorted(unknown)}; this model's: {', '.join(parts)}")
+    return scales
+
+
+def _finite(word: str) -> float:
+    value = float(word)
+    if not math.isfinite(value):
+        raise ValueError(word)
+    return value

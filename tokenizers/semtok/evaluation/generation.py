@@ -1,0 +1,299 @@
+"""How close generated images come to real ones.
+
+In the Inception network's features: FID (Heusel et al. 2017), sFID (Nash et al. 2021), Inception Score
+(Salimans et al. 2016), precision and recall (Kynkäänniemi et al. 2019) and KID (Bińkowski et al. 2018), with the
+choices of ADM's evaluation (Dhariwal and Nichol 2021): 3 neighbours, references of 10,000 images for
+precision and recall, splits of 5,000 for the Inception Score. In a teacher's features: the same distances under
+the teacher's name, as FD-DINOv2 (Stein et al. 2023).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from semtok.errors import UserError
+from semtok.evaluation.frechet import Gaussian, frechet_distance
+from semtok.evaluation.image_sets import ImageSet
+from semtok.evaluation.inception import Inception
+from semtok.images import to_pixels
+from semtok.statistics import StreamingMoments
+from semtok.storage import DAMAGE, first_line, new_file
+from semtok.teachers import Teacher
+
+PUBLISHED_NUM_IMAGES = 50_000
+_MAX_REFERENCE_FEATURES = 10_000
+_SPLIT = 5_000
+_SUBSETS, _SUBSET_SIZE = 100, 1_000
+_NEIGHBOURS = 3
+PROTOCOL = (
+    "Fréchet distances of unbiased moments in float64; by torch-fidelity: precision and recall of the "
+    f"{_NEIGHBOURS}-nearest-neighbour balls against at most {_MAX_REFERENCE_FEATURES} references, kernel distance "
+    f"(cubic kernel) over {_SUBSETS} subsets of {_SUBSET_SIZE} or as many as there are, Inception Score over shuffled "
+    f"splits of {_SPLIT}; images rounded to uint8"
+)
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A network to see images by.
+
+    Attributes:
+        name: ``inception``, or the teacher's.
+        identity: of its weights, for caches.
+        see: uint8 images (B, 3, H, W) to features: ``pooled`` (B, D), and of Inception ``spatial`` and
+            ``logits`` too.
+    """
+
+    name: str
+    identity: str
+    see: Callable[[Tensor], dict[str, Tensor]]
+
+
+def inception_network(inception: Inception) -> FeatureNetwork:
+    """Inception as a feature network."""
+    device = next(inception.parameters()).device
+    return FeatureNetwork("inception", "2015-12-05", lambda x: vars(inception(x.to(device))))
+
+
+def teacher_network(teacher: Teacher) -> FeatureNetwork:
+    """A teacher as a feature network: its pooled token."""
+    device = teacher.mean.device
+
+    def see(images: Tensor) -> dict[str, Tensor]:
+        return {"pooled": teacher.features(to_pixels(images, device=device)).pooled.float()}
+
+    return FeatureNetwork(teacher.config.name, teacher.fingerprint(), see)
+
+
+@dataclass(frozen=True)
+class SetFeatures:
+    """What a network saw in a set of images, without the images.
+
+    Attributes:
+        network: which one.
+        source: whose images, in a few words.
+        num_images: how many the moments are of.
+        pooled, spatial: their Gaussians; ``spatial`` of Inception alone.
+        features: float32 (M, D), of all images or of a fixed random choice; None where a file of
+            statistics has none.
+        logits: float32 (N, 1008) of Inception, where the Inception Score is wanted.
+    """
+
+    network: str
+    source: str
+    num_images: int
+    pooled: Gaussian
+    spatial: Gaussian | None = None
+    features: Tensor | None = None
+    logits: Tensor | None = None
+
+    def with_features_of(self, images: "SetFeatures") -> "SetFeatures":
+        """These statistics with the features of images that lie beside them, as in ADM's references."""
+        if self.features is not None:
+            return self
+        source = f"statistics of {self.source}; precision, recall and KID by {images.source}"
+        return replace(self, source=source, features=images.features)
+
+
+def see(
+    images: ImageSet,
+    networks: Sequence[FeatureNetwork],
+    *,
+    max_features: int | None = None,
+    progress: Callable[[int], object] = lambda count: None,
+) -> dict[str, SetFeatures]:
+    """One pass over a set for all networks, by whose names the result is; holds no more images than a batch.
+
+    Args:
+        max_features: keep the features of a random choice of so many images; None: of all.
+        progress: is told the number of images of each batch.
+
+    Raises:
+        ValueError: fewer than two images, or features that are not finite.
+    """
+    order = torch.randperm(images.num_images, generator=torch.Generator().manual_seed(0))
+    is_kept = torch.zeros(images.num_images, dtype=torch.bool)
+    is_kept[order[:max_features]] = True
+    collectors = [_Collector(network) for network in networks]
+    first = 0
+    for batch in images.open():
+        for collector in collectors:
+            collector.add(batch, is_kept[first : first + len(batch)])
+        first += len(batch)
+        progress(len(batch))
+    return {c.network.name: c.result(images.name) for c in collectors}
+
+
+class _Collector:
+    """Takes in what one network sees, batch by batch."""
+
+    def __init__(self, network: FeatureNetwork) -> None:
+        self.network = network
+        self.pooled = StreamingMoments(covariance=True)
+        self.spatial = StreamingMoments(covariance=True)
+        self.features: list[Tensor] = []
+        self.logits: list[Tensor] = []
+
+    def add(self, images: Tensor, is_kept: Tensor) -> None:
+        seen = self.network.see(images)
+        if not seen["pooled"].isfinite().all():
+            raise ValueError(f"{self.network.name}: features of an image are not finite")
+        self.pooled.add(seen["pooled"])
+        self.features.append(seen["pooled"].cpu()[is_kept])
+        if "spatial" in seen:
+            self.spatial.add(seen["spatial"])
+            self.logits.append(seen["logits"].cpu())
+
+    def result(self, source: str) -> SetFeatures:
+        return SetFeatures(
+            self.network.name,
+            source,
+            self.pooled.count,
+            Gaussian.of(self.pooled),
+            Gaussian.of(self.spatial) if self.spatial.count else None,
+            torch.cat(self.features),
+            torch.cat(self.logits) if self.logits else None,
+        )
+
+
+def see_reference(images: ImageSet, network: FeatureNetwork, cache: Path) -> SetFeatures:
+    """As ``see``, for the real images: at most 10,000 features, and read from the cache where they are.
+
+    Args:
+        cache: a folder; a file in it is of one set of images and one network.
+    """
+    key = f"{images.identity} {network.name} {network.identity} {_MAX_REFERENCE_FEATURES}"
+    file = cache / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.npz"
+    if file.is_file():
+        try:
+            return read_statistics(file)
+        except UserError:
+            file.unlink()  # damaged: made anew
+    seen = see(images, [network], max_features=_MAX_REFERENCE_FEATURES)[network.name]
+    seen = replace(seen, logits=None)
+    write_statistics(file, seen)
+    return seen
+
+
+def cache_folder() -> Path:
+    """Where reference statistics are kept: ``SEMTOK_CACHE``, or ``semtok`` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "semtok"
+    return Path(os.environ.get("SEMTOK_CACHE") or default) / "references"
+
+
+# Files of statistics ------------------------------------------------------------------------------
+
+
+def write_statistics(path: Path, seen: SetFeatures) -> None:
+    """Writes an ``.npz`` with the keys of ADM's files of statistics (``mu``, ``sigma``, and ``mu_s``,
+    ``sigma_s`` for sFID), the features, and whose they are."""
+    arrays = {"mu": seen.pooled.mean, "sigma": seen.pooled.covariance}
+    if seen.spatial is not None:
+        arrays |= {"mu_s": seen.spatial.mean, "sigma_s": seen.spatial.covariance}
+    if seen.features is not None:
+        arrays["features"] = seen.features
+    about = json.dumps(
+        {"network": seen.network, "source": seen.source, "num_images": seen.num_images}
+    )
+    with new_file(path) as temporary:
+        np.savez(temporary, about=about, **{k: v.cpu().numpy() for k, v in arrays.items()})
+
+
+def read_statistics(path: Path) -> SetFeatures:
+    """Reads a file of statistics, ours or ADM's.
+
+    Raises:
+        UserError: no such file, damaged, or without ``mu`` and ``sigma``.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {k: file[k] for k in file.files if k in _STATISTICS_KEYS}
+            about = json.loads(str(file["about"])) if "about" in file.files else {}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except DAMAGE as error:
+        raise UserError(f"{path}: cut short or damaged ({first_line(error)})") from None
+    if not {"mu", "sigma"} <= arrays.keys():
+        raise UserError(f"{path}: no statistics there (mu and sigma)")
+    tensors = {k: torch.from_numpy(v) for k, v in arrays.items()}
+    if tensors["sigma"].shape != (len(tensors["mu"]),) * 2:
+        raise UserError(f"{path}: mu and sigma do not fit each other")
+    return SetFeatures(
+        about.get("network", "inception"),
+        about.get("source", path.name),
+        about.get("num_images", 0),
+        Gaussian(tensors["mu"].double(), tensors["sigma"].double()),
+        Gaussian(tensors["mu_s"].double(), tensors["sigma_s"].double())
+        if {"mu_s", "sigma_s"} <= tensors.keys()
+        else None,
+        tensors.get("features"),
+    )
+
+
+_STATISTICS_KEYS = {"mu", "sigma", "mu_s", "sigma_s", "features"}
+
+
+# Scores -------------------------------------------------------------------------------------------
+
+
+def generation_scores(generated: SetFeatures, reference: SetFeatures) -> dict[str, float]:
+    """All scores that the features of the two sets allow, by ``PROTOCOL``.
+
+    Returns:
+        For ``inception`` FID, sFID, IS, precision, recall, KID; for a teacher FD, precision, recall and KD
+        with the teacher's name.
+
+    Raises:
+        UserError: torch-fidelity is not installed.
+        ValueError: the reference is of another network.
+    """
+    try:
+        from torch_fidelity.metric_isc import isc_features_to_metric
+        from torch_fidelity.metric_kid import kid_features_to_metric
+        from torch_fidelity.metric_prc import prc_features_to_metric
+    except ImportError:
+        raise UserError("needs torch-fidelity; pip install 'semtok[evaluation]'") from None
+    network = generated.network
+    if reference.network != network:
+        raise ValueError(f"features of {network}, but a reference of {reference.network}")
+    is_inception = network == "inception"
+    end = "" if is_inception else f"-{network}"
+    scores = {
+        "FID" if is_inception else f"FD{end}": frechet_distance(generated.pooled, reference.pooled)
+    }
+    if generated.spatial is not None and reference.spatial is not None:
+        scores["sFID"] = frechet_distance(generated.spatial, reference.spatial)
+    if generated.logits is not None:
+        splits = max(1, len(generated.logits) // _SPLIT)
+        scores["IS"] = isc_features_to_metric(generated.logits, splits=splits)[
+            "inception_score_mean"
+        ]
+    ours, real = generated.features, reference.features
+    if ours is None or real is None or min(len(ours), len(real)) <= _NEIGHBOURS:
+        return scores
+    balls = prc_features_to_metric(
+        ours,
+        real,
+        prc_neighborhood=_NEIGHBOURS,
+        prc_batch_size=_MAX_REFERENCE_FEATURES,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    size = min(_SUBSET_SIZE, len(ours), len(real))
+    # Subsets that are the whole set are all the same.
+    subsets = 1 if size == len(ours) == len(real) else _SUBSETS
+    kernel = kid_features_to_metric(
+        ours, real, kid_subsets=subsets, kid_subset_size=size, verbose=False
+    )
+    return scores | {
+        f"precision{end}": balls["precision"],
+        f"recall{end}": balls["recall"],
+        "KID" if is_inception else f"KD{end}": kernel["kernel_inception_distance_mean"],
+    }
