@@ -14,7 +14,7 @@ from semtok.errors import UserError
 from semtok.storage import DAMAGE, first_line, new_folder, read_tensors
 
 _NAME = "step_{:08d}"
-_MODEL_FILE, _STATE_FILE = "model.safetensors", "state.pt"
+MODEL_FILE, _STATE_FILE = "model.safetensors", "state.pt"
 _STATE_KEYS = {
     "step",
     "seconds",
@@ -42,7 +42,7 @@ def save_checkpoint(
         modules: networks, written as safetensors under their names.
         state: everything else, of tensors and plain Python values.
     """
-    path = folder / _NAME.format(step)
+    path = checkpoint_path(folder, step)
     tensors = {
         f"{name}.{key}": tensor.detach().contiguous()
         for name, module in modules.items()
@@ -51,7 +51,7 @@ def save_checkpoint(
     for unfinished in folder.glob(".step_*"):  # left by a process that was killed while writing
         shutil.rmtree(unfinished)
     with new_folder(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary / _MODEL_FILE)
+        safetensors.torch.save_file(tensors, temporary / MODEL_FILE)
         torch.save(state, temporary / _STATE_FILE)
     for old in list_checkpoints(folder)[:-keep_last]:
         shutil.rmtree(old)
@@ -66,7 +66,7 @@ def load_checkpoint(path: Path, *, modules: dict[str, torch.nn.Module]) -> dict[
     """
     way_out = f"delete {path} to go on from the one before it, or start a new run with --output"
     try:
-        tensors = read_tensors(path / _MODEL_FILE)
+        tensors = read_tensors(path / MODEL_FILE)
         state = torch.load(path / _STATE_FILE, map_location="cpu", weights_only=True)
     except UserError as error:
         raise UserError(f"{error}; {way_out}") from None
@@ -86,6 +86,11 @@ def load_checkpoint(path: Path, *, modules: dict[str, torch.nn.Module]) -> dict[
                 f"{path}: does not fit this recipe's networks ({first_line(error)}); {way_out}"
             ) from None
     return state
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after a step is."""
+    return folder / _NAME.format(step)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -1,0 +1,301 @@
+"""Comparisons: what they plan, how they run and go on, what they conclude, and the report."""
+
+import base64
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from semtok import Generator
+from semtok.commands import cli, compare
+from semtok.commands.cli import run
+from semtok.commands.comparison import plan, scores
+from semtok.commands.comparison.jobs import Job, Stopped, run_jobs
+from semtok.commands.comparison.plan import BUDGETS, Comparison, ComparisonSettings, Row
+from semtok.commands.comparison.results import Spread, steps_to_reach
+from semtok.storage import write_json
+
+TINY = ComparisonSettings(
+    recipe_share=0.001,
+    steps=4,
+    num_checkpoints=2,
+    settings=("diffusion.network=SiT-T/4", "sampler.steps=1", "train.batch_size=4"),
+    num_images=10,
+    num_held_out=30,
+    num_train=60,
+    num_reference=40,
+    data=("kind=shapes", "size=16", "num_images=60", "num_validation_images=30"),
+)
+
+
+def comparison(folder: Path, *rows: Row, seeds: int = 1, **settings: object) -> Comparison:
+    return Comparison(folder, TINY.model_copy(update=settings), rows, seeds)
+
+
+VAE, REGLUE = Row(name="vae", tokenizer="vae"), Row(name="reglue", tokenizer="reglue")
+
+
+# The plan ----------------------------------------------------------------------------------------
+
+
+def test_composites_are_built_on_the_vae_of_their_seed(tmp_path):
+    planned = comparison(tmp_path, REGLUE, Row(name="demo", tokenizer="demo"))
+    assert planned.tokenizers == ["vae", "reglue", "demo"], "what others need comes first"
+    words = planned.tokenizer_overrides("reglue", 2)
+    assert f"method.texture={tmp_path}/tokenizers/vae-2" in words and "train.seed=2" in words
+    assert not any("texture" in word for word in planned.tokenizer_overrides("vae", 0))
+    assert planned.tokenizer_reference("demo", 2) == "demo", (
+        "trained before: the same for each seed"
+    )
+
+
+def test_data_and_teacher_reach_every_recipe_that_has_one(tmp_path):
+    data, teacher = ("kind=shapes", "size=16"), ("name=demo", "input_size=16")
+    aligned = Row(name="repa", tokenizer="vae", settings=("diffusion.repa={weight: 0.5}",))
+    planned = comparison(tmp_path, VAE, REGLUE, aligned, data=data, teacher=teacher)
+    planned.check()
+    assert "data.size=16" in planned.tokenizer_overrides("vae", 0)
+    assert not any(w.startswith("teacher") for w in planned.tokenizer_overrides("vae", 0))
+    assert "teacher.input_size=16" in planned.tokenizer_overrides("reglue", 0)
+    assert "teacher.input_size=16" in planned.generator_overrides(aligned, 0)
+    assert not any(w.startswith("teacher") for w in planned.generator_overrides(REGLUE, 0))
+
+
+def test_checkpoints_are_evenly_spaced_and_logged(tmp_path):
+    planned = comparison(tmp_path, VAE, steps=600, num_checkpoints=4)
+    assert planned.steps == [150, 300, 450, 600]
+    (every,) = [w for w in planned.generator_overrides(VAE, 0) if "log_every" in w]
+    assert 150 % int(every.split("=")[1]) == 0
+
+
+def test_every_budget_and_the_default_rows_are_valid(tmp_path):
+    for settings in BUDGETS.values():
+        rows = tuple(Row(name=n, tokenizer=n) for n in compare._DEFAULT.split(","))
+        Comparison(tmp_path, settings, rows, 1).check()
+
+
+def test_rows_and_seeds_may_be_added_but_nothing_else_changed(tmp_path):
+    folder = tmp_path / "c"
+    comparison(folder, VAE).claim()
+    comparison(folder, REGLUE, seeds=3).claim()
+    assert [row.name for row in plan.read_comparison(folder).rows] == ["vae", "reglue"]
+    with pytest.raises(ValueError, match="begun with steps=4, now 5; choose another --output"):
+        comparison(folder, VAE, steps=5).claim()
+    other = Row(name="vae", tokenizer="demo")
+    with pytest.raises(ValueError, match="row 'vae' meant something else"):
+        comparison(folder, other).claim()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="is not empty and no comparison"):
+        comparison(tmp_path / "foreign", VAE).claim()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tokenizers", "nobody"], "tokenizer 'nobody': no such folder, run"),
+        (["--tokenizers", "vae,vae"], "two rows are called 'vae'"),
+        (["--tokenizers", ","], "at least one tokenizer"),
+        (["--seeds", "0"], "at least one tokenizer, one seed"),
+        (["--variant", "x"], "--variant x: expected NAME REF key=value"),
+        (["--variant", "x", "vae", "diffusion.netwrok=a"], "unknown key 'diffusion.netwrok'"),
+        (["--variant", "a/b", "vae"], "--variant: name"),
+        (["--set", "diffusion.leads=3"], "diffusion.leads"),
+        (["--steps", "-3"], "steps"),
+        (["--data", "kind=fodler"], "unknown kind 'fodler'"),
+    ],
+)
+def test_what_can_t_be_is_said_before_anything_is_trained(tmp_path, capsys, words, message):
+    assert run(compare.main, [*words, "--output", str(tmp_path / "c")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert not (tmp_path / "c").exists()
+
+
+# Jobs --------------------------------------------------------------------------------------------
+
+
+def job(folder: Path, name: str, *after: str, code: str = "") -> Job:
+    file = folder / f"{name}.done"
+    write = f"import pathlib; {code or 'pass'}; pathlib.Path({str(file)!r}).touch()"
+    return Job(
+        name,
+        lambda: [sys.executable, "-c", write],
+        file.exists,
+        folder / "logs" / f"{name}.log",
+        after,
+    )
+
+
+def run_all(jobs: Sequence[Job], at_once: int = 2) -> list[str]:
+    said: list[str] = []
+    run_jobs(jobs, at_once=at_once, environments=[{}] * at_once, say=said.append)
+    return [line.split("] ")[1] for line in said if line.startswith("[")]
+
+
+def test_jobs_wait_for_what_they_need_and_done_ones_are_left_alone(tmp_path):
+    jobs = [job(tmp_path, "c", "a", "b"), job(tmp_path, "a"), job(tmp_path, "b", "a")]
+    assert run_all(jobs) == ["a", "b", "c"]
+    assert run_all(jobs) == []
+    (tmp_path / "b.done").unlink()
+    assert run_all(jobs) == ["b"]
+
+
+def test_a_failed_job_ends_it_with_the_last_line_of_its_log(tmp_path):
+    bad = job(tmp_path, "bad", code="print('error: no luck'); raise SystemExit(2)")
+    slow = job(tmp_path, "slow", code="import time; time.sleep(0.5)")
+    with pytest.raises(ValueError, match=r"bad failed: error: no luck \(see .*bad\.log\)"):
+        run_all([bad, slow, job(tmp_path, "after", "bad")])
+    assert (tmp_path / "slow.done").exists(), "what ran beside it was let finish"
+    assert not (tmp_path / "after.done").exists()
+    with pytest.raises(ValueError, match="quiet failed: it said nothing"):
+        run_all([job(tmp_path, "quiet", code="raise SystemExit(0)")])
+
+
+def test_a_signal_stops_the_running_jobs(tmp_path):
+    started = tmp_path / "started"
+    code = f"import time; pathlib.Path({str(started)!r}).touch(); time.sleep(60)"
+
+    def interrupt() -> None:
+        while not started.exists():
+            time.sleep(0.05)
+        signal.raise_signal(signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    start = time.monotonic()
+    with pytest.raises(Stopped, match="SIGTERM"):
+        run_all([job(tmp_path, "long", code=code), job(tmp_path, "after", "long")])
+    assert time.monotonic() - start < 30 and not (tmp_path / "long.done").exists()
+
+
+# Conclusions -------------------------------------------------------------------------------------
+
+
+def test_steps_to_reach_a_score_are_interpolated():
+    steps, falling = [10, 20, 30], [100.0, 60.0, 50.0]
+    assert steps_to_reach(steps, falling, 80.0) == 15
+    assert steps_to_reach(steps, falling, 50.0) == 30
+    assert steps_to_reach(steps, falling, 200.0) == 10
+    assert steps_to_reach(steps, falling, 40.0) == math.inf
+
+
+def test_a_spread_is_the_sample_standard_deviation():
+    spread = Spread((1.0, 2.0, 3.0))
+    assert (spread.mean, spread.std, str(spread)) == (2.0, 1.0, "2 ± 1")
+    assert str(Spread((2.0,))) == "2"
+
+
+# The whole of it ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_this_process() -> Iterator[list[str]]:
+    """Jobs as function calls, one after the other: a process of its own takes seconds to begin."""
+    names: list[str] = []
+
+    def run_here(jobs: Sequence[Job], **_: object) -> None:
+        for one in jobs:
+            if one.is_done():
+                continue
+            names.append(one.name)
+            _, _, module, *words = one.command()
+            if module == "semtok.commands.cli":
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(sys, "argv", ["semtok", *words])
+                    assert cli.main() == 0
+            else:
+                assert module == scores.__name__ and run(scores.main, words) == 0
+            assert one.is_done()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "run_jobs", run_here)
+        patch.setattr(compare, "BUDGETS", {"full": TINY, "quick": TINY})
+        patch.setattr("semtok.evaluation.latents.NUM_MAPS", 1)
+        yield names
+
+
+WORDS = ["--tokenizers", "vae,demo", "--seeds", "1"]
+WORDS += ["--variant", "repa", "vae", "diffusion.repa={weight: 0.5}"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, in_this_process: list[str]) -> Path:
+    """The folder of a comparison that ran from nothing."""
+    folder = tmp_path_factory.mktemp("compare") / "c"
+    assert run(compare.main, [*WORDS, "--output", str(folder)]) == 0
+    assert in_this_process == [
+        "tokenizer vae, seed 0",
+        "transformer on vae, seed 0",
+        "scores of generator vae, seed 0",
+        "transformer on demo, seed 0",
+        "scores of generator demo, seed 0",
+        "transformer on repa, seed 0",
+        "scores of generator repa, seed 0",
+        "scores of tokenizer vae, seed 0",
+        "scores of tokenizer demo, seed 0",
+    ]
+    in_this_process.clear()
+    return folder
+
+
+def test_the_report_is_one_file_with_everything_in_it(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == ["vae", "demo", "repa"]
+    by_name = {row["name"]: row for row in results["rows"]}
+    psnr = {name: row["tokenizer_scores"]["psnr"][0] for name, row in by_name.items()}
+    assert psnr["demo"] > psnr["vae"] == psnr["repa"], "one of them is trained"
+    assert by_name["vae"]["steps"] == [2, 4] and len(by_name["vae"]["generation"]["FD-demo"]) == 2
+    page = (finished / "report.html").read_text()
+    for words in ("probe, mean F1", "CKNNA with the teacher", "FD-demo at 2", "FD-demo at 4"):
+        assert words in page
+    links = re.findall(r"(?:src|href|url)\W+(\w+)", page)
+    assert set(links) == {"data"}, "nothing outside the file"
+    pictures = re.findall(r"data:image/png;base64,([^']+)", page)
+    sizes = [Image.open(BytesIO(base64.b64decode(picture))).size for picture in pictures]
+    assert len(sizes) == 3 and sizes[1] == (16 * scores.NUM_SHOWN, 16)
+    assert Image.open(finished / "report.png").size == sizes[0]
+
+
+def test_the_scored_weights_are_those_of_the_export_and_the_rest_is_removed(finished):
+    run_folder = finished / "generators" / "demo-0"
+    exported = Generator.from_pretrained(run_folder).network.state_dict()
+    weights = scores.averaged_weights(run_folder, 4)
+    assert weights.keys() == exported.keys()
+    assert all(torch.equal(weights[name], exported[name]) for name in weights)
+    assert [c.name for c in (run_folder / "checkpoints").iterdir()] == ["step_00000004"]
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(finished, in_this_process, capsys):
+    tokenizer = finished / "scores" / "tokenizer_vae-0.json"
+    generator = finished / "scores" / "generator_demo-0.json"
+    lost, whole = json.loads(tokenizer.read_text()), json.loads(generator.read_text())
+    tokenizer.unlink()
+    write_json(generator, whole[:1])  # stopped after the first checkpoint's scores
+    generator.with_suffix(".png").unlink()
+    assert run(compare.main, [*WORDS, "--output", str(finished)]) == 0
+    assert in_this_process == [
+        "scores of generator demo, seed 0",
+        "scores of tokenizer vae, seed 0",
+    ]
+    assert json.loads(tokenizer.read_text()) == pytest.approx(lost, rel=1e-5)
+    again = json.loads(generator.read_text())
+    assert again[0] == whole[0] and again[1] == pytest.approx(whole[1], rel=1e-5)
+    assert "FD-demo at 4" in capsys.readouterr().out
+
+
+def test_a_job_runs_as_the_process_that_it_is(tmp_path):
+    """The real command of a real job, with its errors in one line."""
+    words = [sys.executable, "-m", scores.__name__, str(tmp_path), "tokenizer", "vae", "0"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and "comparison.yaml" in done.stderr

@@ -1,0 +1,243 @@
+"""``compare``: which tokenizer is better to generate in, and by how much.
+
+Trains what is missing, scores every tokenizer, trains the same small diffusion transformer on each,
+and reports. The same command goes on where it stopped.
+"""
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from semtok.commands.cli import Parser
+from semtok.commands.comparison.jobs import Job, Stopped, run_jobs
+from semtok.commands.comparison.plan import (
+    BUDGETS,
+    SEEDS,
+    TEXTURE,
+    Comparison,
+    ComparisonSettings,
+    Row,
+    diffusion_recipe,
+)
+from semtok.commands.comparison.report import generation_table, tokenizer_table, write_report
+from semtok.commands.comparison.results import collect
+from semtok.commands.table import print_table
+from semtok.config import parse
+from semtok.errors import UserError
+from semtok.references import RUNS, find_recipe
+from semtok.storage import read_json
+
+_DEFAULT = "vae,send_vae,reglue,semvae,redi"
+_SCORES = "semtok.commands.comparison.scores"
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="compare", description=__doc__)
+    parser.add_argument(
+        "--tokenizers",
+        default=_DEFAULT,
+        metavar="REF,REF",
+        help=f"recipes of embedded tokenizers, runs, folders, Hub ids; the first is the baseline; default: {_DEFAULT}",
+    )
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="one more row: NAME REF key=value …, the transformer's settings on that tokenizer",
+    )
+    parser.add_argument(
+        "--seeds", type=int, help="default: 1 of a quick comparison, 3 of a full one"
+    )
+    parser.add_argument("--budget", choices=BUDGETS, default="full")
+    parser.add_argument("--steps", type=int, help="of the transformer; default: the budget's")
+    parser.add_argument("--num-checkpoints", type=int, help="evenly spaced over the steps")
+    parser.add_argument("--num-images", type=int, help="generated at each checkpoint")
+    parser.add_argument("--data", nargs="+", default=[], metavar="key=value", help="other images")
+    parser.add_argument(
+        "--teacher", nargs="+", default=[], metavar="key=value", help="another teacher: name=…"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="key=value",
+        help="settings of every transformer, as diffusion.network=…",
+    )
+    parser.add_argument(
+        "--jobs", type=int, help="processes at once; default: one for each GPU, or each CPU core"
+    )
+    parser.add_argument("--output", type=Path, default=RUNS / "compare")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code."""
+    args = _parser().parse_args(arguments)
+    given = {
+        "data": args.data,
+        "teacher": args.teacher,
+        "settings": args.set,
+        "steps": args.steps,
+        "num_checkpoints": args.num_checkpoints,
+        "num_images": args.num_images,
+    }
+    settings = parse(
+        ComparisonSettings,
+        BUDGETS[args.budget].model_dump() | {k: v for k, v in given.items() if v not in (None, [])},
+        "compare",
+    )
+    names = [name for name in args.tokenizers.split(",") if name]
+    rows = [Row(name=_row_name(name), tokenizer=name) for name in names]
+    rows += [_variant(words) for words in args.variant]
+    num_seeds = args.seeds if args.seeds is not None else SEEDS[args.budget]
+    if not rows or num_seeds < 1 or (args.jobs is not None and args.jobs < 1):
+        raise UserError("compare needs at least one tokenizer, one seed and one job")
+    comparison = Comparison(args.output, settings, tuple(rows), num_seeds)
+    comparison.check()
+    comparison.claim()
+
+    start = time.perf_counter()
+    environments = _environments(args.jobs)
+    jobs = _jobs(comparison)
+    print(f"{len(rows)} rows, {num_seeds} seeds; output: {comparison.folder}", flush=True)
+    try:
+        run_jobs(
+            jobs,
+            at_once=len(environments),
+            environments=environments,
+            say=lambda line: print(line, flush=True),
+        )
+    except Stopped as stopped:
+        print(f"stopped by {stopped}; the same command goes on", file=sys.stderr)
+        return 128 + stopped.number
+    results = collect(comparison)
+    _print("tokenizers, on held-out images", *tokenizer_table(results))
+    _print("generation", *generation_table(results))
+    places = write_report(
+        comparison,
+        results,
+        command="python tools/compare.py " + shlex.join(arguments),
+        about=_about(comparison),
+    )
+    print(f"{time.perf_counter() - start:.0f} s; report: " + "   ".join(map(str, places)))
+    return 0
+
+
+def _print(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """A report's table with its rows as columns, which a terminal is not too narrow for."""
+    first, *others = (list(column) for column in zip(header, *rows, strict=True))
+    print_table(title, others, first)
+
+
+def _row_name(reference: str) -> str:
+    path = Path(reference)
+    return path.parent.name if path.name == "export" else path.name
+
+
+def _variant(words: list[str]) -> Row:
+    if len(words) < 2 or any("=" not in word for word in words[2:]):
+        raise UserError(f"--variant {' '.join(words)}: expected NAME REF key=value …")
+    content = {"name": words[0], "tokenizer": words[1], "settings": words[2:]}
+    return parse(Row, content, "--variant")
+
+
+def _environments(jobs: int | None) -> list[dict[str, str]]:
+    """Variables of each process that runs at once: a GPU of its own, or a share of the cores."""
+    if torch.cuda.is_available():
+        count = jobs or torch.cuda.device_count()
+        return [{"CUDA_VISIBLE_DEVICES": str(i % torch.cuda.device_count())} for i in range(count)]
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    count = jobs or cores
+    return [{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count
+
+
+def _jobs(comparison: Comparison) -> list[Job]:
+    """All the work, in an order that lets each begin as soon as what it needs is there."""
+    jobs = []
+    for seed in comparison.seeds:
+        scores = []
+        for reference in comparison.tokenizers:
+            if find_recipe(reference) is not None:
+                jobs.append(_tokenizer_job(comparison, reference, seed))
+            after = (f"tokenizer {reference}, seed {seed}",)
+            if any(row.tokenizer == reference for row in comparison.rows):
+                scores.append(_score_job(comparison, "tokenizer", reference, seed, after))
+        for row in comparison.rows:
+            name = f"transformer on {row.name}, seed {seed}"
+            jobs.append(_generator_job(comparison, row, seed, name))
+            jobs.append(_score_job(comparison, "generator", row.name, seed, (name,)))
+        jobs += scores
+    return jobs
+
+
+def _tokenizer_job(comparison: Comparison, reference: str, seed: int) -> Job:
+    folder, recipe = comparison.tokenizer_folder(reference, seed), find_recipe(reference)
+    overrides = comparison.tokenizer_overrides(reference, seed)
+    built_on = any(word.startswith("method.texture=") for word in overrides)
+    return Job(
+        f"tokenizer {reference}, seed {seed}",
+        lambda: _training("train_tokenizer", [str(recipe), *overrides], folder),
+        (folder / "export" / "config.json").is_file,
+        comparison.folder / "logs" / f"tokenizer_{reference}-{seed}.log",
+        (f"tokenizer {TEXTURE}, seed {seed}",) if built_on else (),
+    )
+
+
+def _generator_job(comparison: Comparison, row: Row, seed: int, name: str) -> Job:
+    folder = comparison.generator_folder(row, seed)
+    reference = comparison.tokenizer_reference(row.tokenizer, seed)
+    words = ["--tokenizer", reference, "--recipe", str(diffusion_recipe())]
+    words += comparison.generator_overrides(row, seed)
+    return Job(
+        name,
+        lambda: _training("train_dit", words, folder),
+        (folder / "export" / "config.json").is_file,
+        comparison.folder / "logs" / f"generator_{row.name}-{seed}.log",
+        (f"tokenizer {row.tokenizer}, seed {seed}",),
+    )
+
+
+def _training(command: str, words: list[str], folder: Path) -> list[str]:
+    resume = ["--resume"] if (folder / "recipe.yaml").is_file() else []
+    cli = [sys.executable, "-m", "semtok.commands.cli", command]
+    return [*cli, *words, "--output", str(folder), *resume]
+
+
+def _score_job(
+    comparison: Comparison, kind: str, name: str, seed: int, after: tuple[str, ...]
+) -> Job:
+    if kind == "tokenizer":
+        file = comparison.tokenizer_scores(name, seed)
+    else:
+        row = next(row for row in comparison.rows if row.name == name)
+        file = comparison.generator_scores(row, seed)
+    return Job(
+        f"scores of {kind} {name}, seed {seed}",
+        lambda: [sys.executable, "-m", _SCORES, str(comparison.folder), kind, name, str(seed)],
+        lambda: file.is_file() and file.with_suffix(".png").is_file() and bool(read_json(file)),
+        comparison.folder / "logs" / f"scores_{kind}_{file.stem}.log",
+        after,
+    )
+
+
+def _about(comparison: Comparison) -> list[str]:
+    settings = comparison.settings
+    teacher = " ".join(settings.teacher) or "the embedded teacher"
+    return [
+        f"Data: {' '.join(settings.data) or 'the embedded shapes at 32x32'}. Teacher: {teacher}. "
+        f"Tokenizers are trained for {settings.recipe_share:.0%} of their recipes' steps, and those with several parts "
+        f"are built on the '{TEXTURE}' of the same seed. On each the transformer of recipes/dit.yaml is trained for "
+        f"{settings.steps} steps at a constant rate and sampled without guidance.",
+        f"Generated images: {settings.num_images}, each class equally often, by averaged weights, compared with "
+        "training images in the features of the teacher. A teacher that tokenizers or transformers were aligned "
+        "to is no impartial judge of them.",
+    ]

@@ -1,0 +1,123 @@
+"""What the scores of a comparison come to: means and spreads over seeds, and who is how much faster."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from semtok.commands.comparison.plan import Comparison, Row
+from semtok.evaluation.latents import PREDICTORS
+from semtok.storage import read_json
+
+TOKENIZER_COLUMNS = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "reconstruction_fd": "FD of reconstructions",
+    "probe_f1": "probe, mean F1",
+    **{name: predictor.label for name, predictor in PREDICTORS.items()},
+    "seconds": "training, s",
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One number of each seed."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def std(self) -> float:
+        """Of the seeds, n - 1 in the denominator; 0 of a single one."""
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
+
+    def __str__(self) -> str:
+        spread = f" ± {self.std:.2g}" if len(self.values) > 1 else ""
+        return f"{self.mean:.4g}{spread}"
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """All that is known of a row.
+
+    Attributes:
+        tokenizer: by the keys of ``TOKENIZER_COLUMNS``, those that are known.
+        generation: per score and step.
+        seconds: of training up to each step.
+        steps_to_baseline: after how many steps the score first is as good as the baseline's last, by
+            linear interpolation between checkpoints, one for each seed that gets there.
+    """
+
+    row: Row
+    tokenizer: dict[str, Spread]
+    steps: list[int]
+    generation: dict[str, list[Spread]]
+    seconds: list[Spread]
+    steps_to_baseline: tuple[float, ...] = field(default=())
+
+    def final(self, score: str) -> Spread:
+        return self.generation[score][-1]
+
+
+def collect(comparison: Comparison) -> list[RowResult]:
+    """Reads every score file of a finished comparison; the first row is the baseline."""
+    results = []
+    baseline: list[float] = []
+    for row in comparison.rows:
+        tokenizer = [
+            read_json(comparison.tokenizer_scores(row.tokenizer, s)) for s in comparison.seeds
+        ]
+        curves = [read_json(comparison.generator_scores(row, s)) for s in comparison.seeds]
+        names = [n for n in curves[0][0] if n not in ("step", "seconds")]
+        distance = names[0]
+        baseline = baseline or [curve[-1][distance] for curve in curves]
+        reached = [
+            steps_to_reach([e["step"] for e in c], [e[distance] for e in c], target)
+            for c, target in zip(curves, baseline, strict=True)
+        ]
+        results.append(
+            RowResult(
+                row,
+                _tokenizer_spreads(tokenizer),
+                [entry["step"] for entry in curves[0]],
+                {
+                    n: [_spread([e[n] for e in at]) for at in zip(*curves, strict=True)]
+                    for n in names
+                },
+                [_spread([e["seconds"] for e in at]) for at in zip(*curves, strict=True)],
+                tuple(steps for steps in reached if math.isfinite(steps)),
+            )
+        )
+    return results
+
+
+def distance_name(results: list[RowResult]) -> str:
+    """The score that rows are measured by: the Fréchet distance in the teacher's features."""
+    return next(iter(results[0].generation))
+
+
+def steps_to_reach(steps: list[int], scores: list[float], target: float) -> float:
+    """After how many steps a falling score first is at most the target: interpolated linearly between
+    checkpoints; infinity where it never is; the first checkpoint's where that is good enough."""
+    for i, (step, score) in enumerate(zip(steps, scores, strict=True)):
+        if score <= target:
+            if i == 0:
+                return float(step)
+            share = (scores[i - 1] - target) / (scores[i - 1] - score)
+            return steps[i - 1] + share * (step - steps[i - 1])
+    return math.inf
+
+
+def _tokenizer_spreads(scores: list[dict[str, float]]) -> dict[str, Spread]:
+    renamed = [
+        {("reconstruction_fd" if n.startswith("FD-") else n): v for n, v in s.items()}
+        for s in scores
+    ]
+    return {n: _spread([s[n] for s in renamed]) for n in TOKENIZER_COLUMNS if n in renamed[0]}
+
+
+def _spread(values: list[float]) -> Spread:
+    return Spread(tuple(values))

@@ -1,0 +1,157 @@
+"""The scores of one tokenizer or of one generator of a comparison, as a process of its own.
+
+``python -m semtok.commands.comparison.scores FOLDER tokenizer|generator NAME SEED``
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.io import encode_png
+
+from semtok.commands.cli import Parser, run
+from semtok.commands.comparison.plan import Comparison, Row, read_comparison
+from semtok.config import apply_overrides, parse
+from semtok.data.source import ImageSource
+from semtok.data.sources import open_sources
+from semtok.diffusion.generator import Generator
+from semtok.evaluation.generation import (
+    generation_scores,
+    see,
+    see_reference,
+    teacher_network,
+)
+from semtok.evaluation.image_sets import images_of_generator, images_of_source, labels_for
+from semtok.evaluation.latents import evaluate_latents
+from semtok.evaluation.probe import latent_table, mean_score, probe
+from semtok.evaluation.reconstruction import evaluate_reconstruction
+from semtok.images import to_pixels, to_uint8
+from semtok.recipe import parse_data
+from semtok.storage import new_file, read_json, read_tensors, write_json
+from semtok.teachers import Teacher, TeacherConfig
+from semtok.tokenizer import Tokenizer
+from semtok.training.checkpoint import MODEL_FILE, checkpoint_path, list_checkpoints
+
+NUM_SHOWN = 18
+_SHAPES = ["kind=shapes", "size=32"]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code."""
+    parser = Parser(prog="comparison.scores", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("kind", choices=("tokenizer", "generator"))
+    parser.add_argument("name")
+    parser.add_argument("seed", type=int)
+    args = parser.parse_args(arguments)
+    comparison = read_comparison(args.folder)
+    if args.kind == "tokenizer":
+        score_tokenizer(comparison, args.name, args.seed)
+    else:
+        row = next(row for row in comparison.rows if row.name == args.name)
+        score_generator(comparison, row, args.seed)
+    return 0
+
+
+@torch.no_grad()
+def score_tokenizer(comparison: Comparison, reference: str, seed: int) -> None:
+    """Reconstruction, probe and predictors on held-out images, and a picture of reconstructions."""
+    settings = comparison.settings
+    train, held_out = _sources(comparison)
+    tokenizer = Tokenizer.from_pretrained(comparison.tokenizer_reference(reference, seed))
+    tokenizer.spec.check_image_size(train.image_size)
+    teacher = _teacher(comparison)
+    network = teacher_network(teacher)
+    report = evaluate_reconstruction(
+        tokenizer,
+        held_out,
+        settings.num_held_out,
+        extractors={f"FD-{network.name}": lambda images: network.see(images)["pooled"]},
+    )
+    scores: dict[str, float] = dict(report.scores)
+    scores |= evaluate_latents(tokenizer, held_out, settings.num_held_out, teacher)
+    if train.attributes:
+        attributes = probe(
+            latent_table(tokenizer, train, settings.num_train),
+            latent_table(tokenizer, held_out, settings.num_held_out),
+        )
+        if attributes:
+            mean = mean_score(attributes)
+            scores |= {"probe_f1": mean.f1, "probe_accuracy": mean.balanced_accuracy}
+    summary = comparison.tokenizer_folder(reference, seed) / "summary.json"
+    if summary.is_file():
+        scores["seconds"] = read_json(summary)["total_seconds"]
+    pixels = to_pixels(held_out.load(range(NUM_SHOWN)).images)
+    file = comparison.tokenizer_scores(reference, seed)
+    _write_pictures(file.with_suffix(".png"), tokenizer.decode(tokenizer.encode(pixels)))
+    write_json(file, scores)
+
+
+@torch.no_grad()
+def score_generator(comparison: Comparison, row: Row, seed: int) -> None:
+    """Scores of images from each of a run's checkpoints, and a picture from the last; goes on after
+    the last checkpoint that is scored."""
+    file = comparison.generator_scores(row, seed)
+    scores: list[dict[str, float]] = read_json(file) if file.is_file() else []
+    run_folder = comparison.generator_folder(row, seed)
+    generator = Generator.from_pretrained(run_folder)
+    train, _ = _sources(comparison)
+    network = teacher_network(_teacher(comparison))
+    real = images_of_source(train, comparison.settings.num_reference)
+    reference = see_reference(real, network, comparison.folder / "references")
+    num_classes = generator.network.num_classes
+    labels = labels_for(comparison.settings.num_images, max(1, num_classes), balanced=True, seed=0)
+    seconds = training_seconds(run_folder)
+    for step in comparison.steps[len(scores) :]:
+        generator.network.load_state_dict(averaged_weights(run_folder, step))
+        # The same noise for each row of a seed.
+        images = images_of_generator(generator, labels, seed=seed)
+        seen = see(images, [network])[network.name]
+        scores.append(
+            {"step": step, "seconds": seconds[step], **generation_scores(seen, reference)}
+        )
+        write_json(file, scores)
+    shown = [i * max(1, num_classes) // NUM_SHOWN for i in range(NUM_SHOWN)]
+    _write_pictures(file.with_suffix(".png"), generator.sample(shown, seed=seed))
+    for checkpoint in list_checkpoints(run_folder / "checkpoints")[:-1]:
+        shutil.rmtree(checkpoint)  # scored, and large; the run can go on from the last
+
+
+def averaged_weights(run_folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """The weights that a run would have exported after a step: averaged where it averages."""
+    tensors = read_tensors(checkpoint_path(run_folder / "checkpoints", step) / MODEL_FILE)
+    for prefix in ("ema.", "players.dit.network."):
+        own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        if own:
+            return own
+    raise AssertionError(f"{run_folder}: a checkpoint without a network")
+
+
+def training_seconds(run_folder: Path) -> dict[int, float]:
+    """Seconds of training, by the steps that were logged."""
+    lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {entry["step"]: entry["seconds"] for entry in map(json.loads, lines)}
+
+
+def _sources(comparison: Comparison) -> tuple[ImageSource, ImageSource]:
+    return open_sources(parse_data(list(comparison.settings.data or _SHAPES), place="--data"))
+
+
+def _teacher(comparison: Comparison) -> Teacher:
+    content: dict[str, Any] = apply_overrides({}, list(comparison.settings.teacher))
+    return Teacher(parse(TeacherConfig, content, "--teacher"))
+
+
+def _write_pictures(path: Path, pixels: torch.Tensor) -> None:
+    """Images side by side, without any border: the report lays them out."""
+    strip = torch.cat(list(to_uint8(pixels).cpu()), dim=2)
+    with new_file(path) as temporary:
+        temporary.write_bytes(encode_png(strip).numpy().tobytes())
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
