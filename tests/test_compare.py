@@ -257,7 +257,7 @@ def test_the_report_is_one_file_with_everything_in_it(finished):
     assert psnr["demo"] > psnr["vae"] == psnr["repa"], "one of them is trained"
     assert by_name["vae"]["steps"] == [2, 4] and len(by_name["vae"]["generation"]["FD-demo"]) == 2
     page = (finished / "report.html").read_text()
-    for words in ("probe, mean F1", "CKNNA with the teacher", "FD-demo at 2", "FD-demo at 4"):
+    for words in ("probe, mean F1", "CKNNA with the teacher", "FD-demo at 2", "shown class at 4"):
         assert words in page
     links = re.findall(r"(?:src|href|url)\W+(\w+)", page)
     assert set(links) == {"data"}, "nothing outside the file"

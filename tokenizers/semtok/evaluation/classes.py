@@ -23,63 +23,59 @@ PROTOCOL = (
 
 @dataclass(frozen=True)
 class ClassReader:
-    """A classifier of images, from a frozen teacher's pooled features."""
+    """A classifier of a frozen teacher's pooled features."""
 
-    teacher: Teacher
     model: LogisticRegression
     mean: np.ndarray
     std: np.ndarray
 
     @classmethod
-    def fit(cls, teacher: Teacher, source: ImageSource, num_images: int) -> "ClassReader":
-        """Learns the source's labels from ``source.chosen(num_images)``.
+    def fit(cls, features: np.ndarray, labels: np.ndarray) -> "ClassReader":
+        """Learns the labels (N,) of real images from their features (N, D).
 
         Raises:
             ValueError: they are all of one class.
         """
-        pairs = [
-            (_features(teacher, batch.images), batch.labels.numpy())
-            for batch in chosen_batches(source, 64, num_images)
-        ]
-        x, y = (np.concatenate(column) for column in zip(*pairs, strict=True))
-        if len(set(y.tolist())) < 2:
-            raise ValueError(f"{source.name}: images of one class only; nothing to tell apart")
-        mean, std = x.mean(axis=0), x.std(axis=0) + 1e-6
+        if len(set(labels.tolist())) < 2:
+            raise ValueError("images of one class only; nothing to tell apart")
+        mean, std = features.mean(axis=0), features.std(axis=0) + 1e-6
         with warnings.catch_warnings():
             # Stopping at the last iteration is part of the protocol.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            model = LogisticRegression(max_iter=1000).fit((x - mean) / std, y)
-        return cls(teacher, model, mean, std)
+            model = LogisticRegression(max_iter=1000).fit((features - mean) / std, labels)
+        return cls(model, mean, std)
 
-    def read(self, images: Tensor) -> np.ndarray:
-        """Labels int64 (B,) of images, uint8 or pixels (B, 3, H, W)."""
-        return self.model.predict((_features(self.teacher, images) - self.mean) / self.std)
+    def read(self, features: np.ndarray) -> np.ndarray:
+        """Labels int64 (B,) of features (B, D)."""
+        return self.model.predict((features - self.mean) / self.std)
 
 
-def accuracy(
-    reader: ClassReader, batches: Iterable[tuple[Tensor, Tensor]]
-) -> tuple[float, dict[int, float]]:
-    """Share of images that are read as their label, in all and for each label.
+def accuracy(read: np.ndarray, labels: np.ndarray) -> tuple[float, dict[int, float]]:
+    """Share of images that are read as their label, in all and for each label."""
+    right = read == labels
+    return float(right.mean()), {
+        int(n): float(right[labels == n].mean()) for n in np.unique(labels)
+    }
 
-    Args:
-        batches: (images, labels).
-    """
-    read, labels = [], []
-    for images, wanted in batches:
-        read.append(reader.read(images))
-        labels.append(wanted.numpy())
-    right, label = np.concatenate(read) == np.concatenate(labels), np.concatenate(labels)
-    by_label = {int(n): float(right[label == n].mean()) for n in np.unique(label)}
-    return float(right.mean()), by_label
+
+@torch.no_grad()
+def features_and_labels(
+    teacher: Teacher, batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a teacher sees in images, uint8 or pixels, and their labels: (N, D) and (N,)."""
+    device = teacher.mean.device
+    pairs = [
+        (
+            teacher.features(to_pixels(images, device=device)).pooled.float().cpu().numpy(),
+            labels.numpy(),
+        )
+        for images, labels in batches
+    ]
+    features, labels = zip(*pairs, strict=True)
+    return np.concatenate(features), np.concatenate(labels)
 
 
 def real_batches(source: ImageSource, num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
     """``source.chosen(num_images)`` with their labels."""
     for batch in chosen_batches(source, 64, num_images):
         yield batch.images, batch.labels
-
-
-@torch.no_grad()
-def _features(teacher: Teacher, images: Tensor) -> np.ndarray:
-    device = teacher.mean.device
-    return teacher.features(to_pixels(images, device=device)).pooled.float().cpu().numpy()

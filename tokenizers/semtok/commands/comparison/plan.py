@@ -37,13 +37,18 @@ class ComparisonSettings(Config):
     """Real images that tokenizers are scored on."""
     num_train: int = Field(ge=20)
     """Real images that the probe is fitted on."""
-    num_reference: int = Field(5000, ge=10)
+    num_reference: int = Field(5000, ge=10, le=10_000)
     """Real training images that generated ones are compared with."""
 
 
 BUDGETS = {
     "quick": ComparisonSettings(
-        recipe_share=1 / 3, steps=500, num_images=400, num_held_out=500, num_train=1500
+        recipe_share=1 / 3,
+        steps=400,
+        num_checkpoints=4,
+        num_images=300,
+        num_held_out=400,
+        num_train=1500,
     ),
     "full": ComparisonSettings(
         recipe_share=1.0, steps=2000, num_images=2000, num_held_out=1000, num_train=4000

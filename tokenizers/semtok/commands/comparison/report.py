@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from PIL import Image
 
 from semtok.commands.comparison.plan import Comparison
 from semtok.commands.comparison.results import (
+    CLASS_SHARE,
     TOKENIZER_COLUMNS,
     RowResult,
     Spread,
-    distance_name,
+    main_scores,
 )
 from semtok.evaluation.latents import PREDICTORS
 from semtok.storage import new_file, write_json, write_text
@@ -53,24 +55,24 @@ def write_report(
 
 
 def generation_table(results: list[RowResult]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: the distance at each step, the other scores at the last, and how soon each row is as
+    """Header and rows: the main scores at each step, the others at the last, and how soon each row is as
     good as the baseline at its end."""
-    distance = distance_name(results)
-    others = [n for n in results[0].generation if n != distance]
+    names = list(results[0].generation)
+    followed = main_scores(names)
     steps = results[0].steps
     header = [
         "row",
-        *(f"{distance} at {step}" for step in steps),
-        *others,
-        f"steps to the baseline's {distance}",
+        *(f"{name} at {step}" for name in followed for step in steps),
+        *(name for name in names if name not in followed),
+        *(f"steps to the first row's {name}" for name in followed),
         "training, s",
     ]
     rows = [
         [
             r.row.name,
-            *map(str, r.generation[distance]),
-            *(str(r.final(n)) for n in others),
-            _reached(r, len(results[0].final(distance).values)),
+            *(str(spread) for name in followed for spread in r.generation[name]),
+            *(str(r.generation[name][-1]) for name in names if name not in followed),
+            *(_reached(r.steps_to_baseline[name], len(r.seconds[0].values)) for name in followed),
             str(r.seconds[-1]),
         ]
         for r in results
@@ -89,40 +91,27 @@ def tokenizer_table(results: list[RowResult]) -> tuple[list[str], list[list[str]
     return ["tokenizer", *(TOKENIZER_COLUMNS[c] for c in columns)], rows
 
 
-def _reached(result: RowResult, num_seeds: int) -> str:
-    if not result.steps_to_baseline:
+def _reached(steps: tuple[float, ...], num_seeds: int) -> str:
+    if not steps:
         return "never"
-    spread = str(Spread(result.steps_to_baseline))
-    missing = num_seeds - len(result.steps_to_baseline)
-    return spread + (f" ({missing} of {num_seeds} seeds never)" if missing else "")
+    missing = num_seeds - len(steps)
+    return str(Spread(steps)) + (f" ({missing} of {num_seeds} seeds never)" if missing else "")
 
 
 # Figures ------------------------------------------------------------------------------------------
 
 
 def _figure(comparison: Comparison, results: list[RowResult]) -> bytes:
-    """Curves against steps and against seconds, bars of the final distance, and samples, as a PNG."""
-    distance = distance_name(results)
-    height = 4 + 0.62 * len(results)
-    figure = plt.figure(figsize=(13, height), layout="constrained")
-    curves, grids = figure.subfigures(2, 1, height_ratios=[4, height - 4])
-    by_step, by_second, bars = curves.subplots(1, 3)
-    colours = plt.get_cmap("tab10").colors
-    for i, result in enumerate(results):
-        style = {"color": colours[i % 10], "marker": "o", "ms": 3, "lw": 1.4, "capsize": 2}
-        scores = result.generation[distance]
-        mean, std = [s.mean for s in scores], [s.std for s in scores]
-        by_step.errorbar(result.steps, mean, std, label=result.row.name, **style)
-        by_second.errorbar([s.mean for s in result.seconds], mean, std, **style)
-        bars.barh(i, mean[-1], xerr=std[-1], color=colours[i % 10], capsize=2)
-    _label(by_step, "training steps", distance)
-    _label(by_second, "seconds of training", distance)
-    by_step.legend(fontsize=8)
-    bars.set_yticks(range(len(results)), [r.row.name for r in results], fontsize=8)
-    bars.invert_yaxis()
-    bars.set_xlabel(f"{distance} after {results[0].steps[-1]} steps (lower is better)")
-    bars.spines[["top", "right"]].set_visible(False)
-    axes = np.atleast_1d(grids.subplots(len(results), 1))
+    """Each main score against steps, against seconds, and at the end; and samples; as a PNG."""
+    followed = main_scores(results[0].generation)
+    heights = [3.6 * len(followed), 0.62 * len(results) + 0.3]
+    figure = plt.figure(figsize=(13, sum(heights)), layout="constrained")
+    curves, grids = figure.subfigures(2, 1, height_ratios=heights)
+    axes = curves.subplots(len(followed), 3, squeeze=False)
+    for name, row in zip(followed, axes, strict=True):
+        _draw_score(row, name, results)
+    axes[0][0].legend(fontsize=8)
+    axes = grids.subplots(len(results), 1, squeeze=False)[:, 0]
     for axis, result in zip(axes, results, strict=True):
         with Image.open(comparison.generator_scores(result.row, 0).with_suffix(".png")) as image:
             axis.imshow(np.asarray(image), interpolation="nearest")
@@ -136,11 +125,27 @@ def _figure(comparison: Comparison, results: list[RowResult]) -> bytes:
     return buffer.getvalue()
 
 
-def _label(axis: Axes, x: str, y: str) -> None:
-    axis.set_xlabel(x)
-    axis.set_ylabel(f"{y} (lower is better)")
-    axis.set_yscale("log")
-    axis.spines[["top", "right"]].set_visible(False)
+def _draw_score(axes: Sequence[Axes], name: str, results: list[RowResult]) -> None:
+    by_step, by_second, bars = axes
+    colours = plt.get_cmap("tab10").colors
+    for i, result in enumerate(results):
+        colour = colours[i % len(colours)]
+        style = {"color": colour, "marker": "o", "ms": 3, "lw": 1.4, "capsize": 2}
+        scores = result.generation[name]
+        mean, std = [s.mean for s in scores], [s.std for s in scores]
+        by_step.errorbar(result.steps, mean, std, label=result.row.name, **style)
+        by_second.errorbar([s.mean for s in result.seconds], mean, std, **style)
+        bars.barh(i, mean[-1], xerr=std[-1], color=colour, capsize=2)
+    better = "higher" if name == CLASS_SHARE else "lower"
+    for axis, label in ((by_step, "training steps"), (by_second, "seconds of training")):
+        axis.set_xlabel(label)
+        axis.set_ylabel(f"{name} ({better} is better)")
+        axis.set_yscale("linear" if name == CLASS_SHARE else "log")
+    bars.set_yticks(range(len(results)), [r.row.name for r in results], fontsize=8)
+    bars.invert_yaxis()
+    bars.set_xlabel(f"{name} after {results[0].steps[-1]} steps")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
 
 
 # HTML ---------------------------------------------------------------------------------------------

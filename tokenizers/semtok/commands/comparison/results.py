@@ -1,7 +1,8 @@
 """What the scores of a comparison come to: means and spreads over seeds, and who is how much faster."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -9,6 +10,8 @@ from semtok.commands.comparison.plan import Comparison, Row
 from semtok.evaluation.latents import PREDICTORS
 from semtok.storage import read_json
 
+CLASS_SHARE = "shown class"
+"""Share of generated images that a classifier of the teacher's features reads as their class."""
 TOKENIZER_COLUMNS = {
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
@@ -47,8 +50,8 @@ class RowResult:
         tokenizer: by the keys of ``TOKENIZER_COLUMNS``, those that are known.
         generation: per score and step.
         seconds: of training up to each step.
-        steps_to_baseline: after how many steps the score first is as good as the baseline's last, by
-            linear interpolation between checkpoints, one for each seed that gets there.
+        steps_to_baseline: per main score, after how many steps it first is as good as the baseline's last, one
+            number for each seed that gets there.
     """
 
     row: Row
@@ -56,50 +59,44 @@ class RowResult:
     steps: list[int]
     generation: dict[str, list[Spread]]
     seconds: list[Spread]
-    steps_to_baseline: tuple[float, ...] = field(default=())
-
-    def final(self, score: str) -> Spread:
-        return self.generation[score][-1]
+    steps_to_baseline: dict[str, tuple[float, ...]]
 
 
 def collect(comparison: Comparison) -> list[RowResult]:
     """Reads every score file of a finished comparison; the first row is the baseline."""
-    results = []
-    baseline: list[float] = []
+    results: list[RowResult] = []
     for row in comparison.rows:
         tokenizer = [
             read_json(comparison.tokenizer_scores(row.tokenizer, s)) for s in comparison.seeds
         ]
         curves = [read_json(comparison.generator_scores(row, s)) for s in comparison.seeds]
         names = [n for n in curves[0][0] if n not in ("step", "seconds")]
-        distance = names[0]
-        baseline = baseline or [curve[-1][distance] for curve in curves]
-        reached = [
-            steps_to_reach([e["step"] for e in c], [e[distance] for e in c], target)
-            for c, target in zip(curves, baseline, strict=True)
-        ]
+        generation = {
+            n: [Spread(tuple(e[n] for e in at)) for at in zip(*curves, strict=True)] for n in names
+        }
+        steps = [entry["step"] for entry in curves[0]]
+        baseline = results[0].generation if results else generation
         results.append(
             RowResult(
                 row,
                 _tokenizer_spreads(tokenizer),
-                [entry["step"] for entry in curves[0]],
-                {
-                    n: [_spread([e[n] for e in at]) for at in zip(*curves, strict=True)]
-                    for n in names
-                },
-                [_spread([e["seconds"] for e in at]) for at in zip(*curves, strict=True)],
-                tuple(steps for steps in reached if math.isfinite(steps)),
+                steps,
+                generation,
+                [Spread(tuple(e["seconds"] for e in at)) for at in zip(*curves, strict=True)],
+                {n: _reached(steps, generation[n], baseline[n], n) for n in main_scores(names)},
             )
         )
     return results
 
 
-def distance_name(results: list[RowResult]) -> str:
-    """The score that rows are measured by: the Fréchet distance in the teacher's features."""
-    return next(iter(results[0].generation))
+def main_scores(names: Iterable[str]) -> list[str]:
+    """The scores that rows are followed by over the steps: the Fréchet distance, and the share of images
+    that show their class where there are classes."""
+    distance, *others = names
+    return [distance, *(n for n in others if n == CLASS_SHARE)]
 
 
-def steps_to_reach(steps: list[int], scores: list[float], target: float) -> float:
+def steps_to_reach(steps: list[int], scores: Sequence[float], target: float) -> float:
     """After how many steps a falling score first is at most the target: interpolated linearly between
     checkpoints; infinity where it never is; the first checkpoint's where that is good enough."""
     for i, (step, score) in enumerate(zip(steps, scores, strict=True)):
@@ -111,13 +108,20 @@ def steps_to_reach(steps: list[int], scores: list[float], target: float) -> floa
     return math.inf
 
 
+def _reached(
+    steps: list[int], scores: list[Spread], baseline: list[Spread], name: str
+) -> tuple[float, ...]:
+    sign = -1 if name == CLASS_SHARE else 1  # of the share, more is better
+    reached = [
+        steps_to_reach(steps, [sign * at.values[seed] for at in scores], sign * target)
+        for seed, target in enumerate(baseline[-1].values)
+    ]
+    return tuple(number for number in reached if math.isfinite(number))
+
+
 def _tokenizer_spreads(scores: list[dict[str, float]]) -> dict[str, Spread]:
     renamed = [
         {("reconstruction_fd" if n.startswith("FD-") else n): v for n, v in s.items()}
         for s in scores
     ]
-    return {n: _spread([s[n] for s in renamed]) for n in TOKENIZER_COLUMNS if n in renamed[0]}
-
-
-def _spread(values: list[float]) -> Spread:
-    return Spread(tuple(values))
+    return {n: Spread(tuple(s[n] for s in renamed)) for n in TOKENIZER_COLUMNS if n in renamed[0]}

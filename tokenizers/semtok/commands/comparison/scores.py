@@ -10,22 +10,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torchvision.io import encode_png
 
 from semtok.commands.cli import Parser, run
 from semtok.commands.comparison.plan import Comparison, Row, read_comparison
+from semtok.commands.comparison.results import CLASS_SHARE
 from semtok.config import apply_overrides, parse
+from semtok.data.loading import chosen_batches
 from semtok.data.source import ImageSource
 from semtok.data.sources import open_sources
 from semtok.diffusion.generator import Generator
+from semtok.evaluation.classes import ClassReader, accuracy
 from semtok.evaluation.generation import (
+    SetFeatures,
     generation_scores,
     see,
     see_reference,
     teacher_network,
 )
-from semtok.evaluation.image_sets import images_of_generator, images_of_source, labels_for
+from semtok.evaluation.image_sets import (
+    ImageSet,
+    images_of_generator,
+    images_of_source,
+    labels_for,
+)
 from semtok.evaluation.latents import evaluate_latents
 from semtok.evaluation.probe import latent_table, mean_score, probe
 from semtok.evaluation.reconstruction import evaluate_reconstruction
@@ -105,20 +115,32 @@ def score_generator(comparison: Comparison, row: Row, seed: int) -> None:
     reference = see_reference(real, network, comparison.folder / "references")
     num_classes = generator.network.num_classes
     labels = labels_for(comparison.settings.num_images, max(1, num_classes), balanced=True, seed=0)
+    reader = _class_reader(train, real, reference) if num_classes > 1 else None
     seconds = training_seconds(run_folder)
     for step in comparison.steps[len(scores) :]:
         generator.network.load_state_dict(averaged_weights(run_folder, step))
         # The same noise for each row of a seed.
         images = images_of_generator(generator, labels, seed=seed)
         seen = see(images, [network])[network.name]
-        scores.append(
-            {"step": step, "seconds": seconds[step], **generation_scores(seen, reference)}
-        )
+        entry = {"step": step, "seconds": seconds[step], **generation_scores(seen, reference)}
+        if reader is not None:
+            entry[CLASS_SHARE], _ = accuracy(reader.read(seen.features.numpy()), np.array(labels))
+        scores.append(entry)
         write_json(file, scores)
     shown = [i * max(1, num_classes) // NUM_SHOWN for i in range(NUM_SHOWN)]
     _write_pictures(file.with_suffix(".png"), generator.sample(shown, seed=seed))
     for checkpoint in list_checkpoints(run_folder / "checkpoints")[:-1]:
         shutil.rmtree(checkpoint)  # scored, and large; the run can go on from the last
+
+
+def _class_reader(
+    source: ImageSource, real: ImageSet, reference: SetFeatures
+) -> ClassReader | None:
+    """Fitted on the reference's own features, which are of ``source.chosen`` in that order."""
+    labels = np.concatenate(
+        [batch.labels.numpy() for batch in chosen_batches(source, 64, real.num_images)]
+    )
+    return ClassReader.fit(reference.features.numpy(), labels) if len(set(labels)) > 1 else None
 
 
 def averaged_weights(run_folder: Path, step: int) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """``evaluate classes``: whether generated images show their class."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,7 +19,13 @@ from semtok.commands.stage import errors_at
 from semtok.commands.table import print_table
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
-from semtok.evaluation.classes import PROTOCOL, ClassReader, accuracy, real_batches
+from semtok.evaluation.classes import (
+    PROTOCOL,
+    ClassReader,
+    accuracy,
+    features_and_labels,
+    real_batches,
+)
 from semtok.images import to_uint8
 from semtok.storage import write_json
 
@@ -57,8 +63,13 @@ def _classes(args: argparse.Namespace) -> int:
         raise UserError("--num must be at least 1")
 
     with errors_at("--data"):
-        reader = ClassReader.fit(teacher, train, args.num_train)
-    real, _ = accuracy(reader, real_batches(held_out, args.num_held_out))
+        reader = ClassReader.fit(*features_and_labels(teacher, real_batches(train, args.num_train)))
+
+    def read(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, dict[int, float]]:
+        features, labels = features_and_labels(teacher, batches)
+        return accuracy(reader.read(features), labels)
+
+    real, _ = read(real_batches(held_out, args.num_held_out))
     labels = [i % len(train.class_names) for i in range(num)]
 
     def generated() -> Iterator[tuple[Tensor, Tensor]]:
@@ -69,7 +80,7 @@ def _classes(args: argparse.Namespace) -> int:
             yield to_uint8(images), torch.tensor(own)
 
     with errors_at("--guidance"):
-        share, by_label = accuracy(reader, generated())
+        share, by_label = read(generated())
     worst = sorted(by_label, key=lambda label: by_label[label])[:3]
     rows = [
         ("real held-out images", f"{100 * real:.1f}"),
