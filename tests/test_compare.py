@@ -17,14 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
-from semtok import Generator
+from semtok import Generator, Tokenizer
 from semtok.commands import cli, compare
 from semtok.commands.cli import run
 from semtok.commands.comparison import plan, scores
-from semtok.commands.comparison.jobs import Job, Stopped, run_jobs
+from semtok.commands.comparison.jobs import Job, Stopped, only_one_in, run_jobs
 from semtok.commands.comparison.plan import BUDGETS, Comparison, ComparisonSettings, Row
 from semtok.commands.comparison.results import Spread, steps_to_reach
 from semtok.storage import write_json
+from semtok.training.loop import Trainer
 
 TINY = ComparisonSettings(
     recipe_share=0.001,
@@ -79,6 +80,20 @@ def test_checkpoints_are_evenly_spaced_and_logged(tmp_path):
     assert 150 % int(every.split("=")[1]) == 0
 
 
+def test_words_for_all_rows_need_the_teacher_too(tmp_path):
+    planned = comparison(
+        tmp_path, VAE, settings=("diffusion.repa={weight: 0.5}",), teacher=("input_size=16",)
+    )
+    assert "teacher.input_size=16" in planned.generator_overrides(VAE, 0)
+
+
+def test_one_file_holds_the_scores_of_a_tokenizer_that_was_trained_before(tmp_path):
+    planned = comparison(tmp_path, VAE)
+    assert planned.tokenizer_scores("demo", 0) == planned.tokenizer_scores("demo", 1)
+    assert planned.tokenizer_scores("vae", 0) != planned.tokenizer_scores("vae", 1)
+    assert planned.tokenizer_scores("a/b", 0) != planned.tokenizer_scores("c/b", 0)
+
+
 def test_every_budget_and_the_default_rows_are_valid(tmp_path):
     for settings in BUDGETS.values():
         rows = tuple(Row(name=n, tokenizer=n) for n in compare._DEFAULT.split(","))
@@ -89,12 +104,19 @@ def test_rows_and_seeds_may_be_added_but_nothing_else_changed(tmp_path):
     folder = tmp_path / "c"
     comparison(folder, VAE).claim()
     comparison(folder, REGLUE, seeds=3).claim()
-    assert [row.name for row in plan.read_comparison(folder).rows] == ["vae", "reglue"]
-    with pytest.raises(ValueError, match="begun with steps=4, now 5; choose another --output"):
-        comparison(folder, VAE, steps=5).claim()
+    assert [row.name for row in plan.read_comparison(folder, 1).rows] == ["vae", "reglue"]
+    with pytest.raises(ValueError, match="begun with steps=4, now 6; choose another --output"):
+        comparison(folder, VAE, steps=6).claim()
     other = Row(name="vae", tokenizer="demo")
     with pytest.raises(ValueError, match="row 'vae' meant something else"):
         comparison(folder, other).claim()
+    Tokenizer.from_pretrained("demo").save_pretrained(tmp_path / "tok")
+    mine = Row(name="mine", tokenizer=str(tmp_path / "tok"))
+    comparison(folder, mine).claim()
+    comparison(folder, mine).claim()
+    (tmp_path / "tok" / "README.md").write_text("another one")
+    with pytest.raises(ValueError, match="tokenizer .*tok' has changed since"):
+        comparison(folder, mine).claim()
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="is not empty and no comparison"):
@@ -111,6 +133,15 @@ def test_rows_and_seeds_may_be_added_but_nothing_else_changed(tmp_path):
         (["--variant", "x"], "--variant x: expected NAME REF key=value"),
         (["--variant", "x", "vae", "diffusion.netwrok=a"], "unknown key 'diffusion.netwrok'"),
         (["--variant", "a/b", "vae"], "--variant: name"),
+        (["--tokenizers", "sp ace/my vae"], "--tokenizers sp ace/my vae (or NAME=REF): name"),
+        (["--variant", "x", "vae", "train.batch_size=8"], "train.batch_size is the same for every"),
+        (["--set", "train.keep_last=1"], "--set: train.keep_last is the same for every row"),
+        (["--set", "data.seed=5"], "--set: data.seed is the same for every row"),
+        (["--data", "kind=folder", "path=/nope"], "no such folder '/nope'"),
+        (["--data", "size=30", "--tokenizers", "demo"], "--data with demo: data.size: image size"),
+        (["--teacher", "name=nope"], "timm knows no model 'nope'"),
+        (["--teacher", "nope=1"], "--teacher: unknown key 'nope'"),
+        (["--steps", "7"], "steps: 7 is not a multiple of num_checkpoints 5"),
         (["--set", "diffusion.leads=3"], "diffusion.leads"),
         (["--steps", "-3"], "steps"),
         (["--data", "kind=fodler"], "unknown kind 'fodler'"),
@@ -140,7 +171,8 @@ def job(folder: Path, name: str, *after: str, code: str = "") -> Job:
 
 def run_all(jobs: Sequence[Job], at_once: int = 2) -> list[str]:
     said: list[str] = []
-    run_jobs(jobs, at_once=at_once, environments=[{}] * at_once, say=said.append)
+    with only_one_in(jobs[0].log.parents[1]) as held:
+        run_jobs(jobs, at_once=at_once, held=held, environments=[{}] * at_once, say=said.append)
     return [line.split("] ")[1] for line in said if line.startswith("[")]
 
 
@@ -177,6 +209,20 @@ def test_a_signal_stops_the_running_jobs(tmp_path):
     with pytest.raises(Stopped, match="SIGTERM"):
         run_all([job(tmp_path, "long", code=code), job(tmp_path, "after", "long")])
     assert time.monotonic() - start < 30 and not (tmp_path / "long.done").exists()
+
+
+def test_a_folder_is_held_as_long_as_a_job_of_it_lives(tmp_path):
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with only_one_in(tmp_path) as held:
+        orphan = subprocess.Popen(sleep, pass_fds=(held,))
+        with pytest.raises(ValueError, match="another comparison"), only_one_in(tmp_path):
+            pass
+    with pytest.raises(ValueError, match="or a job of it, still runs here"), only_one_in(tmp_path):
+        pass
+    orphan.kill()
+    orphan.wait()
+    with only_one_in(tmp_path):
+        pass
 
 
 # Conclusions -------------------------------------------------------------------------------------
@@ -257,13 +303,18 @@ def test_the_report_is_one_file_with_everything_in_it(finished):
     assert psnr["demo"] > psnr["vae"] == psnr["repa"], "one of them is trained"
     assert by_name["vae"]["steps"] == [2, 4] and len(by_name["vae"]["generation"]["FD-demo"]) == 2
     page = (finished / "report.html").read_text()
-    for words in ("probe, mean F1", "CKNNA with the teacher", "FD-demo at 2", "shown class at 4"):
+    for words in (
+        "attribute probe, mean F1",
+        "CKNNA with the teacher",
+        "FD-demo at 2",
+        "shown class at 4",
+    ):
         assert words in page
     links = re.findall(r"(?:src|href|url)\W+(\w+)", page)
     assert set(links) == {"data"}, "nothing outside the file"
     pictures = re.findall(r"data:image/png;base64,([^']+)", page)
     sizes = [Image.open(BytesIO(base64.b64decode(picture))).size for picture in pictures]
-    assert len(sizes) == 3 and sizes[1] == (16 * scores.NUM_SHOWN, 16)
+    assert len(sizes) == 3 and sizes[1] == (16 * scores.NUM_SHOWN, 32), "images, reconstructions"
     assert Image.open(finished / "report.png").size == sizes[0]
 
 
@@ -292,6 +343,30 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(finished, in_this_pr
     again = json.loads(generator.read_text())
     assert again[0] == whole[0] and again[1] == pytest.approx(whole[1], rel=1e-5)
     assert "FD-demo at 4" in capsys.readouterr().out
+
+
+def test_trainings_that_were_interrupted_keep_every_checkpoint_to_be_scored(
+    tmp_path, in_this_process, monkeypatch
+):
+    """Each interruption writes a checkpoint more; none may push out one that is still to be scored."""
+    step_of = Trainer.train_step
+    at = [1, 3]
+
+    def step_and_stop(trainer: Trainer, batches: object) -> None:
+        step_of(trainer, batches)
+        if at and trainer.step == at[0]:
+            del at[0]
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "train_step", step_and_stop)
+    words = ["--tokenizers", "demo", "--seeds", "1", "--output", str(tmp_path / "c")]
+    for _ in range(2):
+        with pytest.raises(AssertionError):  # the job's exit code
+            run(compare.main, words)
+    assert run(compare.main, words) == 0 and not at
+    written = json.loads((tmp_path / "c" / "scores" / "generator_demo-0.json").read_text())
+    assert [entry["step"] for entry in written] == [2, 4]
+    in_this_process.clear()
 
 
 def test_a_job_runs_as_the_process_that_it_is(tmp_path):

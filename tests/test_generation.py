@@ -26,6 +26,7 @@ from semtok.evaluation.generation import (
     read_statistics,
     see,
     see_reference,
+    teacher_network,
     write_statistics,
 )
 from semtok.evaluation.image_sets import (
@@ -38,6 +39,7 @@ from semtok.evaluation.image_sets import (
 from semtok.evaluation.inception import Inception
 from semtok.recipe import parse_diffusion_recipe, parse_recipe
 from semtok.statistics import StreamingMoments
+from semtok.teachers import Teacher, TeacherConfig
 
 pytest.importorskip("torch_fidelity")
 SOURCE = Shapes(ShapesConfig(size=16, num_images=400), train=True)
@@ -51,7 +53,9 @@ def seen(
 ) -> SetFeatures:
     moments = StreamingMoments(covariance=True)
     moments.add(features)
-    return SetFeatures(name, "made up", len(features), Gaussian.of(moments), None, features, logits)
+    return SetFeatures(
+        name, None, "made up", None, len(features), Gaussian.of(moments), None, features, logits
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -231,12 +235,42 @@ def test_statistics_of_adm_are_read_and_damaged_ones_refused(tmp_path):
     assert torch.equal(
         read_statistics(tmp_path / "t.npz").pooled.covariance, stored.pooled.covariance
     )
-    np.savez(file, mu=np.zeros(3), sigma=np.eye(2))
-    with pytest.raises(ValueError, match="do not fit each other"):
-        read_statistics(file)
-    np.savez(file, mu=np.array([{}], dtype=object), sigma=np.eye(2))
-    with pytest.raises(ValueError, match="damaged"):
-        read_statistics(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"mu": np.zeros(3), "sigma": np.eye(2)}, "do not fit each other"),
+        ({"mu": np.zeros(()), "sigma": np.eye(2)}, "do not fit each other"),
+        ({"mu": np.full(2, np.nan), "sigma": np.eye(2)}, "not finite"),
+        ({"mu": np.array(["a"]), "sigma": np.eye(1)}, "can't convert"),
+        ({"mu": np.array([{}], dtype=object), "sigma": np.eye(2)}, "allow_pickle"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2), "about": "[1]"}, "no attribute"),
+        ({"sigma": np.eye(2)}, "mu"),
+    ],
+)
+def test_unsound_statistics_are_refused(tmp_path, content, message):
+    np.savez(tmp_path / "s.npz", **content)
+    with pytest.raises(ValueError, match=rf"s\.npz: no sound file of statistics \(.*{message}"):
+        read_statistics(tmp_path / "s.npz")
+
+
+def test_statistics_of_another_network_or_size_are_not_compared_with(tmp_path):
+    network = FeatureNetwork("means", "other weights", MEANS.see)
+    real = see(images_of_source(SOURCE, 20), [network])["means"]
+    write_statistics(tmp_path / "s.npz", real)
+    stored = read_statistics(tmp_path / "s.npz")
+    assert stored.identity == "other weights" and stored.image_size == (16, 16)
+    with pytest.raises(ValueError, match="of another 'means': other weights"):
+        generation_scores(see(images_of_source(SOURCE, 20), [MEANS])["means"], stored)
+    larger = images_of_source(Shapes(ShapesConfig(size=32), train=True), 20)
+    with pytest.raises(ValueError, match=r"images of another size, \(16, 16\)"):
+        generation_scores(see(larger, [network])["means"], stored)
+
+
+def test_a_teacher_that_sees_otherwise_is_another_network():
+    same, larger = (teacher_network(Teacher(TeacherConfig(input_size=size))) for size in (None, 16))
+    assert same.name == larger.name == "demo" and same.identity != larger.identity
 
 
 # The command -------------------------------------------------------------------------------------
@@ -308,7 +342,10 @@ def test_a_set_of_files_is_perfect_against_itself_and_its_statistics(tmp_path, c
         (["--images", "two", "--reference", "empty.npz"], "neither images (arr_0) nor statistics"),
         (["--images", "two", "--reference", "kind=shapes", "size=16"], "images of 16x16, those to"),
         (["--images", "two", "--reference", "adm.npz"], "nothing there that can be compared with"),
-        (["--images", "two", "--num", "1"], "must be at least 2"),
+        (["--images", "two", "--num", "9"], "--num: goes with --model; --images are drawn already"),
+        (["--images", "two", "--guidance", "2"], "--guidance: goes with --model"),
+        (["--images", "two", "--save-reference", "x.txt"], "x.txt: expected FILE.npz"),
+        (["--images", "two", "--num-reference", "1"], "must be at least 2"),
         (["--model", "nobody"], "model 'nobody': no such folder or run"),
     ],
 )

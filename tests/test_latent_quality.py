@@ -18,6 +18,7 @@ from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.data.shapes import Shapes, ShapesConfig
 from semtok.evaluation.latents import (
     PREDICTORS,
+    PROBE,
     cknna,
     coefficient_of_variation,
     density_uniformity,
@@ -220,7 +221,7 @@ def test_scores_belong_to_the_seed_and_not_to_batches():
         evaluate_latents(tokenizer, SOURCE, 40, teacher, seed=seed, batch_size=size)
         for seed, size in ((0, 40), (0, 40), (0, 7), (1, 40))
     ]
-    assert runs[0] == runs[1] and list(PREDICTORS) == list(runs[0])
+    assert runs[0] == runs[1] and list(PREDICTORS) == [PROBE, *runs[0]]
     for name, value in runs[0].items():
         spread = 0.1 if name.startswith("density") else 1e-4  # rounding turns a map
         assert runs[2][name] == pytest.approx(value, abs=spread), name
@@ -260,6 +261,7 @@ def test_many_images_are_not_all_compared_nor_mapped(monkeypatch):
 def test_the_command_compares_tokenizers_and_says_what_numbers_mean(reglue, tmp_path, capsys):
     output = tmp_path / "latents.json"
     arguments = ["latents", "--tokenizer", "demo", str(reglue), "--num-held-out", "40"]
+    arguments += ["--num-train", "60"]
     arguments += ["--data", "kind=shapes", "size=16", "--output", str(output)]
     assert run(evaluate.main, arguments) == 0
     printed = capsys.readouterr().out
@@ -277,6 +279,7 @@ def test_the_command_compares_tokenizers_and_says_what_numbers_mean(reglue, tmp_
 def test_wrong_options_are_one_line(tmp_path, capsys):
     for arguments, words in (
         (["--num-held-out", "10"], "give at least 11"),
+        (["--seed", "-1"], "--seed: expected at least 0"),
         (["--num-held-out", "0"], "--num-held-out at least 1"),
         (["--output", str(tmp_path)], "--output"),
         (["--data", "kind=shapes", "size=30"], "image size 30x30 is not divisible"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from semtok.commands.cli import Parser
-from semtok.commands.comparison.jobs import Job, Stopped, run_jobs
+from semtok.commands.comparison.jobs import Job, Stopped, only_one_in, run_jobs
 from semtok.commands.comparison.plan import (
     BUDGETS,
     SEEDS,
@@ -42,7 +42,8 @@ def _parser() -> Parser:
         "--tokenizers",
         default=_DEFAULT,
         metavar="REF,REF",
-        help=f"recipes of embedded tokenizers, runs, folders, Hub ids; the first is the baseline; default: {_DEFAULT}",
+        help="recipes of embedded tokenizers, runs, folders, Hub ids, or NAME=REF; the first is the baseline; "
+        f"default: {_DEFAULT}",
     )
     parser.add_argument(
         "--variant",
@@ -94,8 +95,7 @@ def main(arguments: Sequence[str]) -> int:
         "compare",
     )
     names = [name for name in args.tokenizers.split(",") if name]
-    rows = [Row(name=_row_name(name), tokenizer=name) for name in names]
-    rows += [_variant(words) for words in args.variant]
+    rows = [_row(name) for name in names] + [_variant(words) for words in args.variant]
     num_seeds = args.seeds if args.seeds is not None else SEEDS[args.budget]
     if not rows or num_seeds < 1 or (args.jobs is not None and args.jobs < 1):
         raise UserError("compare needs at least one tokenizer, one seed and one job")
@@ -108,12 +108,14 @@ def main(arguments: Sequence[str]) -> int:
     jobs = _jobs(comparison)
     print(f"{len(rows)} rows, {num_seeds} seeds; output: {comparison.folder}", flush=True)
     try:
-        run_jobs(
-            jobs,
-            at_once=len(environments),
-            environments=environments,
-            say=lambda line: print(line, flush=True),
-        )
+        with only_one_in(comparison.folder) as held:
+            run_jobs(
+                jobs,
+                at_once=len(environments),
+                held=held,
+                environments=environments,
+                say=lambda line: print(line, flush=True),
+            )
     except Stopped as stopped:
         print(f"stopped by {stopped}; the same command goes on", file=sys.stderr)
         return 128 + stopped.number
@@ -124,7 +126,7 @@ def main(arguments: Sequence[str]) -> int:
         comparison,
         results,
         command="python tools/compare.py " + shlex.join(arguments),
-        about=_about(comparison),
+        about=_about(comparison, len(environments)),
     )
     print(f"{time.perf_counter() - start:.0f} s; report: " + "   ".join(map(str, places)))
     return 0
@@ -136,9 +138,14 @@ def _print(title: str, header: list[str], rows: list[list[str]]) -> None:
     print_table(title, others, first)
 
 
-def _row_name(reference: str) -> str:
-    path = Path(reference)
-    return path.parent.name if path.name == "export" else path.name
+def _row(word: str) -> Row:
+    """The row of REF, or of NAME=REF."""
+    name, equals, reference = word.partition("=")
+    if not equals:
+        path = Path(word)
+        name, reference = (path.parent if path.name == "export" else path).name, word
+    content = {"name": name, "tokenizer": reference}
+    return parse(Row, content, f"--tokenizers {word} (or NAME=REF)")
 
 
 def _variant(words: list[str]) -> Row:
@@ -151,8 +158,9 @@ def _variant(words: list[str]) -> Row:
 def _environments(jobs: int | None) -> list[dict[str, str]]:
     """Variables of each process that runs at once: a GPU of its own, or a share of the cores."""
     if torch.cuda.is_available():
-        count = jobs or torch.cuda.device_count()
-        return [{"CUDA_VISIBLE_DEVICES": str(i % torch.cuda.device_count())} for i in range(count)]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs or len(gpus))]
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -169,7 +177,8 @@ def _jobs(comparison: Comparison) -> list[Job]:
             if find_recipe(reference) is not None:
                 jobs.append(_tokenizer_job(comparison, reference, seed))
             after = (f"tokenizer {reference}, seed {seed}",)
-            if any(row.tokenizer == reference for row in comparison.rows):
+            is_row = any(row.tokenizer == reference for row in comparison.rows)
+            if is_row and (seed == 0 or find_recipe(reference) is not None):
                 scores.append(_score_job(comparison, "tokenizer", reference, seed, after))
         for row in comparison.rows:
             name = f"transformer on {row.name}, seed {seed}"
@@ -229,15 +238,17 @@ def _score_job(
     )
 
 
-def _about(comparison: Comparison) -> list[str]:
+def _about(comparison: Comparison, at_once: int) -> list[str]:
     settings = comparison.settings
+    data = " ".join(settings.data) or "the embedded shapes at 32x32"
     teacher = " ".join(settings.teacher) or "the embedded teacher"
     return [
-        f"Data: {' '.join(settings.data) or 'the embedded shapes at 32x32'}. Teacher: {teacher}. "
-        f"Tokenizers are trained for {settings.recipe_share:.0%} of their recipes' steps, and those with several parts "
-        f"are built on the '{TEXTURE}' of the same seed. On each the transformer of recipes/dit.yaml is trained for "
+        f"Data: {data}. Teacher: {teacher}. Tokenizers are trained for {settings.recipe_share:.0%} of their recipes' "
+        f"steps, and those with several parts are built on the '{TEXTURE}' of the same seed; one that was trained "
+        "before is the same for every seed. On each the transformer of recipes/dit.yaml is trained for "
         f"{settings.steps} steps at a constant rate and sampled without guidance.",
-        f"Generated images: {settings.num_images}, each class equally often, by averaged weights, compared with "
-        "training images in the features of the teacher. A teacher that tokenizers or transformers were aligned "
-        "to is no impartial judge of them.",
+        f"Generated images: {settings.num_images}, the classes in turn, by averaged weights, compared with "
+        f"{settings.num_reference} training images in the features of the teacher. A teacher that tokenizers or "
+        "transformers were aligned to is no impartial judge of them.",
+        f"Seconds are of {at_once} processes at a time on this machine; they depend on both.",
     ]

@@ -42,6 +42,7 @@ class ClassReader:
         with warnings.catch_warnings():
             # Stopping at the last iteration is part of the protocol.
             warnings.simplefilter("ignore", ConvergenceWarning)
+            warnings.filterwarnings("ignore", message="The number of unique classes")
             model = LogisticRegression(max_iter=1000).fit((features - mean) / std, labels)
         return cls(model, mean, std)
 

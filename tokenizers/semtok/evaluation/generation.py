@@ -2,14 +2,15 @@
 
 In the Inception network's features: FID (Heusel et al. 2017), sFID (Nash et al. 2021), Inception Score
 (Salimans et al. 2016), precision and recall (Kynkäänniemi et al. 2019) and KID (Bińkowski et al. 2018), with the
-choices of ADM's evaluation (Dhariwal and Nichol 2021): 3 neighbours, references of 10,000 images for
-precision and recall, splits of 5,000 for the Inception Score. In a teacher's features: the same distances under
-the teacher's name, as FD-DINOv2 (Stein et al. 2023).
+choices of ADM's evaluation (Dhariwal and Nichol 2021): 3 neighbours, references of 10,000 images for precision and
+recall, splits of 5,000 for the Inception Score, but shuffled, as the order of a set should not matter. In a
+teacher's features: the same distances under the teacher's name, as FD-DINOv2 (Stein et al. 2023).
 """
 
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ PROTOCOL = (
     "Fréchet distances of unbiased moments in float64; by torch-fidelity: precision and recall of the "
     f"{_NEIGHBOURS}-nearest-neighbour balls against at most {_MAX_REFERENCE_FEATURES} references, kernel distance "
     f"(cubic kernel) over {_SUBSETS} subsets of {_SUBSET_SIZE} or as many as there are, Inception Score over shuffled "
-    f"splits of {_SPLIT}; images rounded to uint8"
+    f"splits of {_SPLIT} (one split of fewer than {2 * _SPLIT}); images rounded to uint8"
 )
 
 
@@ -69,7 +70,8 @@ def teacher_network(teacher: Teacher) -> FeatureNetwork:
     def see(images: Tensor) -> dict[str, Tensor]:
         return {"pooled": teacher.features(to_pixels(images, device=device)).pooled.float()}
 
-    return FeatureNetwork(teacher.config.name, teacher.fingerprint(), see)
+    settings = teacher.config.model_dump_json(exclude={"checkpoint"})
+    return FeatureNetwork(teacher.config.name, f"{settings} {teacher.fingerprint()}", see)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ class SetFeatures:
     """What a network saw in a set of images, without the images.
 
     Attributes:
-        network: which one.
+        network: which one, by name.
+        identity: of its weights and settings; None where a file does not say.
+        image_size: (height, width) of the images; None where a file does not say.
         source: whose images, in a few words.
         num_images: how many the moments are of.
         pooled, spatial: their Gaussians; ``spatial`` of Inception alone.
@@ -87,7 +91,9 @@ class SetFeatures:
     """
 
     network: str
+    identity: str | None
     source: str
+    image_size: tuple[int, int] | None
     num_images: int
     pooled: Gaussian
     spatial: Gaussian | None = None
@@ -128,7 +134,7 @@ def see(
             collector.add(batch, is_kept[first : first + len(batch)])
         first += len(batch)
         progress(len(batch))
-    return {c.network.name: c.result(images.name) for c in collectors}
+    return {c.network.name: c.result(images) for c in collectors}
 
 
 class _Collector:
@@ -151,10 +157,12 @@ class _Collector:
             self.spatial.add(seen["spatial"])
             self.logits.append(seen["logits"].cpu())
 
-    def result(self, source: str) -> SetFeatures:
+    def result(self, images: ImageSet) -> SetFeatures:
         return SetFeatures(
             self.network.name,
-            source,
+            self.network.identity,
+            images.name,
+            images.image_size,
             self.pooled.count,
             Gaussian.of(self.pooled),
             Gaussian.of(self.spatial) if self.spatial.count else None,
@@ -175,7 +183,7 @@ def see_reference(images: ImageSet, network: FeatureNetwork, cache: Path) -> Set
         try:
             return read_statistics(file)
         except UserError:
-            file.unlink()  # damaged: made anew
+            file.unlink(missing_ok=True)  # damaged: made anew
     seen = see(images, [network], max_features=_MAX_REFERENCE_FEATURES)[network.name]
     seen = replace(seen, logits=None)
     write_statistics(file, seen)
@@ -199,42 +207,45 @@ def write_statistics(path: Path, seen: SetFeatures) -> None:
         arrays |= {"mu_s": seen.spatial.mean, "sigma_s": seen.spatial.covariance}
     if seen.features is not None:
         arrays["features"] = seen.features
-    about = json.dumps(
-        {"network": seen.network, "source": seen.source, "num_images": seen.num_images}
-    )
+    names = ("network", "identity", "source", "image_size", "num_images")
+    about = json.dumps({name: getattr(seen, name) for name in names})
     with new_file(path) as temporary:
         np.savez(temporary, about=about, **{k: v.cpu().numpy() for k, v in arrays.items()})
 
 
 def read_statistics(path: Path) -> SetFeatures:
-    """Reads a file of statistics, ours or ADM's.
+    """Reads a file of statistics, ours or ADM's, which are of Inception.
 
     Raises:
-        UserError: no such file, damaged, or without ``mu`` and ``sigma``.
+        UserError: no such file, damaged, or without ``mu`` and ``sigma`` that fit each other.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {k: file[k] for k in file.files if k in _STATISTICS_KEYS}
+            tensors = {k: torch.from_numpy(file[k]) for k in file.files if k in _STATISTICS_KEYS}
             about = json.loads(str(file["about"])) if "about" in file.files else {}
+        image_size = about.get("image_size")
+        return SetFeatures(
+            about.get("network", "inception"),
+            about.get("identity"),
+            about.get("source", path.name),
+            (int(image_size[0]), int(image_size[1])) if image_size else None,
+            int(about.get("num_images", 0)),
+            _gaussian(tensors["mu"], tensors["sigma"]),
+            _gaussian(tensors["mu_s"], tensors["sigma_s"]) if "mu_s" in tensors else None,
+            tensors.get("features"),
+        )
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except DAMAGE as error:
-        raise UserError(f"{path}: cut short or damaged ({first_line(error)})") from None
-    if not {"mu", "sigma"} <= arrays.keys():
-        raise UserError(f"{path}: no statistics there (mu and sigma)")
-    tensors = {k: torch.from_numpy(v) for k, v in arrays.items()}
-    if tensors["sigma"].shape != (len(tensors["mu"]),) * 2:
-        raise UserError(f"{path}: mu and sigma do not fit each other")
-    return SetFeatures(
-        about.get("network", "inception"),
-        about.get("source", path.name),
-        about.get("num_images", 0),
-        Gaussian(tensors["mu"].double(), tensors["sigma"].double()),
-        Gaussian(tensors["mu_s"].double(), tensors["sigma_s"].double())
-        if {"mu_s", "sigma_s"} <= tensors.keys()
-        else None,
-        tensors.get("features"),
-    )
+    except (*DAMAGE, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: no sound file of statistics ({first_line(error)})") from None
+
+
+def _gaussian(mean: Tensor, covariance: Tensor) -> Gaussian:
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError("mean and covariance do not fit each other")
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise ValueError("not finite")
+    return Gaussian(mean.double(), covariance.double())
 
 
 _STATISTICS_KEYS = {"mu", "sigma", "mu_s", "sigma_s", "features"}
@@ -252,7 +263,7 @@ def generation_scores(generated: SetFeatures, reference: SetFeatures) -> dict[st
 
     Raises:
         UserError: torch-fidelity is not installed.
-        ValueError: the reference is of another network.
+        ValueError: the reference is of another network, or of images of another size.
     """
     try:
         from torch_fidelity.metric_isc import isc_features_to_metric
@@ -263,6 +274,10 @@ def generation_scores(generated: SetFeatures, reference: SetFeatures) -> dict[st
     network = generated.network
     if reference.network != network:
         raise ValueError(f"features of {network}, but a reference of {reference.network}")
+    if reference.identity not in (None, generated.identity):
+        raise ValueError(f"the reference is of another '{network}': other weights or settings")
+    if reference.image_size not in (None, generated.image_size):
+        raise ValueError(f"the reference is of images of another size, {reference.image_size}")
     is_inception = network == "inception"
     end = "" if is_inception else f"-{network}"
     scores = {

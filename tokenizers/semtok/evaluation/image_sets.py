@@ -2,6 +2,7 @@
 
 import contextlib
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ from semtok.diffusion.generator import Generator
 from semtok.diffusion.sampling import SamplerConfig
 from semtok.errors import UserError
 from semtok.images import to_uint8
-from semtok.storage import first_line
+from semtok.storage import DAMAGE, first_line
 
 _IMAGES_KEY = "arr_0"
+_ORIENTATION = 0x0112  # of EXIF
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ def _common_size(files: Sequence[Path]) -> tuple[int, int]:
     for file in files:
         try:
             with Image.open(file) as image:
-                sizes.setdefault((image.height, image.width), file)
+                turned = image.getexif().get(_ORIENTATION, 1) >= 5  # as cameras note it
+                size = (image.width, image.height) if turned else (image.height, image.width)
+                sizes.setdefault(size, file)
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{file}: can't be read as an image ({first_line(error)})") from None
         if len(sizes) > 1:
@@ -176,5 +180,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+    except (*DAMAGE, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path}: cut short or damaged ({first_line(error)})") from None

@@ -55,7 +55,17 @@ class Predictor:
     source: str
 
 
+PROBE = "probe_f1"
+"""Of the predictors, the one that needs attributes and is ``evaluation.probe``'s."""
+
 PREDICTORS = {
+    PROBE: Predictor(
+        "attribute probe, mean F1",
+        "higher",
+        "what a linear layer reads off the latents; tokenizers whose latents gave away more attributes were "
+        "generated better (recall on DeepFashion against FID: a correlation of -0.957)",
+        "Send-VAE, arXiv 2601.05823, figures 1 and 2",
+    ),
     "cknna": Predictor(
         "CKNNA with the teacher",
         "higher",
@@ -290,7 +300,7 @@ def evaluate_latents(
     seed: int = 0,
     batch_size: int = 32,
 ) -> dict[str, float]:
-    """Every predictor of ``PREDICTORS`` on ``source.chosen(num_images)``, in one pass.
+    """Every predictor of ``PREDICTORS`` but the probe on ``source.chosen(num_images)``, in one pass.
 
     Images are never held beyond a batch; latents of at most ``MOST_COMPARED`` images are. CKNNA is of these,
     the density of the first ``MOST_MAPPED``, and both see all parts of the latents, flattened together.

@@ -145,6 +145,22 @@ def mean_score(scores: Mapping[str, AttributeScore]) -> AttributeScore:
     )
 
 
+def probed(
+    tokenizer: Tokenizer,
+    train: ImageSource,
+    held_out: ImageSource,
+    num_train: int,
+    num_held_out: int,
+) -> AttributeScore | None:
+    """The mean over all attributes; None where the images have none that can be probed for."""
+    if not train.attributes:
+        return None
+    scores = probe(
+        latent_table(tokenizer, train, num_train), latent_table(tokenizer, held_out, num_held_out)
+    )
+    return mean_score(scores) if scores else None
+
+
 def _predict(train: LatentTable, features: np.ndarray, attribute: str) -> np.ndarray:
     x, y = train.features, train.attributes[attribute]
     num_fit = len(x) * 3 // 4
@@ -161,8 +177,9 @@ def _predict(train: LatentTable, features: np.ndarray, attribute: str) -> np.nda
 
 def _fit(x: np.ndarray, y: np.ndarray, strength: float) -> LogisticRegression:
     with warnings.catch_warnings():
-        # Stopping at 300 iterations is part of the protocol.
+        # Stopping at 300 iterations is part of the protocol; small folders have many classes of few images.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", message="The number of unique classes")
         return LogisticRegression(C=strength, max_iter=300).fit(x, y)
 
 

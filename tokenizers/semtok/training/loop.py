@@ -104,6 +104,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.skipped: set[str] = set()
         self._signals = StopSignals()
+        self._mark()
 
     def _optimiser(self, name: str, player: nn.Module) -> Any:
         assert self.config.optimiser is not None, "TrainConfig asks for one where there are steps"
@@ -132,7 +133,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         return {
             "step": self.step,
-            "seconds": self.seconds,
+            "seconds": self.seconds + time.perf_counter() - self._marked_time,
             "skipped": sorted(self.skipped),
             "ema_updates": self.ema.num_updates if self.ema is not None else 0,
             "optimisers": {

@@ -1,6 +1,7 @@
 """Runs commands as processes, as many at a time as the machine bears, each after those it needs."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -42,10 +43,31 @@ class Stopped(Exception):
         self.number = number
 
 
+@contextlib.contextmanager
+def only_one_in(folder: Path) -> Iterator[int]:
+    """Keeps others from working in a folder at the same time; gives a descriptor that holds it.
+
+    Processes that inherit the descriptor hold the folder too, so that jobs whose parent was killed are not joined
+    by the same ones again.
+
+    Raises:
+        UserError: somebody works there.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another comparison, or a job of it, still runs here; wait or stop it"
+            ) from None
+        yield file.fileno()
+
+
 def run_jobs(
     jobs: Sequence[Job],
     *,
     at_once: int,
+    held: int,
     environments: Sequence[dict[str, str]],
     say: Callable[[str], object] = print,
 ) -> None:
@@ -53,19 +75,20 @@ def run_jobs(
 
     Args:
         at_once: processes.
+        held: a descriptor that jobs inherit, see ``only_one_in``.
         environments: variables for each of them; one process has the first, the next the second, and so on.
         say: is told what begins and ends.
 
     Raises:
         UserError: a job failed; those that ran beside it were let finish.
-        Stopped: SIGTERM or SIGINT came.
+        Stopped: SIGTERM, SIGINT or SIGHUP came.
     """
     waiting = [job for job in jobs if not job.is_done()]
     total, begun = len(waiting), 0
     pending = {job.name for job in waiting}
     running: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}
     failed: UserError | None = None
-    with _signals() as received:
+    with _signals() as received, _none_left_behind(running, received):
         while (waiting and failed is None) or running:
             for slot in range(at_once):
                 ready = next((j for j in waiting if not pending & set(j.after)), None)
@@ -74,7 +97,11 @@ def run_jobs(
                 waiting.remove(ready)
                 begun += 1
                 say(f"[{begun}/{total}] {ready.name}")
-                running[slot] = (ready, _start(ready, environments[slot]), time.perf_counter())
+                running[slot] = (
+                    ready,
+                    _start(ready, environments[slot], held),
+                    time.perf_counter(),
+                )
             time.sleep(_POLL_SECONDS)
             for slot, (job, process, start) in list(running.items()):
                 if process.poll() is None:
@@ -85,14 +112,14 @@ def run_jobs(
                     say(f"        {job.name}: done in {time.perf_counter() - start:.0f} s")
                 elif not received:
                     failed = failed or UserError(f"{job.name} failed: {_last_line(job.log)}")
+                    say(f"        {job.name}: failed; waiting for what runs beside it")
             if received:
-                _stop([process for _, process, _ in running.values()])
                 raise Stopped(received[0])
     if failed is not None:
         raise failed
 
 
-def _start(job: Job, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+def _start(job: Job, environment: dict[str, str], held: int) -> "subprocess.Popen[bytes]":
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
         # A session of its own: Ctrl-C reaches it once, from here.
@@ -102,19 +129,28 @@ def _start(job: Job, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
             stderr=subprocess.STDOUT,
             env=os.environ | environment,
             start_new_session=True,
+            pass_fds=(held,),
         )
 
 
-def _stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
-    """Trainings write a checkpoint on SIGTERM."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        try:
-            process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+@contextlib.contextmanager
+def _none_left_behind(
+    running: dict[int, tuple[Job, "subprocess.Popen[bytes]", float]], received: list[int]
+) -> Iterator[None]:
+    """However this ends, the jobs end with it: trainings write a checkpoint on SIGTERM; a second signal, or
+    a minute, kills."""
+    try:
+        yield
+    finally:
+        processes = [process for _, process, _ in running.values()]
+        for process in processes:
+            process.terminate()
+        deadline, asked = time.monotonic() + _STOP_SECONDS, len(received)
+        while any(process.poll() is None for process in processes):
+            if time.monotonic() > deadline or len(received) > asked:
+                for process in processes:
+                    process.kill()
+            time.sleep(_POLL_SECONDS)
 
 
 def _last_line(log: Path) -> str:
@@ -128,7 +164,7 @@ def _signals() -> Iterator[list[int]]:
     received: list[int] = []
     old = {
         number: signal.signal(number, lambda n, _: received.append(n))
-        for number in (signal.SIGTERM, signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     }
     try:
         yield received

@@ -1,19 +1,38 @@
 """What a comparison consists of: settings that all rows share, the rows, and the work that they need."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from semtok.config import Config, parse, read_yaml
+from semtok.commands.stage import errors_at
+from semtok.config import Config, apply_overrides, parse, read_yaml
+from semtok.data.source import DataConfig
+from semtok.data.sources import open_sources
 from semtok.errors import UserError
 from semtok.recipe import load_diffusion_recipe, load_recipe, write_recipe
 from semtok.references import find_recipe, locate_export, recipe_folder
+from semtok.teachers import Teacher, TeacherConfig
+from semtok.tokenizer import Tokenizer
 
 SETTINGS_FILE = "comparison.yaml"
 TEXTURE = "vae"
 """The recipe that every composite's image latents come from, so that rows differ in one thing."""
+
+
+_RESERVED = (
+    "tokenizer",
+    "data.",
+    "train.seed",
+    "train.steps",
+    "train.schedule",
+    "train.warmup_steps",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.sample_every",
+    "train.log_every",
+)
 
 
 class ComparisonSettings(Config):
@@ -40,6 +59,14 @@ class ComparisonSettings(Config):
     num_reference: int = Field(5000, ge=10, le=10_000)
     """Real training images that generated ones are compared with."""
 
+    @model_validator(mode="after")
+    def _even(self) -> "ComparisonSettings":
+        if self.steps % self.num_checkpoints:
+            raise ValueError(
+                f"steps: {self.steps} is not a multiple of num_checkpoints {self.num_checkpoints}"
+            )
+        return self
+
 
 BUDGETS = {
     "quick": ComparisonSettings(
@@ -64,7 +91,7 @@ class Row(Config):
         tokenizer: an embedded recipe's name, or a reference to a trained tokenizer.
     """
 
-    name: str = Field(pattern=r"^[\w.+-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")
     tokenizer: str
     settings: tuple[str, ...] = ()
 
@@ -90,15 +117,14 @@ class Comparison:
     def tokenizers(self) -> list[str]:
         """References of all rows, each once, those that others are built on first."""
         names = list(dict.fromkeys(row.tokenizer for row in self.rows))
-        needed = any(_is_composite(name) for name in names)
+        needed = any(is_composite(name) for name in names)
         return [TEXTURE, *(n for n in names if n != TEXTURE)] if needed else names
 
     @property
     def steps(self) -> list[int]:
         """At which images are generated."""
-        num = min(self.settings.num_checkpoints, self.settings.steps)
-        every = self.settings.steps // num
-        return [every * (i + 1) for i in range(num)]
+        every = self.settings.steps // self.settings.num_checkpoints
+        return list(range(every, self.settings.steps + 1, every))
 
     def tokenizer_folder(self, reference: str, seed: int) -> Path:
         """Of a tokenizer that the comparison trains."""
@@ -114,8 +140,11 @@ class Comparison:
         return self.folder / "generators" / f"{row.name}-{seed}"
 
     def tokenizer_scores(self, reference: str, seed: int) -> Path:
-        name = reference.strip("/").replace("/", "_")
-        return self.folder / "scores" / f"tokenizer_{name}-{seed}.json"
+        """One file for all seeds of a tokenizer that was trained before."""
+        if find_recipe(reference) is not None:
+            return self.folder / "scores" / f"tokenizer_{reference}-{seed}.json"
+        digest = hashlib.blake2b(reference.encode(), digest_size=4).hexdigest()
+        return self.folder / "scores" / f"tokenizer_{Path(reference).name}-{digest}.json"
 
     def generator_scores(self, row: Row, seed: int) -> Path:
         return self.folder / "scores" / f"generator_{row.name}-{seed}.json"
@@ -128,7 +157,7 @@ class Comparison:
         words = [f"train.seed={seed}", *_prefixed("data", self.settings.data)]
         if "teacher" in content:
             words += _prefixed("teacher", self.settings.teacher)
-        if _is_composite(reference):
+        if is_composite(reference):
             words.append(f"method.texture={self.tokenizer_folder(TEXTURE, seed)}")
         train = content["train"]
         if train["steps"] and self.settings.recipe_share < 1:
@@ -148,33 +177,53 @@ class Comparison:
             f"train.warmup_steps={min(100, self.settings.steps)}",
             "train.schedule=constant",
             f"train.checkpoint_every={steps[0]}",
-            f"train.keep_last={len(steps) + 1}",
+            "train.keep_last=100000",  # whatever interruptions add, all are there to be scored
             f"train.sample_every={self.settings.steps}",
             f"train.log_every={_divisor_near(steps[0], 50)}",
             "sampler.guidance.scale=1",
             *self.settings.settings,
             *row.settings,
         ]
-        aligned = any(word.startswith("diffusion.repa") for word in row.settings)
-        named = any(word.startswith("teacher.") for word in row.settings)
-        if aligned and not named and not _is_composite(row.tokenizer):
+        own = (*self.settings.settings, *row.settings)
+        aligned = any(word.startswith("diffusion.repa") for word in own)
+        named = any(word.startswith("teacher.") for word in own)
+        if aligned and not named and not _has_teacher(row.tokenizer):
             words += _prefixed("teacher", self.settings.teacher or ("name=demo",))
         return words
 
+    def data(self) -> DataConfig:
+        """The images of every row: the transformer's recipe's, with the data settings applied."""
+        words = _prefixed("data", self.settings.data)
+        return load_diffusion_recipe(diffusion_recipe(), words, tokenizer=TEXTURE).data
+
+    def teacher(self) -> Teacher:
+        """The teacher that scores see by: its last layer."""
+        content = apply_overrides({}, list(self.settings.teacher))
+        return Teacher(parse(TeacherConfig, content, "--teacher"))
+
     def check(self) -> None:
-        """Reads every recipe with its settings, so that nothing is found wrong after hours.
+        """Reads every recipe with its settings, the data and the teacher, so that nothing is found wrong
+        after hours.
 
         Raises:
-            UserError: names used twice, references to nothing, settings that can't be.
+            UserError: names used twice, references to nothing, settings that can't be, or that would make
+                rows differ in more than they say.
         """
         names = [row.name for row in self.rows]
         for name in names:
             if names.count(name) > 1:
-                raise UserError(f"--variant: two rows are called '{name}'; choose another name")
+                raise UserError(f"two rows are called '{name}'; name one by NAME=REF")
+        _check_words("--set", self.settings.settings, _RESERVED)
+        for row in self.rows:
+            _check_words(f"--variant {row.name}", row.settings, ("train.", "data.", "tokenizer"))
+        train, _ = open_sources(self.data())
+        self.teacher()
         for reference in self.tokenizers:
             recipe = find_recipe(reference)
             if recipe is None:
-                locate_export(reference, "tokenizer")
+                tokenizer = Tokenizer.from_pretrained(reference)
+                with errors_at(f"--data with {reference}"):
+                    tokenizer.spec.check_image_size(train.image_size)
             else:
                 load_recipe(recipe, self.tokenizer_overrides(reference, 0))
         for row in self.rows:
@@ -183,45 +232,66 @@ class Comparison:
             )
 
     def claim(self) -> None:
-        """Takes the folder, or goes on in it: rows and seeds may be added, settings may not change.
+        """Takes the folder, or goes on in it: rows and seeds may be added, nothing else may change.
 
         Raises:
             UserError: the folder holds another comparison, or something else.
         """
         file = self.folder / SETTINGS_FILE
-        if not file.exists():
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise UserError(f"{self.folder}: is not empty and no comparison; choose --output")
-        else:
+        mine = _Record(
+            settings=self.settings,
+            rows=self.rows,
+            tokenizers={reference: _fingerprint(reference) for reference in self.tokenizers},
+        )
+        if file.exists():
             before = parse(_Record, read_yaml(file), str(file))
-            for key, value in before.settings.model_dump().items():
-                if value != getattr(self.settings, key):
-                    raise UserError(
-                        f"{self.folder}: begun with {key}={value}, now {getattr(self.settings, key)}; "
-                        "choose another --output"
-                    )
-            for row in before.rows:
-                mine = next((r for r in self.rows if r.name == row.name), row)
-                if mine != row:
-                    raise UserError(
-                        f"{self.folder}: row '{row.name}' meant something else; choose another name"
-                    )
-        old = before.rows if file.exists() else ()
-        rows = list({row.name: row for row in (*old, *self.rows)}.values())
+            self._check_unchanged(before, mine)
+            rows = {row.name: row for row in (*before.rows, *mine.rows)}
+            mine = mine.model_copy(
+                update={
+                    "rows": tuple(rows.values()),
+                    "tokenizers": before.tokenizers | mine.tokenizers,
+                }
+            )
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError(f"{self.folder}: is not empty and no comparison; choose --output")
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_recipe(_Record(settings=self.settings, rows=tuple(rows)), file)
+        write_recipe(mine, file)
+
+    def _check_unchanged(self, before: "_Record", mine: "_Record") -> None:
+        for key, value in before.settings.model_dump().items():
+            if value != getattr(self.settings, key):
+                raise UserError(
+                    f"{self.folder}: begun with {key}={value}, now {getattr(self.settings, key)}; "
+                    "choose another --output"
+                )
+        rows = {row.name: row for row in before.rows}
+        for row in mine.rows:
+            if rows.get(row.name, row) != row:
+                raise UserError(
+                    f"{self.folder}: row '{row.name}' meant something else; choose another name"
+                )
+        for reference, fingerprint in mine.tokenizers.items():
+            if before.tokenizers.get(reference, fingerprint) != fingerprint:
+                raise UserError(
+                    f"{self.folder}: tokenizer '{reference}' has changed since; choose another --output"
+                )
 
 
 class _Record(Config):
+    """What a comparison's folder remembers of it."""
+
     settings: ComparisonSettings
     rows: tuple[Row, ...]
+    tokenizers: dict[str, str]
+    """Fingerprints, by reference."""
 
 
-def read_comparison(folder: Path) -> Comparison:
+def read_comparison(folder: Path, num_seeds: int) -> Comparison:
     """The comparison that was begun in a folder."""
     file = folder / SETTINGS_FILE
     record = parse(_Record, read_yaml(file), str(file))
-    return Comparison(folder, record.settings, record.rows, num_seeds=0)
+    return Comparison(folder, record.settings, record.rows, num_seeds)
 
 
 def diffusion_recipe() -> Path:
@@ -232,12 +302,39 @@ def diffusion_recipe() -> Path:
     return folder / "dit.yaml"
 
 
-def _is_composite(reference: str) -> bool:
+def is_composite(reference: str) -> bool:
+    """Whether a recipe of that name builds its tokenizer on another one."""
     path = find_recipe(reference)
-    if path is None:
-        return False
-    content: dict[str, Any] = read_yaml(path)
-    return "texture" in content["method"]
+    return path is not None and "texture" in read_yaml(path)["method"]
+
+
+def _has_teacher(reference: str) -> bool:
+    """Whether a tokenizer brings a teacher of its own to the transformer's training."""
+    if find_recipe(reference) is not None:
+        return is_composite(reference)
+    return Tokenizer.from_pretrained(reference).teacher_config is not None
+
+
+def _fingerprint(reference: str) -> str:
+    """A digest of what a reference means: a recipe's text, or the files of a trained tokenizer."""
+    recipe = find_recipe(reference)
+    digest = hashlib.blake2b(digest_size=8)
+    if recipe is not None:
+        digest.update(recipe.read_bytes())
+        return digest.hexdigest()
+    folder = locate_export(reference, "tokenizer")
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(file.relative_to(folder).as_posix().encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _check_words(place: str, words: tuple[str, ...], reserved: tuple[str, ...]) -> None:
+    for word in words:
+        if word.startswith(reserved):
+            raise UserError(
+                f"{place}: {word.split('=')[0]} is the same for every row, as the comparison's own options say"
+            )
 
 
 def _prefixed(section: str, words: tuple[str, ...]) -> list[str]:

@@ -59,7 +59,7 @@ def generation_table(results: list[RowResult]) -> tuple[list[str], list[list[str
     good as the baseline at its end."""
     names = list(results[0].generation)
     followed = main_scores(names)
-    steps = results[0].steps
+    steps, num_seeds = results[0].steps, len(results[0].seconds[0].values)
     header = [
         "row",
         *(f"{name} at {step}" for name in followed for step in steps),
@@ -72,7 +72,7 @@ def generation_table(results: list[RowResult]) -> tuple[list[str], list[list[str
             r.row.name,
             *(str(spread) for name in followed for spread in r.generation[name]),
             *(str(r.generation[name][-1]) for name in names if name not in followed),
-            *(_reached(r.steps_to_baseline[name], len(r.seconds[0].values)) for name in followed),
+            *(_reached(r.steps_to_baseline[name], steps[0], num_seeds) for name in followed),
             str(r.seconds[-1]),
         ]
         for r in results
@@ -91,11 +91,14 @@ def tokenizer_table(results: list[RowResult]) -> tuple[list[str], list[list[str]
     return ["tokenizer", *(TOKENIZER_COLUMNS[c] for c in columns)], rows
 
 
-def _reached(steps: tuple[float, ...], num_seeds: int) -> str:
+def _reached(steps: tuple[float, ...], first: int, num_seeds: int) -> str:
+    """Means over the seeds that get there; where one is there at the first checkpoint, nobody knows since when."""
     if not steps:
         return "never"
     missing = num_seeds - len(steps)
-    return str(Spread(steps)) + (f" ({missing} of {num_seeds} seeds never)" if missing else "")
+    at_most = "≤ " if first in steps else ""
+    never = f" ({missing} of {num_seeds} seeds never)" if missing else ""
+    return at_most + str(Spread(steps)) + never
 
 
 # Figures ------------------------------------------------------------------------------------------
@@ -118,7 +121,10 @@ def _figure(comparison: Comparison, results: list[RowResult]) -> bytes:
         axis.set_ylabel(result.row.name, rotation=0, ha="right", va="center", fontsize=8)
         axis.set_xticks([])
         axis.set_yticks([])
-    grids.suptitle("samples of seed 0, each column of one class and one noise", fontsize=9)
+    grids.suptitle(
+        "samples of seed 0, each column of one class and, where latents are of one shape, one noise",
+        fontsize=9,
+    )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
@@ -127,7 +133,7 @@ def _figure(comparison: Comparison, results: list[RowResult]) -> bytes:
 
 def _draw_score(axes: Sequence[Axes], name: str, results: list[RowResult]) -> None:
     by_step, by_second, bars = axes
-    colours = plt.get_cmap("tab10").colors
+    colours = plt.get_cmap("tab20").colors
     for i, result in enumerate(results):
         colour = colours[i % len(colours)]
         style = {"color": colour, "marker": "o", "ms": 3, "lw": 1.4, "capsize": 2}
@@ -189,7 +195,7 @@ def _html(
             f"<h2>Tokenizers</h2><p class='note'>{spread}, on held-out images.</p>",
             _table(*tokenizer_table(results)),
             f"<ul class='note'>{meanings}</ul>",
-            f"<h2>Reconstructions of seed 0</h2><table>{pictures}</table>",
+            f"<h2>Held-out images and their reconstructions, seed 0</h2><table>{pictures}</table>",
             f"<h2>Rows</h2><table><tr><th>row</th><th>tokenizer</th><th>settings</th></tr>{rows}</table>",
             "</body></html>",
         ]

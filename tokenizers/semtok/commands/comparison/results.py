@@ -16,9 +16,9 @@ TOKENIZER_COLUMNS = {
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
     "reconstruction_fd": "FD of reconstructions",
-    "probe_f1": "probe, mean F1",
+    "probe_accuracy": "attribute probe, mean balanced accuracy",
     **{name: predictor.label for name, predictor in PREDICTORS.items()},
-    "seconds": "training, s",
+    "seconds": "training, s (with the VAE's)",
 }
 
 
@@ -66,9 +66,8 @@ def collect(comparison: Comparison) -> list[RowResult]:
     """Reads every score file of a finished comparison; the first row is the baseline."""
     results: list[RowResult] = []
     for row in comparison.rows:
-        tokenizer = [
-            read_json(comparison.tokenizer_scores(row.tokenizer, s)) for s in comparison.seeds
-        ]
+        files = [comparison.tokenizer_scores(row.tokenizer, s) for s in comparison.seeds]
+        tokenizer = [read_json(file) for file in dict.fromkeys(files)]
         curves = [read_json(comparison.generator_scores(row, s)) for s in comparison.seeds]
         names = [n for n in curves[0][0] if n not in ("step", "seconds")]
         generation = {

@@ -8,16 +8,21 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torchvision.io import encode_png
 
 from semtok.commands.cli import Parser, run
-from semtok.commands.comparison.plan import Comparison, Row, read_comparison
+from semtok.commands.comparison.plan import (
+    TEXTURE,
+    Comparison,
+    Row,
+    is_composite,
+    read_comparison,
+)
 from semtok.commands.comparison.results import CLASS_SHARE
-from semtok.config import apply_overrides, parse
+from semtok.commands.evaluation.options import device
 from semtok.data.loading import chosen_batches
 from semtok.data.source import ImageSource
 from semtok.data.sources import open_sources
@@ -36,18 +41,15 @@ from semtok.evaluation.image_sets import (
     images_of_source,
     labels_for,
 )
-from semtok.evaluation.latents import evaluate_latents
-from semtok.evaluation.probe import latent_table, mean_score, probe
+from semtok.evaluation.latents import PROBE, evaluate_latents
+from semtok.evaluation.probe import probed
 from semtok.evaluation.reconstruction import evaluate_reconstruction
 from semtok.images import to_pixels, to_uint8
-from semtok.recipe import parse_data
 from semtok.storage import new_file, read_json, read_tensors, write_json
-from semtok.teachers import Teacher, TeacherConfig
 from semtok.tokenizer import Tokenizer
 from semtok.training.checkpoint import MODEL_FILE, checkpoint_path, list_checkpoints
 
 NUM_SHOWN = 18
-_SHAPES = ["kind=shapes", "size=32"]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("name")
     parser.add_argument("seed", type=int)
     args = parser.parse_args(arguments)
-    comparison = read_comparison(args.folder)
+    comparison = read_comparison(args.folder, args.seed + 1)
     if args.kind == "tokenizer":
         score_tokenizer(comparison, args.name, args.seed)
     else:
@@ -71,10 +73,10 @@ def main(arguments: Sequence[str]) -> int:
 def score_tokenizer(comparison: Comparison, reference: str, seed: int) -> None:
     """Reconstruction, probe and predictors on held-out images, and a picture of reconstructions."""
     settings = comparison.settings
-    train, held_out = _sources(comparison)
+    train, held_out = open_sources(comparison.data())
     tokenizer = Tokenizer.from_pretrained(comparison.tokenizer_reference(reference, seed))
-    tokenizer.spec.check_image_size(train.image_size)
-    teacher = _teacher(comparison)
+    tokenizer.to(device())
+    teacher = comparison.teacher().to(device())
     network = teacher_network(teacher)
     report = evaluate_reconstruction(
         tokenizer,
@@ -84,20 +86,17 @@ def score_tokenizer(comparison: Comparison, reference: str, seed: int) -> None:
     )
     scores: dict[str, float] = dict(report.scores)
     scores |= evaluate_latents(tokenizer, held_out, settings.num_held_out, teacher)
-    if train.attributes:
-        attributes = probe(
-            latent_table(tokenizer, train, settings.num_train),
-            latent_table(tokenizer, held_out, settings.num_held_out),
-        )
-        if attributes:
-            mean = mean_score(attributes)
-            scores |= {"probe_f1": mean.f1, "probe_accuracy": mean.balanced_accuracy}
-    summary = comparison.tokenizer_folder(reference, seed) / "summary.json"
-    if summary.is_file():
-        scores["seconds"] = read_json(summary)["total_seconds"]
-    pixels = to_pixels(held_out.load(range(NUM_SHOWN)).images)
+    mean = probed(tokenizer, train, held_out, settings.num_train, settings.num_held_out)
+    if mean is not None:
+        scores |= {PROBE: mean.f1, "probe_accuracy": mean.balanced_accuracy}
+    trained = [reference, TEXTURE] if is_composite(reference) else [reference]
+    summaries = [comparison.tokenizer_folder(name, seed) / "summary.json" for name in trained]
+    if summaries[0].is_file():
+        scores["seconds"] = sum(read_json(file)["training_seconds"] for file in summaries)
+    shown = held_out.load(held_out.chosen(NUM_SHOWN)).images
+    pixels = to_pixels(shown, device=device())
     file = comparison.tokenizer_scores(reference, seed)
-    _write_pictures(file.with_suffix(".png"), tokenizer.decode(tokenizer.encode(pixels)))
+    _write_pictures(file.with_suffix(".png"), pixels, tokenizer.decode(tokenizer.encode(pixels)))
     write_json(file, scores)
 
 
@@ -108,9 +107,9 @@ def score_generator(comparison: Comparison, row: Row, seed: int) -> None:
     file = comparison.generator_scores(row, seed)
     scores: list[dict[str, float]] = read_json(file) if file.is_file() else []
     run_folder = comparison.generator_folder(row, seed)
-    generator = Generator.from_pretrained(run_folder)
-    train, _ = _sources(comparison)
-    network = teacher_network(_teacher(comparison))
+    generator = Generator.from_pretrained(run_folder).to(device())
+    train, _ = open_sources(comparison.data())
+    network = teacher_network(comparison.teacher().to(device()))
     real = images_of_source(train, comparison.settings.num_reference)
     reference = see_reference(real, network, comparison.folder / "references")
     num_classes = generator.network.num_classes
@@ -159,18 +158,9 @@ def training_seconds(run_folder: Path) -> dict[int, float]:
     return {entry["step"]: entry["seconds"] for entry in map(json.loads, lines)}
 
 
-def _sources(comparison: Comparison) -> tuple[ImageSource, ImageSource]:
-    return open_sources(parse_data(list(comparison.settings.data or _SHAPES), place="--data"))
-
-
-def _teacher(comparison: Comparison) -> Teacher:
-    content: dict[str, Any] = apply_overrides({}, list(comparison.settings.teacher))
-    return Teacher(parse(TeacherConfig, content, "--teacher"))
-
-
-def _write_pictures(path: Path, pixels: torch.Tensor) -> None:
+def _write_pictures(path: Path, *rows: torch.Tensor) -> None:
     """Images side by side, without any border: the report lays them out."""
-    strip = torch.cat(list(to_uint8(pixels).cpu()), dim=2)
+    strip = torch.cat([torch.cat(list(to_uint8(pixels).cpu()), dim=2) for pixels in rows], dim=1)
     with new_file(path) as temporary:
         temporary.write_bytes(encode_png(strip).numpy().tobytes())
 

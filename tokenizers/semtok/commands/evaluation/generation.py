@@ -46,6 +46,8 @@ from semtok.evaluation.image_sets import (
 from semtok.evaluation.inception import load_inception
 from semtok.storage import write_json
 
+_DRAWING = ("num", "labels", "seed", "method", "steps", "guidance", "interval")
+
 
 def add_task(tasks: argparse._SubParsersAction) -> None:
     """Adds the task to the command."""
@@ -65,17 +67,16 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
         help="real images: a folder, an archive of ADM's (of images, of statistics, or both), or data "
         "settings; default: the training images of the model's own data",
     )
-    task.add_argument("--num", type=int, default=2000, help="images to draw from the model")
+    task.add_argument("--num", type=int, help="images to draw from the model; default: 2000")
     task.add_argument(
         "--num-reference", type=int, default=50_000, help="at most so many real images of data"
     )
     task.add_argument(
         "--labels",
         choices=("balanced", "random"),
-        default="balanced",
-        help="each class equally often, or drawn at random; published scores differ by it",
+        help="each class equally often (the default), or drawn at random; published scores differ by it",
     )
-    task.add_argument("--seed", type=int, default=0, help="of the images")
+    task.add_argument("--seed", type=int, help="of the images; default: 0")
     add_sampler_options(task)
     add_teacher_options(task, "whose features FD-<teacher> compares")
     task.add_argument(
@@ -92,8 +93,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
 
 
 def _generation(args: argparse.Namespace) -> int:
-    if min(args.num, args.num_reference) < 2:
-        raise UserError("--num and --num-reference must be at least 2")
+    _check_options(args)
     check_output(args)
     teacher = load_teacher(args)
     networks = [teacher_network(teacher)]
@@ -117,11 +117,12 @@ def _generation(args: argparse.Namespace) -> int:
     if args.save_reference is not None:
         write_statistics(args.save_reference, next(iter(references.values())))
     with (
-        errors_at(args.model or str(args.images)),
+        errors_at(args.model or "--images"),
         tqdm(total=generated.num_images, desc="images", unit="image", disable=None) as progress,
     ):
         used = [network for network in networks if network.name in references]
         seen = see(generated, used, progress=progress.update)
+    with errors_at("--reference"):
         scores = {
             score: value
             for name, reference in references.items()
@@ -151,6 +152,21 @@ def _generation(args: argparse.Namespace) -> int:
             },
         )
     return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuses what can't be, and what would have no effect."""
+    drawing = {key: getattr(args, key) for key in _DRAWING}
+    without_effect = [key for key, value in drawing.items() if value is not None]
+    if args.images is not None and without_effect:
+        raise UserError(f"--{without_effect[0]}: goes with --model; --images are drawn already")
+    args.num = 2000 if args.num is None else args.num
+    args.seed = 0 if args.seed is None else args.seed
+    args.labels = args.labels or "balanced"
+    if min(args.num, args.num_reference) < 2:
+        raise UserError("--num and --num-reference must be at least 2")
+    if args.save_reference is not None and args.save_reference.suffix != ".npz":
+        raise UserError(f"--save-reference {args.save_reference}: expected FILE.npz")
 
 
 def _generated(

@@ -15,7 +15,8 @@ from semtok.commands.evaluation.options import (
 from semtok.commands.stage import errors_at
 from semtok.commands.table import print_table
 from semtok.errors import UserError
-from semtok.evaluation.latents import NUM_NEIGHBOURS, PREDICTORS, evaluate_latents
+from semtok.evaluation.latents import NUM_NEIGHBOURS, PREDICTORS, PROBE, evaluate_latents
+from semtok.evaluation.probe import probed
 from semtok.storage import write_json
 
 
@@ -28,11 +29,13 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     add_teacher_options(task, "whose features the latents are compared with")
     task.add_argument("--seed", type=int, default=0, help="of draws, noise and maps")
     task.set_defaults(command=_latents)
-    add_data_options(task, default=SHAPES, shown="the embedded shapes", num_train=False)
+    add_data_options(task, default=SHAPES, shown="the embedded shapes")
 
 
 def _latents(args: argparse.Namespace) -> int:
-    _, held_out = open_data(args)
+    train, held_out = open_data(args)
+    if args.seed < 0:
+        raise UserError(f"--seed: expected at least 0, got {args.seed}")
     if args.num_held_out <= NUM_NEIGHBOURS:
         raise UserError(
             f"--num-held-out: {args.num_held_out} images, but each is compared with its "
@@ -46,12 +49,16 @@ def _latents(args: argparse.Namespace) -> int:
             scores[reference] = evaluate_latents(
                 tokenizer, held_out, args.num_held_out, teacher, seed=args.seed
             )
+            mean = probed(tokenizer, train, held_out, args.num_train, args.num_held_out)
+        if mean is not None:
+            scores[reference][PROBE] = mean.f1
         print(f"{reference}: done", flush=True)
     _print(scores, f"latents of {args.num_held_out} held-out images, teacher {args.teacher}")
     if args.output is not None:
         settings = {
             "data": held_out.name,
             "num_images": args.num_held_out,
+            "num_train": args.num_train,
             "teacher": args.teacher,
             "seed": args.seed,
             "predictors": {name: asdict(predictor) for name, predictor in PREDICTORS.items()},
@@ -64,7 +71,12 @@ def _print(scores: dict[str, dict[str, float]], title: str) -> None:
     rows = [
         (predictor.label, predictor.better, *(f"{own[name]:.4f}" for own in scores.values()))
         for name, predictor in PREDICTORS.items()
+        if name in next(iter(scores.values()))
     ]
     print_table(title, rows, ("predictor", "better", *scores))
+    if PROBE not in next(iter(scores.values())):
+        print(
+            "attribute probe: missing; the images have no attributes (--attributes of evaluate probe)"
+        )
     for predictor in PREDICTORS.values():
         print(f"{predictor.label}: {predictor.meaning} ({predictor.source})")

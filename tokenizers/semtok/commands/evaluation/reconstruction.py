@@ -57,6 +57,8 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
 
 def _reconstruction(args: argparse.Namespace) -> int:
     _, held_out = open_data(args)
+    if args.num_held_out < 2:
+        raise UserError("--num-held-out: a Fréchet distance needs at least 2 images")
     missing: dict[str, str] = {}
     perceptual = _perceptual(args, missing)
     extractors = _extractors(args, missing)
