@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from semtok.images import to_uint8
 
@@ -29,6 +28,9 @@ def ssim(reconstruction: Tensor, pixels: Tensor) -> Tensor:
     Args:
         reconstruction, pixels: (B, 3, H, W) in [-1, 1].
     """
+    # Late, as importing torchmetrics takes seconds that most commands need not spend.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     return structural_similarity_index_measure(
         reconstruction.float(), pixels.float(), data_range=(-1.0, 1.0), reduction="none"
     )

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torchdiffeq import odeint
 
 from semtok.config import Config
 from semtok.diffusion.dit import DiT
@@ -300,6 +299,8 @@ def _dopri5(
             moved = stretch if stretch is not None else schedule.active(now)
             speed = velocity(dict(zip(names, parts, strict=True)), now, now)
             return tuple(speed[n] if moved[n] else torch.zeros_like(speed[n]) for n in names)
+
+        from torchdiffeq import odeint  # brings SciPy, which takes a second to import
 
         span = torch.tensor([begin, end], device=state[0].device)
         states = odeint(

@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from scipy.fft import dctn
-from scipy.stats import gaussian_kde
-from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -273,6 +271,9 @@ def density_uniformity(features: Tensor, seed: int = 0) -> tuple[float, float]:
     Raises:
         ValueError: fewer than four images, or all alike.
     """
+    from scipy.stats import gaussian_kde  # late: seconds to import, and tables read this module too
+    from sklearn.manifold import TSNE
+
     rows = features.flatten(1).float().cpu().numpy()
     if len(rows) < 4 or not rows.std(axis=0).any():
         raise ValueError("a density needs at least four images, and latents that vary")
