@@ -1,0 +1,117 @@
+"""Autoencoders in CompVis' layout: against a kit of the official code, and what must be refused."""
+
+import pytest
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from parity import Kit, kits, load_kit
+from semtok.hub.import_vae import import_autoencoder
+from semtok.nets.autoencoder import Architecture, build_autoencoder
+
+IMAGE, SUM = {"atol": 1e-4, "rtol": 0.0}, {"atol": 0.0, "rtol": 1e-5}
+
+
+@pytest.fixture(params=kits("vavae_autoencoder"))
+def kit(request) -> Kit:
+    return load_kit(request.param)
+
+
+@pytest.fixture
+def autoencoder(kit) -> AutoencoderKL:
+    """From the training script's file; the bare weights must say the same."""
+    files = kit.case["files"]
+    ours = import_autoencoder(kit.folder / files["checkpoint"])
+    bare = import_autoencoder(kit.folder / files["weights"]).state_dict()
+    assert all(torch.equal(value, bare[name]) for name, value in ours.state_dict().items())
+    return ours
+
+
+@torch.no_grad()
+def test_parity_vavae_encodes(kit, autoencoder):
+    posterior = autoencoder.encode(kit["encode/x"]).latent_dist
+    for name, ours in (("mean", posterior.mean), ("logvar", posterior.logvar)):
+        torch.testing.assert_close(ours, kit[f"encode/{name}"], **IMAGE)
+    z = posterior.mean + posterior.std * kit["encode/noise"]
+    torch.testing.assert_close(z, kit["encode/z"], **IMAGE)
+    torch.testing.assert_close(posterior.kl(), kit["encode/kl"], **SUM)
+    other = autoencoder.encode(kit["encode_other_size/x"]).latent_dist.parameters
+    torch.testing.assert_close(other, kit["encode_other_size/moments"], **IMAGE)
+
+
+@torch.no_grad()
+def test_parity_vavae_decodes(kit, autoencoder):
+    for latents in ("mean", "z"):
+        decoded = autoencoder.decode(kit[f"encode/{latents}"]).sample
+        torch.testing.assert_close(decoded, kit[f"decode/reconstruction_of_{latents}"], **IMAGE)
+    other = autoencoder.decode(kit["decode_other_size/z"]).sample
+    torch.testing.assert_close(other, kit["decode_other_size/image"], **IMAGE)
+
+
+# Without kits: a file in that layout, made from an autoencoder of ours ---------------------------
+
+_BACK = (
+    (".downsamplers.0.conv.", ".downsample.conv."),
+    (".upsamplers.0.conv.", ".upsample.conv."),
+    (".mid_block.attentions.0.", ".mid.attn_1."),
+    (".mid_block.resnets.0.", ".mid.block_1."),
+    (".mid_block.resnets.1.", ".mid.block_2."),
+    (".attentions.", ".attn."),
+    (".resnets.", ".block."),
+    (".conv_shortcut.", ".nin_shortcut."),
+    (".group_norm.", ".norm."),
+    (".to_out.0.", ".proj_out."),
+    (".to_", "."),
+    (".conv_norm_out.", ".norm_out."),
+    ("encoder.down_blocks.", "encoder.down."),
+)
+
+
+def official(autoencoder: AutoencoderKL) -> dict[str, Tensor]:
+    levels = len(autoencoder.config.block_out_channels)
+    state = {}
+    for name, value in autoencoder.state_dict().items():
+        attention = ".to_" in name and name.endswith("weight")
+        for level in range(levels):
+            name = name.replace(f"decoder.up_blocks.{level}.", f"decoder.UP.{levels - 1 - level}.")
+        for ours, theirs in _BACK:
+            name = name.replace(ours, theirs)
+        name = name.replace("decoder.UP.", "decoder.up.")
+        state[name] = value[:, :, None, None].clone() if attention else value.clone()
+    return state
+
+
+@pytest.mark.parametrize("attention", [None, (False, True, True)])
+def test_any_size_comes_back(tmp_path, attention):
+    torch.manual_seed(0)
+    shape = Architecture(
+        block_channels=(32, 32, 64), layers_per_block=2, latent_channels=3, attention=attention
+    )
+    made = build_autoencoder(shape).eval()
+    content = {"state_dict": official(made) | {"loss.logvar": torch.zeros(1)}, "epoch": 3}
+    torch.save(content, tmp_path / "x.ckpt")
+    back = import_autoencoder(tmp_path / "x.ckpt")
+    assert all(torch.equal(value, made.state_dict()[n]) for n, value in back.state_dict().items())
+    pixels = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(back(pixels).sample, made(pixels).sample)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s | {"encoder.extra": torch.zeros(1)}, "encoder.extra unknown"),
+        (lambda s: {k: v for k, v in s.items() if "norm_out" not in k}, "norm_out.bias missing"),
+        (lambda s: s | {"encoder.conv_in.bias": torch.zeros(5)}, r"conv_in.bias \(5,\) instead of"),
+        (lambda s: s | {"post_quant_conv.weight": torch.zeros(2, 2, 1, 1)}, "has one number"),
+        (lambda s: {"a": torch.zeros(1)}, "not an autoencoder in CompVis' layout"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, change, message):
+    shape = Architecture(block_channels=(32, 32), layers_per_block=1, latent_channels=3)
+    state = change(official(build_autoencoder(shape)))
+    file = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, file)
+    with pytest.raises(ValueError, match=message):
+        import_autoencoder(file)

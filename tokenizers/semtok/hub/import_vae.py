@@ -1,0 +1,128 @@
+"""Image autoencoders in the layout of CompVis' latent-diffusion code, as diffusers' AutoencoderKL:
+VA-VAE and the plain f16d32 of LightningDiT and SFD, Stable Diffusion's, those that REPA-E trains.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from semtok.errors import UserError
+from semtok.hub.checkpoints import read_state_dict
+from semtok.nets.autoencoder import Architecture, build_autoencoder
+from semtok.storage import first_line
+
+# What only training needed: discriminator, LPIPS and log variance; VA-VAE's teacher and its projection.
+_TRAINING_ONLY = ("loss.", "foundation_model.", "linear_proj.", "model_ema.")
+_NORM_GROUPS = 32  # fixed in that code
+_RENAMED = (
+    (r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1."),
+    (r"\.downsample\.conv\.", ".downsamplers.0.conv."),
+    (r"\.upsample\.conv\.", ".upsamplers.0.conv."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.block\.(\d+)\.", r".resnets.\1."),
+    (r"\.attn\.(\d+)\.", r".attentions.\1."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+    (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+)
+
+
+def import_autoencoder(path: str | Path) -> AutoencoderKL:
+    """The autoencoder of a ``.ckpt``, ``.pt`` or ``.safetensors`` file, in eval mode.
+
+    The weights may stand under ``state_dict`` beside what only training needs, or bare. They take pixels in
+    [-1, 1]; latents come as they are, without any scale.
+
+    Raises:
+        UserError: not such a file; or tensors that are unknown, missing or of other shapes, by name.
+    """
+    state = {
+        name: value
+        for name, value in read_state_dict(path, "state_dict").items()
+        if not name.startswith(_TRAINING_ONLY)
+    }
+    try:
+        autoencoder = build_autoencoder(_architecture(state))
+    except (LookupError, ValueError) as error:
+        raise UserError(
+            f"{path}: not an autoencoder in CompVis' layout ({first_line(error)})"
+        ) from None
+    levels = len(autoencoder.config.block_out_channels)
+    ours = {_our_name(name, levels): value.float() for name, value in state.items()}
+    expected = autoencoder.state_dict()
+    # Attention was written as 1x1 convolutions.
+    ours = {
+        name: value[..., 0, 0] if value.ndim == 4 and _ndim(expected, name) == 2 else value
+        for name, value in ours.items()
+    }
+    wrong = [
+        *(f"{name} unknown" for name in ours.keys() - expected.keys()),
+        *(f"{name} missing" for name in expected.keys() - ours.keys()),
+        *(
+            f"{name} {tuple(ours[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in ours.keys() & expected.keys()
+            if ours[name].shape != expected[name].shape
+        ),
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError(f"{path}: tensors do not fit: {'; '.join(sorted(wrong)[:5])}{more}")
+    autoencoder.load_state_dict(ours)
+    return autoencoder.eval()
+
+
+def _architecture(state: Mapping[str, Tensor]) -> Architecture:
+    levels = 1 + max(_numbers(state, r"encoder\.down\.(\d+)\."))
+    layers = 1 + max(_numbers(state, r"encoder\.down\.0\.block\.(\d+)\."))
+    channels = tuple(
+        len(state[f"encoder.down.{level}.block.{layers - 1}.conv2.weight"])
+        for level in range(levels)
+    )
+    z_channels, latent_channels = (
+        len(state["encoder.conv_out.weight"]) // 2,
+        state["post_quant_conv.weight"].shape[1],
+    )
+    if z_channels != latent_channels:
+        raise ValueError(
+            f"{z_channels} channels inside, {latent_channels} of latents; AutoencoderKL has one number"
+        )
+    return Architecture(
+        block_channels=channels,
+        layers_per_block=layers,
+        latent_channels=latent_channels,
+        norm_groups=_NORM_GROUPS,
+        attention=tuple(
+            any(name.startswith(f"encoder.down.{level}.attn.") for name in state)
+            for level in range(levels)
+        ),
+    )
+
+
+def _numbers(state: Mapping[str, Tensor], pattern: str) -> list[int]:
+    found = [int(match[1]) for name in state if (match := re.match(pattern, name))]
+    if not found:
+        raise LookupError(f"no tensor named {pattern.replace(chr(92), '')}")
+    return found
+
+
+def _our_name(name: str, levels: int) -> str:
+    # There the decoder's levels count from the finest resolution, here from the coarsest.
+    name = re.sub(
+        r"^decoder\.up\.(\d+)\.",
+        lambda match: f"decoder.up_blocks.{levels - 1 - int(match[1])}.",
+        name,
+    )
+    for pattern, replacement in _RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _ndim(state: Mapping[str, Tensor], name: str) -> int | None:
+    return state[name].ndim if name in state else None
