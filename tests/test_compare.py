@@ -367,10 +367,3 @@ def test_trainings_that_were_interrupted_keep_every_checkpoint_to_be_scored(
     written = json.loads((tmp_path / "c" / "scores" / "generator_demo-0.json").read_text())
     assert [entry["step"] for entry in written] == [2, 4]
     in_this_process.clear()
-
-
-def test_a_job_runs_as_the_process_that_it_is(tmp_path):
-    """The real command of a real job, with its errors in one line."""
-    words = [sys.executable, "-m", scores.__name__, str(tmp_path), "tokenizer", "vae", "0"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 2 and "comparison.yaml" in done.stderr

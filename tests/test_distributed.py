@@ -21,7 +21,6 @@ METHODS = {
         "perceptual": "teacher",
         "adversarial": {**tiny.ADVERSARIAL, "norm": "group", "weight": 0.5},
     },
-    "vae": {"name": "vae"},
     "semvae": {"name": "semvae", "channels": 4, "width": 16, "heads": 2, "blocks": 1},
 }
 

@@ -11,12 +11,10 @@ from PIL import Image
 from sklearn.metrics import f1_score
 
 from semtok.commands import cli, evaluate
-from semtok.data.folder import Folder
 from semtok.evaluation.probe import (
     AttributeScore,
     LatentTable,
     _f1_scores,
-    _order,
     mean_score,
     probe,
 )
@@ -181,15 +179,6 @@ def test_held_out_images_of_one_category_are_scored_without_warnings():
         found = probe(train, held_out)["two"]
     assert found.f1 == 0, "no image of the second category"
     assert 0 < found.balanced_accuracy < 1
-
-
-def test_a_folders_images_are_taken_in_random_order_as_it_is_sorted_by_class(tmp_path):
-    images = [(tmp_path / f"{i}.png", i // 50) for i in range(100)]
-    settings = {"class_names": ("a", "b"), "image_size": (8, 8), "flip": False}
-    folder = Folder(images, root=tmp_path, **settings)
-    order = _order(folder)
-    assert sorted(order) == list(range(100)) and order == _order(folder)
-    assert 5 < sum(i < 50 for i in order[:30]) < 25
 
 
 # The command -------------------------------------------------------------------------------------

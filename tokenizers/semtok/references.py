@@ -105,6 +105,7 @@ def _from_hub(reference: str, kind: str, *, revision: str | None, local_files_on
             f"{place} there is no such repository (or it is private; then 'hf auth login')"
         ) from None
     except RevisionNotFoundError:
-        raise UserError(f"{place} it has no revision '{revision}'") from None
+        what = f"it has no revision '{revision}'" if revision else "it is empty"
+        raise UserError(f"{place} {what}") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
         raise UserError(f"{place} it can't be reached, nor is it in the local cache") from None

@@ -55,12 +55,14 @@ class Method:
         config: its settings, the ``method:`` section of a recipe.
         objective: builds what the training loop trains.
         tokenizer: the class that its exports load as.
+        papers: to cite, one line each.
     """
 
     name: str
     config: type[MethodConfig]
     objective: Callable[[MethodConfig, Stage], TokenizerObjective]
     tokenizer: type[Tokenizer]
+    papers: tuple[str, ...] = ()
 
 
 _METHODS: dict[str, Method] = {}
@@ -72,13 +74,14 @@ def register_method(
     config: type[MethodConfig],
     objective: Callable[[MethodConfig, Stage], TokenizerObjective],
     tokenizer: type[Tokenizer],
+    papers: tuple[str, ...] = (),
 ) -> None:
-    """Makes a method available to recipes under ``name``.
+    """Makes a method available to recipes under ``name``; its exports' cards cite ``papers``.
 
     Raises:
         ValueError: another method has that name.
     """
-    method = Method(name, config, objective, tokenizer)
+    method = Method(name, config, objective, tokenizer, papers)
     old = _METHODS.get(name)
     if old is not None and old.config.__qualname__ != config.__qualname__:
         raise ValueError(
@@ -102,6 +105,12 @@ def get_method(name: object, *, place: str) -> Method:
             "recipe's plugins:, or --plugin where a command has it"
         )
     return _METHODS[name]
+
+
+def papers_of(name: str) -> tuple[str, ...]:
+    """What to cite for a method; nothing for one that is not registered."""
+    _load_built_in()
+    return _METHODS[name].papers if name in _METHODS else ()
 
 
 def load_plugins(files: Iterable[str]) -> None:

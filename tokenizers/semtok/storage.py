@@ -6,7 +6,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such file") from None
     except DAMAGE as error:
         raise UserError(f"{path}: cut short or damaged ({first_line(error)})") from None
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file into a folder that is not in use yet.
+
+    Args:
+        about: more of its header, for readers.
+    """
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(contiguous, path, metadata={"format": "pt", **(about or {})})
 
 
 def first_line(error: BaseException) -> str:

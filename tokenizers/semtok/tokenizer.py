@@ -7,18 +7,25 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
-import safetensors.torch
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from semtok.card import provenance, write_readme
 from semtok.config import Config
 from semtok.errors import UserError
 from semtok.images import Images, to_pixels
 from semtok.latents import Latents, LatentSpec, Posterior
 from semtok.references import locate_export
 from semtok.statistics import StreamingMoments
-from semtok.storage import first_line, new_folder, read_json, read_tensors, write_json
+from semtok.storage import (
+    first_line,
+    new_folder,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from semtok.teachers import Teacher, TeacherConfig, TeacherFeatures
 
 FORMAT_VERSION = 1
@@ -248,30 +255,58 @@ class Tokenizer(nn.Module, ABC):
 
     # Files --------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, the networks and the statistics; an existing export is replaced whole.
+    def save_pretrained(
+        self, folder: str | Path, *, pictures: Mapping[str, Path] | None = None
+    ) -> None:
+        """Writes config.json, the networks and the statistics, the recipe and a model card; an existing
+        export is replaced whole.
+
+        Args:
+            pictures: for the card, files by the names that they get.
 
         Raises:
             UserError: the folder holds something else.
         """
+        from semtok.registry import papers_of  # the registry imports this module
+
         with new_folder(Path(folder), replaces=_CONFIG_FILE) as temporary:
             settings = self.save_networks(temporary)
-            state = {name: buffer for name, buffer in self.named_buffers(recurse=False)}
-            safetensors.torch.save_file(state, temporary / _STATE_FILE, metadata={"format": "pt"})
-            write_json(
-                temporary / _CONFIG_FILE,
-                {
-                    "library": "semtok",
-                    "library_version": library_version(),
-                    "format_version": FORMAT_VERSION,
-                    "kind": "tokenizer",
-                    "method": self.method,
-                    "latents": self.spec.to_dict(),
-                    "diffusion_defaults": self.diffusion_defaults.model_dump(mode="json"),
-                    "settings": settings,
-                    "trained": self.training_info,
-                },
-            )
+            config = {
+                "library": "semtok",
+                "library_version": library_version(),
+                "format_version": FORMAT_VERSION,
+                "kind": "tokenizer",
+                "method": self.method,
+                "latents": self.spec.to_dict(),
+                "diffusion_defaults": self.diffusion_defaults.model_dump(mode="json"),
+                "settings": settings,
+                "trained": self.training_info,
+            }
+            state = dict(self.named_buffers(recurse=False))
+            write_tensors(temporary / _STATE_FILE, state, provenance(config))
+            write_json(temporary / _CONFIG_FILE, config)
+            write_readme(temporary, config, pictures or {}, papers_of(self.method))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        message: str | None = None,
+        branch: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Uploads what ``save_pretrained`` writes, as one commit, and returns its address; see
+        ``hub.publish.push_export``.
+
+        Raises:
+            UserError: a name that the Hub does not take, no access, no connection.
+        """
+        from semtok.hub.publish import push_pretrained  # brings the Hub's client
+
+        return push_pretrained(
+            self, repo_id, private=private, message=message, branch=branch, token=token
+        )
 
     @classmethod
     def from_pretrained(

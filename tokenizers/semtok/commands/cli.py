@@ -18,6 +18,7 @@ COMMANDS = {
     "sample": "draw images from a trained generator",
     "benchmark": "time training steps",
     "evaluate": "measure what a tokenizer's latents hold",
+    "hub": "push tokenizers and generators to the Hugging Face Hub",
     "compare": "train several tokenizers, a transformer on each, and report",
     "train_teacher": "train the embedded teacher again",
 }

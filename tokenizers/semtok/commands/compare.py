@@ -81,19 +81,17 @@ def _parser() -> Parser:
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     args = _parser().parse_args(arguments)
+    budget = BUDGETS[args.budget].model_dump()
     given = {
         "data": args.data,
         "teacher": args.teacher,
-        "settings": args.set,
+        "settings": [*budget["settings"], *args.set],
         "steps": args.steps,
         "num_checkpoints": args.num_checkpoints,
         "num_images": args.num_images,
     }
-    settings = parse(
-        ComparisonSettings,
-        BUDGETS[args.budget].model_dump() | {k: v for k, v in given.items() if v not in (None, [])},
-        "compare",
-    )
+    content = budget | {key: value for key, value in given.items() if value not in (None, [])}
+    settings = parse(ComparisonSettings, content, "compare")
     names = [name for name in args.tokenizers.split(",") if name]
     rows = [_row(name) for name in names] + [_variant(words) for words in args.variant]
     num_seeds = args.seeds if args.seeds is not None else SEEDS[args.budget]

@@ -137,6 +137,13 @@ def summarise(
     )
 
 
+def card_pictures(folder: Path) -> dict[str, Path]:
+    """Of a run, what its export's card shows: the newest samples, and the curves."""
+    found = {"samples": max((folder / "samples").glob("step_*.png"), default=None)}
+    found["curves"] = folder / "curves.png"
+    return {name: file for name, file in found.items() if file is not None and file.is_file()}
+
+
 def print_places(folder: Path, what: str) -> None:
     """Tells where a run has left what people look for."""
     places = {

@@ -12,6 +12,7 @@ from semtok.commands.cli import Parser
 from semtok.commands.run_folder import claim_run_folder, run_folder
 from semtok.commands.stage import (
     add_run_options,
+    card_pictures,
     errors_at,
     print_places,
     start_trainer,
@@ -114,7 +115,7 @@ def train_dit(
             "steps": trainer.step,
             "recipe": json.loads(recipe.model_dump_json()),
         }
-        generator.save_pretrained(folder / "export")
+        generator.save_pretrained(folder / "export", pictures=card_pictures(folder))
         summarise(trainer, metrics, folder, total_seconds=time.perf_counter() - start)
         print_places(folder, "generator")
     accelerator.wait_for_everyone()

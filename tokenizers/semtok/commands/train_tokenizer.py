@@ -12,6 +12,7 @@ from semtok.commands.cli import Parser
 from semtok.commands.run_folder import claim_run_folder, run_folder
 from semtok.commands.stage import (
     add_run_options,
+    card_pictures,
     errors_at,
     print_places,
     start_trainer,
@@ -218,7 +219,7 @@ def _export(
         "metrics": metrics,
         "recipe": json.loads(recipe.model_dump_json()),
     }
-    tokenizer.save_pretrained(folder / "export")
+    tokenizer.save_pretrained(folder / "export", pictures=card_pictures(folder))
 
     pixels = to_pixels(train.load([0]).images, device=device)
     reloaded = Tokenizer.from_pretrained(folder / "export").to(device)

@@ -1,13 +1,13 @@
 """Generator: a trained diffusion transformer with its tokenizer, from class labels to images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from semtok.card import provenance, write_readme
 from semtok.config import parse
 from semtok.diffusion.config import DiffusionConfig, build_network, check_guidance
 from semtok.diffusion.dit import DiT
@@ -16,7 +16,16 @@ from semtok.errors import UserError
 from semtok.latents import Latents, LatentSpec
 from semtok.pictures import principal_components, rows_of_images
 from semtok.references import locate_export
-from semtok.storage import DAMAGE, first_line, new_folder, read_json, read_tensors, write_json
+from semtok.registry import papers_of
+from semtok.storage import (
+    DAMAGE,
+    first_line,
+    new_folder,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from semtok.tokenizer import FORMAT_VERSION, Tokenizer, check_format_version, library_version
 
 KIND = "generator"
@@ -205,31 +214,65 @@ class Generator(nn.Module):
 
     # Files --------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, the network and ``tokenizer/``; an existing export is replaced whole.
+    def save_pretrained(
+        self, folder: str | Path, *, pictures: Mapping[str, Path] | None = None
+    ) -> None:
+        """Writes config.json, the network, ``tokenizer/``, the recipe and a model card; an existing export is
+        replaced whole.
+
+        Args:
+            pictures: for the card, files by the names that they get.
 
         Raises:
             UserError: the folder holds something else.
         """
         with new_folder(Path(folder), replaces=_CONFIG_FILE) as temporary:
             self.tokenizer.save_pretrained(temporary / "tokenizer")
-            state = {name: t.contiguous() for name, t in self.network.state_dict().items()}
-            safetensors.torch.save_file(state, temporary / _NETWORK_FILE, metadata={"format": "pt"})
-            write_json(
-                temporary / _CONFIG_FILE,
-                {
-                    "library": "semtok",
-                    "library_version": library_version(),
-                    "format_version": FORMAT_VERSION,
-                    "kind": KIND,
-                    "latents": self.network.spec.to_dict(),
-                    "image_size": list(self.image_size),
-                    "class_names": list(self.class_names),
-                    "diffusion": self.config.model_dump(mode="json"),
-                    "sampler": self.sampler.model_dump(mode="json"),
-                    "trained": self.training_info,
-                },
-            )
+            config = {
+                "library": "semtok",
+                "library_version": library_version(),
+                "format_version": FORMAT_VERSION,
+                "kind": KIND,
+                "latents": self.network.spec.to_dict(),
+                "image_size": list(self.image_size),
+                "class_names": list(self.class_names),
+                "diffusion": self.config.model_dump(mode="json"),
+                "sampler": self.sampler.model_dump(mode="json"),
+                "trained": self.training_info,
+            }
+            write_tensors(temporary / _NETWORK_FILE, self.network.state_dict(), provenance(config))
+            write_json(temporary / _CONFIG_FILE, config)
+            papers = (*self._papers(), *papers_of(self.tokenizer.method))
+            write_readme(temporary, config, pictures or {}, papers)
+
+    def _papers(self) -> list[str]:
+        """To cite for the network and its training, one line each."""
+        is_lightning = str(self.config.network).startswith("LightningDiT")
+        papers = ["SiT, arXiv 2401.08740"]
+        papers += ["LightningDiT, arXiv 2501.01423"] if is_lightning else []
+        papers += ["REPA, arXiv 2410.06940"] if self.config.repa else []
+        return papers
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        message: str | None = None,
+        branch: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Uploads what ``save_pretrained`` writes, as one commit, and returns its address; see
+        ``hub.publish.push_export``.
+
+        Raises:
+            UserError: a name that the Hub does not take, no access, no connection.
+        """
+        from semtok.hub.publish import push_pretrained  # brings the Hub's client
+
+        return push_pretrained(
+            self, repo_id, private=private, message=message, branch=branch, token=token
+        )
 
     @classmethod
     def from_pretrained(

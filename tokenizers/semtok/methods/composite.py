@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -27,7 +26,7 @@ from semtok.objective import Batch, Reference, TokenizerObjective
 from semtok.pictures import principal_components, rows_of_images
 from semtok.registry import MethodConfig, Stage
 from semtok.statistics import StreamingMoments
-from semtok.storage import DAMAGE, first_line, read_tensors
+from semtok.storage import DAMAGE, first_line, read_tensors, write_tensors
 from semtok.teachers import Teacher, TeacherConfig, TeacherFeatures
 from semtok.tokenizer import DiffusionDefaults, Tokenizer
 
@@ -251,12 +250,10 @@ class CompositeTokenizer(Tokenizer):
         """Writes ``texture/``, a whole tokenizer; the coder; and a teacher that only a local file has."""
         self.texture.save_pretrained(folder / "texture")
         if self.coder is not None:
-            state = {name: t.contiguous() for name, t in self.coder.state_dict().items()}
-            safetensors.torch.save_file(state, folder / _CODER_FILE, metadata={"format": "pt"})
+            write_tensors(folder / _CODER_FILE, self.coder.state_dict())
         config = self.teacher_config
         if config.checkpoint is not None:
-            state = {n: t.contiguous() for n, t in self.teacher.network.state_dict().items()}
-            safetensors.torch.save_file(state, folder / _TEACHER_FILE, metadata={"format": "pt"})
+            write_tensors(folder / _TEACHER_FILE, self.teacher.network.state_dict())
             config = config.model_copy(update={"checkpoint": _TEACHER_FILE})
         return {
             "coder": self.coder.settings() if self.coder is not None else None,

@@ -103,4 +103,10 @@ class ReDiObjective(CompositeObjective):
         return DiffusionDefaults(loss_weights=weights)
 
 
-register_method("redi", config=ReDiConfig, objective=ReDiObjective, tokenizer=ReDiTokenizer)
+register_method(
+    "redi",
+    config=ReDiConfig,
+    objective=ReDiObjective,
+    tokenizer=ReDiTokenizer,
+    papers=("ReDi, arXiv 2504.16064",),
+)

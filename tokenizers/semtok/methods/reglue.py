@@ -176,4 +176,10 @@ class REGLUEObjective(CompositeObjective):
         )
 
 
-register_method("reglue", config=REGLUEConfig, objective=REGLUEObjective, tokenizer=REGLUETokenizer)
+register_method(
+    "reglue",
+    config=REGLUEConfig,
+    objective=REGLUEObjective,
+    tokenizer=REGLUETokenizer,
+    papers=("REGLUE, arXiv 2512.16636",),
+)

@@ -222,4 +222,10 @@ class SemVAEObjective(CompositeObjective):
         )
 
 
-register_method("semvae", config=SemVAEConfig, objective=SemVAEObjective, tokenizer=SemVAETokenizer)
+register_method(
+    "semvae",
+    config=SemVAEConfig,
+    objective=SemVAEObjective,
+    tokenizer=SemVAETokenizer,
+    papers=("SemVAE and Semantic-First Diffusion, arXiv 2512.04926",),
+)

@@ -209,4 +209,10 @@ class SendVAEObjective(VAEObjective):
         return [*super().compiled_modules(), self.players["autoencoder"].mapper]
 
 
-register_method("send_vae", config=SendVAEConfig, objective=SendVAEObjective, tokenizer=KLTokenizer)
+register_method(
+    "send_vae",
+    config=SendVAEConfig,
+    objective=SendVAEObjective,
+    tokenizer=KLTokenizer,
+    papers=("Send-VAE, arXiv 2601.05823",),
+)

@@ -436,4 +436,10 @@ def make_autoencoder(source: str | Architecture) -> AutoencoderKL:
     return build_autoencoder(PRESETS[source]) if source in PRESETS else load_autoencoder(source)
 
 
-register_method("vae", config=VAEConfig, objective=VAEObjective, tokenizer=KLTokenizer)
+register_method(
+    "vae",
+    config=VAEConfig,
+    objective=VAEObjective,
+    tokenizer=KLTokenizer,
+    papers=("Latent diffusion, arXiv 2112.10752",),
+)

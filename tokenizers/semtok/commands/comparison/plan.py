@@ -71,9 +71,10 @@ class ComparisonSettings(Config):
 BUDGETS = {
     "quick": ComparisonSettings(
         recipe_share=1 / 3,
-        steps=400,
-        num_checkpoints=4,
-        num_images=300,
+        steps=480,
+        num_checkpoints=3,
+        settings=("sampler.steps=15",),
+        num_images=270,
         num_held_out=400,
         num_train=1500,
     ),

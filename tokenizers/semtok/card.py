@@ -1,0 +1,197 @@
+"""Model cards: what an export's README says to readers and to the Hugging Face Hub."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+README = "README.md"
+PLACEHOLDER = "ORG/NAME"
+"""In a card, where the repository's name will be."""
+_PICTURES = "pictures"
+_VAES = ("vae", "texture/vae", "tokenizer/vae", "tokenizer/texture/vae")
+_KINDS = {
+    "tokenizer": (
+        "Tokenizer",
+        "an image tokenizer",
+        "latents = model.encode(images)  # PIL images",
+    ),
+    "generator": ("Generator", "an image generator", "pixels = model.sample([0, 1], seed=0)"),
+}
+_EMBEDDED = "shapes ("  # data that the library renders itself
+_UNITS = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
+
+
+def model_card(
+    config: Mapping[str, Any],
+    *,
+    pictures: Sequence[str] = (),
+    papers: Sequence[str] = (),
+    vae: str | None = None,
+    reference: str = PLACEHOLDER,
+) -> str:
+    """A card in Markdown, with the header that the Hub reads.
+
+    Args:
+        config: an export's ``config.json``.
+        pictures: files in the export, by relative path.
+        papers: to cite, one line each.
+        vae: the folder in it that diffusers can load.
+        reference: what ``from_pretrained`` takes.
+    """
+    kind = config.get("kind", "tokenizer")
+    class_name, what, use = _KINDS[kind]
+    trained = config.get("trained") or {}
+    lines = [
+        "---",
+        card_data(config).to_yaml().strip(),
+        "---",
+        "",
+        f"# {_title(config)}",
+        "",
+        f"{what[0].upper()}{what[1:]} made by semtok {config['library_version']}. "
+        f"{_latents(config)}",
+        "",
+        "```python",
+        f"from semtok import {class_name}",
+        f'model = {class_name}.from_pretrained("{reference}")',
+        use,
+        "```",
+        "",
+    ]
+    if vae is not None:
+        lines += [
+            "Its image autoencoder loads in diffusers alone: "
+            f'`AutoencoderKL.from_pretrained("{reference}", subfolder="{vae}")`.',
+            "",
+        ]
+    for picture in pictures:
+        lines += [f"![{picture}]({picture})", ""]
+    rows = [*_settings(trained), *_figures(trained)]
+    if rows:
+        lines += ["| training | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows), ""]
+    if "recipe" in trained:
+        lines += ["All settings are in `recipe.yaml`.", ""]
+    if papers:
+        lines += ["Please cite:", "", *(f"- {paper}" for paper in papers), ""]
+    return "\n".join(lines)
+
+
+def write_readme(
+    folder: Path,
+    config: Mapping[str, Any],
+    pictures: Mapping[str, Path],
+    papers: Sequence[str] = (),
+) -> None:
+    """Writes an export's card, the pictures on it, and the recipe.
+
+    Args:
+        pictures: files by the names that they get.
+    """
+    for name, file in pictures.items():
+        (folder / _PICTURES).mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / _PICTURES / f"{name}{file.suffix}")
+    shown = [f"{_PICTURES}/{name}{file.suffix}" for name, file in pictures.items()]
+    vae = next((name for name in _VAES if (folder / name).is_dir()), None)
+    card = model_card(config, pictures=shown, papers=papers, vae=vae)
+    (folder / README).write_text(card, encoding="utf-8")
+    recipe = (config.get("trained") or {}).get("recipe")
+    if recipe:
+        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+
+
+def card_data(config: Mapping[str, Any]) -> ModelCardData:
+    """The card's header: library, tags, license, data, what it was started from, and scores."""
+    trained = config.get("trained") or {}
+    metrics: Mapping[str, float] = trained.get("metrics") or {}
+    data = trained.get("data")
+    kind = config.get("kind", "tokenizer")
+    results = [
+        EvalResult(
+            task_type="image-to-image" if kind == "tokenizer" else "unconditional-image-generation",
+            dataset_type=_data_type(data),
+            dataset_name=f"{data}, held out",
+            metric_type=name,
+            metric_value=round(float(value), 6),
+        )
+        for name, value in metrics.items()
+    ]
+    return ModelCardData(
+        library_name="semtok",
+        tags=["semtok", f"image-{kind}", *([config["method"]] if "method" in config else [])],
+        # Weights that were trained on somebody's images are that somebody's to license.
+        license="apache-2.0" if data and data.startswith(_EMBEDDED) else "other",
+        datasets=[_data_type(data)] if data else None,
+        base_model=_base_models(trained) or None,
+        metrics=list(metrics) or None,
+        model_name=_title(config) if results else None,
+        eval_results=results or None,
+    )
+
+
+def provenance(config: Mapping[str, Any]) -> dict[str, str]:
+    """What the header of an export's tensor files says of them: versions, method, and the recipe's digest."""
+    trained = config.get("trained") or {}
+    about = {"library": "semtok", "library_version": str(config["library_version"])}
+    if "method" in config:
+        about["method"] = str(config["method"])
+    if "recipe" in trained:
+        text = json.dumps(trained["recipe"], sort_keys=True)
+        about["recipe"] = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return about
+
+
+def _title(config: Mapping[str, Any]) -> str:
+    trained = config.get("trained") or {}
+    size = "x".join(map(str, config.get("image_size") or trained.get("image_size") or ())) or None
+    name = config.get("method") or (config.get("diffusion") or {}).get("network")
+    name = name if isinstance(name, str) else "diffusion transformer"
+    return f"{name}, {size} pixels" if size else name
+
+
+def _latents(config: Mapping[str, Any]) -> str:
+    parts = [
+        f"{part['name']} {part['channels']} channels"
+        + (f" (stride {part['stride']})" if part.get("stride") else "")
+        for part in config["latents"]
+    ]
+    return f"Latents, standardised: {', '.join(parts)}."
+
+
+def _settings(trained: Mapping[str, Any]) -> list[tuple[str, object]]:
+    recipe = trained.get("recipe") or {}
+    train, teacher = recipe.get("train") or {}, trained.get("teacher") or {}
+    rows = [
+        ("data", trained.get("data")),
+        ("teacher", teacher.get("name")),
+        ("steps", train.get("steps")),
+        ("images per step", train.get("batch_size")),
+    ]
+    return [(name, value) for name, value in rows if value is not None]
+
+
+def _figures(trained: Mapping[str, Any]) -> list[tuple[str, object]]:
+    metrics: Mapping[str, float] = trained.get("metrics") or {}
+    return [(f"held-out {_UNITS.get(n, n)}", f"{value:.4g}") for n, value in metrics.items()]
+
+
+def _data_type(data: str | None) -> str:
+    """A word for the data: the Hub takes no spaces there."""
+    return (data or "unknown").split(" ")[0]
+
+
+def _base_models(trained: Mapping[str, Any]) -> list[str]:
+    """Repositories on the Hub that the weights were started from or built on."""
+    method = (trained.get("recipe") or {}).get("method") or {}
+    references = (method.get("vae"), method.get("texture"))
+    return [r for r in references if isinstance(r, str) and _is_hub_id(r)]
+
+
+def _is_hub_id(reference: str) -> bool:
+    return reference.count("/") == 1 and not reference.startswith((".", "/", "runs/"))

@@ -1,0 +1,115 @@
+"""Exports to the Hugging Face Hub: one commit of all files, or none."""
+
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from semtok.card import PLACEHOLDER, README
+from semtok.errors import UserError
+from semtok.storage import first_line, read_json
+
+_TRANSPORTS = ("httpx2", "httpx", "requests", "urllib3")
+_REASONS = {
+    401: "the token is missing or not valid; 'hf auth login', or set HF_TOKEN",
+    403: "the token may not write there; use one with write access, or another name",
+    404: "there is no such repository or branch, or the token may not see it",
+    409: "there is a conflict with what is there, or with another commit at the same time",
+}
+
+
+class _Pretrained(Protocol):
+    def save_pretrained(self, folder: str | Path) -> None: ...
+
+
+def export_files(folder: Path) -> list[tuple[str, int]]:
+    """Relative path and size in bytes of every file that a push would upload.
+
+    Raises:
+        UserError: not an export of this library.
+    """
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("library") != "semtok":
+        raise UserError(f"{folder}: not an export of semtok; expected a run or its export/")
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return [(p.relative_to(folder).as_posix(), p.stat().st_size) for p in files]
+
+
+def push_export(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    message: str | None = None,
+    branch: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Uploads an export as one commit and returns its address.
+
+    A repository that is missing is created; one that is there keeps its visibility. The card gets the repository's
+    name. The folder is only read, so a failed push leaves it as it was, and may be tried again.
+
+    Args:
+        repo_id: ``org/name`` or ``name``.
+        private: of a new repository.
+        message: of the commit.
+        branch: None: the main one.
+        token: None: from HF_TOKEN, or as 'hf auth login' has stored it.
+
+    Raises:
+        UserError: a name that the Hub does not take, no access, no connection.
+    """
+    files = export_files(folder)
+    check_repo_id(repo_id)
+    api = HfApi(token=token, library_name="semtok")
+    operations = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=_content(folder, name, repo_id))
+        for name, _ in files
+    ]
+    way_on = f"{folder} is as it was, and the same command tries again"
+    try:
+        repository = api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.create_commit(
+            repository.repo_id,
+            operations,
+            commit_message=message or "Upload by semtok",
+            revision=branch,
+        )
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        reason = _REASONS.get(status, f"the Hub answers {status}: {first_line(error)}")
+        raise UserError(f"{repo_id}: {reason}; {way_on}") from None
+    except Exception as error:
+        # The Hub's client has changed its HTTP library more than once; their errors share no base.
+        transport = type(error).__module__.split(".")[0] in _TRANSPORTS
+        if not (transport or isinstance(error, OSError | RuntimeError)):
+            raise
+        raise UserError(
+            f"{repo_id}: the connection failed ({first_line(error)}); {way_on}"
+        ) from None
+    return str(commit.repo_url)
+
+
+def push_pretrained(model: _Pretrained, repo_id: str, **options: Any) -> str:
+    """Saves a model to a temporary folder and pushes that; options as ``push_export``."""
+    check_repo_id(repo_id)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(Path(folder) / "export")
+        return push_export(Path(folder) / "export", repo_id, **options)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises UserError where the Hub would not take the name."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"'{repo_id}' is no name on the Hub: {first_line(error)}") from None
+
+
+def _content(folder: Path, name: str, repo_id: str) -> Path | bytes:
+    if name != README:
+        return folder / name
+    return (folder / name).read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id).encode()

@@ -1,0 +1,7 @@
+"""Launcher of ``semtok hub``."""
+
+import sys
+
+from semtok.commands.cli import launch
+
+sys.exit(launch("hub"))
