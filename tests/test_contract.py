@@ -131,7 +131,7 @@ def test_latents_that_do_not_fit_the_spec_are_refused(tokenizer):
 
 
 @torch.no_grad()
-def test_a_fresh_process_encodes_and_decodes_to_the_same_tensors(tokenizer, pixels, tmp_path):
+def test_a_fresh_process_reads_the_same_and_diffusers_needs_no_semtok(tokenizer, pixels, tmp_path):
     tokenizer.save_pretrained(tmp_path / "export")
     latents = tokenizer.encode(pixels)
     torch.save(
@@ -139,9 +139,18 @@ def test_a_fresh_process_encodes_and_decodes_to_the_same_tensors(tokenizer, pixe
         tmp_path / "expected.pt",
     )
     script = (
-        "import sys, torch; from semtok import Tokenizer\n"
-        "e = torch.load(sys.argv[2]); t = Tokenizer.from_pretrained(sys.argv[1])\n"
+        "import sys, torch; sys.modules['semtok'] = None\n"
+        "from diffusers import AutoencoderKL\n"
         "torch.set_grad_enabled(False); torch.set_num_threads(int(sys.argv[3]))\n"
+        "e = torch.load(sys.argv[2])\n"
+        "vae = AutoencoderKL.from_pretrained(sys.argv[1] + '/vae').eval()\n"
+        "z = vae.encode(e['pixels']).latent_dist.mode()\n"
+        "mean, std = (torch.tensor(v)[:, None, None] for v in"
+        " (vae.config.latents_mean, vae.config.latents_std))\n"
+        "d = vae.decode((z - mean) / std * std + mean).sample.clamp(-1, 1)\n"
+        "torch.testing.assert_close(d, e['decoded'], atol=1e-5, rtol=0)\n"
+        "del sys.modules['semtok']; from semtok import Tokenizer\n"
+        "t = Tokenizer.from_pretrained(sys.argv[1])\n"
         "z = t.encode(e['pixels']); assert torch.equal(z.texture, e['latents'])\n"
         "assert torch.equal(t.decode(z), e['decoded']); assert not t.training\n"
         "print(t.method)"
@@ -155,40 +164,13 @@ def test_a_fresh_process_encodes_and_decodes_to_the_same_tensors(tokenizer, pixe
     assert done.stdout.strip() == tokenizer.method
 
 
-@torch.no_grad()
-def test_diffusers_loads_the_vae_alone_without_semtok(tokenizer, pixels, tmp_path):
-    tokenizer.save_pretrained(tmp_path / "export")
-    torch.save(
-        {"pixels": pixels, "decoded": tokenizer.decode(tokenizer.encode(pixels))},
-        tmp_path / "expected.pt",
-    )
-    script = (
-        "import sys, torch; sys.modules['semtok'] = None\n"
-        "from diffusers import AutoencoderKL\n"
-        "torch.set_grad_enabled(False); torch.set_num_threads(int(sys.argv[3]))\n"
-        "vae = AutoencoderKL.from_pretrained(sys.argv[1]).eval(); e = torch.load(sys.argv[2])\n"
-        "z = vae.encode(e['pixels']).latent_dist.mode()\n"
-        "mean, std = (torch.tensor(v)[:, None, None] for v in"
-        " (vae.config.latents_mean, vae.config.latents_std))\n"
-        "d = vae.decode((z - mean) / std * std + mean).sample.clamp(-1, 1)\n"
-        "torch.testing.assert_close(d, e['decoded'], atol=1e-5, rtol=0)"
-    )
-    paths = [str(tmp_path / "export" / "vae"), str(tmp_path / "expected.pt")]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *paths, str(torch.get_num_threads())],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_saving_over_an_export_replaces_it_whole(tokenizer, tmp_path):
     folder = tmp_path / "export"
     tokenizer.save_pretrained(folder)
     (folder / "stale.txt").write_text("from before")
     tokenizer.save_pretrained(folder)
     assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
         "config.json",
         "tokenizer.safetensors",
         "vae",
