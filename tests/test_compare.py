@@ -141,6 +141,11 @@ def test_rows_and_seeds_may_be_added_but_nothing_else_changed(tmp_path):
         (["--data", "size=30", "--tokenizers", "demo"], "--data with demo: data.size: image size"),
         (["--teacher", "name=nope"], "timm knows no model 'nope'"),
         (["--teacher", "nope=1"], "--teacher: unknown key 'nope'"),
+        (["--teacher", "layers=[-9]"], "teacher.layers: [-9] out of range"),
+        (
+            ["--data", "size=30", "--tokenizers", "send_vae"],
+            "recipes/send_vae.yaml: data.size: image",
+        ),
         (["--steps", "7"], "steps: 7 is not a multiple of num_checkpoints 5"),
         (["--set", "diffusion.leads=3"], "diffusion.leads"),
         (["--steps", "-3"], "steps"),

@@ -7,12 +7,13 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from semtok.commands.stage import errors_at
+from semtok.commands.train_tokenizer import build_objective
 from semtok.config import Config, apply_overrides, parse, read_yaml
 from semtok.data.source import DataConfig
 from semtok.data.sources import open_sources
 from semtok.errors import UserError
 from semtok.recipe import load_diffusion_recipe, load_recipe, write_recipe
-from semtok.references import find_recipe, locate_export, recipe_folder
+from semtok.references import DEMO, find_recipe, locate_export, recipe_folder
 from semtok.teachers import Teacher, TeacherConfig
 from semtok.tokenizer import Tokenizer
 
@@ -226,7 +227,9 @@ class Comparison:
                 with errors_at(f"--data with {reference}"):
                     tokenizer.spec.check_image_size(train.image_size)
             else:
-                load_recipe(recipe, self.tokenizer_overrides(reference, 0))
+                texture = Tokenizer.from_pretrained(DEMO) if is_composite(reference) else None
+                parsed = load_recipe(recipe, self.tokenizer_overrides(reference, 0))
+                build_objective(parsed, texture, place=str(recipe))
         for row in self.rows:
             load_diffusion_recipe(
                 diffusion_recipe(), self.generator_overrides(row, 0), tokenizer=row.tokenizer
