@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from semtok.card import provenance, write_readme
 from semtok.config import Config
 from semtok.errors import UserError
+from semtok.hub.publish import PushToHub
 from semtok.images import Images, to_pixels
 from semtok.latents import Latents, LatentSpec, Posterior
 from semtok.references import locate_export
@@ -56,7 +57,7 @@ class DiffusionDefaults(Config):
             raise ValueError(f"diffusion_defaults name no part of the latents: {unknown}")
 
 
-class Tokenizer(nn.Module, ABC):
+class Tokenizer(PushToHub, nn.Module, ABC):
     """Images to latents and back; three spaces, named everywhere:
 
     - *pixels*: float (B, 3, H, W) in [-1, 1];
@@ -286,27 +287,6 @@ class Tokenizer(nn.Module, ABC):
             write_tensors(temporary / _STATE_FILE, state, provenance(config))
             write_json(temporary / _CONFIG_FILE, config)
             write_readme(temporary, config, pictures or {}, papers_of(self.method))
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool = True,
-        message: str | None = None,
-        branch: str | None = None,
-        token: str | None = None,
-    ) -> str:
-        """Uploads what ``save_pretrained`` writes, as one commit, and returns its address; see
-        ``hub.publish.push_export``.
-
-        Raises:
-            UserError: a name that the Hub does not take, no access, no connection.
-        """
-        from semtok.hub.publish import push_pretrained  # brings the Hub's client
-
-        return push_pretrained(
-            self, repo_id, private=private, message=message, branch=branch, token=token
-        )
 
     @classmethod
     def from_pretrained(

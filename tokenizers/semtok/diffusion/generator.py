@@ -13,6 +13,7 @@ from semtok.diffusion.config import DiffusionConfig, build_network, check_guidan
 from semtok.diffusion.dit import DiT
 from semtok.diffusion.sampling import SampleNoise, SamplerConfig, Watch, sample_latents
 from semtok.errors import UserError
+from semtok.hub.publish import PushToHub
 from semtok.latents import Latents, LatentSpec
 from semtok.pictures import principal_components, rows_of_images
 from semtok.references import locate_export
@@ -42,7 +43,7 @@ _KEYS = {
 }
 
 
-class Generator(nn.Module):
+class Generator(PushToHub, nn.Module):
     """Draws images of given classes.
 
     Args:
@@ -252,27 +253,6 @@ class Generator(nn.Module):
         papers += ["LightningDiT, arXiv 2501.01423"] if is_lightning else []
         papers += ["REPA, arXiv 2410.06940"] if self.config.repa else []
         return papers
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool = True,
-        message: str | None = None,
-        branch: str | None = None,
-        token: str | None = None,
-    ) -> str:
-        """Uploads what ``save_pretrained`` writes, as one commit, and returns its address; see
-        ``hub.publish.push_export``.
-
-        Raises:
-            UserError: a name that the Hub does not take, no access, no connection.
-        """
-        from semtok.hub.publish import push_pretrained  # brings the Hub's client
-
-        return push_pretrained(
-            self, repo_id, private=private, message=message, branch=branch, token=token
-        )
 
     @classmethod
     def from_pretrained(

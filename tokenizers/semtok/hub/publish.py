@@ -2,7 +2,7 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -19,10 +19,6 @@ _REASONS = {
     404: "there is no such repository or branch, or the token may not see it",
     409: "there is a conflict with what is there, or with another commit at the same time",
 }
-
-
-class _Pretrained(Protocol):
-    def save_pretrained(self, folder: str | Path) -> None: ...
 
 
 def export_files(folder: Path) -> list[tuple[str, int]]:
@@ -93,12 +89,24 @@ def push_export(
     return str(commit.repo_url)
 
 
-def push_pretrained(model: _Pretrained, repo_id: str, **options: Any) -> str:
-    """Saves a model to a temporary folder and pushes that; options as ``push_export``."""
-    check_repo_id(repo_id)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(Path(folder) / "export")
-        return push_export(Path(folder) / "export", repo_id, **options)
+class PushToHub:
+    """Gives a model that has ``save_pretrained`` its ``push_to_hub``."""
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads what ``save_pretrained`` writes, as one commit, and returns its address.
+
+        Args:
+            repo_id: ``org/name`` or ``name``.
+            options: ``private``, ``message``, ``branch``, ``token``, as ``push_export`` takes them.
+
+        Raises:
+            UserError: a name that the Hub does not take, no access, no connection.
+        """
+        check_repo_id(repo_id)
+        with tempfile.TemporaryDirectory() as folder:
+            export = Path(folder) / "export"
+            self.save_pretrained(export)  # type: ignore[attr-defined]
+            return push_export(export, repo_id, **options)
 
 
 def check_repo_id(repo_id: str) -> None:
