@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 import tiny
-from semtok.commands import evaluate
+from semtok.commands import compare, evaluate, sample
 from semtok.commands.cli import run
 from semtok.commands.train_dit import train_dit
 from semtok.commands.train_tokenizer import train_tokenizer
@@ -308,8 +308,6 @@ def test_a_model_is_scored_against_what_it_was_trained_on(model, tmp_path, capsy
     # The same images by way of an archive, and of a folder, score the same.
     for name in ("x.npz", "folder"):
         words = [str(model), "--num", "40", "--output", str(tmp_path / name)]
-        from semtok.commands import sample
-
         assert run(sample.main, words) == 0
         data = ["--reference", "kind=shapes", "size=16", "num_images=24", "--num-reference", 20]
         assert score("--images", tmp_path / name, *data, "--output", output) == 0
@@ -360,3 +358,11 @@ def test_wrong_words_are_one_line(tmp_path, monkeypatch, capsys, words, message)
     assert score(*words) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
+
+
+def test_without_torch_fidelity_it_is_said_before_the_work(model, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert score("--model", model) == 2
+    assert "needs torch-fidelity; pip install" in capsys.readouterr().err
+    assert run(compare.main, ["--tokenizers", "demo", "--output", str(tmp_path / "c")]) == 2
+    assert "needs torch-fidelity" in capsys.readouterr().err and not (tmp_path / "c").exists()

@@ -8,6 +8,7 @@ teacher's features: the same distances under the teacher's name, as FD-DINOv2 (S
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import zipfile
@@ -254,6 +255,12 @@ _STATISTICS_KEYS = {"mu", "sigma", "mu_s", "sigma_s", "features"}
 # Scores -------------------------------------------------------------------------------------------
 
 
+def check_torch_fidelity() -> None:
+    """Raises UserError where the library that computes most scores is not installed."""
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise UserError("needs torch-fidelity; pip install 'semtok[evaluation]'")
+
+
 def generation_scores(generated: SetFeatures, reference: SetFeatures) -> dict[str, float]:
     """All scores that the features of the two sets allow, by ``PROTOCOL``.
 
@@ -265,12 +272,11 @@ def generation_scores(generated: SetFeatures, reference: SetFeatures) -> dict[st
         UserError: torch-fidelity is not installed.
         ValueError: the reference is of another network, or of images of another size.
     """
-    try:
-        from torch_fidelity.metric_isc import isc_features_to_metric
-        from torch_fidelity.metric_kid import kid_features_to_metric
-        from torch_fidelity.metric_prc import prc_features_to_metric
-    except ImportError:
-        raise UserError("needs torch-fidelity; pip install 'semtok[evaluation]'") from None
+    check_torch_fidelity()
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
     network = generated.network
     if reference.network != network:
         raise ValueError(f"features of {network}, but a reference of {reference.network}")

@@ -27,6 +27,7 @@ from semtok.evaluation.generation import (
     FeatureNetwork,
     SetFeatures,
     cache_folder,
+    check_torch_fidelity,
     generation_scores,
     inception_network,
     read_statistics,
@@ -93,6 +94,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
 
 
 def _generation(args: argparse.Namespace) -> int:
+    check_torch_fidelity()
     _check_options(args)
     check_output(args)
     teacher = load_teacher(args)
