@@ -105,11 +105,15 @@ def test_resuming_a_finished_run_changes_nothing(uninterrupted):
 
 
 def test_only_the_newest_checkpoints_are_kept_and_nothing_temporary_stays(tmp_path):
+    def train_vae(*, resume: bool, **settings) -> None:
+        recipe = parse_recipe(tiny.content({"name": "vae"}, **settings), "tiny")
+        train_tokenizer(recipe, tmp_path / "run", resume=resume)
+
     folder = tmp_path / "run" / "checkpoints"
-    train(tmp_path / "run", checkpoint_every=3, schedule="constant")
+    train_vae(resume=False, checkpoint_every=3, schedule="constant")
     (folder / ".step_00000004.killed").mkdir()
     settings = {"checkpoint_every": 1, "keep_last": 2, "steps": 8, "schedule": "constant"}
-    train(tmp_path / "run", resume=True, **settings)
+    train_vae(resume=True, **settings)
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000007", "step_00000008"]
 
 
