@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from semtok.references import is_hub_id
+
 README = "README.md"
 PLACEHOLDER = "ORG/NAME"
 """In a card, where the repository's name will be."""
@@ -190,8 +192,4 @@ def _base_models(trained: Mapping[str, Any]) -> list[str]:
     """Repositories on the Hub that the weights were started from or built on."""
     method = (trained.get("recipe") or {}).get("method") or {}
     references = (method.get("vae"), method.get("texture"))
-    return [r for r in references if isinstance(r, str) and _is_hub_id(r)]
-
-
-def _is_hub_id(reference: str) -> bool:
-    return reference.count("/") == 1 and not reference.startswith((".", "/", "runs/"))
+    return [r for r in references if isinstance(r, str) and is_hub_id(r)]

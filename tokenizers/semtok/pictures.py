@@ -1,12 +1,22 @@
 """Pictures of images, latents and features, for people to look at."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
 from semtok.images import to_uint8
+from semtok.storage import new_file
+
+
+def write_png(path: Path, picture: Tensor) -> None:
+    """Writes a picture, uint8 (3, H, W), whole or not at all."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(encode_png(picture).numpy().tobytes())
 
 
 def rows_of_images(rows: list[Tensor], min_height: int = 96) -> Tensor:

@@ -41,8 +41,7 @@ def locate_export(
         raise UserError(f"{reference}: no {kind} there (no config.json)")
     if reference == DEMO and kind == "tokenizer":
         return Path(str(files("semtok") / "assets" / "demo_tokenizer"))
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", reference) and not reference.startswith(".")
-    if is_hub_id and not reference.startswith(f"{RUNS}/"):
+    if is_hub_id(reference):
         return _from_hub(reference, kind, revision=revision, local_files_only=local_files_only)
     if kind == "model":
         raise UserError(
@@ -59,6 +58,13 @@ def locate_export(
         f"tokenizer '{reference}': no such folder, run (runs/{reference}) or recipe; "
         f"recipes: {', '.join(recipe_names())}"
     )
+
+
+def is_hub_id(reference: str) -> bool:
+    """Whether a reference reads as ``org/name``."""
+    if reference.startswith((".", f"{RUNS}/")):
+        return False
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", reference) is not None
 
 
 def recipe_folder() -> Path | None:

@@ -11,7 +11,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
-from torchvision.io import encode_png
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -21,6 +20,7 @@ from semtok.diffusion.generator import Generator
 from semtok.diffusion.sampling import SamplerConfig
 from semtok.errors import UserError
 from semtok.images import to_uint8
+from semtok.pictures import write_png
 from semtok.registry import load_plugins
 from semtok.storage import new_file
 
@@ -113,7 +113,7 @@ def _draw(
             raise UserError(str(error)) from None
         for i, image in zip(batch, to_uint8(pixels).cpu(), strict=True):
             if kind == "folder":
-                _write_png(args.output / f"{i:06d}.png", image)
+                write_png(args.output / f"{i:06d}.png", image)
             else:
                 images[i] = image
     if kind != "folder":
@@ -137,7 +137,7 @@ def _strip(
         )
     generator.to("cuda" if torch.cuda.is_available() else "cpu")
     picture = generator.strip(labels, columns=args.strip, seed=args.seed, sampler=sampler)
-    _write_png(args.output, picture)
+    write_png(args.output, picture)
     print(f"sampling over time of {len(labels)} images: {args.output}")
     return 0
 
@@ -190,9 +190,4 @@ def _write(images: Tensor, labels: list[int], output: Path, kind: str) -> None:
     columns = max(1, round(len(labels) ** 0.5 / per_class)) * per_class
     if rest or len(set(labels)) == 1:
         columns = math.ceil(len(labels) ** 0.5)
-    _write_png(output, make_grid(images[order], nrow=columns, padding=2, pad_value=255))
-
-
-def _write_png(path: Path, image: Tensor) -> None:
-    with new_file(path) as temporary:
-        temporary.write_bytes(encode_png(image).numpy().tobytes())
+    write_png(output, make_grid(images[order], nrow=columns, padding=2, pad_value=255))

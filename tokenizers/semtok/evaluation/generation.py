@@ -8,7 +8,6 @@ teacher's features: the same distances under the teacher's name, as FD-DINOv2 (S
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import zipfile
@@ -23,7 +22,7 @@ from torch import Tensor
 from semtok.errors import UserError
 from semtok.evaluation.frechet import Gaussian, frechet_distance
 from semtok.evaluation.image_sets import ImageSet
-from semtok.evaluation.inception import Inception
+from semtok.evaluation.inception import Inception, check_torch_fidelity
 from semtok.images import to_pixels
 from semtok.statistics import StreamingMoments
 from semtok.storage import DAMAGE, first_line, new_file
@@ -253,12 +252,6 @@ _STATISTICS_KEYS = {"mu", "sigma", "mu_s", "sigma_s", "features"}
 
 
 # Scores -------------------------------------------------------------------------------------------
-
-
-def check_torch_fidelity() -> None:
-    """Raises UserError where the library that computes most scores is not installed."""
-    if importlib.util.find_spec("torch_fidelity") is None:
-        raise UserError("needs torch-fidelity; pip install 'semtok[evaluation]'")
 
 
 def generation_scores(generated: SetFeatures, reference: SetFeatures) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The Inception network of FID, by torch-fidelity; asked for, never assumed."""
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,12 @@ class Inception(nn.Module):
         self._spatial = output[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float()
 
 
+def check_torch_fidelity() -> None:
+    """Raises UserError where torch-fidelity is not installed."""
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise UserError("needs torch-fidelity; pip install 'semtok[evaluation]'")
+
+
 def load_inception(*, download: bool = False) -> Inception:
     """The network that published FIDs use.
 
@@ -58,13 +65,12 @@ def load_inception(*, download: bool = False) -> Inception:
     Raises:
         UserError: torch-fidelity is not installed, or the weights can't be had.
     """
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import (
-            URL_INCEPTION_V3,
-            FeatureExtractorInceptionV3,
-        )
-    except ImportError:
-        raise UserError("needs torch-fidelity; pip install 'semtok[evaluation]'") from None
+    check_torch_fidelity()
+    from torch_fidelity.feature_extractor_inceptionv3 import (
+        URL_INCEPTION_V3,
+        FeatureExtractorInceptionV3,
+    )
+
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
     if not file.is_file() and not download:
         raise UserError(f"Inception's weights are not at {file}; put them there, or --download")

@@ -12,14 +12,13 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torchvision.io import encode_png
 
 from semtok.data.loading import BatchSlice, DataOrder, chosen_batches, training_batches
 from semtok.data.source import ImageBatch, ImageSource
 from semtok.errors import Interrupted
 from semtok.images import to_pixels
 from semtok.objective import Batch, Draws, Objective, StepOutput
-from semtok.storage import new_file
+from semtok.pictures import write_png
 from semtok.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -372,8 +371,7 @@ class Trainer:
             with self._evaluating():
                 picture = self.objective.picture(self.averaged, *self._evaluation_inputs(batch))
             if picture is not None:
-                with new_file(self.folder / "samples" / f"step_{self.step:08d}.png") as temporary:
-                    temporary.write_bytes(encode_png(picture).numpy().tobytes())
+                write_png(self.folder / "samples" / f"step_{self.step:08d}.png", picture)
             self.log.draw_curves()
         self.accelerator.wait_for_everyone()
 

@@ -12,7 +12,7 @@ from semtok.config import Config, apply_overrides, parse, read_yaml
 from semtok.data.source import DataConfig
 from semtok.data.sources import open_sources
 from semtok.errors import UserError
-from semtok.evaluation.generation import check_torch_fidelity
+from semtok.evaluation.inception import check_torch_fidelity
 from semtok.recipe import load_diffusion_recipe, load_recipe, write_recipe
 from semtok.references import DEMO, find_recipe, locate_export, recipe_folder
 from semtok.teachers import Teacher, TeacherConfig

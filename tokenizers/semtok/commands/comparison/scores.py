@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.io import encode_png
 
 from semtok.commands.cli import Parser, run
 from semtok.commands.comparison.plan import (
@@ -45,7 +44,8 @@ from semtok.evaluation.latents import PROBE, evaluate_latents
 from semtok.evaluation.probe import probed
 from semtok.evaluation.reconstruction import evaluate_reconstruction
 from semtok.images import to_pixels, to_uint8
-from semtok.storage import new_file, read_json, read_tensors, write_json
+from semtok.pictures import write_png
+from semtok.storage import read_json, read_tensors, write_json
 from semtok.tokenizer import Tokenizer
 from semtok.training.checkpoint import MODEL_FILE, checkpoint_path, list_checkpoints
 
@@ -161,8 +161,7 @@ def training_seconds(run_folder: Path) -> dict[int, float]:
 def _write_pictures(path: Path, *rows: torch.Tensor) -> None:
     """Images side by side, without any border: the report lays them out."""
     strip = torch.cat([torch.cat(list(to_uint8(pixels).cpu()), dim=2) for pixels in rows], dim=1)
-    with new_file(path) as temporary:
-        temporary.write_bytes(encode_png(strip).numpy().tobytes())
+    write_png(path, strip)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """``evaluate classes``: whether generated images show their class."""
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from semtok.evaluation.classes import (
     features_and_labels,
     real_batches,
 )
-from semtok.images import to_uint8
+from semtok.evaluation.image_sets import images_of_generator, labels_for
 from semtok.storage import write_json
 
 
@@ -70,17 +70,12 @@ def _classes(args: argparse.Namespace) -> int:
         return accuracy(reader.read(features), labels)
 
     real, _ = read(real_batches(held_out, args.num_held_out))
-    labels = [i % len(train.class_names) for i in range(num)]
-
-    def generated() -> Iterator[tuple[Tensor, Tensor]]:
-        for first in tqdm(range(0, num, 64), desc="sampling", unit="batch"):
-            own = labels[first : first + 64]
-            images = generator.sample(own, seed=args.seed, first=first, sampler=sampler)
-            # As files would hold them.
-            yield to_uint8(images), torch.tensor(own)
-
+    labels = labels_for(num, len(train.class_names), balanced=True, seed=args.seed)
+    images = images_of_generator(generator, labels, seed=args.seed, sampler=sampler, batch_size=64)
+    batches = torch.tensor(labels).split(64)
     with errors_at("--guidance"):
-        share, by_label = read(generated())
+        drawn = tqdm(images.open(), total=len(batches), desc="sampling", unit="batch")
+        share, by_label = read(zip(drawn, batches, strict=True))
     worst = sorted(by_label, key=lambda label: by_label[label])[:3]
     rows = [
         ("real held-out images", f"{100 * real:.1f}"),

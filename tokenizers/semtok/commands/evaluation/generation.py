@@ -27,7 +27,6 @@ from semtok.evaluation.generation import (
     FeatureNetwork,
     SetFeatures,
     cache_folder,
-    check_torch_fidelity,
     generation_scores,
     inception_network,
     read_statistics,
@@ -44,7 +43,7 @@ from semtok.evaluation.image_sets import (
     images_of_source,
     labels_for,
 )
-from semtok.evaluation.inception import load_inception
+from semtok.evaluation.inception import check_torch_fidelity, load_inception
 from semtok.storage import write_json
 
 _DRAWING = ("num", "labels", "seed", "method", "steps", "guidance", "interval")

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.io import encode_png
 
 from semtok.commands.evaluation.options import (
     SHAPES,
@@ -30,8 +29,8 @@ from semtok.evaluation.reconstruction import (
 )
 from semtok.images import to_pixels
 from semtok.nets.perceptual import LPIPS, backbone_file
-from semtok.pictures import rows_of_images
-from semtok.storage import new_file, write_json
+from semtok.pictures import rows_of_images, write_png
+from semtok.storage import write_json
 from semtok.tokenizer import Tokenizer
 
 _LABELS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
@@ -80,8 +79,7 @@ def _reconstruction(args: argparse.Namespace) -> int:
             grids += _worst_and_median(tokenizer, held_out, reports[reference])
     _print(reports, missing, args.num_held_out)
     if args.grid is not None:
-        with new_file(args.grid) as temporary:
-            temporary.write_bytes(encode_png(rows_of_images(grids)).numpy().tobytes())
+        write_png(args.grid, rows_of_images(grids))
         print(f"worst four and median four of each, with the images above: {args.grid}")
     if args.output is not None:
         scores = {reference: _as_json(report) for reference, report in reports.items()}
