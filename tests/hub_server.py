@@ -159,6 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
         allowed = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if repository is None or (repository["private"] and not allowed):
             return self._answer(401, {"error": "no"}, {"X-Error-Code": "RepoNotFound"})
+        if repository.get("gated"):
+            return self._answer(403, {"error": "no"}, {"X-Error-Code": "GatedRepo"})
         commits = [c for c in repository["commits"] if revision in ("main", c[0])]
         if not commits:
             return self._answer(404, {"error": "no"}, {"X-Error-Code": "RevisionNotFound"})

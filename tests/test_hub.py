@@ -78,6 +78,21 @@ def test_what_is_pushed_is_pulled_and_encodes_the_same(server, export, capsys):
     assert again.means_the_same(made)
 
 
+def test_a_gated_repository_is_told(server, export):
+    push_export(export, "org/name")
+    server.repositories["org/name"]["gated"] = True
+    with pytest.raises(ValueError, match="access is gated; ask for it there, then 'hf auth login'"):
+        Tokenizer.from_pretrained("org/name")
+
+
+def test_without_a_network_and_outside_the_cache_it_says_so(server):
+    server.shutdown()
+    server.server_close()
+    for offline in (False, True):
+        with pytest.raises(ValueError, match="it can't be reached, nor is it in the local cache"):
+            Tokenizer.from_pretrained("org/name", local_files_only=offline)
+
+
 def test_a_revision_stays_what_it_was(server, export):
     push_export(export, "org/name")
     first = server.repositories["org/name"]["commits"][-1][0]

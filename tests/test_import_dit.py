@@ -12,7 +12,9 @@ from torch import Tensor
 
 from semtok.diffusion.dit import DiT, DiTArchitecture, rotary_table
 from semtok.errors import UserError
-from semtok.hub.import_dit import import_dit, read_official_checkpoint
+from semtok.hub.formats import open_checkpoint
+from semtok.hub.import_coder import import_compressor, import_semvae
+from semtok.hub.import_dit import import_dit
 from semtok.latents import LatentSpec, PartSpec
 from semtok.nets.transformer import sincos_positions
 
@@ -99,13 +101,13 @@ def test_nestings_and_prefixes_of_the_training_scripts(tmp_path):
     }
     for name, content in files.items():
         torch.save(content, tmp_path / name)
-        read = read_official_checkpoint(tmp_path / name)
+        read = open_checkpoint(tmp_path / name).state
         assert read.keys() == state.keys()
         assert all(torch.equal(read[n], state[n]) for n in state)
-    read = read_official_checkpoint(tmp_path / "nested.pt", weights="model")
+    read = open_checkpoint(tmp_path / "nested.pt", weights="model").state
     assert torch.equal(read["pos_embed"], state["pos_embed"] + 1)
     safetensors.torch.save_file(state, tmp_path / "bare.safetensors")
-    assert read_official_checkpoint(tmp_path / "bare.safetensors").keys() == state.keys()
+    assert open_checkpoint(tmp_path / "bare.safetensors").state.keys() == state.keys()
 
 
 class Evil:
@@ -127,7 +129,7 @@ def test_files_that_are_no_checkpoints(tmp_path, monkeypatch):
         ("none.pt", "no such file"),
     ):
         with pytest.raises(UserError, match=f"{name}: .*{words}"):
-            read_official_checkpoint(name)
+            open_checkpoint(name)
     assert not Path("evil").exists()
 
 
@@ -136,7 +138,7 @@ def test_networks_that_are_others_are_refused_by_name():
     for change, words in (
         ({"pos_embed": state["pos_embed"] + 0.1}, "pos_embed is not the fixed code of a 2x2 grid"),
         ({"pos_embed": torch.zeros(1, 3, 384)}, "not a square grid"),
-        ({"blocks.0.extra": torch.zeros(1)}, "does not fit the network"),
+        ({"blocks.0.extra": torch.zeros(1)}, "x.pt: tensors do not fit: blocks.0.extra unknown"),
     ):
         with pytest.raises(UserError, match=words):
             import_dit(state | change, place="x.pt")
@@ -151,23 +153,27 @@ def test_networks_that_are_others_are_refused_by_name():
         import_dit(narrow, place="x.pt")
 
 
-def test_damaged_coders_are_one_line(tmp_path):
-    from semtok.hub.import_coder import import_compressor, import_semvae
-
-    for number, content in enumerate(
-        ({"model_state_dict": None}, {"model_state_dict": {1: 2}}, {"encoder.0.weight": 3}, [1])
+def test_damaged_coders_are_one_line():
+    statistics = torch.zeros(2), torch.ones(2)
+    for state in (
+        {},
+        {"encoder.0.weight": torch.zeros(3)},
+        {"encoder.x.weight": torch.zeros(2, 2)},
     ):
-        file = tmp_path / f"{number}.pt"
-        torch.save(content, file)
-        with pytest.raises(UserError, match=f"{number}.pt: not a SemVAE checkpoint"):
-            import_semvae(file)
-        with pytest.raises(UserError, match=f"{number}.pt"):
-            import_compressor(file, file)
+        with pytest.raises(UserError, match="x.pt: not a SemVAE checkpoint"):
+            import_semvae(state, place="x.pt")
+        with pytest.raises(UserError, match="x.pt: not a REGLUE compressor"):
+            import_compressor(state, statistics, place="x.pt")
 
 
 def test_damaged_projectors_and_odd_arguments_are_one_line():
     state = official(network(SIT, 5), 2) | {"projectors.0.0.weight": torch.zeros(2, 2)}
-    for settings in ({}, {"heads": 0}, {"family": "foo"}, {"stride": -3}, {"semantic_channels": 9}):
+    for settings in (
+        {},
+        {"heads": 0},
+        {"family": "foo"},
+        {"spec": LatentSpec((PartSpec("texture", 9, 8),))},
+    ):
         with pytest.raises(
             UserError, match="x.pt: not a SiT, REPA or LightningDiT checkpoint"
         ) as e:

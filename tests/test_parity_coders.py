@@ -7,7 +7,8 @@ from torch import Tensor
 
 from parity import Kit, kits, load_kit
 from semtok.diffusion.objective import on_texture_grid
-from semtok.hub.import_coder import import_compressor, import_semvae
+from semtok.hub.formats import open_checkpoint, read_statistics
+from semtok.hub.import_coder import import_compressor, import_semvae, semvae_heads
 from semtok.latents import Latents, Posterior
 from semtok.methods.composite import feature_cosine
 from semtok.methods.reglue import Compressor
@@ -35,9 +36,11 @@ def semvae(request) -> Kit:
 def compressor(kit: Kit) -> Compressor:
     """From the training script's file; the bare weights must say the same."""
     files = kit.case["files"]
-    statistics = kit.folder / files["norm_stats"]
-    ours = import_compressor(kit.folder / files["checkpoint"], statistics)
-    bare = import_compressor(kit.folder / files["weights"], statistics)
+    statistics = read_statistics(kit.folder / files["norm_stats"])
+    ours, bare = (
+        import_compressor(open_checkpoint(kit.folder / files[f]).state, statistics, place=f)
+        for f in ("checkpoint", "weights")
+    )
     state = bare.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
     widths = [ours.feature_channels, *ours.hidden, ours.channels]
@@ -112,9 +115,13 @@ def test_parity_reglue_compressor_with_image_moments(reglue):
 
 def coder(kit: Kit) -> SemVAE:
     files, kwargs = kit.case["files"], kit.case["constructor"]["kwargs"]
-    ours = import_semvae(kit.folder / files["checkpoint"])
+    checkpoint, weights = (
+        open_checkpoint(kit.folder / files[f]) for f in ("checkpoint", "weights")
+    )
+    heads = semvae_heads(checkpoint.content)
+    ours = import_semvae(checkpoint.state, place="checkpoint", heads=heads)
     assert ours.heads == kwargs["transformer_heads"], "read from the settings in the file"
-    bare = import_semvae(kit.folder / files["weights"], heads=ours.heads)
+    bare = import_semvae(weights.state, place="weights", heads=ours.heads)
     state = bare.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
     return ours

@@ -12,7 +12,8 @@ from semtok.diffusion.guidance import GuidanceConfig
 from semtok.diffusion.objective import cosine_loss, squared_error
 from semtok.diffusion.sampling import SamplerConfig, integrate, velocity_function
 from semtok.diffusion.transport import Schedule, interpolate, shift_times
-from semtok.hub.import_dit import ImportedDiT, import_dit, our_name, read_official_checkpoint
+from semtok.hub.formats import open_checkpoint
+from semtok.hub.import_dit import ImportedDiT, import_dit, our_name
 
 TOGETHER = Schedule({"texture": 0.0})
 TENSOR, SUM = {"atol": 5e-5, "rtol": 0.0}, {"atol": 0.0, "rtol": 1e-5}
@@ -35,9 +36,9 @@ def lightningdit(request) -> Kit:
 
 def imported(kit: Kit) -> ImportedDiT:
     """From the checkpoint as the training script writes it; the bare weights must say the same."""
-    state = read_official_checkpoint(kit.folder / kit.case["files"]["checkpoint"])
+    state = open_checkpoint(kit.folder / kit.case["files"]["checkpoint"]).state
     bare = (
-        read_official_checkpoint(kit.folder / kit.case["files"]["weights"])
+        open_checkpoint(kit.folder / kit.case["files"]["weights"]).state
         if "weights" in kit.case["files"]
         else state
     )

@@ -18,8 +18,9 @@ from semtok.diffusion.objective import DiTPlayer
 from semtok.diffusion.sampling import SamplerConfig, integrate, velocity_function
 from semtok.diffusion.transport import Schedule, TimeConfig
 from semtok.hub.checkpoints import read_checkpoint
-from semtok.hub.import_dit import ImportedDiT, import_dit, our_name, read_official_checkpoint
-from semtok.latents import Latents, Posterior
+from semtok.hub.formats import open_checkpoint
+from semtok.hub.import_dit import ImportedDiT, import_dit, our_name
+from semtok.latents import Latents, LatentSpec, PartSpec, Posterior
 from semtok.objective import StepOutput
 from semtok.statistics import StreamingMoments
 from semtok.teachers import TeacherFeatures
@@ -37,14 +38,14 @@ def sfd(request) -> Kit:
     return load_kit(request.param)
 
 
-def imported(kit: Kit, which: str = "", **settings: Any) -> ImportedDiT:
+def imported(kit: Kit, which: str = "", spec: LatentSpec | None = None) -> ImportedDiT:
     """From the checkpoint as the training script writes it; the bare weights must say the same."""
     files = kit.case["files"]
-    state = read_official_checkpoint(kit.folder / files[f"{which}checkpoint"])
-    bare = read_official_checkpoint(kit.folder / files[f"{which}weights"])
+    state = open_checkpoint(kit.folder / files[f"{which}checkpoint"]).state
+    bare = open_checkpoint(kit.folder / files[f"{which}weights"]).state
     assert state.keys() == bare.keys() and all(torch.equal(state[n], bare[n]) for n in state)
     kwargs = kit.case[f"{which}constructor"]["kwargs"]
-    return import_dit(state, place=kit.folder.name, heads=kwargs["num_heads"], **settings)
+    return import_dit(state, place=kit.folder.name, heads=kwargs["num_heads"], spec=spec)
 
 
 class Recorded:
@@ -218,7 +219,9 @@ LEADING = Schedule.from_leads({"texture": 0.0, "semantic": 0.3})
 
 def sfd_network(kit: Kit, which: str = "") -> ImportedDiT:
     channels = kit.case["constructor"]["kwargs"]["semantic_chans"]
-    return imported(kit, which, semantic_channels=channels)
+    total = kit.case[f"{which}constructor"]["kwargs"]["in_channels"]
+    parts = (PartSpec("texture", total - channels, 16), PartSpec("semantic", channels, 16))
+    return imported(kit, which, LatentSpec(parts))
 
 
 def halves(kit: Kit, x: Tensor) -> dict[str, Tensor]:

@@ -17,13 +17,29 @@ PLACEHOLDER = "ORG/NAME"
 """In a card, where the repository's name will be."""
 _PICTURES = "pictures"
 _VAES = ("vae", "texture/vae", "tokenizer/vae", "tokenizer/texture/vae")
+_FROM_PRETRAINED = ("from semtok import {0}", 'model = {0}.from_pretrained("{{reference}}")')
+_PART = ("from semtok.hub.parts import load_part", 'model = load_part("{reference}")')
 _KINDS = {
     "tokenizer": (
-        "Tokenizer",
         "an image tokenizer",
+        *(line.format("Tokenizer") for line in _FROM_PRETRAINED),
         "latents = model.encode(images)  # PIL images",
     ),
-    "generator": ("Generator", "an image generator", "pixels = model.sample([0, 1], seed=0)"),
+    "generator": (
+        "an image generator",
+        *(line.format("Generator") for line in _FROM_PRETRAINED),
+        "pixels = model.sample([0, 1], seed=0)",
+    ),
+    "network": (
+        "the network of an image generator, without a tokenizer,",
+        *_PART,
+        "velocity = model(latents, times, labels).velocity",
+    ),
+    "coder": (
+        "a coder of a vision model's features",
+        *_PART,
+        "mean, std = model.encode(features)  # (B, D, h, w)",
+    ),
 }
 _EMBEDDED = "shapes ("  # data that the library renders itself
 _UNITS = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
@@ -47,7 +63,7 @@ def model_card(
         reference: what ``from_pretrained`` takes.
     """
     kind = config.get("kind", "tokenizer")
-    class_name, what, use = _KINDS[kind]
+    what, *code = _KINDS[kind]
     trained = config.get("trained") or {}
     lines = [
         "---",
@@ -60,9 +76,7 @@ def model_card(
         f"{_latents(config)}",
         "",
         "```python",
-        f"from semtok import {class_name}",
-        f'model = {class_name}.from_pretrained("{reference}")',
-        use,
+        *(line.replace("{reference}", reference) for line in code),
         "```",
         "",
     ]
@@ -158,6 +172,8 @@ def _title(config: Mapping[str, Any]) -> str:
 
 
 def _latents(config: Mapping[str, Any]) -> str:
+    if "latents" not in config:
+        return ""
     parts = [
         f"{part['name']} {part['channels']} channels"
         + (f" (stride {part['stride']})" if part.get("stride") else "")
@@ -170,6 +186,7 @@ def _settings(trained: Mapping[str, Any]) -> list[tuple[str, object]]:
     recipe = trained.get("recipe") or {}
     train, teacher = recipe.get("train") or {}, trained.get("teacher") or {}
     rows = [
+        ("imported from", trained.get("imported_from")),
         ("data", trained.get("data")),
         ("teacher", teacher.get("name")),
         ("steps", train.get("steps")),

@@ -1,14 +1,22 @@
-"""``hub push RUN org/name``: tokenizers and generators to the Hugging Face Hub."""
+"""``hub push RUN org/name``: tokenizers and generators to the Hugging Face Hub; ``hub import FORMAT PATH``:
+published checkpoints as exports of this library."""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import get_args
 
 from semtok.commands.cli import Parser
 from semtok.commands.table import print_table
+from semtok.config import apply_overrides, parse
 from semtok.errors import UserError
+from semtok.hub.formats import Format
+from semtok.hub.imports import ImportOptions, import_checkpoint
 from semtok.hub.publish import check_repo_id, export_files, push_export
 from semtok.references import locate_export
+from semtok.teachers import Teacher, TeacherConfig
+from semtok.tokenizer import Tokenizer
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,8 +32,74 @@ def main(arguments: Sequence[str]) -> int:
     push.add_argument("--message", help="of the commit")
     push.add_argument("--branch", help="default: the main one")
     push.set_defaults(command=_push)
+    _add_import(tasks.add_parser("import", help="a published checkpoint, as an export"))
     args = parser.parse_args(arguments)
     return args.command(args)
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    formats = ("auto", *get_args(Format))
+    parser.add_argument("format", choices=formats, metavar="FORMAT", help=", ".join(formats))
+    parser.add_argument("path", type=Path, metavar="PATH", help="a file; a folder of diffusers")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--tokenizer", metavar="REF", help="whose latents the checkpoint generates, or codes beside"
+    )
+    parser.add_argument(
+        "--teacher", nargs="+", metavar="key=value", help="whose features a coder codes: name=…"
+    )
+    parser.add_argument(
+        "--statistics",
+        type=_number_or_path,
+        metavar="FILE|NUMBER",
+        help="mean and std of raw latents, or a scaling factor; of REGLUE's compressor, of the features; "
+        "default: the statistics file beside PATH",
+    )
+    parser.add_argument("--image-size", type=int, default=256, help="of a coder's images")
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
+    parser.add_argument("--heads", type=int, help="of a network of unpublished width")
+    parser.set_defaults(command=_import)
+
+
+def _import(args: argparse.Namespace) -> int:
+    if args.output.is_file() or (args.output.is_dir() and any(args.output.iterdir())):
+        raise UserError(f"--output {args.output}: exists already; choose another or remove it")
+    teacher = None
+    if args.teacher is not None:
+        content = apply_overrides({}, args.teacher)
+        teacher = Teacher(parse(TeacherConfig, content, "--teacher"))
+    options = ImportOptions(
+        weights=args.weights,
+        tokenizer=Tokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None,
+        teacher=teacher,
+        statistics=args.statistics,
+        heads=args.heads,
+        image_size=args.image_size,
+    )
+    imported = import_checkpoint(args.path, args.format, options)
+    imported.save(args.output)
+    rows = _by_fate(imported.became)
+    print_table(f"{args.path}, {imported.format}", rows, ("what became of it", "number", "such as"))
+    for note in imported.notes:
+        print(f"note: {note}")
+    kind = type(imported.model).__name__
+    print(f"imported as {kind}: {args.output}")
+    return 0
+
+
+def _by_fate(became: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    rows = []
+    for fate in dict.fromkeys(became.values()):
+        names = [name for name, value in became.items() if value == fate]
+        rows.append((fate, str(len(names)), ", ".join(names[:2]) + (" …" if names[2:] else "")))
+    return rows
+
+
+def _number_or_path(word: str) -> float | Path:
+    try:
+        return float(word)
+    except ValueError:
+        return Path(word)
 
 
 def _push(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,19 @@ def read_checkpoint(path: str | Path) -> Any:
         raise UserError(f"{path}: can't be read as a checkpoint ({first_line(error)})") from None
 
 
-def read_state_dict(path: str | Path, weights: str = "ema") -> dict[str, Tensor]:
-    """The state dict in a file, nested under ``weights`` or bare; names without ``module.`` before them.
-
-    Raises:
-        UserError: see ``read_checkpoint``, or a file without a state dict.
-    """
-    content = read_checkpoint(path)
-    state = content.get(weights, content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path}: holds no state dict, neither bare nor under '{weights}'")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+def check_names_and_shapes(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], place: str
+) -> None:
+    """Raises UserError, listing them, where tensors are unknown, missing or of other shapes than expected."""
+    wrong = [
+        *(f"{name} unknown" for name in state.keys() - expected.keys()),
+        *(f"{name} missing" for name in expected.keys() - state.keys()),
+        *(
+            f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in state.keys() & expected.keys()
+            if state[name].shape != expected[name].shape
+        ),
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise UserError(f"{place}: tensors do not fit: {'; '.join(sorted(wrong)[:8])}{more}")

@@ -1,35 +1,35 @@
 """Official checkpoints of feature coders: REGLUE's compressor with its statistics, SemVAE."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
 from torch import Tensor
 
 from semtok.errors import UserError
-from semtok.hub.checkpoints import read_checkpoint, read_state_dict
+from semtok.hub.checkpoints import check_names_and_shapes
 from semtok.methods.reglue import Compressor
 from semtok.methods.semvae import SemVAE
-from semtok.storage import DAMAGE, first_line
+from semtok.storage import first_line
+
+_MALFORMED = (LookupError, AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError)
 
 
-def import_compressor(path: str | Path, statistics: str | Path) -> Compressor:
+def import_compressor(
+    state: Mapping[str, Tensor], statistics: tuple[Tensor, Tensor], *, place: str
+) -> Compressor:
     """REGLUE's compressor, in eval mode.
 
     Args:
-        path: ``.pth`` as its training script writes it (names begin with ``module.``), or the same
-            weights as safetensors.
-        statistics: the norm-stats file beside it, ``dino_mean_std_….pth``: mean and std per channel.
+        state: with the names of its training script, ``encoder.model.0.weight`` and so on.
+        statistics: mean and standard deviation (D,) of the features, which its script keeps in another
+            file, ``dino_mean_std_….pth``.
+        place: starts every message.
 
     Raises:
-        UserError: files that are not these, or not of one another.
+        UserError: weights that are not these, or statistics of other features.
     """
-    state = {
-        name.replace(".model.", ".", 1): value for name, value in read_state_dict(path).items()
-    }
+    state = {name.replace(".model.", ".", 1): value for name, value in state.items()}
     try:
         # The layers of a stack alternate: convolution, residual block, …, convolution.
         last = max(int(name.split(".")[1]) for name in state if name.startswith("encoder."))
@@ -37,51 +37,43 @@ def import_compressor(path: str | Path, statistics: str | Path) -> Compressor:
         feature_channels = convolutions[0].shape[1]
         *hidden, channels = (len(weight) for weight in convolutions)
         compressor = Compressor(feature_channels, hidden, channels)
-        content = read_checkpoint(statistics)
-        state |= {f"feature_{name}": _vector(content[name]) for name in ("mean", "std")}
-        compressor.load_state_dict(state)
-        if not (compressor.feature_std > 0).all():
-            raise ValueError("a standard deviation is not positive")
-    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{path} with {statistics}: not a REGLUE compressor and its statistics ({first_line(error)})"
-        ) from None
+    except _MALFORMED as error:
+        raise UserError(f"{place}: not a REGLUE compressor ({first_line(error)})") from None
+    if not (statistics[1] > 0).all():
+        raise UserError(f"{place}: a standard deviation in its statistics is not positive")
+    state |= dict(zip(("feature_mean", "feature_std"), statistics, strict=True))
+    check_names_and_shapes(state, compressor.state_dict(), place)
+    compressor.load_state_dict(state)
     return compressor.eval()
 
 
-def _vector(values: Any) -> Tensor:
-    return torch.as_tensor(np.asarray(values), dtype=torch.float32).flatten()
-
-
-def import_semvae(path: str | Path, *, heads: int | None = None) -> SemVAE:
+def import_semvae(state: Mapping[str, Tensor], *, place: str, heads: int | None = None) -> SemVAE:
     """SemVAE, in eval mode.
 
     Args:
-        path: ``.pt`` as its training script writes it, or the bare weights as safetensors.
-        heads: attention heads; None: from the settings in the checkpoint, where they are; else 6.
+        state: with the names of its training script.
+        place: starts every message.
+        heads: attention heads, which no weight tells; None: the published 6.
 
     Raises:
-        UserError: a file that is none.
+        UserError: weights that are not these.
     """
-    content = read_checkpoint(path)
     try:
-        state = content.get("model_state_dict", content)
-        state = {name.removeprefix("module."): value for name, value in state.items()}
         width, feature_channels = state["encoder.0.weight"].shape
         blocks = sum(
             name.startswith("encoder.") and name.endswith("norm1.weight") for name in state
         )
         channels = len(state[f"encoder.{blocks + 2}.weight"]) // 2
-        heads = heads or _heads(content) or 6
-        coder = SemVAE(feature_channels, channels, width, heads, blocks)
-        coder.load_state_dict(state)
-    except (AttributeError, TypeError, ArithmeticError, *DAMAGE) as error:
-        raise UserError(f"{path}: not a SemVAE checkpoint ({first_line(error)})") from None
+        coder = SemVAE(feature_channels, channels, width, heads or 6, blocks)
+    except _MALFORMED as error:
+        raise UserError(f"{place}: not a SemVAE checkpoint ({first_line(error)})") from None
+    check_names_and_shapes(state, coder.state_dict(), place)
+    coder.load_state_dict(state)
     return coder.eval()
 
 
-def _heads(content: Mapping[str, Any]) -> int | None:
-    """The number of heads, which no weight tells, from the YAML text in the checkpoint."""
+def semvae_heads(content: Mapping[str, Any]) -> int | None:
+    """The number of heads, from the YAML text that SemVAE's training script puts beside the weights."""
     try:
         return int(yaml.safe_load(content["config"])["model"]["params"]["transformer_heads"])
     except (LookupError, TypeError, ValueError, AttributeError, yaml.YAMLError):

@@ -1,5 +1,5 @@
 """Official checkpoints of diffusion transformers, read into this library's network and conventions:
-SiT, REPA, REG, REGLUE, LightningDiT, SFD.
+SiT, REPA, REG, REGLUE, REPA-E, LightningDiT, SFD.
 
 SiT, LightningDiT and SFD run time from noise to data as we do. REPA and its family run it from data to
 noise and predict the opposite velocity; both are folded into the weights, exactly, so that an
@@ -9,7 +9,6 @@ imported network is one like any other: v(x, t) = -v'(x, 1 - t).
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from semtok.diffusion.dit import DiT, DiTArchitecture, rotary_table, time_frequencies
 from semtok.errors import UserError
-from semtok.hub.checkpoints import read_state_dict
+from semtok.hub.checkpoints import check_names_and_shapes
 from semtok.latents import LatentSpec, PartSpec
 from semtok.nets.transformer import silu_mlp, sincos_positions
 from semtok.storage import first_line
@@ -43,29 +42,45 @@ _VECTOR, _LEADS = "cls_projectors2.weight", "t_embedder_sem.mlp.0.weight"
 _PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
 
 
+_COMPUTED = ("pos_embed", "feat_rope.")
+_PROJECTORS = ("projectors.", "repa_projector.")
+_STATISTICS = "bn."  # REPA-E standardises latents by a BatchNorm without weights
+
+
 @dataclass(frozen=True)
 class ImportedDiT:
     """What an official checkpoint holds.
 
     Attributes:
-        network: in eval mode; predicts raw velocities of the latents that the checkpoint was
-            trained on (their scaling is the tokenizer's affair).
+        network: in eval mode; predicts velocities of the latents that the checkpoint was trained on (their
+            scaling is the tokenizer's affair).
         projectors: REPA's heads, one for each teacher, on the tokens (B, N, D) of a block.
+        grid: (rows, columns) of the texture that it was trained on.
+        statistics: mean and standard deviation (C,) per channel of the raw latents, where the checkpoint
+            has them (REPA-E).
     """
 
     network: DiT
     projectors: nn.ModuleList
+    grid: tuple[int, int]
+    statistics: tuple[Tensor, Tensor] | None
 
 
-def read_official_checkpoint(
-    path: str | Path, weights: Literal["ema", "model"] = "ema"
-) -> dict[str, Tensor]:
-    """The state dict in a ``.pt`` or ``.safetensors`` file, nested as the training scripts write it or bare.
+def what_became_of(name: str) -> str:
+    """In a few words, what the import makes of a tensor with this official name."""
+    if name.startswith(_COMPUTED):
+        return "computed anew, checked to be the same"
+    if name.startswith(_PROJECTORS):
+        return "left out, only REPA's training reads it"
+    if name.startswith(_STATISTICS):
+        return "latent statistics"
+    return "network"
 
-    Raises:
-        UserError: no such file, or not a checkpoint that can be read without running code in it.
-    """
-    return read_state_dict(path, weights)
+
+def learns_sigma(state: Mapping[str, Tensor]) -> bool:
+    """Whether the last layer has SiT's second, unused half of outputs."""
+    _, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    return len(state["final_layer.linear.weight"]) == 2 * patch**2 * channels
 
 
 def import_dit(
@@ -74,9 +89,7 @@ def import_dit(
     place: str,
     family: Family | None = None,
     heads: int | None = None,
-    stride: int | None = None,
-    semantic_channels: int | None = None,
-    semantic_stride: int = 16,
+    spec: LatentSpec | None = None,
 ) -> ImportedDiT:
     """Builds the network that a state dict is of, of any size.
 
@@ -85,49 +98,54 @@ def import_dit(
         place: starts every message.
         family: whose conventions hold; None: told from the names.
         heads: attention heads; None: from the rotary table, or the published size of that width.
-        stride: image pixels per texture cell, for the network's LatentSpec; None: 8, or SFD's 16.
-        semantic_channels: how many of the last channels are the semantic part; None: those of SFD
-            and REGLUE have 16, others none.
-        semantic_stride: image pixels per cell of the semantic part before it was resized to the
-            texture's grid; the published ones have 16x16 tokens of 256x256 pixels.
+        spec: of the latents that the checkpoint was trained on; None: the published ones of its kind.
 
     Raises:
         UserError: names or shapes that are not of these networks.
     """
     try:
+        state = _with_all_blocks(state)
         family = family or _family(state)
         if family not in get_args(Family) or (heads is not None and heads < 1):
             raise ValueError(f"family {family}, {heads} heads")
-        if min(stride or 1, semantic_stride) < 1:
-            raise ValueError("strides are at least 1")
         projectors = _projectors(state)
         config = _architecture(state, heads)
-        spec = _spec(state, stride, semantic_channels, semantic_stride)
+        spec = _checked(spec, state) if spec is not None else _published_spec(state)
         channels = state["x_embedder.proj.weight"].shape[1]
         num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
-        _check_positions(state, config)
-        ours = {
-            our_name(name): value
-            for name, value in state.items()
-            if not name.startswith(("pos_embed", "feat_rope.", "projectors.", "repa_projector."))
-        }
+        side = _check_positions(state, config)
+        not_ours = (*_COMPUTED, *_PROJECTORS, _STATISTICS)
+        ours = {our_name(n): value for n, value in state.items() if not n.startswith(not_ours)}
         for name in ("final.linear.weight", "final.linear.bias"):
             ours[name] = _velocity_rows(ours[name], config.patch_size, channels)
         if family == "repa":
             _reverse_time(ours)
+        timed_parts = ("semantic", "texture") if _LEADS in state else ()
+        network = DiT(config, spec, num_classes=num_classes, timed_parts=timed_parts)
     except (LookupError, ValueError, RuntimeError) as error:
         reason = first_line(error)
         raise UserError(f"{place}: not a SiT, REPA or LightningDiT checkpoint ({reason})") from None
-    timed_parts = ("semantic", "texture") if _LEADS in state else ()
-    network = DiT(config, spec, num_classes=num_classes, timed_parts=timed_parts)
-    try:
-        network.load_state_dict(ours)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(
-            f"{place}: does not fit the network that its names imply ({reason})"
-        ) from None
-    return ImportedDiT(network.eval(), projectors)
+    check_names_and_shapes(ours, network.state_dict(), place)
+    network.load_state_dict(ours)
+    grid = (side * config.patch_size, side * config.patch_size)
+    return ImportedDiT(network.eval(), projectors, grid, _statistics(state))
+
+
+def _with_all_blocks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """REPA's older files count the blocks after the aligned one anew, as ``decoder_blocks``."""
+    first = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+
+    def current(name: str) -> str:
+        return re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{first + int(m[1])}", name)
+
+    return {current(name): value for name, value in state.items()}
+
+
+def _statistics(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    if "bn.running_mean" not in state:
+        return None
+    # Without the norm's epsilon, as its samplers undo it.
+    return state["bn.running_mean"].float(), state["bn.running_var"].float().sqrt()
 
 
 def _family(state: Mapping[str, Tensor]) -> Family:
@@ -136,26 +154,30 @@ def _family(state: Mapping[str, Tensor]) -> Family:
     return "repa" if {"projectors.0.0.weight", _VECTOR} & state.keys() else "sit"
 
 
-def _spec(
-    state: Mapping[str, Tensor],
-    stride: int | None,
-    semantic_channels: int | None,
-    semantic_stride: int,
-) -> LatentSpec:
+def _published_spec(state: Mapping[str, Tensor]) -> LatentSpec:
+    """SFD: 16 semantic channels after the texture, both of stride 16. REGLUE: the same beside a texture of
+    stride 8, and the class token. Others: a texture of stride 8."""
     channels = state["x_embedder.proj.weight"].shape[1]
-    if semantic_channels is None:
-        with_features = _LEADS in state or (_VECTOR in state and channels > 16)
-        semantic_channels = 16 if with_features else 0
-    if not 0 <= semantic_channels < channels:
-        raise ValueError(f"{semantic_channels} semantic of {channels} channels leave no texture")
-    parts = [
-        PartSpec("texture", channels - semantic_channels, stride or (16 if _LEADS in state else 8))
-    ]
-    if semantic_channels:
-        parts.append(PartSpec("semantic", semantic_channels, semantic_stride))
-    if _VECTOR in state:
-        parts.append(PartSpec("global", state[_VECTOR].shape[1], None))
+    leads, vector = _LEADS in state, _VECTOR in state
+    semantic = 16 if leads or (vector and channels > 16) else 0
+    if channels <= semantic:
+        raise ValueError(f"{semantic} semantic of {channels} channels leave no texture")
+    parts = [PartSpec("texture", channels - semantic, 16 if leads else 8)]
+    parts += [PartSpec("semantic", semantic, 16)] if semantic else []
+    parts += [PartSpec("global", state[_VECTOR].shape[1], None)] if vector else []
     return LatentSpec(tuple(parts))
+
+
+def _checked(spec: LatentSpec, state: Mapping[str, Tensor]) -> LatentSpec:
+    channels = state["x_embedder.proj.weight"].shape[1]
+    vectors = [state[_VECTOR].shape[1]] if _VECTOR in state else []
+    ours = sum(part.channels for part in spec.parts if part.is_spatial)
+    if ours != channels or [p.channels for p in spec.parts if not p.is_spatial] != vectors:
+        raise ValueError(
+            f"it generates {channels} channels and vectors of {vectors}, the tokenizer's latents are "
+            + ", ".join(f"{part.name} {part.channels}" for part in spec.parts)
+        )
+    return spec
 
 
 def _architecture(state: Mapping[str, Tensor], heads: int | None) -> DiTArchitecture:
@@ -184,8 +206,9 @@ def _architecture(state: Mapping[str, Tensor], heads: int | None) -> DiTArchitec
     )
 
 
-def _check_positions(state: Mapping[str, Tensor], config: DiTArchitecture) -> None:
-    """Our position codes are computed; a checkpoint with others would mean something else."""
+def _check_positions(state: Mapping[str, Tensor], config: DiTArchitecture) -> int:
+    """Our position codes are computed; a checkpoint with others would mean something else. Gives the
+    number of tokens along a side."""
     num_tokens = state["pos_embed"].shape[1] - (_VECTOR in state)
     side = round(num_tokens**0.5)
     if side**2 != num_tokens:
@@ -200,6 +223,7 @@ def _check_positions(state: Mapping[str, Tensor], config: DiTArchitecture) -> No
     for name, value in expected.items():
         if not torch.allclose(state[name].float(), value, atol=1e-4):
             raise ValueError(f"{name} is not the fixed code of a {side}x{side} grid")
+    return side
 
 
 def our_name(name: str) -> str:

@@ -4,13 +4,12 @@ VA-VAE and the plain f16d32 of LightningDiT and SFD, Stable Diffusion's, those t
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from semtok.errors import UserError
-from semtok.hub.checkpoints import read_state_dict
+from semtok.hub.checkpoints import check_names_and_shapes
 from semtok.nets.autoencoder import Architecture, build_autoencoder
 from semtok.storage import first_line
 
@@ -34,48 +33,42 @@ _RENAMED = (
 )
 
 
-def import_autoencoder(path: str | Path) -> AutoencoderKL:
-    """The autoencoder of a ``.ckpt``, ``.pt`` or ``.safetensors`` file, in eval mode.
+def import_autoencoder(state: Mapping[str, Tensor], *, place: str) -> AutoencoderKL:
+    """The autoencoder that a state dict is of, in eval mode.
 
-    The weights may stand under ``state_dict`` beside what only training needs, or bare. They take pixels in
-    [-1, 1]; latents come as they are, without any scale.
+    What only training needs may stand beside it. It takes pixels in [-1, 1]; latents come as they are,
+    without any scale.
+
+    Args:
+        state: with the official names.
+        place: starts every message.
 
     Raises:
-        UserError: not such a file; or tensors that are unknown, missing or of other shapes, by name.
+        UserError: not such weights; or tensors that are unknown, missing or of other shapes, by name.
     """
-    state = {
-        name: value
-        for name, value in read_state_dict(path, "state_dict").items()
-        if not name.startswith(_TRAINING_ONLY)
-    }
+    state = {name: value for name, value in state.items() if not name.startswith(_TRAINING_ONLY)}
     try:
         autoencoder = build_autoencoder(_architecture(state))
     except (LookupError, ValueError) as error:
         raise UserError(
-            f"{path}: not an autoencoder in CompVis' layout ({first_line(error)})"
+            f"{place}: not an autoencoder in CompVis' layout ({first_line(error)})"
         ) from None
     levels = len(autoencoder.config.block_out_channels)
-    ours = {_our_name(name, levels): value.float() for name, value in state.items()}
+    ours = {our_name(name, levels): value.float() for name, value in state.items()}
     expected = autoencoder.state_dict()
     # Attention was written as 1x1 convolutions.
     ours = {
         name: value[..., 0, 0] if value.ndim == 4 and _ndim(expected, name) == 2 else value
         for name, value in ours.items()
     }
-    wrong = [
-        *(f"{name} unknown" for name in ours.keys() - expected.keys()),
-        *(f"{name} missing" for name in expected.keys() - ours.keys()),
-        *(
-            f"{name} {tuple(ours[name].shape)} instead of {tuple(expected[name].shape)}"
-            for name in ours.keys() & expected.keys()
-            if ours[name].shape != expected[name].shape
-        ),
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UserError(f"{path}: tensors do not fit: {'; '.join(sorted(wrong)[:5])}{more}")
+    check_names_and_shapes(ours, expected, place)
     autoencoder.load_state_dict(ours)
     return autoencoder.eval()
+
+
+def what_became_of(name: str) -> str:
+    """In a few words, what the import makes of a tensor with this official name."""
+    return "left out, only training reads it" if name.startswith(_TRAINING_ONLY) else "network"
 
 
 def _architecture(state: Mapping[str, Tensor]) -> Architecture:
@@ -112,7 +105,8 @@ def _numbers(state: Mapping[str, Tensor], pattern: str) -> list[int]:
     return found
 
 
-def _our_name(name: str, levels: int) -> str:
+def our_name(name: str, levels: int) -> str:
+    """What a parameter with an official name is called in an AutoencoderKL of so many resolutions."""
     # There the decoder's levels count from the finest resolution, here from the coarsest.
     name = re.sub(
         r"^decoder\.up\.(\d+)\.",

@@ -1,0 +1,355 @@
+"""Published checkpoints as this library's own: tokenizers, generators, or a part of one alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+from semtok.config import parse, read_yaml
+from semtok.diffusion.config import DiffusionConfig, resolve_defaults
+from semtok.diffusion.dit import PRESETS, DiT, DiTArchitecture
+from semtok.diffusion.generator import Generator
+from semtok.diffusion.sampling import SamplerConfig
+from semtok.errors import UserError
+from semtok.hub import import_dit as dits
+from semtok.hub import import_vae as vaes
+from semtok.hub.formats import (
+    DITS,
+    Checkpoint,
+    Format,
+    open_checkpoint,
+    read_statistics,
+    recognise,
+    statistics_beside,
+)
+from semtok.hub.import_coder import import_compressor, import_semvae, semvae_heads
+from semtok.hub.parts import save_part
+from semtok.methods.composite import CompositeConfig, FeatureCoder
+from semtok.methods.reglue import Compressor
+from semtok.methods.vae import KLTokenizer
+from semtok.references import recipe_folder
+from semtok.registry import Stage, get_method
+from semtok.teachers import Teacher
+from semtok.tokenizer import Tokenizer
+
+_FAMILIES: dict[Format, dits.Family] = {"sit": "sit", "lightningdit": "lightningdit"}
+_FAMILIES |= {"sfd": "lightningdit", "repa": "repa", "reg": "repa", "reglue": "repa"}
+_FAMILIES |= {"repa-e": "repa"}
+# Recipes of the published networks, for how each is sampled.
+_RECIPES: dict[Format, str] = {"sit": "sit_xl2", "repa": "sit_xl2_repa", "reg": "sit_xl2_reg"}
+_RECIPES |= {"reglue": "sit_xl2_reglue", "repa-e": "sit_xl2_repa", "sfd": "lightningdit_xl1_sfd"}
+_RECIPES |= {"lightningdit": "lightningdit_xl1"}
+_LEAD = 0.3  # SFD's, which its weights were trained with
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What a published file does not say of itself.
+
+    Attributes:
+        weights: the averaged or the trained ones, of a file that has both.
+        tokenizer: whose latents a diffusion transformer generates, or whose image latents a coder's stand
+            beside; None: it is imported as a part alone.
+        teacher: whose features a coder codes.
+        statistics: of raw latents: a file of mean and std, or a scaling factor; of REGLUE's compressor those
+            of the features. None: the statistics file beside the checkpoint, where there is one.
+        heads: attention heads of a network of unpublished width.
+        image_size: pixels along a side, from which a coder's grid follows.
+    """
+
+    weights: Literal["ema", "model"] = "ema"
+    tokenizer: Tokenizer | None = None
+    teacher: Teacher | None = None
+    statistics: Path | float | None = None
+    heads: int | None = None
+    image_size: int = 256
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An import, not yet written.
+
+    Attributes:
+        model: a whole tokenizer or generator, or a part alone.
+        became: of every tensor, and of every other entry of the file, what became of it.
+        notes: what the user should know, one line each.
+    """
+
+    format: Format
+    model: Tokenizer | Generator | DiT | FeatureCoder
+    trained: Mapping[str, Any]
+    became: Mapping[str, str]
+    notes: list[str] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        """Writes it as an export."""
+        if isinstance(self.model, Tokenizer | Generator):
+            self.model.save_pretrained(folder)
+        else:
+            save_part(self.model, folder, trained=self.trained)
+
+
+def import_checkpoint(
+    path: str | Path, format: Format | Literal["auto"], options: ImportOptions
+) -> Imported:
+    """Reads a published checkpoint; nothing in it is run.
+
+    Args:
+        path: a file, or a folder of diffusers.
+        format: ``auto`` tells it from the names in the file.
+
+    Raises:
+        UserError: a file of another or of no known format, tensors that do not fit, by name, or options
+            that do not belong to it.
+    """
+    checkpoint = open_checkpoint(path, options.weights)
+    format = _choose(format, checkpoint)
+    trained = {"imported_from": f"{checkpoint.path.name} ({format})"}
+    job = _Import(checkpoint, format, options, trained)
+    if format in DITS:
+        model = job.generator()
+    elif format in ("compvis-vae", "diffusers-vae"):
+        model = job.autoencoder()
+    else:
+        model = job.coder()
+    return Imported(format, model, trained, job.became, job.notes)
+
+
+def _choose(wanted: Format | Literal["auto"], checkpoint: Checkpoint) -> Format:
+    possible = recognise(checkpoint)
+    if wanted == "auto":
+        if len(possible) > 1:
+            raise UserError(
+                f"{checkpoint.path}: can be of {' or '.join(possible)}, which run time in opposite directions; "
+                "name the format instead of auto"
+            )
+        return possible[0]
+    if wanted not in get_args(Format):
+        raise UserError(f"no format '{wanted}'; formats: auto, {', '.join(get_args(Format))}")
+    # ReDi's, REG's and REGLUE's differ in what their channels mean, which only the user knows.
+    alike = {"reg", "reglue"} if set(possible) & {"reg", "reglue"} else set(possible)
+    if wanted not in alike:
+        raise UserError(
+            f"{checkpoint.path}: is of {' or '.join(possible)} by its names, not {wanted}"
+        )
+    return wanted
+
+
+class _Import:
+    """One import on its way; collects what became of everything."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        format: Format,
+        options: ImportOptions,
+        trained: Mapping[str, Any],
+    ) -> None:
+        self.checkpoint, self.format = checkpoint, format
+        self.options, self.trained = options, dict(trained)
+        self.place = str(checkpoint.path)
+        self.became = checkpoint.beside()
+        self.notes: list[str] = []
+
+    # Tokenizers of images ------------------------------------------------------------------------
+
+    def autoencoder(self) -> KLTokenizer:
+        self._refuse("tokenizer", "teacher", "heads")
+        if self.format == "diffusers-vae":
+            folder = self.checkpoint.path
+            folder = folder if (folder / "config.json").is_file() else folder / "vae"
+            tokenizer = KLTokenizer.from_diffusers(folder)
+            self.became |= dict.fromkeys(tokenizer.autoencoder.state_dict(), "network")
+            if self.options.statistics is None:
+                return self._finished(tokenizer)
+        else:
+            tokenizer = self._compvis(self.checkpoint.state)
+        statistics = self._statistics(tokenizer.spec["texture"].channels)
+        if statistics is None:
+            self.notes.append(
+                "its latents are not standardised yet: give --statistics, a file of mean and std or a scaling "
+                "factor such as 0.18215, or call measure_statistics; until then it only decodes raw latents"
+            )
+        else:
+            _standardise_texture(tokenizer, statistics)
+        return self._finished(tokenizer)
+
+    def _compvis(self, state: Mapping[str, Tensor]) -> KLTokenizer:
+        self.became |= {name: vaes.what_became_of(name) for name in state}
+        return KLTokenizer(vaes.import_autoencoder(state, place=self.place), method="vae")
+
+    def _finished(self, tokenizer: KLTokenizer) -> KLTokenizer:
+        tokenizer.training_info = self.trained
+        return tokenizer.eval()
+
+    # Tokenizers with coded features --------------------------------------------------------------
+
+    def coder(self) -> Tokenizer | FeatureCoder:
+        self.became |= dict.fromkeys(self.checkpoint.state, "network")
+        if self.format == "reglue-compressor":
+            statistics = self._statistics(None)
+            if statistics is None:
+                raise UserError(
+                    f"{self.place}: its features' statistics are in another file, dino_mean_std_….pth; "
+                    "give it by --statistics"
+                )
+            coder: FeatureCoder = import_compressor(
+                self.checkpoint.state, statistics, place=self.place
+            )
+        else:
+            heads = self.options.heads or semvae_heads(self.checkpoint.content)
+            coder = import_semvae(self.checkpoint.state, place=self.place, heads=heads)
+        if self.options.tokenizer is None or self.options.teacher is None:
+            self.notes.append(
+                "a coder alone; with --tokenizer (of the image latents) and --teacher name=… it becomes a tokenizer"
+            )
+            return coder
+        return self._composite(coder, self.options.tokenizer, self.options.teacher)
+
+    def _composite(self, coder: FeatureCoder, texture: Tokenizer, teacher: Teacher) -> Tokenizer:
+        if sum(teacher.widths) != coder.feature_channels:
+            raise UserError(
+                f"{self.place}: codes {coder.feature_channels} features, the teacher's layers give "
+                f"{'+'.join(map(str, teacher.widths))}; other teacher.name or teacher.layers"
+            )
+        settings = coder.settings()
+        side = self.options.image_size
+        if isinstance(coder, Compressor):
+            shape = {"hidden": settings["hidden"], "channels": settings["channels"]}
+            # As published, only the image latents are scaled.
+            content = {"name": "reglue", "compressor": shape, "statistics": "none"}
+        else:
+            shape = {key: settings[key] for key in ("channels", "width", "heads", "blocks")}
+            content = {"name": "semvae", **shape}
+        method = get_method(content["name"], place=self.place)
+        config = parse(method.config, content, self.place)
+        assert isinstance(config, CompositeConfig)
+        try:
+            objective = method.objective(config, Stage((side, side), teacher, 0, texture))
+        except ValueError as error:
+            raise UserError(f"{self.place}: {error}") from None
+        objective.averaged_module().load_state_dict(coder.state_dict())
+        tokenizer = objective.tokenizer(objective.averaged_module()).eval()
+        if tokenizer.measured_parts:
+            self._standardise_semantic(tokenizer)
+        tokenizer.training_info = self.trained
+        return tokenizer
+
+    def _standardise_semantic(self, tokenizer: Tokenizer) -> None:
+        statistics = self._statistics(tokenizer.spec["semantic"].channels)
+        if statistics is None:
+            raise UserError(
+                f"{self.place}: the code's statistics are in another file, latents_sv_stats.pt; give it by "
+                "--statistics"
+            )
+        tokenizer.semantic_mean.copy_(statistics[0])
+        tokenizer.semantic_std.copy_(statistics[1])
+        tokenizer.num_measured_images.fill_(1)  # by whoever published them
+
+    # Generators ----------------------------------------------------------------------------------
+
+    def generator(self) -> Generator | DiT:
+        self._refuse("teacher", "statistics")
+        content, tokenizer = self.checkpoint.content, self.options.tokenizer
+        state = self.checkpoint.state
+        self.became |= {name: dits.what_became_of(name) for name in state}
+        if self.format == "repa-e" and isinstance(content.get("vae"), dict):
+            self._refuse("tokenizer")
+            del self.became["vae"]
+            tokenizer = self._finished(self._compvis(content["vae"]))
+        imported = dits.import_dit(
+            state,
+            place=self.place,
+            family=_FAMILIES[self.format],
+            heads=self.options.heads,
+            spec=tokenizer.spec if tokenizer is not None else None,
+        )
+        if tokenizer is None:
+            self.notes.append(
+                "a network alone; with --tokenizer it becomes a generator that tools/sample.py takes"
+            )
+            return imported.network
+        if imported.statistics is not None:
+            _standardise_texture(tokenizer, imported.statistics)
+        if not tokenizer.is_measured:
+            raise UserError(
+                f"{self.place}: the tokenizer's latents are not standardised; import it with --statistics first"
+            )
+        network, stride = imported.network, tokenizer.spec["texture"].stride
+        assert stride is not None
+        leads = (
+            {"semantic": _LEAD}
+            if self.format == "sfd"
+            else dict.fromkeys(tokenizer.spec.names, 0.0)
+        )
+        config = DiffusionConfig(network=_preset(network.config), leads=leads, repa=False)
+        return Generator(
+            network,
+            tokenizer,
+            resolve_defaults(config, tokenizer),
+            published_sampler(self.format),
+            class_names=_class_names(network.num_classes),
+            image_size=(imported.grid[0] * stride, imported.grid[1] * stride),
+            training_info=self.trained,
+        ).eval()
+
+    # Shared --------------------------------------------------------------------------------------
+
+    def _statistics(self, channels: int | None) -> tuple[Tensor, Tensor] | None:
+        given, path = self.options.statistics, self.checkpoint.path
+        if isinstance(given, float):
+            if channels is None or not given > 0:
+                raise UserError(f"--statistics {given}: expected a file here")
+            return torch.zeros(channels), torch.full((channels,), 1 / given)
+        file = given or (statistics_beside(path) if path.is_file() else None)
+        if file is None:
+            return None
+        if given is None:
+            self.notes.append(f"statistics taken from {file}, which lies beside it")
+        mean, std = read_statistics(file)
+        if len(mean) != len(std) or channels not in (None, len(mean)):
+            raise UserError(f"{file}: statistics of {len(mean)} channels, not of {channels}")
+        return mean, std
+
+    def _refuse(self, *names: str) -> None:
+        for name in names:
+            if getattr(self.options, name) is not None:
+                raise UserError(
+                    f"{self.place}: --{name} says nothing to a checkpoint of {self.format}; leave it out"
+                )
+
+
+def published_sampler(format: Format) -> SamplerConfig:
+    """How the network of that format is sampled in its paper, as its recipe says."""
+    folder = recipe_folder()
+    if folder is None:
+        return SamplerConfig()
+    file = folder / "imagenet256" / f"{_RECIPES[format]}.yaml"
+    return parse(SamplerConfig, read_yaml(file).get("sampler", {}), f"{file}: sampler")
+
+
+def _standardise_texture(tokenizer: Tokenizer, statistics: tuple[Tensor, Tensor]) -> None:
+    mean, std = statistics
+    if len(mean) != len(tokenizer.texture_mean):
+        raise UserError(
+            f"statistics of {len(mean)} channels for a texture of {len(tokenizer.texture_mean)}"
+        )
+    tokenizer.texture_mean.copy_(mean)
+    tokenizer.texture_std.copy_(std)
+    tokenizer.num_measured_images.fill_(1)  # by whoever published them
+
+
+def _preset(shape: DiTArchitecture) -> str | DiTArchitecture:
+    return next((name for name, preset in PRESETS.items() if preset == shape), shape)
+
+
+def _class_names(num_classes: int) -> list[str]:
+    """ImageNet's, as its folders are called; numbers of other data."""
+    if num_classes == 1000:
+        info = ImageNetInfo()
+        return [info.index_to_label_name(i) for i in range(num_classes)]
+    return [str(number) for number in range(num_classes)]
