@@ -28,7 +28,7 @@ def test_a_tokenizer_in_foreign_training_code(tmp_path, method):
         content = {"name": "semvae", "channels": 4, "width": 16, "heads": 2, "blocks": 1}
         train_tokenizer(parse_recipe(tiny.content(content, steps=2), "tiny"), tmp_path / "run")
     code = block("In your own training code")
-    assert len(code.strip().splitlines()) == 3
+    assert len([line for line in code.splitlines() if line]) == 3
     images = Shapes(ShapesConfig(size=16), train=False).load(range(4)).images
     names = {"images": images}
     exec(code.replace("org/name", reference).replace("cuda", "cpu"), names)
