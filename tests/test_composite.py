@@ -17,6 +17,7 @@ from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import statistics_batches, train_tokenizer
 from semtok.data.feature_cache import CachedFeatures
 from semtok.data.shapes import Shapes, ShapesConfig
+from semtok.data.shards import Shards
 from semtok.images import to_pixels
 from semtok.methods.composite import CompositeTokenizer, feature_cosine, feature_stride
 from semtok.methods.redi import PrincipalComponents
@@ -366,7 +367,8 @@ def test_cached_features_are_those_of_each_step(tmp_path, monkeypatch, capsys):
     from semtok.data.sources import open_sources
 
     source, _ = open_sources(parsed.data)
-    cache, teacher = CachedFeatures(source, tmp_path / "cache"), Teacher(parsed.teacher)
+    shards = Shards(tmp_path / "cache", "test")
+    cache, teacher = CachedFeatures(source, shards), Teacher(parsed.teacher)
     keys = [(2, True), (0, False), (5, True)]
     batch = source.load_keys(keys)
     expected = teacher.features(to_pixels(batch.images), grid=(8, 8))
@@ -380,13 +382,15 @@ def test_cached_features_are_those_of_each_step(tmp_path, monkeypatch, capsys):
     train_tokenizer(parsed, tmp_path / "second")
     assert "computing" not in capsys.readouterr().out
     recipe["teacher"]["layers"] = [-1]
-    with pytest.raises(UserError, match=r"holds other features \(layers: \[-2, -1\]"):
+    with pytest.raises(
+        UserError, match=r"holds the teacher's features of something else \(layers: \[-2, -1\]"
+    ):
         train_tokenizer(parse_recipe(recipe, "tiny"), tmp_path / "third")
 
 
 def test_a_cache_that_the_disk_can_not_hold_is_refused(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
-    monkeypatch.setattr("semtok.data.feature_cache.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("semtok.data.shards.shutil.disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"needs 0.0 GB, the disk has 0.0 GB free"):
         trained("semvae", tmp_path / "run", feature_cache=str(tmp_path / "cache"))
 
@@ -548,7 +552,7 @@ def test_a_cache_names_unreadable_files_and_notices_changed_ones(folder, tmp_pat
         assert summary["num_skipped_files"] == 1
     for name in ("0.png", "1.png", "2.png"):  # one of them may be held out
         shutil.copy(tmp_path / "images/5.png", tmp_path / "images" / name)
-    with pytest.raises(UserError, match=r"cache holds other features \(source"):
+    with pytest.raises(UserError, match=r"cache holds .* of something else \(source"):
         cached(folder, tmp_path / "cache", tmp_path / "third")
     assert not (tmp_path / "third").exists(), "told before the run's folder is claimed"
 
@@ -572,7 +576,7 @@ def test_two_runs_that_write_one_cache_do_not_disturb_each_other(folder, tmp_pat
 def test_a_damaged_cache_says_what_to_do(folder, tmp_path):
     cached(folder, tmp_path / "cache", tmp_path / "run")
     index = (tmp_path / "cache/index.json").read_text()
-    for name, text in (("index.json", "[]"), ("layer_0.npy", "short")):
+    for name, text in (("index.json", "[]"), ("shard-000000.safetensors", "short")):
         (tmp_path / "cache" / name).write_text(text)
         with pytest.raises(UserError, match="method.feature_cache: .* is damaged"):
             cached(folder, tmp_path / "cache", tmp_path / "again")

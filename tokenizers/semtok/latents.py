@@ -60,6 +60,10 @@ class Posterior:
     mean: Latents
     std: Latents
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Posterior":
+        """Applies a function to every tensor."""
+        return Posterior(self.mean.map(function), self.std.map(function))
+
     def sample(self, generator: torch.Generator | None = None) -> Latents:
         """A draw."""
         noise = {

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from semtok.config import Config
 from semtok.data.source import ImageSource
+from semtok.latents import Posterior
 from semtok.teachers import TeacherFeatures
 from semtok.tokenizer import Tokenizer
 
@@ -60,16 +61,21 @@ class Batch:
     """One micro-batch as the loop gives it, on the device.
 
     Attributes:
-        pixels: (B, 3, H, W) in [-1, 1]; None where cached features stand for the images.
+        pixels: (B, 3, H, W) in [-1, 1]; None where cached features or latents stand for the images.
         labels: int64 (B,).
         attributes: int64 (B,) each, by name.
         features: what a teacher saw in the images, where it is cached.
+        latents: a tokenizer's posterior of the images, in float32, where it is cached.
     """
 
     pixels: Tensor | None
     labels: Tensor
     attributes: Mapping[str, Tensor] = field(default_factory=dict)
     features: TeacherFeatures | None = None
+    latents: Posterior | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 @dataclass(frozen=True)
@@ -160,12 +166,17 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def validate(
-        self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]
+        self, averaged: nn.Module, pixels: Tensor | None, inputs: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        """Held-out metrics, one value per sample (B,), by the given weights of ``averaged_module``."""
+        """Held-out metrics, one value per sample (B,), by the given weights of ``averaged_module``.
+
+        Args:
+            pixels: as ``Batch`` has them.
+            inputs: what ``prepare`` made of the batch.
+        """
 
     def picture(
-        self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]
+        self, averaged: nn.Module, pixels: Tensor | None, inputs: Mapping[str, Any]
     ) -> Tensor | None:
         """A picture for ``samples/``: uint8 (3, H, W); None draws none."""
         return None

@@ -15,10 +15,11 @@ from semtok.errors import Interrupted, NonFiniteLoss, UserError
 COMMANDS = {
     "train_tokenizer": "train a tokenizer from a recipe",
     "train_dit": "train a diffusion transformer on a tokenizer's latents",
+    "cache_latents": "compute a tokenizer's latents of all images once",
     "sample": "draw images from a trained generator",
     "benchmark": "time training steps",
     "evaluate": "measure what a tokenizer's latents hold",
-    "hub": "push tokenizers and generators to the Hugging Face Hub",
+    "hub": "to and from the Hugging Face Hub and published checkpoints",
     "compare": "train several tokenizers, a transformer on each, and report",
     "train_teacher": "train the embedded teacher again",
 }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from semtok.commands.cli import Parser
+from semtok.commands.latents import cached_latents, check_targets, stored_latents
 from semtok.commands.run_folder import claim_run_folder, run_folder
 from semtok.commands.stage import (
     add_run_options,
@@ -19,6 +20,7 @@ from semtok.commands.stage import (
     summarise,
 )
 from semtok.commands.train_tokenizer import keep_tokenizer, tokenizer_of_run
+from semtok.data.latent_cache import CachedLatents, open_latent_cache
 from semtok.data.source import ImageSource
 from semtok.data.sources import open_sources
 from semtok.diffusion.generator import Generator
@@ -77,15 +79,19 @@ def train_dit(
     """
     start = time.perf_counter()
     claim_run_folder(folder, recipe, resume=resume)
-    sources = open_sources(recipe.data)
+    stored = stored_latents(recipe.data)
+    images = open_sources(recipe.data) if stored is None else None
     make_accelerator(recipe.train, folder)  # what it refuses should not wait for the tokenizer
     wanted = recipe.teacher is not None and recipe.diffusion.repa is not False
-    teacher = Teacher(recipe.teacher) if wanted else None
+    teacher = Teacher(recipe.teacher) if wanted and stored is None else None
     copy = folder / "tokenizer"
     tokenizer = tokenizer_of_run(recipe.tokenizer, copy, resume=resume)
     accelerator = make_accelerator(recipe.train, folder)
+    sources = images or open_latent_cache(stored, tokenizer, data=recipe.data)
     objective = build_diffusion_objective(recipe, tokenizer, sources[0], teacher, place=place)
-    _check_latents(tokenizer, sources[0], recipe.tokenizer)
+    if images is not None:
+        _check_latents(tokenizer, images[0], recipe.tokenizer)
+        sources = cached_latents(recipe, images, objective, accelerator) or images
     seen = tokenizer.training_info.get("image_size")
     if accelerator.is_main_process and seen and tuple(seen) != recipe.data.image_size:
         print(
@@ -137,14 +143,18 @@ def build_diffusion_objective(
     """
     torch.manual_seed(recipe.train.seed)
     with errors_at(place):
-        return DiffusionObjective(
+        objective = DiffusionObjective(
             recipe.diffusion,
             tokenizer,
             class_names=train.class_names,
             image_size=recipe.data.image_size,
             sampler=recipe.sampler,
             teacher=teacher,
+            cached_width=train.target_width if isinstance(train, CachedLatents) else None,
         )
+    if isinstance(train, CachedLatents):
+        check_targets(train, objective, recipe)
+    return objective
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from semtok.config import Config
+from semtok.latents import Posterior
 from semtok.teachers import TeacherFeatures
 
 Key = tuple[int, bool]
@@ -23,6 +24,10 @@ class DataConfig(Config):
     """Height and width in pixels; one number means square."""
     num_workers: int = Field(0, ge=0)
     """Loader processes per training process; 0 loads in the training process."""
+    cache: str = "auto"
+    """Of a diffusion transformer's latents: a folder, where they are kept once they were computed;
+    ``auto`` makes one under ``runs/`` where every image will be seen often; ``none`` computes them in
+    each step. Tokenizers are trained on images, and pass this by."""
 
     @field_validator("size")
     @classmethod
@@ -42,11 +47,12 @@ class ImageBatch:
     """Images with what is known about them.
 
     Attributes:
-        images: uint8 (B, 3, H, W); None where cached features stand for them.
+        images: uint8 (B, 3, H, W); None where cached features or latents stand for them.
         labels: int64 (B,), in ``range(source.num_classes)``.
         attributes: per attribute name int64 (B,), an index into ``source.attributes[name]``.
         skipped: names of files that could not be read and were replaced by the next readable one.
         features: what a teacher saw in the images, where it is cached.
+        latents: a tokenizer's posterior of the images, where it is cached; of any floating type.
     """
 
     images: Tensor | None
@@ -54,6 +60,7 @@ class ImageBatch:
     attributes: dict[str, Tensor] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     features: TeacherFeatures | None = None
+    latents: Posterior | None = None
 
     def pin_memory(self) -> "ImageBatch":
         """A copy in page-locked memory, for asynchronous transfer to a GPU."""
@@ -63,6 +70,7 @@ class ImageBatch:
             {name: values.pin_memory() for name, values in self.attributes.items()},
             self.skipped,
             self.features.map(Tensor.pin_memory) if self.features is not None else None,
+            self.latents.map(Tensor.pin_memory) if self.latents is not None else None,
         )
 
 

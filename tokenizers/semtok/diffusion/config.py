@@ -25,6 +25,9 @@ class REPAConfig(Config):
     more than the network."""
     loss: Literal["cosine", "cosine_mse"] = "cosine"
     """``cosine_mse`` is the mean of 1 - cosine and of the squared error (SFD, table 19)."""
+    targets: Literal["teacher", "decoded"] = "teacher"
+    """What the tokens are compared with: the teacher's features of the image; or those that the frozen
+    coder decodes from the semantic latents, for which neither the image nor the teacher is needed (ours)."""
     with_global: bool = False
     """The token of the global part is aligned to the teacher's pooled token, as one more position."""
 

@@ -52,18 +52,18 @@ class DiTPlayer(nn.Module):
 
     Args:
         config: resolved.
-        teacher: whose features REPA's targets are.
+        target_width: D of REPA's targets, where there are any.
     """
 
-    def __init__(self, config: DiffusionConfig, network: DiT, teacher: Teacher | None) -> None:
+    def __init__(self, config: DiffusionConfig, network: DiT, target_width: int | None) -> None:
         super().__init__()
         self.config, self.schedule, self.network = config, config.schedule, network
         self.projector = self._depth = None
         if config.repa:
-            assert teacher is not None, "REPA needs a teacher"
+            assert target_width is not None, "REPA needs targets"
             width = network.config.width
             hidden = config.repa.projector_width_for(width)
-            self.projector = silu_mlp(width, hidden, teacher.widths[-1])
+            self.projector = silu_mlp(width, hidden, target_width)
             self._depth = config.repa.depth_in(network.config.depth)
 
     def forward(
@@ -164,6 +164,8 @@ class DiffusionObjective(Objective):
         tokenizer: whose latents; its spec shapes the network, its defaults fill in what the
             settings leave open.
         sampler: how the pictures on the way are drawn.
+        teacher: whose features REPA's targets are; None: the tokenizer's own.
+        cached_width: D of REPA's targets where batches come with them, and no teacher is asked.
 
     Raises:
         ValueError: settings that fit neither the tokenizer's parts nor its grid.
@@ -179,6 +181,7 @@ class DiffusionObjective(Objective):
         image_size: tuple[int, int],
         sampler: SamplerConfig,
         teacher: Teacher | None = None,
+        cached_width: int | None = None,
     ) -> None:
         super().__init__()
         self.config = resolve_defaults(config, tokenizer)
@@ -187,19 +190,16 @@ class DiffusionObjective(Objective):
         self.schedule = self.config.schedule
         check_guidance(self.config, sampler, tokenizer.spec)
         self._tokenizer = Reference(tokenizer.eval().requires_grad_(False))
+        self._teacher: Reference | None = None
+        self._shared_teacher = False
         repa, shape = self.config.repa, architecture(config.network)
         if repa and repa.depth_in(shape.depth) > shape.depth:
             raise ValueError(
                 f"diffusion.repa.depth: {repa.depth} is more than the network's {shape.depth} blocks"
             )
-        # One forward pass serves the tokenizer and REPA where both mean the same teacher.
-        own = tokenizer.teacher_config
-        self._shared_teacher = own is not None and (teacher is None or teacher.config == own)
-        if repa and self._shared_teacher:
-            teacher = tokenizer.teacher
-        if repa and teacher is None:
-            raise ValueError("diffusion.repa needs a teacher; give teacher.name=…")
-        self._teacher = Reference(teacher) if repa else None
+        target_width = None
+        if repa:
+            target_width = self._find_targets(tokenizer, teacher, cached_width)
         rows, columns = tokenizer.spec.shape("texture", image_size)[1:]
         if rows % shape.patch_size or columns % shape.patch_size:
             raise ValueError(
@@ -208,8 +208,36 @@ class DiffusionObjective(Objective):
             )
         network = build_network(self.config, tokenizer.spec, num_classes=len(self.class_names))
         network.checkpointing = config.checkpointing
-        player = DiTPlayer(self.config, network, teacher if repa else None)
+        player = DiTPlayer(self.config, network, target_width)
         self.players = nn.ModuleDict({"dit": player})
+
+    def _find_targets(
+        self, tokenizer: Tokenizer, teacher: Teacher | None, cached_width: int | None
+    ) -> int:
+        """Decides where REPA's targets come from; gives their width."""
+        if self.config.repa.targets == "decoded":
+            widths = getattr(tokenizer, "feature_widths", None)
+            if widths is None:
+                raise ValueError(
+                    "diffusion.repa.targets: this tokenizer's latents have no semantic part to decode; "
+                    "pass diffusion.repa.targets=teacher"
+                )
+            return widths[-1]
+        if cached_width is not None:
+            return cached_width
+        own = tokenizer.teacher_config
+        # One forward pass serves the tokenizer and REPA where both mean the same teacher.
+        shared = own is not None and (teacher is None or teacher.config == own)
+        teacher = tokenizer.teacher if shared else teacher
+        if teacher is None:
+            raise ValueError("diffusion.repa needs a teacher; give teacher.name=…")
+        self._teacher, self._shared_teacher = Reference(teacher), shared
+        return teacher.widths[-1]
+
+    @property
+    def target_teacher(self) -> Teacher | None:
+        """The teacher whose features of the images REPA's targets are, where there is one."""
+        return self._teacher.module if self._teacher is not None else None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -225,27 +253,40 @@ class DiffusionObjective(Objective):
     def averaged_module(self) -> nn.Module:
         return self.players["dit"].network
 
+    @torch.no_grad()
     def prepare(self, batch: Batch) -> dict[str, Any]:
-        with torch.no_grad():
+        posterior, features = batch.latents, batch.features
+        if posterior is None:
+            assert batch.pixels is not None
             features = self.tokenizer.features(batch.pixels)
             posterior = self.tokenizer.posterior(batch.pixels, features)
-        if self._teacher is not None and not self._shared_teacher:
-            features = self._teacher.module.features(batch.pixels)
+            if self._teacher is not None and not self._shared_teacher:
+                features = self._teacher.module.features(batch.pixels)
+        if self.config.repa and self.config.repa.targets == "decoded":
+            features = self._decoded(posterior.mean)
         # The null label is the only one of an unconditional model.
         labels = torch.zeros_like(batch.labels) if self.config.unconditional else batch.labels
         return {"posterior": posterior, "labels": labels, "features": features}
 
+    def _decoded(self, latents: Latents) -> TeacherFeatures:
+        """The features that the semantic part stands for; the global part is a pooled token as it is."""
+        patches = self.tokenizer.decode_features(latents)
+        last = patches[:, -self.tokenizer.feature_widths[-1] :]
+        raw = self.tokenizer.destandardise(latents)
+        return TeacherFeatures((last,), raw["global"] if "global" in raw else last.mean(dim=(2, 3)))
+
     def validate(
-        self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]
+        self, averaged: nn.Module, pixels: Tensor | None, inputs: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """Squared error of each part's velocity at fixed times, with noise that belongs to the batch:
         ``velocity``, the texture's, also for each time; ``velocity_<part>`` for the others."""
         data = on_texture_grid(inputs["posterior"].mean)
+        num, device = len(inputs["labels"]), inputs["labels"].device
         by_time: list[dict[str, Tensor]] = []
         for i in range(_BINS):
-            t = torch.full((len(pixels),), (i + 0.5) / _BINS, device=pixels.device)
+            t = torch.full((num,), (i + 0.5) / _BINS, device=device)
             times = self.schedule.times(t * self.schedule.length)
-            noise = SampleNoise(i, range(len(pixels)), pixels.device)
+            noise = SampleNoise(i, range(num), device)
             x, velocity = {}, {}
             for name, part in data.items():
                 own = noise(tuple(part.shape[1:]))
@@ -259,13 +300,18 @@ class DiffusionObjective(Objective):
             **{f"velocity_{name}": value for name, value in means.items()},
         }
 
-    def picture(self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        """Samples of the validation images' classes, always from the same noise; below, the images.
+    def picture(
+        self, averaged: nn.Module, pixels: Tensor | None, inputs: Mapping[str, Any]
+    ) -> Tensor:
+        """Samples of the validation images' classes, always from the same noise; below, the images, or
+        what their cached latents decode to.
 
         Under each, where there is one, the semantic part, in the same colours.
         """
         latents = self.generator(averaged).sample_latents(inputs["labels"].tolist())
         samples = self.tokenizer.decode(latents)
+        if pixels is None:
+            pixels = self.tokenizer.decode(inputs["posterior"].mean)
         if "semantic" not in latents:
             return rows_of_images([samples, pixels])
         real = on_texture_grid(inputs["posterior"].mean)["semantic"]

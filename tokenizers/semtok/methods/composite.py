@@ -192,7 +192,10 @@ class CompositeTokenizer(Tokenizer):
             UserError: it can't be had, or its weights are not those that trained this tokenizer.
         """
         if self._teacher is None:
-            teacher = Teacher(self.teacher_config)
+            with torch.random.fork_rng(
+                devices=[]
+            ):  # whoever asks first is to draw what others draw
+                teacher = Teacher(self.teacher_config)
             if teacher.fingerprint() != self.teacher_fingerprint:
                 raise UserError(
                     f"teacher '{self.teacher_config.name}': its weights here are not those that this "
@@ -205,6 +208,15 @@ class CompositeTokenizer(Tokenizer):
     def measured_parts(self) -> tuple[str, ...]:
         # The texture keeps the statistics that its own tokenizer measured.
         return self.spec.names[1:] if self.scaled else ()
+
+    @property
+    def feature_widths(self) -> tuple[int, ...] | None:
+        """D of each of the teacher's layers that the semantic part codes; None: there is no such part.
+        Layers of one grid are a transformer's, and of one width."""
+        if self.coder is None:
+            return None
+        num_layers = len(self.teacher_config.layers)
+        return (self.coder.feature_channels // num_layers,) * num_layers
 
     def features(self, pixels: Tensor) -> TeacherFeatures:
         grid = token_grid(tuple(pixels.shape[-2:]), self.feature_stride)

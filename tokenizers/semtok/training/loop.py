@@ -43,6 +43,8 @@ def on_device(batch: ImageBatch, device: torch.device) -> Batch:
         move(batch.labels),
         {name: move(values) for name, values in batch.attributes.items()},
         batch.features.map(move) if batch.features is not None else None,
+        # In float32 on the device, so that what crosses is half as much.
+        batch.latents.map(lambda part: move(part).float()) if batch.latents is not None else None,
     )
 
 
@@ -239,7 +241,7 @@ class Trainer:
         """One optimiser step of every active player. Nothing here waits for the device."""
         active = self.objective.active_players(self.step)
         for micro_step in range(self.config.accumulate):
-            inputs = self._inputs(next(batches))
+            _, inputs = self._prepared(next(batches))
             draws = Draws(
                 seed=self.config.seed,
                 step=self.step,
@@ -298,13 +300,15 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
 
-    def _inputs(self, batch: ImageBatch) -> dict[str, Any]:
-        for name in set(batch.skipped) - self.skipped:
+    def _prepared(self, images: ImageBatch) -> tuple[Batch, dict[str, Any]]:
+        """What a source loaded, on the device, and what the objective makes of it."""
+        for name in set(images.skipped) - self.skipped:
             self.skipped.add(name)
             self.log.say(
                 f"warning: {name} can't be read as an image; another image takes its place"
             )
-        return self.objective.prepare(on_device(batch, self.device))
+        batch = on_device(images, self.device)
+        return batch, self.objective.prepare(batch)
 
     def _total(self, output: StepOutput) -> Tensor:
         means = {name: term.value.mean() for name, term in output.terms.items()}
@@ -367,9 +371,10 @@ class Trainer:
 
     def _sample(self) -> None:
         if self.accelerator.is_main_process:
-            batch = self.validation.load(self.validation.chosen(self.config.num_sample_images))
+            images = self.validation.load(self.validation.chosen(self.config.num_sample_images))
             with self._evaluating():
-                picture = self.objective.picture(self.averaged, *self._evaluation_inputs(batch))
+                batch, inputs = self._prepared(images)
+                picture = self.objective.picture(self.averaged, batch.pixels, inputs)
             if picture is not None:
                 write_png(self.folder / "samples" / f"step_{self.step:08d}.png", picture)
             self.log.draw_curves()
@@ -383,22 +388,19 @@ class Trainer:
             self.validation, self.share.micro_batch_size, self.config.num_validation_images
         )
         with self._evaluating():
-            for number, batch in enumerate(batches):
+            for number, images in enumerate(batches):
                 if number % self.accelerator.num_processes != self.accelerator.process_index:
                     continue
-                values = self.objective.validate(self.averaged, *self._evaluation_inputs(batch))
+                batch, inputs = self._prepared(images)
+                values = self.objective.validate(self.averaged, batch.pixels, inputs)
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0) + value.double().sum()
-                count += len(batch.images)
+                count += len(batch)
         # A process without a batch does not know the names; the first always has one.
         names = self._gather(list(sums))[0]
         totals = torch.stack([sums.get(name, torch.zeros_like(count)) for name in names] + [count])
         totals = self.accelerator.reduce(totals, reduction="sum")
         return dict(zip(names, (totals[:-1] / totals[-1]).tolist(), strict=True))
-
-    def _evaluation_inputs(self, batch: ImageBatch) -> tuple[Tensor, dict[str, Any]]:
-        inputs = self._inputs(batch)
-        return to_pixels(batch.images.to(self.device)), inputs
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -184,6 +184,7 @@ class Comparison:
             f"train.sample_every={self.settings.steps}",
             f"train.log_every={_divisor_near(steps[0], 50)}",
             "sampler.guidance.scale=1",
+            "data.cache=none",  # seconds are to hold the same work in every row
             *self.settings.settings,
             *row.settings,
         ]

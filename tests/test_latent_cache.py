@@ -1,0 +1,284 @@
+"""Cached latents: what they hold, that training on them is the same, and what happens to a bad one."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import tiny
+from semtok import Tokenizer, UserError
+from semtok.commands import cache_latents, train_dit
+from semtok.commands.cli import run
+from semtok.commands.latents import pays
+from semtok.data.latent_cache import CachedLatents, open_latent_cache
+from semtok.data.shapes import Shapes, ShapesConfig
+from semtok.data.shards import Shards
+from semtok.data.sources import open_sources
+from semtok.images import to_pixels
+from semtok.recipe import parse_data, parse_diffusion_recipe
+from semtok.teachers import Teacher
+from test_joint import measured
+
+REGLUE = {"name": "reglue", "compressor": {"hidden": [8], "channels": 4}}
+NUM = 10  # images, in shards of 4
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images of two classes, mirrored in training, and a tokenizer with all parts."""
+    root = tmp_path_factory.mktemp("latents")
+    images = Shapes(ShapesConfig(size=16), train=True).load(range(NUM + 4)).images
+    for i, image in enumerate(images):
+        file = root / "images" / ("train" if i < NUM else "val") / "ab"[i % 2] / f"{i:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
+    measured(REGLUE, Tokenizer.from_pretrained("demo")).save_pretrained(root / "tokenizer")
+    return root
+
+
+def data(place: Path) -> dict[str, Any]:
+    return {"kind": "folder", "path": str(place / "images"), "size": 16, "flip": True}
+
+
+def words(place: Path) -> list[str]:
+    return [f"{key}={value}" for key, value in data(place).items()]
+
+
+def command(*words: object) -> int:
+    return run(cache_latents.main, list(map(str, words)))
+
+
+@pytest.fixture(scope="module")
+def cache(place) -> Path:
+    """Written by the command, with REPA's targets."""
+    output = place / "cache"
+    options = ["--output", output, "--shard-size", 4, "--batch-size", 3, "--targets"]
+    assert command("--tokenizer", place / "tokenizer", "--data", *words(place), *options) == 0
+    return output
+
+
+def opened(place: Path, cache: Path) -> tuple[CachedLatents, CachedLatents]:
+    tokenizer = Tokenizer.from_pretrained(place / "tokenizer")
+    return open_latent_cache(cache, tokenizer, data=parse_data(words(place), place="test"))
+
+
+def test_the_cache_holds_the_posterior_the_labels_and_the_teachers_tokens(place, cache):
+    cached, held_out = opened(place, cache)
+    source, validation = open_sources(parse_data(words(place), place="test"))
+    tokenizer = Tokenizer.from_pretrained(place / "tokenizer")
+    keys = [(9, False), (0, True), (5, True), (5, False), (3, False)]
+    chosen = validation.chosen(4)
+    for batch, images in (
+        (cached.load_keys(keys), source.load_keys(keys)),
+        (held_out.load([1, 3]), validation.load([chosen[1], chosen[3]])),
+    ):
+        with torch.no_grad():
+            features = tokenizer.features(to_pixels(images.images))
+            posterior = tokenizer.posterior(images.images, features)
+        assert batch.images is None and torch.equal(batch.labels, images.labels)
+        assert list(batch.latents.mean) == ["texture", "semantic", "global"]
+        for name, mean in posterior.mean.items():
+            for kept, made in (
+                (batch.latents.mean, mean),
+                (batch.latents.std, posterior.std[name]),
+            ):
+                torch.testing.assert_close(kept[name].float(), made, atol=2e-3, rtol=2e-3)
+        tokens = features.patches[-1]
+        cosine = F.cosine_similarity(batch.features.patches[-1], tokens, dim=1)
+        assert cosine.min() > 0.9999, "eight bits and a scale for each token"
+        torch.testing.assert_close(batch.features.patches[-1], tokens, atol=0.05, rtol=0)
+        torch.testing.assert_close(batch.features.pooled, features.pooled)
+    assert (len(cached), len(held_out)) == (NUM, 4) and cached.class_names == source.class_names
+
+
+def test_rows_in_any_order_across_shards_are_those_one_by_one(place, cache):
+    cached, _ = opened(place, cache)
+    assert len(list((cache / "train").glob("shard-*.safetensors"))) == 3
+    keys = [(i, bool(m)) for i in range(NUM) for m in range(2)]
+    order = np.random.default_rng(0).permutation(len(keys))
+    together = cached.shards.rows([keys[i] for i in order])
+    for place_, i in enumerate(order):
+        alone = cached.shards.rows([keys[i]])
+        assert all(torch.equal(rows[place_], alone[name][0]) for name, rows in together.items())
+
+
+def test_bfloat16_comes_back_as_it_was_written(place, tmp_path):
+    options = ["--output", tmp_path / "cache", "--dtype", "bf16"]
+    assert command("--tokenizer", place / "tokenizer", "--data", *words(place), *options) == 0
+    cached, _ = opened(place, tmp_path / "cache")
+    file = tmp_path / "cache/train/shard-000000.safetensors"
+    stored = safetensors.torch.load_file(file)["texture/mean"]
+    assert stored.dtype == torch.bfloat16
+    assert torch.equal(cached.load([7, 2]).latents.mean.texture, stored[[7, 2]])
+
+
+def recipe(place: Path, **changes: Any) -> Any:
+    content = tiny.content(steps=4, **changes.pop("train", {}))
+    del content["method"], content["teacher"]
+    shape = {"depth": 2, "width": 24, "heads": 2, "patch_size": 2}
+    content["diffusion"] = {"network": shape} | changes.pop("diffusion", {})
+    content["data"] = data(place) | changes
+    content["tokenizer"], content["sampler"] = str(place / "tokenizer"), {"steps": 2}
+    return parse_diffusion_recipe(content, "tiny")
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    return [json.loads(line)[name] for line in (folder / "metrics.jsonl").open()]
+
+
+def test_training_from_the_cache_alone_is_training_on_the_images(
+    place, cache, tmp_path, monkeypatch
+):
+    train_dit.train_dit(recipe(place, cache="none"), tmp_path / "online")
+    moved = tmp_path / "gone"
+    shutil.move(place / "images", moved)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Teacher, "__init__", lambda *_: pytest.fail("no teacher is needed"))
+            train_dit.train_dit(recipe(place, cache=str(cache)), tmp_path / "cached")
+    finally:
+        shutil.move(moved, place / "images")
+    for name in ("loss/velocity/texture", "loss/velocity/semantic", "loss/alignment"):
+        ours, theirs = losses(tmp_path / "cached", name), losses(tmp_path / "online", name)
+        assert ours == pytest.approx(theirs, rel=2e-3), "they differ by the rounding on disk"
+    summaries = [
+        json.loads((tmp_path / run / "summary.json").read_text())["validation"]
+        for run in ("cached", "online")
+    ]
+    assert summaries[0] == pytest.approx(summaries[1], rel=2e-3)
+    assert (tmp_path / "cached/samples/step_00000004.png").is_file()
+
+
+def test_targets_decoded_from_the_latents_need_neither_images_nor_teacher(
+    place, cache, tmp_path, monkeypatch
+):
+    decoded = {"repa": {"targets": "decoded", "with_global": True}}
+    monkeypatch.setattr(Teacher, "__init__", lambda *_: pytest.fail("no teacher is needed"))
+    settings = recipe(place, cache=str(cache), diffusion=decoded)
+    tokenizer = Tokenizer.from_pretrained(place / "tokenizer")
+    cached, _ = opened(place, cache)
+    objective = train_dit.build_diffusion_objective(settings, tokenizer, cached, None, place="t")
+    from semtok.training.loop import on_device
+
+    batch = on_device(cached.load([3, 1]), torch.device("cpu"))
+    inputs = objective.prepare(batch)
+    expected = tokenizer.decode_features(batch.latents.mean)[:, -128:]
+    assert torch.equal(inputs["features"].patches[-1], expected)
+    # The global part is the pooled token itself, so its target is exact.
+    torch.testing.assert_close(
+        inputs["features"].pooled, cached.load([3, 1]).features.pooled, atol=5e-3, rtol=5e-3
+    )
+    train_dit.train_dit(settings, tmp_path / "run")
+    assert len(losses(tmp_path / "run", "loss/alignment")) == 2
+
+
+def test_an_interrupted_writer_computes_only_what_is_missing(place, cache, tmp_path, monkeypatch):
+    copy = tmp_path / "cache"
+    shutil.copytree(cache, copy)
+    before = {p.name: p.read_bytes() for p in (copy / "train").glob("shard-*")}
+    for name in (
+        "index.json",
+        "shard-000001.json",
+    ):  # as a writer leaves it that is killed between both
+        (copy / "train" / name).unlink()
+    (copy / "latents.json").unlink()
+    computed: list[int] = []
+    original = Tokenizer.posterior
+
+    def posterior(self: Tokenizer, images: Any, features: Any = None) -> Any:
+        computed.append(len(images))
+        return original(self, images, features)
+
+    monkeypatch.setattr(Tokenizer, "posterior", posterior)
+    options = ["--output", copy, "--shard-size", 4, "--batch-size", 3, "--targets"]
+    assert command("--tokenizer", place / "tokenizer", "--data", *words(place), *options) == 0
+    assert sum(computed) == 1 + 2 * 4, "one image to know the sizes, then one shard and its mirror"
+    after = {p.name: p.read_bytes() for p in (copy / "train").glob("shard-*")}
+    assert after == before
+    computed.clear()
+    assert command("--tokenizer", place / "tokenizer", "--data", *words(place), *options) == 0
+    assert not computed, "a finished cache is opened"
+
+
+def refused(place: Path, cache: Path, words: str, **changes: Any) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        train_dit.train_dit(recipe(place, cache=str(cache), **changes), cache.parent / "refused")
+    assert "\n" not in str(error.value)
+
+
+def test_caches_of_something_else_are_refused(place, cache, tmp_path):
+    other = Tokenizer.from_pretrained(place / "tokenizer")
+    other.texture_mean += 1
+    other.save_pretrained(tmp_path / "tokenizer")
+    settings = recipe(place, cache=str(cache)).model_copy(
+        update={"tokenizer": str(tmp_path / "tokenizer")}
+    )
+    with pytest.raises(
+        UserError, match="holds latents of another tokenizer; choose another folder"
+    ):
+        train_dit.train_dit(settings, tmp_path / "run")
+    copy = tmp_path / "cache"
+    shutil.copytree(cache, copy)
+    refused(place, copy, r"latents of other images \(data.size: 16, here 24\)", size=24)
+    bare = tmp_path / "bare"
+    options = ["--output", bare, "--shard-size", 4]
+    assert command("--tokenizer", place / "tokenizer", "--data", *words(place), *options) == 0
+    refused(
+        place, bare, "keeps REPA's targets of a teacher: none; pass diffusion.repa.targets=decoded"
+    )
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "train").mkdir()
+    (taken / "train" / "thesis.txt").write_text("mine")
+    refused(place, taken, "data.cache: .*train holds other files; choose another folder")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-10]), "bytes instead of"),
+        (lambda file: flip_a_bit(file), "has another checksum"),
+        (lambda file: file.unlink(), "No such file"),
+        (lambda file: (file.parent / "index.json").write_text("{"), "not readable as JSON"),
+    ],
+    ids=["truncated", "one bit", "missing", "index"],
+)
+def test_damage_is_found_on_opening(place, cache, tmp_path, capsys, damage, words):
+    copy = tmp_path / "cache"
+    shutil.copytree(cache, copy)
+    damage(copy / "train" / "shard-000001.safetensors")
+    with pytest.raises(UserError, match=f"cache.train is damaged .*{words}.*remove it, and it is"):
+        opened(place, copy)
+    assert command("--verify", copy) == 2
+    assert "is damaged" in capsys.readouterr().err
+    assert command("--verify", cache) == 0
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def test_a_cache_is_made_by_default_where_it_pays(place, tmp_path, monkeypatch, capsys):
+    source, _ = open_sources(parse_data(words(place), place="test"))
+    assert not pays(recipe(place), source), "few images are seen at all"
+    often = recipe(place, train={"batch_size": 4000})
+    assert pays(often, source)
+    assert not pays(often, Shapes(ShapesConfig(size=16, num_images=50_000), train=True))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("semtok.commands.latents._SAVED", 0)
+    settings = recipe(place, train={"batch_size": 16}, diffusion={"repa": False})
+    train_dit.train_dit(settings, tmp_path / "run")
+    assert "computing latents of the training images once" in capsys.readouterr().out
+    (made,) = (tmp_path / "runs/cache").iterdir()
+    assert Shards(made / "train", "test").num_images == NUM
+    train_dit.train_dit(settings, tmp_path / "again")
+    assert "computing" not in capsys.readouterr().out

@@ -1,0 +1,111 @@
+"""``cache_latents --tokenizer REF --data key=value … --output DIR``: latents of all images, computed once.
+
+``train_dit data.cache=DIR`` then trains without the images. ``accelerate launch`` shares the work; an
+interrupted command goes on where it stopped.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from semtok.commands.cli import Parser
+from semtok.commands.evaluation.options import SHAPES
+from semtok.commands.stage import errors_at
+from semtok.commands.table import print_table
+from semtok.commands.train_tokenizer import tokenizer_from_reference
+from semtok.config import apply_overrides, parse
+from semtok.data.latent_cache import CachedLatents, ensure_latent_cache
+from semtok.data.shards import Shards
+from semtok.data.sources import open_sources
+from semtok.errors import UserError
+from semtok.recipe import parse_data
+from semtok.registry import load_plugins
+from semtok.teachers import Teacher, TeacherConfig
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="cache_latents", description=__doc__)
+    parser.add_argument("--tokenizer", metavar="REF", help="folder, run, Hub id or recipe name")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=SHAPES,
+        metavar="key=value",
+        help=f"default: {' '.join(SHAPES)}",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--targets",
+        nargs="*",
+        metavar="key=value",
+        help="keep REPA's targets too: of the tokenizer's teacher, or of the one that name=… says",
+    )
+    parser.add_argument("--dtype", choices=("fp16", "bf16"), default="fp16")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass")
+    parser.add_argument("--shard-size", type=int, default=1024, help="images per file")
+    parser.add_argument(
+        "--verify", type=Path, metavar="DIR", help="compare a cache with its checksums"
+    )
+    parser.add_argument(
+        "--plugin", action="append", default=[], help="a Python file that registers a method"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code."""
+    args = _parser().parse_args(arguments)
+    if args.verify is not None:
+        for name in ("train", "validation"):
+            Shards(args.verify / name, "--verify").verify()
+        print(f"{args.verify}: every shard is as it was written")
+        return 0
+    if args.tokenizer is None or args.output is None:
+        raise UserError("cache_latents needs --tokenizer REF and --output DIR")
+    if min(args.batch_size, args.shard_size) < 1:
+        raise UserError("--batch-size and --shard-size must be at least 1")
+    load_plugins(args.plugin)
+    data = parse_data(args.data, place="--data")
+    sources = open_sources(data)
+    tokenizer = tokenizer_from_reference(args.tokenizer).eval()
+    with errors_at("--data"):
+        tokenizer.spec.check_image_size(data.image_size)
+    targets = None
+    if args.targets is not None:
+        if args.targets or tokenizer.teacher is None:
+            config = parse(TeacherConfig, apply_overrides({}, args.targets), "--targets")
+            targets = Teacher(config)
+        else:
+            targets = tokenizer.teacher
+    accelerator = Accelerator()
+    start = time.perf_counter()
+    train, validation = ensure_latent_cache(
+        sources,
+        tokenizer,
+        args.output,
+        data=data,
+        targets=targets,
+        dtype=args.dtype,
+        accelerator=accelerator,
+        batch_size=args.batch_size,
+        shard_size=args.shard_size,
+    )
+    if accelerator.is_main_process:
+        _report(args.output, train, validation, time.perf_counter() - start)
+    return 0
+
+
+def _report(folder: Path, train: CachedLatents, validation: CachedLatents, seconds: float) -> None:
+    rows = [
+        (name, str(dtype).removeprefix("torch."), "x".join(map(str, shape)))
+        for name, (dtype, shape) in train.shards.columns.items()
+    ]
+    print_table(f"{folder}: {train.name}", rows, ("per image", "type", "shape"))
+    mirrored = ", mirrored ones too" if train.flip else ""
+    print(
+        f"{len(train)} training and {len(validation)} held-out images{mirrored}; "
+        f"{train.shards.bytes_per_image / 1e3:.1f} kB an image; {seconds:.0f} s; "
+        f"train on it by: python tools/train_dit.py --tokenizer … data.cache={folder}"
+    )
