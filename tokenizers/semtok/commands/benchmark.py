@@ -1,168 +1,218 @@
-"""``benchmark``: how fast the library's networks train, beside straightforward PyTorch of the same."""
+"""``benchmark``: how fast every stage trains, reads and samples; any two settings side by side."""
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
+from semtok.commands.benchmarks.caching import cache_rates
+from semtok.commands.benchmarks.memory import estimate_memory
+from semtok.commands.benchmarks.reglue import reglue_steps
+from semtok.commands.benchmarks.sampling import sampling
+from semtok.commands.benchmarks.synthetic import PUBLISHED
+from semtok.commands.benchmarks.timing import (
+    Timing,
+    matmul_rate,
+    peak_memory,
+    ratio,
+    time_in_turns,
+)
+from semtok.commands.benchmarks.training import dit_step, tokenizer_step
 from semtok.commands.cli import Parser
 from semtok.commands.table import print_table
-from semtok.diffusion.dit import PRESETS, DiT, DiTArchitecture, architecture
+from semtok.diffusion.dit import PRESETS
 from semtok.errors import UserError
-from semtok.latents import LatentSpec, PartSpec
-from semtok.nets.transformer import sincos_positions
+from semtok.storage import write_json
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="benchmark", description=__doc__)
+    tasks = parser.add_subparsers(dest="task", required=True)
+    task = tasks.add_parser("tokenizer", help="a training step of a tokenizer's recipe")
+    task.add_argument("recipe", type=Path)
+    _add_settings(task)
+    task.set_defaults(command=_tokenizer)
+    task = tasks.add_parser("dit", help="a transformer's training step on cached latents")
+    _add_network(task)
+    _add_settings(task)
+    task.set_defaults(command=_dit)
+    task = tasks.add_parser("sampling", help="drawing latents with a transformer")
+    _add_network(task)
+    _add_settings(task)
+    task.set_defaults(command=_sampling)
+    task = tasks.add_parser(
+        "reglue", help="REGLUE's step beside plain PyTorch of the published one"
+    )
+    task.add_argument("--network", default="SiT-B/2")
+    task.add_argument("--batch-size", type=int, default=4)
+    _add_settings(task, against=False)
+    task.set_defaults(command=_reglue)
+    task = tasks.add_parser("cache", help="writing and reading cached latents")
+    task.add_argument("--num-images", type=int, default=50_000)
+    _add_shared(task)
+    task.set_defaults(command=_cache)
+    task = tasks.add_parser("memory", help="what a training step needs, estimated without a GPU")
+    _add_network(task, network="SiT-XL/2", batch_size=256)
+    task.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    task.add_argument("--checkpointing", action="store_true")
+    _add_shared(task)
+    task.set_defaults(command=_memory)
+    return parser
+
+
+def _add_network(
+    task: argparse.ArgumentParser, *, network: str = "SiT-B/2", batch_size: int = 4
+) -> None:
+    task.add_argument("--latents", choices=PUBLISHED, default="sit", help="whose shapes")
+    task.add_argument("--network", choices=PRESETS, default=network, metavar="PRESET")
+    task.add_argument("--batch-size", type=int, default=batch_size)
+
+
+def _add_settings(task: argparse.ArgumentParser, *, against: bool = True) -> None:
+    task.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
+    if against:
+        task.add_argument(
+            "--against",
+            nargs="+",
+            metavar="key=value",
+            help="the other side: these settings instead",
+        )
+    task.add_argument("--rounds", type=int, default=7, help="of one step each, in turns")
+    _add_shared(task)
+
+
+def _add_shared(task: argparse.ArgumentParser) -> None:
+    task.add_argument("--output", type=Path, help="also write the figures as JSON")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
-    parser = Parser(prog="benchmark", description=__doc__)
-    parser.add_argument("task", choices=("dit",), help="what to time")
-    parser.add_argument(
-        "--network",
-        default="SiT-B/2",
-        help=f"a SiT preset: {', '.join(n for n in PRESETS if n[0] == 'S')}",
-    )
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=7, help="paired rounds of one step each")
-    args = parser.parse_args(arguments)
-
-    if min(args.batch_size, args.rounds) < 1:
-        raise UserError("--batch-size and --rounds must be at least 1")
-    known = [name for name in PRESETS if name.startswith("SiT-")]
-    if args.network not in known:
-        raise UserError(f"--network: expected one of {', '.join(known)}, got '{args.network}'")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = architecture(args.network)
-    steps = {
-        "semtok": _step(_ours(config).to(device), args.batch_size, device),
-        "plain PyTorch": _step(PlainSiT(config).to(device), args.batch_size, device),
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    # Settings may stand behind options, where argparse has closed the list already.
+    if rest and (not hasattr(args, "overrides") or any(w[0] == "-" or "=" not in w for w in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    for name in ("batch_size", "rounds", "num_images"):
+        if getattr(args, name, 1) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    with tempfile.TemporaryDirectory() as folder:
+        figures = args.command(args, Path(folder))
+    figures |= {
+        "torch": torch.__version__,
+        "device": _device_name(),
+        "threads": torch.get_num_threads(),
     }
-    seconds = time_in_turns(steps, args.rounds)
-    flops = 3 * 2 * _forward_macs(config, tokens=(32 // config.patch_size) ** 2) * args.batch_size
-    rows = [
-        (
-            name,
-            f"{statistics.median(times) * 1e3:.1f}",
-            f"{args.batch_size / statistics.median(times):.2f}",
-            f"{flops / statistics.median(times) / 1e9:.1f}",
-        )
-        for name, times in seconds.items()
-    ]
-    print_table(
-        f"{args.network}, 4x32x32 latents, batch {args.batch_size}, fp32, {device}, {torch.get_num_threads()} threads",
-        rows,
-        header=("training step", "ms", "images/s", "GFLOP/s"),
-    )
-    ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
-    print(
-        f"semtok is {statistics.median(ratios):.2f} times as fast (rounds: "
-        f"{min(ratios):.2f} to {max(ratios):.2f})"
-    )
+    print(f"{figures['device']}, torch {figures['torch']}, {figures['threads']} threads")
+    if args.output is not None:
+        write_json(args.output, figures)
     return 0
 
 
-def time_in_turns(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round; the steps take turns, so that a noisy machine hits them alike."""
-    for step in steps.values():
-        step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+def _sides(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Settings of each side by a name that tells them apart."""
+    if args.against is None:
+        return {" ".join(args.overrides) or "as it stands": args.overrides}
+    names = (" ".join(args.overrides) or "as it stands", " ".join(args.against))
+    if names[0] == names[1]:
+        raise UserError("--against: the same settings on both sides")
+    return dict(zip(names, (args.overrides, args.against), strict=True))
 
 
-def _ours(config: DiTArchitecture) -> nn.Module:
-    network = DiT(config, LatentSpec((PartSpec("texture", 4, 8),)), num_classes=1000)
-
-    class Predict(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            return self.network({"texture": x}, {"texture": t}, y).velocity.texture
-
-    return Predict()
-
-
-def _step(network: nn.Module, batch_size: int, device: torch.device) -> Callable[[], None]:
-    """One training step: forward, velocity loss, backward, AdamW."""
-    optimiser = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-    x1, x0 = torch.randn(2, batch_size, 4, 32, 32, device=device)
-    t = torch.rand(batch_size, device=device)
-    y = torch.randint(1000, (batch_size,), device=device)
-    x = t.view(-1, 1, 1, 1) * x1 + (1 - t.view(-1, 1, 1, 1)) * x0
-
-    def step() -> None:
-        (network(x, t, y) - (x1 - x0)).square().mean().backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return step
+def _tokenizer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    made = {
+        name: tokenizer_step(args.recipe, words, folder) for name, words in _sides(args).items()
+    }
+    seconds = time_in_turns({name: step for name, (step, _) in made.items()}, args.rounds)
+    timings = [
+        Timing(name, seconds[name], images, waits=step.waits[1:])
+        for name, (step, images) in made.items()
+    ]
+    trainer = next(iter(made.values()))[0].trainer
+    rate = matmul_rate(trainer.device, trainer.config.precision)
+    return _report(f"training step of {args.recipe}", timings, rate)
 
 
-def _forward_macs(config: DiTArchitecture, tokens: int) -> int:
-    """Multiply-accumulates of one image's forward pass: matrix products and attention."""
-    block = tokens * config.width**2 * (4 + 2 * config.mlp_ratio) + 2 * tokens**2 * config.width
-    return int(config.depth * (block + 6 * config.width**2))
+def _dit(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    made = {
+        name: dit_step(args.latents, args.network, args.batch_size, words, folder)
+        for name, words in _sides(args).items()
+    }
+    seconds = time_in_turns({name: step for name, (step, _) in made.items()}, args.rounds)
+    timings = [
+        Timing(name, seconds[name], args.batch_size, flops=flops, waits=step.waits[1:])
+        for name, (step, flops) in made.items()
+    ]
+    trainer = next(iter(made.values()))[0].trainer
+    rate = matmul_rate(trainer.device, trainer.config.precision)
+    title = f"training step of {args.network} on {args.latents}'s latents, batch {args.batch_size}"
+    return _report(title, timings, rate)
 
 
-class PlainSiT(nn.Module):
-    """SiT written down as its paper describes it, without a thought for speed: the yardstick."""
+def _sampling(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    timings, rate = sampling(args.latents, args.network, args.batch_size, args.rounds, _sides(args))
+    title = f"sampling with {args.network} in {args.latents}'s latents, batch {args.batch_size}"
+    return _report(title, timings, rate)
 
-    def __init__(self, config: DiTArchitecture, channels: int = 4, num_classes: int = 1000) -> None:
-        super().__init__()
-        width, self.patch, self.channels = config.width, config.patch_size, channels
-        self.embed = nn.Conv2d(channels, width, self.patch, stride=self.patch)
-        side = 32 // self.patch
-        self.register_buffer("positions", sincos_positions((side, side), width))
-        self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        self.label = nn.Embedding(num_classes + 1, width)
-        self.blocks = nn.ModuleList(_PlainBlock(width, config.heads) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        self.out = nn.Linear(width, self.patch**2 * channels)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        rows, columns = x.shape[2] // self.patch, x.shape[3] // self.patch
-        tokens = self.embed(x).flatten(2).transpose(1, 2) + self.positions
-        frequency = torch.exp(
-            -torch.log(torch.tensor(10_000.0)) * torch.arange(128, device=x.device) / 128
+def _reglue(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    paired = reglue_steps(args.network, args.batch_size, args.rounds, args.overrides, folder)
+    title = f"REGLUE with {args.network}, 256x256 pixels, batch {args.batch_size}"
+    figures = _report(title, [paired.plain, paired.ours], paired.matmul_rate)
+    shown = ", ".join(f"{name} {value:.2%}" for name, value in paired.losses.items())
+    print(f"mean difference of the losses over {args.rounds + 1} steps: {shown}")
+    return figures | {"loss_differences": paired.losses}
+
+
+def _cache(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    written, read, size = cache_rates(args.num_images, folder / "cache")
+    figures = _report(f"cached latents, {size / 1e3:.1f} kB an image", [written, read], None)
+    return figures | {"bytes_per_image": size}
+
+
+def _memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    estimate = estimate_memory(
+        args.latents,
+        args.network,
+        args.batch_size,
+        precision=args.precision,
+        checkpointing=args.checkpointing,
+    )
+    content = {**vars(estimate), "total": estimate.total}
+    title = f"{args.network} on {args.latents}'s latents, batch {args.batch_size}, {args.precision}"
+    print_table(title, [(name, f"{value:.1f} GB") for name, value in content.items()])
+    return content
+
+
+def _report(title: str, timings: list[Timing], rate: float | None) -> dict[str, Any]:
+    rows = [timing.row(rate or 1.0) for timing in timings]
+    columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    shown = [tuple(_shown(name, row[name]) for name in columns) for row in rows]
+    print_table(title, shown, columns)
+    figures: dict[str, Any] = {"title": title, "rows": rows}
+    if rate is not None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        figures |= {"matmul_gflops": rate / 1e9, "peak_memory_gb": peak_memory(device)}
+        print(
+            f"matrix product {rate / 1e9:.0f} GFLOP/s; peak memory {figures['peak_memory_gb']:.1f} GB"
         )
-        angle = t[:, None] * frequency
-        condition = self.time(torch.cat([angle.cos(), angle.sin()], dim=1)) + self.label(y)
-        for block in self.blocks:
-            tokens = block(tokens, condition)
-        shift, scale = self.modulation(condition).chunk(2, dim=1)
-        tokens = self.out(self.norm(tokens) * (1 + scale[:, None]) + shift[:, None])
-        tokens = tokens.reshape(len(x), rows, columns, self.patch, self.patch, self.channels)
-        return tokens.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+    if len(timings) == 2 and rate is not None:
+        figures["ratio"] = ratio(*timings)
+        print(figures["ratio"])
+    return figures
 
 
-class _PlainBlock(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name in ("of matmul", "waiting for data"):
+        return f"{value:.0%}"
+    return value if isinstance(value, str) else f"{value:.4g}"
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=1)
-        h = self.norm1(x) * (1 + scale1[:, None]) + shift1[:, None]
-        batch, tokens, width = h.shape
-        q, k, v = self.qkv(h).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
-        x = x + gate1[:, None] * self.proj(h)
-        h = self.norm2(x) * (1 + scale2[:, None]) + shift2[:, None]
-        return x + gate2[:, None] * self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -82,7 +82,7 @@ def start_trainer(
         folder=folder,
         source=train,
         validation=validation,
-        num_workers=recipe.data.num_workers,
+        num_workers=0 if train.is_cheap else recipe.data.num_workers,
         tracked=_for_tracker(recipe),
     )
     if resume:

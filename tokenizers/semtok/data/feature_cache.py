@@ -23,6 +23,8 @@ class CachedFeatures(ImageSource):
         shards: a cache of that source, see ``ensure_feature_cache``.
     """
 
+    is_cheap = True
+
     def __init__(self, source: ImageSource, shards: Shards) -> None:
         self.source, self.shards = source, shards
         self.image_size, self.class_names = source.image_size, source.class_names

@@ -39,6 +39,8 @@ class CachedLatents(ImageSource):
         about: of the images.
     """
 
+    is_cheap = True  # measured: two workers read latents at a fifth of the speed
+
     def __init__(self, shards: Shards, about: Mapping[str, Any]) -> None:
         self.shards = shards
         self.image_size = (int(about["image_size"][0]), int(about["image_size"][1]))

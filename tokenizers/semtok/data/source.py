@@ -89,6 +89,8 @@ class ImageSource(ABC):
     """Whether training may mirror an image left to right."""
     name: str
     """A few words for logs and cards."""
+    is_cheap: bool = False
+    """Whether loading costs less than handing batches from process to process: then no worker helps."""
 
     @property
     def num_classes(self) -> int:

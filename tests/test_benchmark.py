@@ -1,0 +1,160 @@
+"""The benchmark: its yardstick computes the same as the library, its estimates add up, its report is whole."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from semtok import Tokenizer
+from semtok.commands import benchmark
+from semtok.commands.benchmarks.memory import estimate_memory
+from semtok.commands.benchmarks.plain import PlainREGLUEStep, PlainSiT
+from semtok.commands.benchmarks.synthetic import PUBLISHED, SyntheticLatents
+from semtok.commands.benchmarks.training import dit_forward_flops, make_objective, make_trainer
+from semtok.commands.cli import run
+from semtok.commands.train_tokenizer import build_objective
+from semtok.diffusion.dit import DiT, DiTArchitecture
+from semtok.images import to_pixels
+from semtok.latents import Latents, Posterior
+from semtok.recipe import parse_diffusion_recipe, parse_recipe
+
+SHAPE = DiTArchitecture(depth=2, width=24, heads=2, patch_size=2)
+
+
+def bench(*words: object) -> int:
+    return run(benchmark.main, list(map(str, words)))
+
+
+def perturbed(network: DiT) -> DiT:
+    """Zero-initialised layers would hide differences."""
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+@pytest.mark.parametrize("kind", ["sit", "reglue"])
+def test_the_yardstick_is_the_same_network(kind):
+    torch.manual_seed(0)
+    spec = PUBLISHED[kind].spec
+    network = perturbed(DiT(SHAPE, spec, num_classes=7))
+    plain = PlainSiT(network)
+    batch = SyntheticLatents(PUBLISHED[kind]).load(range(3)).latents.mean
+    x = {
+        n: torch.randn(3, *p.shape[1:2], *([8, 8] if p.ndim == 4 else [])) for n, p in batch.items()
+    }
+    t, labels = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 7, 3])
+    ours = network(x, dict.fromkeys(x, t), labels).velocity
+    joint = torch.cat([part for part in x.values() if part.ndim == 4], dim=1)
+    velocity, vector, _ = plain(joint, x.get("global"), t, labels)
+    stacked = torch.cat([part for part in ours.values() if part.ndim == 4], dim=1)
+    torch.testing.assert_close(stacked, velocity, atol=1e-5, rtol=1e-4)
+    if "global" in x:
+        torch.testing.assert_close(ours["global"], vector, atol=1e-5, rtol=1e-4)
+
+
+def test_the_published_step_has_the_librarys_losses(tmp_path):
+    """From the same weights and random numbers, over several optimiser steps."""
+    method = {"name": "reglue", "compressor": {"hidden": [8], "channels": 4}, "statistics": "none"}
+    content = tiny.content(method, steps=3)
+    content["data"]["size"] = 32  # the demo texture's grid is then the teacher's
+    made = build_objective(
+        parse_recipe(content, "tiny"), Tokenizer.from_pretrained("demo"), place="tiny"
+    )
+    tokenizer = made.tokenizer(made.averaged_module()).eval()
+    del content["method"], content["teacher"]
+    repa = {"weight": 0.5, "depth": 1, "with_global": True}
+    content["diffusion"] = {
+        "network": SHAPE.model_dump(mode="json") | {"patch_size": 1},
+        "repa": repa,
+    }
+    content["train"] |= {"schedule": "constant", "warmup_steps": 0}
+    content["train"]["optimiser"] = {"learning_rate": 1e-4}
+    recipe = parse_diffusion_recipe(content | {"tokenizer": "t"}, "tiny")
+    from semtok.data.sources import open_sources
+
+    images, _ = open_sources(recipe.data)
+    objective = make_objective(recipe, tokenizer, images, None)
+    perturbed(objective.averaged_module())
+    trainer = make_trainer(objective, recipe.train, images, tmp_path)
+    player = objective.players["dit"]
+    plain = PlainREGLUEStep(PlainSiT(player.network, player.projector, 1), tokenizer, seed=0)
+    batches = [images.load(range(4 * i, 4 * i + 4)) for i in range(3)]
+    objective.players.train()
+    for batch in batches:
+        trainer.train_step(iter([batch]))
+        ours = trainer.metrics.read(lambda values: values)
+        trainer.metrics.clear()
+        with torch.no_grad():
+            posterior = tokenizer.posterior(batch.images)
+        texture = Posterior(
+            *(Latents({"texture": p.texture}) for p in (posterior.mean, posterior.std))
+        )
+        plain(to_pixels(batch.images), texture, batch.labels)
+        for name in ("texture", "semantic", "global"):
+            assert ours[f"loss/velocity/{name}"] == pytest.approx(plain.losses[-1][name], rel=1e-3)
+        assert ours["loss/alignment"] == pytest.approx(plain.losses[-1]["alignment"], rel=1e-3)
+
+
+def test_operations_are_those_of_the_paper():
+    # SiT-B/2 at 256x256: 23.01 GMACs (DiT, table 9: 23.01 Gflops, counted as here by half).
+    torch.manual_seed(0)
+    spec = PUBLISHED["sit"].spec
+    shape = DiTArchitecture(depth=12, width=768, heads=12, patch_size=2)
+    with torch.device("meta"):
+        network = DiT(shape, spec, num_classes=1000)
+    assert dit_forward_flops(network, 2) == pytest.approx(2 * 2 * 23.01e9, rel=0.02)
+
+
+def test_memory_adds_up_and_falls_with_checkpointing():
+    def estimate(batch: int, **changes: Any):
+        settings = {"precision": "bf16", "checkpointing": False} | changes
+        return estimate_memory("sit", "SiT-S/4", batch, **settings)
+
+    one, two = estimate(8), estimate(16)
+    parameters = one.gradients / 4
+    assert one.optimiser == pytest.approx(8 * parameters) and one.average == one.gradients
+    assert one.weights == pytest.approx(6 * parameters)
+    assert two.activations == pytest.approx(2 * one.activations, rel=0.05)
+    assert estimate(16, checkpointing=True).activations < 0.3 * two.activations
+    assert estimate(16, precision="fp32").activations > two.activations
+
+
+def test_the_report_is_whole(tmp_path, capsys):
+    file = tmp_path / "x.json"
+    words = ["dit", "--network", "SiT-S/8", "--latents", "reglue", "--batch-size", 1, "--rounds", 1]
+    sides = ["train.accumulate=1", "--against", "train.ema_decay=0.5", "--output", file]
+    assert bench(*words, *sides) == 0
+    out, figures = capsys.readouterr().out, json.loads(file.read_text())
+    assert "times as fast as" in out and "waiting for data" in out and "GFLOP/s" in out
+    assert [row["what"] for row in figures["rows"]] == ["train.accumulate=1", "train.ema_decay=0.5"]
+    assert all(row["of matmul"] > 0 and 0 <= row["waiting for data"] < 1 for row in figures["rows"])
+    assert bench("cache", "--num-images", 600, "--output", file) == 0
+    assert 26_000 < json.loads(file.read_text())["bytes_per_image"] < 27_000
+    assert (
+        bench(
+            "sampling", "--network", "SiT-S/8", "--batch-size", 1, "--rounds", 1, "sampler.steps=2"
+        )
+        == 0
+    )
+    recipe = Path(__file__).parents[1] / "recipes/vae.yaml"
+    assert bench("tokenizer", recipe, "--rounds", 1, "train.batch_size=2") == 0
+    assert "training step of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dit", "--rounds", "0"], "--rounds must be at least 1"),
+        (["dit", "a=1", "--against", "a=1"], "the same settings on both sides"),
+        (["dit", "train.nope=1"], "train.nope"),
+        (["tokenizer", "none.yaml"], "none.yaml: no such file"),
+    ],
+)
+def test_wrong_words_are_one_line(capsys, words, message):
+    assert bench(*words) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error

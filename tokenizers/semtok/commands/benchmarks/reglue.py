@@ -1,0 +1,171 @@
+"""REGLUE's step from cached latents beside the same step as its published script takes it."""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from accelerate import Accelerator
+
+from semtok.commands.benchmarks.plain import PlainREGLUEStep, PlainSiT
+from semtok.commands.benchmarks.timing import Timing, TrainerStep, matmul_rate, time_in_turns
+from semtok.commands.benchmarks.training import TRAIN, make_objective, make_trainer
+from semtok.config import apply_overrides
+from semtok.data.latent_cache import CachedLatents, ensure_latent_cache
+from semtok.data.loading import DataOrder
+from semtok.data.shapes import Shapes, ShapesConfig
+from semtok.images import to_pixels
+from semtok.latents import Latents, Posterior
+from semtok.methods.reglue import Compressor, REGLUETokenizer
+from semtok.methods.vae import KLTokenizer
+from semtok.nets.autoencoder import PRESETS, build_autoencoder
+from semtok.recipe import parse_diffusion_recipe
+from semtok.storage import write_tensors
+from semtok.teachers import Teacher, TeacherConfig
+
+_TEACHER = "vit_base_patch14_reg4_dinov2.lvd142m"
+_LAYERS = (8, 9, 10, 11)
+_SIZE, _DEPTH = 256, 4
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Both steps, in turns.
+
+    Attributes:
+        losses: mean relative difference of each loss over the steps.
+    """
+
+    ours: Timing
+    plain: Timing
+    losses: dict[str, float]
+    matmul_rate: float
+
+
+def reglue_steps(
+    network: str, batch_size: int, rounds: int, overrides: list[str], folder: Path
+) -> Paired:
+    """Times both on the same images, from the same weights and random numbers.
+
+    All networks have their published sizes and random weights, which cost the same as trained ones.
+
+    Args:
+        overrides: of the library's own step, as ``train.compile=inductor``.
+        folder: for the cache.
+    """
+    torch.manual_seed(0)
+    num_images = 2 * batch_size
+    config = ShapesConfig(kind="shapes", size=_SIZE, num_images=num_images, num_validation_images=1)
+    images = Shapes(config, train=True)
+    tokenizer = random_reglue(folder)
+    content = apply_overrides(
+        {
+            "tokenizer": "reglue",
+            "data": {"kind": "shapes", "size": _SIZE},
+            "diffusion": {
+                "network": network,
+                "loss_weights": {"global": 0.03},
+                "repa": {"weight": 0.5, "depth": _DEPTH, "with_global": True},
+            },
+            "train": {**TRAIN, "batch_size": batch_size},
+        },
+        overrides,
+    )
+    recipe = parse_diffusion_recipe(content, "benchmark")
+    accelerator = Accelerator()
+    cached, _ = ensure_latent_cache(
+        (images, images),
+        tokenizer,
+        folder / "cache",
+        data=config,
+        targets=tokenizer.teacher,
+        accelerator=accelerator,
+        batch_size=batch_size,
+    )
+    objective = make_objective(recipe, tokenizer, cached, cached.target_width)
+    player = objective.players["dit"]
+    trainer = make_trainer(objective, recipe.train, cached, folder)
+    plain = PlainREGLUEStep(
+        PlainSiT(player.network, player.projector, _DEPTH).to(trainer.device),
+        tokenizer.to(trainer.device),
+        seed=recipe.train.seed,
+    )
+    step = TrainerStep(trainer)
+    curves: list[dict[str, float]] = []
+
+    def ours() -> None:
+        step()
+        curves.append(trainer.metrics.read(lambda values: values))
+        trainer.metrics.clear()
+
+    seconds = time_in_turns({"ours": ours, "plain": _plain_step(plain, images, cached)}, rounds)
+    return Paired(
+        Timing("semtok, from the cache", seconds["ours"], batch_size, waits=step.waits[1:]),
+        Timing("as published, in plain PyTorch", seconds["plain"], batch_size),
+        _differences(curves, plain.losses),
+        matmul_rate(trainer.device, recipe.train.precision),
+    )
+
+
+def random_reglue(folder: Path) -> REGLUETokenizer:
+    """REGLUE's tokenizer in its published sizes: SD's autoencoder, DINOv2-B with registers, compressor."""
+    weights = folder / "teacher.safetensors"
+    write_tensors(
+        weights, timm.create_model(_TEACHER, pretrained=False, num_classes=0).state_dict()
+    )
+    teacher = Teacher(
+        TeacherConfig(name=_TEACHER, checkpoint=str(weights), input_size=224, layers=_LAYERS)
+    )
+    texture = KLTokenizer(build_autoencoder(PRESETS["f8d4"]), method="vae")
+    texture.num_measured_images.fill_(1)
+    coder = Compressor(sum(teacher.widths), [256], 16)
+    tokenizer = REGLUETokenizer(
+        texture,
+        coder,
+        teacher,
+        feature_stride=16,
+        global_width=teacher.pooled_width,
+        scaled=False,
+        method="reglue",
+    )
+    return tokenizer.eval().requires_grad_(False)
+
+
+def _plain_step(plain: PlainREGLUEStep, images: Shapes, cached: CachedLatents):
+    """Reads images and image latents, as the published loader does, and takes a step."""
+    device = next(plain.network.parameters()).device
+
+    def step() -> None:
+        order = DataOrder(len(images), cached_batch(plain, cached), plain.seed, False)
+        keys = order.keys(plain.step)
+        batch, latents = images.load_keys(keys), cached.load_keys(keys).latents
+        texture = Posterior(
+            *(
+                Latents({"texture": p.texture.float().to(device)})
+                for p in (latents.mean, latents.std)
+            )
+        )
+        plain(to_pixels(batch.images.to(device)), texture, batch.labels.to(device))
+
+    return step
+
+
+def cached_batch(plain: PlainREGLUEStep, cached: CachedLatents) -> int:
+    """Images of a step: the set is twice as many."""
+    return len(cached) // 2
+
+
+def _differences(ours: list[dict[str, float]], plain: list[dict[str, float]]) -> dict[str, float]:
+    names = {
+        "texture": "loss/velocity/texture",
+        "semantic": "loss/velocity/semantic",
+        "global": "loss/velocity/global",
+        "alignment": "loss/alignment",
+    }
+    return {
+        name: statistics.mean(
+            abs(a[key] - b[name]) / abs(b[name]) for a, b in zip(ours, plain, strict=True)
+        )
+        for name, key in names.items()
+    }

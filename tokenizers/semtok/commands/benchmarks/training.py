@@ -1,0 +1,125 @@
+"""Steps of every stage of training, as its own loop does them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from semtok.commands.benchmarks.synthetic import PUBLISHED, SpecTokenizer, SyntheticLatents
+from semtok.commands.benchmarks.timing import TrainerStep, forward_flops
+from semtok.commands.train_tokenizer import build_objective
+from semtok.config import apply_overrides
+from semtok.data.source import ImageSource
+from semtok.data.sources import open_sources
+from semtok.diffusion.dit import DiT
+from semtok.diffusion.objective import DiffusionObjective
+from semtok.objective import Objective
+from semtok.recipe import load_recipe, parse_diffusion_recipe
+from semtok.references import DEMO
+from semtok.tokenizer import Tokenizer
+from semtok.training.config import TrainConfig
+from semtok.training.loop import Trainer
+from semtok.training.process import make_accelerator
+
+TRAIN = {
+    "steps": 1_000_000,
+    "optimiser": {"learning_rate": 1e-4},
+    "ema_decay": 0.9999,
+    "sample_every": 1_000_000,
+    "checkpoint_every": 1_000_000,
+    "log_every": 1_000_000,
+}
+
+
+def dit_step(
+    kind: str, network: str, batch_size: int, overrides: list[str], folder: Path
+) -> tuple[TrainerStep, float]:
+    """A step of a diffusion transformer on synthetic latents in a paper's shapes, and its FLOPs.
+
+    Args:
+        kind: one of ``PUBLISHED``.
+        overrides: of the recipe: ``train.compile=inductor``, ``diffusion.checkpointing=true`` and so on.
+        folder: where a run would lie.
+    """
+    published = PUBLISHED[kind]
+    content = apply_overrides(
+        {
+            "tokenizer": kind,
+            "data": {"kind": "shapes", "size": 256},
+            "diffusion": {"network": network, **published.diffusion},
+            "train": {**TRAIN, "batch_size": batch_size},
+        },
+        overrides,
+    )
+    recipe = parse_diffusion_recipe(content, "benchmark")
+    source = SyntheticLatents(published)
+    objective = make_objective(
+        recipe, SpecTokenizer(published.spec), source, published.target_width
+    )
+    step = TrainerStep(make_trainer(objective, recipe.train, source, folder))
+    flops = 3 * dit_forward_flops(objective.averaged_module(), recipe.train.batch_size)
+    return step, flops
+
+
+def tokenizer_step(
+    recipe_file: Path, overrides: list[str], folder: Path
+) -> tuple[TrainerStep, int]:
+    """A step of a tokenizer's recipe on its own images, and the images in it."""
+    recipe = load_recipe(recipe_file, [*overrides, "train.tracker=none"])
+    composite = recipe.method.texture_reference() is not None
+    texture = Tokenizer.from_pretrained(DEMO) if composite else None
+    objective = build_objective(recipe, texture, place=str(recipe_file))
+    train, _ = open_sources(recipe.data)
+    settings = recipe.train.model_copy(update={"steps": 1_000_000})
+    return TrainerStep(make_trainer(objective, settings, train, folder)), settings.batch_size
+
+
+def dit_forward_flops(network: DiT, batch_size: int) -> float:
+    """Of the network's forward pass on 256x256 images, counted without computing it."""
+    device = torch.device("meta")
+    copy = DiT(
+        network.config,
+        network.spec,
+        num_classes=network.num_classes,
+        timed_parts=network.timed_parts,
+    ).to(device)
+    spec, size = network.spec, (256, 256)
+    grid = spec.shape("texture", size)[1:]
+    x = {
+        part.name: torch.empty(
+            batch_size, part.channels, *(grid if part.is_spatial else ()), device=device
+        )
+        for part in spec.parts
+    }
+    times = {part.name: torch.empty(batch_size, device=device) for part in spec.parts}
+    labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    return forward_flops(copy, x, times, labels)
+
+
+def make_objective(
+    recipe: Any, tokenizer: Tokenizer, source: ImageSource, width: int | None
+) -> DiffusionObjective:
+    torch.manual_seed(recipe.train.seed)
+    return DiffusionObjective(
+        recipe.diffusion,
+        tokenizer,
+        class_names=source.class_names,
+        image_size=source.image_size,
+        sampler=recipe.sampler,
+        cached_width=width,
+    )
+
+
+def make_trainer(
+    objective: Objective, config: TrainConfig, source: ImageSource, folder: Path
+) -> Trainer:
+    return Trainer(
+        objective,
+        config,
+        accelerator=make_accelerator(config, folder),
+        folder=folder,
+        source=source,
+        validation=source,
+        num_workers=0,
+        tracked={},
+    )
