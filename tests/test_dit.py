@@ -7,6 +7,7 @@ from torch import Tensor
 from semtok.diffusion.dit import PRESETS, DiT, DiTArchitecture, architecture, rotary_table
 from semtok.diffusion.guidance import GuidanceConfig, guided_velocity
 from semtok.latents import LatentSpec, PartSpec
+from tiny import awake
 
 TEXTURE = LatentSpec((PartSpec("texture", 4, 8),))
 COMPOSITE = LatentSpec(
@@ -18,15 +19,6 @@ SMALL = {
         depth=2, width=32, heads=2, swiglu=True, rope=True, rms_norm=True, qk_norm=True
     ),
 }
-
-
-def awake(network: DiT) -> DiT:
-    """Gives zero-initialised layers weights, without which every output is zero."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        if not parameter.any():
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-    return network
 
 
 def inputs(spec: LatentSpec, batch: int = 3, size: tuple[int, int] = (32, 48)) -> dict[str, Tensor]:

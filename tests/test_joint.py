@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Iterator
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,8 @@ from semtok import Generator, Tokenizer
 from semtok.alignment import alignment_loss
 from semtok.commands import sample, train_dit
 from semtok.commands.cli import run
-from semtok.commands.train_tokenizer import build_objective, statistics_batches, train_tokenizer
+from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.config import parse
-from semtok.data.shapes import Shapes
 from semtok.diffusion.config import DiffusionConfig, REPAConfig, build_network, resolve_defaults
 from semtok.diffusion.dit import DiTArchitecture
 from semtok.diffusion.guidance import GuidanceConfig
@@ -32,40 +30,9 @@ from semtok.objective import Batch
 from semtok.recipe import parse_recipe
 from semtok.registry import get_method
 from semtok.teachers import Teacher, TeacherConfig
+from tiny import SEMANTICS, tokenizer
 
 SHAPE = DiTArchitecture(depth=2, width=32, heads=2, rms_norm=True, swiglu=True, rope=True)
-SEMANTICS: dict[str, dict[str, Any]] = {
-    "none": {"name": "reglue", "compressor": None},
-    "redi": {"name": "redi", "channels": 4},
-    "reglue": {"name": "reglue", "compressor": {"hidden": [8], "channels": 4}},
-    "semvae": {"name": "semvae", "channels": 4, "width": 16, "heads": 2, "blocks": 1},
-}
-
-
-def measured(method: dict[str, Any], texture: Tokenizer | None = None) -> Tokenizer:
-    """A tokenizer of a method with its first weights: statistics measured, nothing trained."""
-    learns = method["name"] in ("vae", "send_vae") or method.get("compressor", True) is not None
-    learns = learns and method["name"] != "redi"
-    recipe = parse_recipe(
-        tiny.content(method, **({} if learns else {"steps": 0, "warmup_steps": 0})), "tiny"
-    )
-    objective = build_objective(recipe, texture, place="tiny")
-    source = Shapes(recipe.data, train=True)
-    cpu = torch.device("cpu")
-    objective.measure(statistics_batches(source, recipe, cpu))
-    tokenizer = objective.tokenizer(objective.averaged_module()).eval()
-    with torch.no_grad():
-        batches = statistics_batches(source, recipe, cpu)
-        tokenizer.measure_statistics((b.pixels for b in batches), torch.Generator().manual_seed(0))
-    return tokenizer
-
-
-@cache
-def tokenizer(texture: str, semantic: str, with_global: bool) -> Tokenizer:
-    base = measured({"name": texture})
-    if semantic == "none" and not with_global:
-        return base
-    return measured(SEMANTICS[semantic] | {"global_token": with_global}, base)
 
 
 def objective(

@@ -1,13 +1,16 @@
 """Tiny recipes and objectives that several tests train."""
 
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from semtok.commands.train_tokenizer import build_objective
+from semtok import Tokenizer
+from semtok.commands.train_tokenizer import build_objective, statistics_batches
 from semtok.data.shapes import Shapes, ShapesConfig
+from semtok.diffusion.dit import DiT
 from semtok.images import to_pixels
 from semtok.objective import Draws, TokenizerObjective
 from semtok.recipe import parse_recipe
@@ -20,6 +23,12 @@ AUTOENCODER = {
     "norm_groups": 4,
 }
 COMPOSITES = ("redi", "reglue", "semvae")
+SEMANTICS: dict[str, dict[str, Any]] = {
+    "none": {"name": "reglue", "compressor": None},
+    "redi": {"name": "redi", "channels": 4},
+    "reglue": {"name": "reglue", "compressor": {"hidden": [8], "channels": 4}},
+    "semvae": {"name": "semvae", "channels": 4, "width": 16, "heads": 2, "blocks": 1},
+}
 ADVERSARIAL = {"start_step": 0, "width": 8, "num_layers": 1}
 
 
@@ -61,6 +70,42 @@ def content(method: dict[str, Any] | None = None, **train: Any) -> dict[str, Any
 def build(method: dict[str, Any] | None = None, **train: Any) -> TokenizerObjective:
     """The objective of ``content(method)``, freshly initialised."""
     return build_objective(parse_recipe(content(method, **train), "tiny"), place="tiny")
+
+
+def measured(method: dict[str, Any], texture: Tokenizer | None = None) -> Tokenizer:
+    """A tokenizer of a method with its first weights: statistics measured, nothing trained."""
+    learns = method["name"] in ("vae", "send_vae") or method.get("compressor", True) is not None
+    learns = learns and method["name"] != "redi"
+    recipe = parse_recipe(
+        content(method, **({} if learns else {"steps": 0, "warmup_steps": 0})), "tiny"
+    )
+    objective = build_objective(recipe, texture, place="tiny")
+    source = Shapes(recipe.data, train=True)
+    cpu = torch.device("cpu")
+    objective.measure(statistics_batches(source, recipe, cpu))
+    tokenizer = objective.tokenizer(objective.averaged_module()).eval()
+    with torch.no_grad():
+        batches = statistics_batches(source, recipe, cpu)
+        tokenizer.measure_statistics((b.pixels for b in batches), torch.Generator().manual_seed(0))
+    return tokenizer
+
+
+@cache
+def tokenizer(texture: str, semantic: str, with_global: bool) -> Tokenizer:
+    """One of every kind: the texture's method, the semantic part's (``SEMANTICS``), a global part or none."""
+    base = measured({"name": texture})
+    if semantic == "none" and not with_global:
+        return base
+    return measured(SEMANTICS[semantic] | {"global_token": with_global}, base)
+
+
+def awake(network: DiT) -> DiT:
+    """Gives zero-initialised layers weights, without which every output is zero."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        if not parameter.any():
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return network
 
 
 def batch(objective: TokenizerObjective, num: int = 4) -> dict[str, Any]:

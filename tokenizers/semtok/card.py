@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from semtok.references import is_hub_id
 README = "README.md"
 PLACEHOLDER = "ORG/NAME"
 """In a card, where the repository's name will be."""
-_PICTURES = "pictures"
+PICTURES = "pictures"
+"""Their folder in an export."""
 _VAES = ("vae", "texture/vae", "tokenizer/vae", "tokenizer/texture/vae")
 _FROM_PRETRAINED = ("from semtok import {0}", 'model = {0}.from_pretrained("{{reference}}")')
 _PART = ("from semtok.hub.parts import load_part", 'model = load_part("{reference}")')
@@ -62,16 +64,8 @@ def model_card(
         vae: the folder in it that diffusers can load.
         reference: what ``from_pretrained`` takes.
     """
-    kind = config.get("kind", "tokenizer")
-    what, *code = _KINDS[kind]
-    trained = config.get("trained") or {}
+    what, *code = _KINDS[config.get("kind", "tokenizer")]
     lines = [
-        "---",
-        card_data(config).to_yaml().strip(),
-        "---",
-        "",
-        f"# {_title(config)}",
-        "",
         f"{what[0].upper()}{what[1:]} made by semtok {config['library_version']}. "
         f"{_latents(config)}",
         "",
@@ -86,6 +80,68 @@ def model_card(
             f'`AutoencoderKL.from_pretrained("{reference}", subfolder="{vae}")`.',
             "",
         ]
+    return _card(config, card_data(config), lines, pictures, papers)
+
+
+def pipeline_card(
+    config: Mapping[str, Any],
+    *,
+    packages: Sequence[str],
+    pictures: Sequence[str] = (),
+    papers: Sequence[str] = (),
+    reference: str = PLACEHOLDER,
+) -> str:
+    """The card of a generator that was exported as a diffusers pipeline.
+
+    Args:
+        config: what a generator's ``config.json`` holds.
+        packages: what the pipeline's code imports, as pip takes it.
+        pictures, papers, reference: see ``model_card``.
+    """
+    names = config["class_names"]
+    if names:
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        labels = f"Classes are named ({shown}) or numbered; `None` is any class."
+    else:
+        labels = "It has no classes; `num_images_per_class` is how many images are drawn."
+    lines = [
+        "An image generator for diffusers, which brings its own code. It was made by semtok "
+        f"{config['library_version']}, and runs without it. {_latents(config)}",
+        "",
+        "```bash",
+        f"pip install {' '.join(shlex.quote(package) for package in packages)}",
+        "```",
+        "",
+        "```python",
+        *loading_lines(reference, names[:2]),
+        "```",
+        "",
+        f"{labels} Image i of a seed is the same in a batch of any size. `num_inference_steps` and "
+        "`guidance_scale` (a number, or one for each part of the latents) are by default the model's own.",
+        "",
+    ]
+    return _card(config, card_data(config, library="diffusers"), lines, pictures, papers)
+
+
+def loading_lines(reference: str, labels: Sequence[str]) -> list[str]:
+    """Python that loads an exported pipeline and draws images of these classes; of any, if there are none."""
+    words = [json.dumps(list(labels), ensure_ascii=False)] if labels else []
+    return [
+        "from diffusers import DiffusionPipeline",
+        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(reference)}, trust_remote_code=True)",
+        f"images = pipeline({', '.join([*words, 'seed=0'])}).images",
+    ]
+
+
+def _card(
+    config: Mapping[str, Any],
+    header: ModelCardData,
+    use: Sequence[str],
+    pictures: Sequence[str],
+    papers: Sequence[str],
+) -> str:
+    trained = config.get("trained") or {}
+    lines = ["---", header.to_yaml().strip(), "---", "", f"# {_title(config)}", "", *use]
     for picture in pictures:
         lines += [f"![{picture}]({picture})", ""]
     rows = [*_settings(trained), *_figures(trained)]
@@ -109,12 +165,38 @@ def write_readme(
     Args:
         pictures: files by the names that they get.
     """
-    for name, file in pictures.items():
-        (folder / _PICTURES).mkdir(exist_ok=True)
-        shutil.copyfile(file, folder / _PICTURES / f"{name}{file.suffix}")
-    shown = [f"{_PICTURES}/{name}{file.suffix}" for name, file in pictures.items()]
     vae = next((name for name in _VAES if (folder / name).is_dir()), None)
-    card = model_card(config, pictures=shown, papers=papers, vae=vae)
+    shown = _copy_pictures(folder, pictures)
+    _write_card(folder, config, model_card(config, pictures=shown, papers=papers, vae=vae))
+
+
+def write_pipeline_readme(
+    folder: Path,
+    config: Mapping[str, Any],
+    pictures: Mapping[str, Path],
+    papers: Sequence[str],
+    packages: Sequence[str],
+) -> None:
+    """Writes an exported pipeline's card, the pictures on it, and the recipe.
+
+    Args:
+        packages: see ``pipeline_card``.
+        pictures: files by the names that they get.
+    """
+    shown = _copy_pictures(folder, pictures)
+    card = pipeline_card(config, packages=packages, pictures=shown, papers=papers)
+    _write_card(folder, config, card)
+
+
+def _copy_pictures(folder: Path, pictures: Mapping[str, Path]) -> list[str]:
+    """Their paths in the export."""
+    for name, file in pictures.items():
+        (folder / PICTURES).mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / PICTURES / f"{name}{file.suffix}")
+    return [f"{PICTURES}/{name}{file.suffix}" for name, file in pictures.items()]
+
+
+def _write_card(folder: Path, config: Mapping[str, Any], card: str) -> None:
     (folder / README).write_text(card, encoding="utf-8")
     recipe = (config.get("trained") or {}).get("recipe")
     if recipe:
@@ -122,8 +204,12 @@ def write_readme(
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
 
 
-def card_data(config: Mapping[str, Any]) -> ModelCardData:
-    """The card's header: library, tags, license, data, what it was started from, and scores."""
+def card_data(config: Mapping[str, Any], *, library: str = "semtok") -> ModelCardData:
+    """The card's header: library, tags, license, data, what it was started from, and scores.
+
+    Args:
+        library: that loads the export.
+    """
     trained = config.get("trained") or {}
     metrics: Mapping[str, float] = trained.get("metrics") or {}
     data = trained.get("data")
@@ -139,7 +225,7 @@ def card_data(config: Mapping[str, Any]) -> ModelCardData:
         for name, value in metrics.items()
     ]
     return ModelCardData(
-        library_name="semtok",
+        library_name=library,
         tags=["semtok", f"image-{kind}", *([config["method"]] if "method" in config else [])],
         # Weights that were trained on somebody's images are that somebody's to license.
         license="apache-2.0" if data and data.startswith(_EMBEDDED) else "other",

@@ -35,6 +35,13 @@ def locate_export(
         for candidate in (folder, folder / "export"):
             if (candidate / "config.json").is_file():
                 return candidate
+        if (folder / "model_index.json").is_file():
+            way_on = (
+                f"its image autoencoder is {folder / 'vae'}"
+                if kind == "tokenizer"
+                else "give the model that it was exported from"
+            )
+            raise UserError(f"{folder}: is a diffusers pipeline; {way_on}")
         if (folder / "recipe.yaml").is_file():
             raise UserError(f"{folder}: this run has no export yet; let it finish with --resume")
     if Path(reference).is_dir():

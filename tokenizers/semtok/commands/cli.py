@@ -19,7 +19,7 @@ COMMANDS = {
     "sample": "draw images from a trained generator",
     "benchmark": "time training steps",
     "evaluate": "measure what a tokenizer's latents hold",
-    "hub": "to and from the Hugging Face Hub and published checkpoints",
+    "hub": "to and from the Hugging Face Hub, published checkpoints and diffusers",
     "compare": "train several tokenizers, a transformer on each, and report",
     "train_teacher": "train the embedded teacher again",
 }

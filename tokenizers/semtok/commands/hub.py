@@ -1,5 +1,5 @@
 """``hub push RUN org/name``: tokenizers and generators to the Hugging Face Hub; ``hub import FORMAT PATH``:
-published checkpoints as exports of this library."""
+published checkpoints as exports of this library; ``hub export MODEL``: a generator for diffusers."""
 
 import argparse
 import sys
@@ -7,14 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
+from semtok.card import PICTURES, loading_lines
 from semtok.commands.cli import Parser
 from semtok.commands.table import print_table
 from semtok.config import apply_overrides, parse
+from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
+from semtok.hub.export_pipeline import export_pipeline
 from semtok.hub.formats import Format
 from semtok.hub.imports import ImportOptions, import_checkpoint
-from semtok.hub.publish import check_repo_id, export_files, push_export
+from semtok.hub.publish import check_repo_id, export_files, is_pipeline, push_export
 from semtok.references import locate_export
+from semtok.registry import load_plugins
 from semtok.teachers import Teacher, TeacherConfig
 from semtok.tokenizer import Tokenizer
 
@@ -24,7 +28,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="hub", description=__doc__)
     tasks = parser.add_subparsers(dest="task", required=True)
     push = tasks.add_parser("push", help="upload an export as one commit")
-    push.add_argument("run", metavar="RUN", help="a run's name, its folder, or an export")
+    push.add_argument(
+        "run", metavar="RUN", help="a run's name, its folder, an export, or an exported pipeline"
+    )
     push.add_argument("repo_id", metavar="org/name", help="on the Hub; created where it is missing")
     push.add_argument("--public", action="store_true", help="a new repository is private otherwise")
     push.add_argument("--yes", action="store_true", help="ask nothing")
@@ -33,8 +39,18 @@ def main(arguments: Sequence[str]) -> int:
     push.add_argument("--branch", help="default: the main one")
     push.set_defaults(command=_push)
     _add_import(tasks.add_parser("import", help="a published checkpoint, as an export"))
+    _add_export(tasks.add_parser("export", help="a generator, as a pipeline for diffusers alone"))
     args = parser.parse_args(arguments)
     return args.command(args)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, run name or Hub id of a generator")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--plugin", action="append", default=[], help="a Python file that registers a method"
+    )
+    parser.set_defaults(command=_export)
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +120,9 @@ def _number_or_path(word: str) -> float | Path:
 
 def _push(args: argparse.Namespace) -> int:
     check_repo_id(args.repo_id)
-    folder = locate_export(args.run, "tokenizer", local_files_only=True)
+    folder = Path(args.run)
+    if not is_pipeline(folder):
+        folder = locate_export(args.run, "tokenizer", local_files_only=True)
     files = export_files(folder)
     total = sum(size for _, size in files)
     rows = [(name, _size(size)) for name, size in files]
@@ -117,6 +135,18 @@ def _push(args: argparse.Namespace) -> int:
         folder, args.repo_id, private=not args.public, message=args.message, branch=args.branch
     )
     print(f"pushed: {address}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    load_plugins(args.plugin)
+    folder = locate_export(args.model, "model")
+    generator = Generator.from_pretrained(folder)
+    shown = sorted((folder / PICTURES).glob("*.png"))
+    export_pipeline(generator, args.output, pictures={file.stem: file for file in shown})
+    print(f"diffusers pipeline: {args.output}")
+    for line in loading_lines(str(args.output), generator.class_names[:2]):
+        print(f"    {line}")
     return 0
 
 

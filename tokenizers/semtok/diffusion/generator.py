@@ -77,6 +77,22 @@ class Generator(PushToHub, nn.Module):
     def device(self) -> torch.device:
         return self.tokenizer.texture_mean.device
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the texture, on which all spatial parts are generated."""
+        rows, columns = self.tokenizer.spec.shape("texture", self.image_size)[1:]
+        return rows, columns
+
+    @property
+    def shift(self) -> float:
+        """Of the training times, and of samplers that have none of their own."""
+        rows, columns = self.grid
+        dimension = sum(
+            rows * columns * part.channels if part.is_spatial else part.channels
+            for part in self.network.spec.parts
+        )
+        return self.config.time.shift_for(dimension)
+
     @torch.no_grad()
     def sample(
         self,
@@ -126,20 +142,15 @@ class Generator(PushToHub, nn.Module):
             self._check_weak(weak)
         else:
             check_guidance(self.config, sampler or self.sampler, self.network.spec)
-        grid = self.tokenizer.spec.shape("texture", self.image_size)[1:]
-        dimension = sum(
-            grid[0] * grid[1] * part.channels if part.is_spatial else part.channels
-            for part in self.network.spec.parts
-        )
         return sample_latents(
             self.network,
             SampleNoise(seed, range(first, first + len(numbers)), self.device),
             torch.tensor(numbers, dtype=torch.int64, device=self.device),
-            grid,
+            self.grid,
             sampler or self.sampler,
             schedule=self.schedule,
             path=self.config.path,
-            shift=self.config.time.shift_for(dimension),
+            shift=self.shift,
             weak=weak.network if weak is not None else None,
             watch=watch,
         )
@@ -229,30 +240,33 @@ class Generator(PushToHub, nn.Module):
         """
         with new_folder(Path(folder), replaces=_CONFIG_FILE) as temporary:
             self.tokenizer.save_pretrained(temporary / "tokenizer")
-            config = {
-                "library": "semtok",
-                "library_version": library_version(),
-                "format_version": FORMAT_VERSION,
-                "kind": KIND,
-                "latents": self.network.spec.to_dict(),
-                "image_size": list(self.image_size),
-                "class_names": list(self.class_names),
-                "diffusion": self.config.model_dump(mode="json"),
-                "sampler": self.sampler.model_dump(mode="json"),
-                "trained": self.training_info,
-            }
+            config = self.to_dict()
             write_tensors(temporary / _NETWORK_FILE, self.network.state_dict(), provenance(config))
             write_json(temporary / _CONFIG_FILE, config)
-            papers = (*self._papers(), *papers_of(self.tokenizer.method))
-            write_readme(temporary, config, pictures or {}, papers)
+            write_readme(temporary, config, pictures or {}, self.papers())
 
-    def _papers(self) -> list[str]:
-        """To cite for the network and its training, one line each."""
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json says of it: all but the weights and the tokenizer."""
+        return {
+            "library": "semtok",
+            "library_version": library_version(),
+            "format_version": FORMAT_VERSION,
+            "kind": KIND,
+            "latents": self.network.spec.to_dict(),
+            "image_size": list(self.image_size),
+            "class_names": list(self.class_names),
+            "diffusion": self.config.model_dump(mode="json"),
+            "sampler": self.sampler.model_dump(mode="json"),
+            "trained": self.training_info,
+        }
+
+    def papers(self) -> tuple[str, ...]:
+        """To cite for the network, its training and its tokenizer, one line each."""
         is_lightning = str(self.config.network).startswith("LightningDiT")
         papers = ["SiT, arXiv 2401.08740"]
         papers += ["LightningDiT, arXiv 2501.01423"] if is_lightning else []
         papers += ["REPA, arXiv 2410.06940"] if self.config.repa else []
-        return papers
+        return (*papers, *papers_of(self.tokenizer.method))
 
     @classmethod
     def from_pretrained(

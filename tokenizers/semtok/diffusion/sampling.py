@@ -1,8 +1,9 @@
 """Samplers: from noise to latents along the learned velocity, one clock for all parts."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -64,7 +65,9 @@ class SampleNoise:
         self._generators = []
         for index in indices:
             digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
-            self._generators.append(torch.Generator().manual_seed(int.from_bytes(digest) >> 1))
+            self._generators.append(
+                torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+            )
 
     def __call__(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal numbers (B, *shape)."""
@@ -84,6 +87,7 @@ def sample_latents(
     path: PathName = "linear",
     shift: float = 1.0,
     weak: DiT | None = None,
+    start: Mapping[str, Tensor] | None = None,
     watch: Watch | None = None,
 ) -> Latents:
     """Draws latents, spatial parts on the texture's grid.
@@ -98,16 +102,18 @@ def sample_latents(
         schedule: which part leads.
         shift: of the training times; ``config.shift`` goes before it.
         weak: the network of autoguidance.
+        start: noise per part to start from, instead of drawn noise.
         watch: see ``integrate``.
     """
-    start = {
+    drawn = {
         part.name: noise((part.channels, *grid) if part.is_spatial else (part.channels,))
         for part in network.spec.parts
     }
+    begin = drawn if start is None else start  # ``sde`` draws on from the same place in both cases
 
     def draw(rows: slice) -> Latents:
         velocity = velocity_function(network, labels[rows], schedule, config.guidance, weak=weak)
-        own = {name: part[rows] for name, part in start.items()}
+        own = {name: part[rows] for name, part in begin.items()}
         steps_shift = shift if config.shift is None else config.shift
         return integrate(
             velocity,
@@ -123,7 +129,7 @@ def sample_latents(
     if config.method != "dopri5":
         return draw(slice(None))
     singles = [draw(slice(row, row + 1)) for row in range(len(labels))]
-    return Latents({name: torch.cat([single[name] for single in singles]) for name in start})
+    return Latents({name: torch.cat([single[name] for single in singles]) for name in begin})
 
 
 def velocity_function(
@@ -177,11 +183,10 @@ def integrate(
     watch(0.0, start)
     if config.method == "dopri5":
         return Latents(_dopri5(velocity, start, config, schedule, watch))
-    last_step = config.last_step if config.method == "sde" else None
-    split = config.split_at_borders
-    grid = time_grid(config.steps, schedule, shift=shift, last_step=last_step, split=split)
+    grid = clock_readings(config, schedule, shift)
     state = start
     for begin, end in zip(grid, grid[1:], strict=False):
+        split = config.split_at_borders
         moved = schedule.moved(begin, end) if split else schedule.active(begin)
         step = Step(begin, end, is_last=end == grid[-1], moved=moved)
         if config.method == "euler":
@@ -193,6 +198,15 @@ def integrate(
             state = _euler_maruyama(velocity, state, step, schedule.times_at(begin), path, noise)
         watch(end, state)
     return Latents(state)
+
+
+def clock_readings(config: SamplerConfig, schedule: Schedule, shift: float) -> list[float]:
+    """The times at which ``integrate`` tells its watcher the state, on the clock."""
+    split = config.split_at_borders
+    if config.method == "dopri5":
+        return [0.0, *(schedule.borders if split else ()), schedule.length]
+    last_step = config.last_step if config.method == "sde" else None
+    return time_grid(config.steps, schedule, shift=shift, last_step=last_step, split=split)
 
 
 def time_grid(
@@ -285,8 +299,7 @@ def _dopri5(
 ) -> State:
     """Dormand-Prince 5(4) by torchdiffeq, restarted where a part starts or ends."""
     names, state = list(start), tuple(start.values())
-    borders = schedule.borders if config.split_at_borders else ()
-    edges = [0.0, *borders, schedule.length]
+    edges = clock_readings(config, schedule, shift=1.0)
     for begin, end in zip(edges, edges[1:], strict=False):
         stretch = schedule.moved(begin, end) if config.split_at_borders else None
 
@@ -300,8 +313,9 @@ def _dopri5(
             speed = velocity(dict(zip(names, parts, strict=True)), now, now)
             return tuple(speed[n] if moved[n] else torch.zeros_like(speed[n]) for n in names)
 
-        from torchdiffeq import odeint  # brings SciPy, which takes a second to import
-
+        # It brings SciPy, which takes a second to import. diffusers takes an import statement in an
+        # exported file, wherever it stands, for a requirement of loading it.
+        odeint = import_module("torchdiffeq").odeint
         span = torch.tensor([begin, end], device=state[0].device)
         states = odeint(
             slope,

@@ -12,6 +12,8 @@ from semtok.card import PLACEHOLDER, README
 from semtok.errors import UserError
 from semtok.storage import first_line, read_json
 
+PIPELINE_FILE = "model_index.json"
+"""Marks a folder that diffusers loads as a pipeline."""
 _TRANSPORTS = ("httpx2", "httpx", "requests", "urllib3")
 _REASONS = {
     401: "the token is missing or not valid; 'hf auth login', or set HF_TOKEN",
@@ -21,15 +23,26 @@ _REASONS = {
 }
 
 
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder is a diffusers pipeline that this library has exported."""
+    if not (folder / PIPELINE_FILE).is_file():
+        return False
+    index = read_json(folder / PIPELINE_FILE)
+    return isinstance(index, dict) and index.get("_library") == "semtok"
+
+
 def export_files(folder: Path) -> list[tuple[str, int]]:
     """Relative path and size in bytes of every file that a push would upload.
 
     Raises:
         UserError: not an export of this library.
     """
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or config.get("library") != "semtok":
-        raise UserError(f"{folder}: not an export of semtok; expected a run or its export/")
+    if not is_pipeline(folder):
+        config = read_json(folder / "config.json")
+        if not isinstance(config, dict) or config.get("library") != "semtok":
+            raise UserError(
+                f"{folder}: not an export of semtok; expected a run, its export/, or what 'hub export' writes"
+            )
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return [(p.relative_to(folder).as_posix(), p.stat().st_size) for p in files]
 

@@ -1,0 +1,59 @@
+"""The network of a generator, as a diffusers model."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from semtok.diffusion.dit import DiT, DiTArchitecture, DiTOutput
+from semtok.latents import LatentSpec
+
+
+class SemtokTransformer(ModelMixin, ConfigMixin):
+    """Predicts the velocity of noised latents, all parts together, from their time and class.
+
+    Args:
+        architecture: the network's shape, see ``DiTArchitecture``.
+        latents: the parts: name, channels, and stride in image pixels (None: a vector).
+        num_classes: classes 0 ... n - 1; label n stands for none.
+        timed_parts: parts with an embedded time of their own; empty: all share the texture's.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        architecture: dict[str, Any],
+        latents: list[dict[str, Any]],
+        num_classes: int,
+        timed_parts: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.spec, self.num_classes = LatentSpec.from_dict(latents), num_classes
+        self.dit = DiT(
+            DiTArchitecture(**architecture),
+            self.spec,
+            num_classes=num_classes,
+            timed_parts=tuple(timed_parts),
+        )
+
+    def forward(
+        self, x: Mapping[str, Tensor], times: Mapping[str, Tensor], labels: Tensor
+    ) -> DiTOutput:
+        """One forward pass; the velocity is of the latents' dtype.
+
+        Half-precision weights run as in training, under autocast: what autocast keeps in float32,
+        such as norms and the stream of tokens, is in float32 here too.
+
+        Args:
+            x: noised latents; spatial parts (B, C, H, W) on one grid, vector parts (B, D).
+            times: per part (B,) in [0, 1], from noise to data.
+            labels: int64 (B,) in [0, num_classes].
+        """
+        dtype, is_half = self.dtype, self.dtype in (torch.float16, torch.bfloat16)
+        with torch.autocast(self.device.type, dtype=dtype) if is_half else nullcontext():
+            output = self.dit({name: part.to(dtype) for name, part in x.items()}, times, labels)
+        return DiTOutput(output.velocity.to(x["texture"].dtype), None)

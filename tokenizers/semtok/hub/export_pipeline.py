@@ -1,0 +1,165 @@
+"""A trained generator as a diffusers pipeline, which brings its code along and needs no semtok.
+
+``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` loads the folder. Its code is
+``semtok.hub.diffusers``, bundled with those parts of the library that it uses.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+import diffusers
+import torch
+
+from semtok.card import write_pipeline_readme
+from semtok.diffusion.generator import Generator
+from semtok.errors import UserError
+from semtok.hub.bundle import bundle, requirements
+from semtok.hub.diffusers.pipeline import SemtokPipeline
+from semtok.hub.diffusers.scheduler import SemtokScheduler
+from semtok.hub.diffusers.transformer import SemtokTransformer
+from semtok.hub.publish import PIPELINE_FILE, is_pipeline
+from semtok.methods.composite import CompositeTokenizer
+from semtok.methods.vae import KLTokenizer
+from semtok.storage import new_folder, read_json, write_json, write_text
+from semtok.tokenizer import Tokenizer, library_version
+
+
+def export_pipeline(
+    generator: Generator, folder: str | Path, *, pictures: Mapping[str, Path] | None = None
+) -> None:
+    """Writes model_index.json, pipeline.py, the networks and the scheduler with their code, the recipe
+    and a model card; an earlier export is replaced whole.
+
+    Args:
+        pictures: for the card, files by the names that they get.
+
+    Raises:
+        UserError: the texture is not coded by an AutoencoderKL, or the folder holds something else.
+    """
+    folder = Path(folder)
+    vae = _autoencoder(generator.tokenizer)
+    if (folder / PIPELINE_FILE).is_file() and not is_pipeline(folder):
+        raise UserError(f"{folder}: holds somebody else's pipeline; choose another folder")
+    components = {"transformer": _transformer(generator), "scheduler": _scheduler(generator)}
+    with new_folder(folder, replaces=PIPELINE_FILE) as temporary:
+        for name, component in components.items():
+            component.save_pretrained(temporary / name)
+        _write_vae(vae, generator.tokenizer, temporary)
+        classes = {"": SemtokPipeline} | {name: type(c) for name, c in components.items()}
+        modules = {name: _write_code(temporary, name, kind) for name, kind in classes.items()}
+        index = {
+            "_class_name": modules.pop(""),
+            "_diffusers_version": diffusers.__version__,
+            "_library": "semtok",
+            "_library_version": library_version(),
+            **modules,
+            "vae": ["diffusers", "AutoencoderKL"],
+            # diffusers takes a list for a component; a mapping is a setting.
+            "id2label": {str(i): name for i, name in enumerate(generator.class_names)},
+            "height": generator.image_size[0],
+            "width": generator.image_size[1],
+            "can_be_guided": not generator.config.unconditional
+            and generator.config.class_dropout > 0,
+        }
+        write_json(temporary / PIPELINE_FILE, index)
+        config, papers = generator.to_dict(), generator.papers()
+        packages = _packages(temporary, generator.sampler.method)
+        write_pipeline_readme(temporary, config, pictures or {}, papers, packages)
+
+
+# Networks and settings ---------------------------------------------------------------------------
+
+
+def _transformer(generator: Generator) -> SemtokTransformer:
+    network = generator.network
+    with torch.device("meta"):  # it is given the generator's weights, not a copy
+        transformer = SemtokTransformer(
+            network.config.model_dump(mode="json"),
+            network.spec.to_dict(),
+            network.num_classes,
+            list(network.timed_parts),
+        )
+    transformer.dit.load_state_dict(network.state_dict(), assign=True)
+    return transformer
+
+
+def _scheduler(generator: Generator) -> SemtokScheduler:
+    return SemtokScheduler(
+        generator.sampler.model_dump(mode="json"),
+        dict(generator.schedule.starts),
+        generator.config.path,
+        generator.shift,
+    )
+
+
+def _autoencoder(tokenizer: Tokenizer) -> KLTokenizer:
+    """The tokenizer that decodes the texture part.
+
+    Raises:
+        UserError: it decodes in a way that diffusers does not know.
+    """
+    inner = tokenizer.texture if _decodes_as(tokenizer, CompositeTokenizer) else tokenizer
+    if not _decodes_as(inner, KLTokenizer):
+        raise UserError(
+            f"method '{inner.method}': its texture is not decoded by a diffusers AutoencoderKL alone, so that "
+            "no pipeline can do without its code; share the generator itself by hub push"
+        )
+    return inner
+
+
+def _decodes_as(tokenizer: Tokenizer, kind: type[Tokenizer]) -> bool:
+    """Whether a tokenizer decodes as this class does, also where it is of a subclass."""
+    return isinstance(tokenizer, kind) and all(
+        getattr(type(tokenizer), name) is getattr(kind, name)
+        for name in ("decode", "decode_raw", "destandardise")
+    )
+
+
+def _write_vae(vae: KLTokenizer, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes ``vae/``, whose statistics are those of the latents that are generated."""
+    vae.save_networks(folder)
+    place = folder / "vae" / "config.json"
+    statistics = {
+        "latents_mean": tokenizer.texture_mean.tolist(),
+        "latents_std": tokenizer.texture_std.tolist(),
+    }
+    write_json(place, read_json(place) | statistics)
+
+
+# Code --------------------------------------------------------------------------------------------
+
+
+def _write_code(folder: Path, component: str, kind: type) -> list[str]:
+    """Writes a class's module, with what it needs, and returns both names as model_index.json has them.
+
+    Args:
+        component: its folder; empty: the pipeline, which lies beside these.
+    """
+    note = f"Generated from the sources of semtok {library_version()} ({kind.__module__})."
+    source = bundle(kind.__module__, note=note)
+    module = "pipeline"
+    if component:
+        # diffusers copies the code of all folders into one and runs it from there, so that two models'
+        # code must have two names, unless it is the same.
+        digest = hashlib.blake2b(source.encode(), digest_size=4).hexdigest()
+        module = f"semtok_{component}_{digest}"
+    write_text(folder / component / f"{module}.py", source)
+    return [module, kind.__name__]
+
+
+def _packages(folder: Path, method: str) -> list[str]:
+    """What the code of a folder imports, with the versions that semtok asks for, as pip takes it."""
+    needed = {"accelerate"} | (
+        {"torchdiffeq"} if method == "dopri5" else set()
+    )  # diffusers loads by it
+    for file in folder.rglob("*.py"):
+        needed |= set(requirements(file.read_text(encoding="utf-8")))
+    try:
+        known = requires("semtok") or []
+    except PackageNotFoundError:  # imported from a checkout that was not installed
+        known = []
+    bounds = {re.split(r"[^\w.-]", line)[0]: line for line in known}
+    return [bounds.get(name, name) for name in sorted(needed)]
