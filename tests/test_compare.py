@@ -120,7 +120,7 @@ def test_rows_and_seeds_may_be_added_but_nothing_else_changed(tmp_path):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="is not empty and no comparison"):
-        comparison(tmp_path / "foreign", VAE).claim()
+        comparison(tmp_path / "foreign", VAE).check_folder()
 
 
 @pytest.mark.parametrize(

@@ -98,15 +98,16 @@ def main(arguments: Sequence[str]) -> int:
     if not rows or num_seeds < 1 or (args.jobs is not None and args.jobs < 1):
         raise UserError("compare needs at least one tokenizer, one seed and one job")
     comparison = Comparison(args.output, settings, tuple(rows), num_seeds)
+    comparison.check_folder()
     comparison.check()
-    comparison.claim()
 
     start = time.perf_counter()
     environments = _environments(args.jobs)
     jobs = _jobs(comparison)
-    print(f"{len(rows)} rows, {num_seeds} seeds; output: {comparison.folder}", flush=True)
     try:
         with only_one_in(comparison.folder) as held:
+            comparison.claim()
+            print(f"{len(rows)} rows, {num_seeds} seeds; output: {comparison.folder}", flush=True)
             run_jobs(
                 jobs,
                 at_once=len(environments),

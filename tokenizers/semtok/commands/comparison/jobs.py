@@ -43,9 +43,13 @@ class Stopped(Exception):
         self.number = number
 
 
+LOCK = ".lock"
+
+
 @contextlib.contextmanager
 def only_one_in(folder: Path) -> Iterator[int]:
-    """Keeps others from working in a folder at the same time; gives a descriptor that holds it.
+    """Keeps others from working in a folder, made if need be, at the same time; gives a descriptor that
+    holds it.
 
     Processes that inherit the descriptor hold the folder too, so that jobs whose parent was killed are not joined
     by the same ones again.
@@ -53,7 +57,8 @@ def only_one_in(folder: Path) -> Iterator[int]:
     Raises:
         UserError: somebody works there.
     """
-    with (folder / ".lock").open("w") as file:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from semtok.commands.comparison.jobs import LOCK
 from semtok.commands.stage import errors_at
 from semtok.commands.train_tokenizer import build_objective
 from semtok.config import Config, apply_overrides, parse, read_yaml
@@ -239,10 +240,11 @@ class Comparison:
             )
 
     def claim(self) -> None:
-        """Takes the folder, or goes on in it: rows and seeds may be added, nothing else may change.
+        """Takes the folder, or goes on in it: rows and seeds may be added, nothing else may change. Only
+        who holds the folder may ask for it, see ``jobs.only_one_in``.
 
         Raises:
-            UserError: the folder holds another comparison, or something else.
+            UserError: the folder holds another comparison.
         """
         file = self.folder / SETTINGS_FILE
         mine = _Record(
@@ -260,10 +262,15 @@ class Comparison:
                     "tokenizers": before.tokenizers | mine.tokenizers,
                 }
             )
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"{self.folder}: is not empty and no comparison; choose --output")
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_recipe(mine, file)
+
+    def check_folder(self) -> None:
+        """Raises UserError where the folder holds something else than a comparison."""
+        folder = self.folder
+        others = [p for p in folder.iterdir() if p.name != LOCK] if folder.is_dir() else []
+        taken = others or folder.is_file()
+        if taken and not (folder / SETTINGS_FILE).is_file():
+            raise UserError(f"{folder}: is not empty and no comparison; choose --output")
 
     def _check_unchanged(self, before: "_Record", mine: "_Record") -> None:
         for key, value in before.settings.model_dump().items():
