@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from diffusers import AutoencoderKL
+from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 from parity import kits, load_kit
@@ -170,7 +172,9 @@ def test_a_transformer_alone_is_a_part(transformer, tmp_path):
     assert command("repa", transformer, "--output", tmp_path / "out") == 0
     part = load_part(tmp_path / "out")
     assert isinstance(part, DiT) and part.num_classes == 7
-    assert "load_part(" in (tmp_path / "out" / "README.md").read_text()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "load_part(" in card.text
+    assert ModelCardData(**yaml.safe_load(card.data.to_yaml())).to_dict() == card.data.to_dict()
     with pytest.raises(ValueError, match="not a semtok generator"):
         Generator.from_pretrained(tmp_path / "out")
     with pytest.raises(ValueError, match="is a network, not a tokenizer"):
