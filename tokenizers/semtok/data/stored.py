@@ -1,6 +1,7 @@
 """Images that are stored encoded: decoding, cropping, holding some out, replacing what can't be read."""
 
 import io
+import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -91,7 +92,7 @@ class StoredImages(ImageSource):
         return torch.randperm(len(self), generator=generator)[:num_images].tolist()
 
     def load(self, indices: Sequence[int]) -> ImageBatch:
-        wanted = [index for index in indices if index not in self._unreadable]
+        wanted = [index for index in dict.fromkeys(indices) if index not in self._unreadable]
         contents = dict(zip(wanted, self.contents(wanted), strict=True))  # of some stores, at once
         images, rows, skipped = [], [], []
         for index in indices:
@@ -128,6 +129,12 @@ class StoredImages(ImageSource):
                     self._unreadable.add(candidate)
             skipped.append(self.image_name(candidate))
         raise UserError(f"data.path: none of the {len(self)} images in '{self.place}' can be read")
+
+
+def announce(message: str) -> None:
+    """Prints what is about to take long, in the first of the processes that a launcher has started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
 
 
 def held_out_split(num_images: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
