@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import stored
+from hub_server import hub_server
 from semtok import UserError
 from semtok.commands import evaluate
 from semtok.commands.cli import run
@@ -153,6 +154,7 @@ def test_an_unreadable_image_gives_way_to_the_next_and_is_named(tmp_path):
         assert stored.numbers(batch.images) == [0, 4] and batch.labels.tolist() == [0, 1]
         bad = str(tmp_path / "d" / "b.parquet")
         assert batch.skipped == tuple(f"{bad}, row {row}" for row in range(3))
+    assert len(train.load([1]).skipped) == len(batch.skipped)
     write(tmp_path / "c.parquet", {"image": [b"hello"] * 3})
     with pytest.raises(UserError, match="none of the 2 images in .*c.parquet' can be read"):
         open_parquet(str(tmp_path / "c.parquet"))
@@ -264,6 +266,41 @@ def test_columns_are_attributes_to_probe_for(tmp_path, capsys):
     capsys.readouterr()
     assert run(evaluate.main, [*arguments, "--attributes", "table.csv"]) == 2
     assert "name its columns by --data attributes=" in capsys.readouterr().err
+
+
+def test_a_dataset_of_the_hub_is_fetched_once(tmp_path, monkeypatch, capsys):
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    files = {}
+    for split, own in (("train", range(6)), ("test", range(6, 8))):
+        file = tmp_path / f"{split}-00000-of-00001.parquet"
+        write_shard(file, own, names=("c", "a", "b"))
+        files[file.name] = file.read_bytes()
+    with hub_server() as server:
+        server.repositories["org/name"] = {"private": False, "commits": [("a" * 40, files)]}
+        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.address)
+        monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+        train, held_out = open_parquet("org/name")
+        assert stored.numbers_in(train) == list(range(6)) and len(held_out) == 2
+        assert train.class_names == ("c", "a", "b") and "Hub" in capsys.readouterr().out
+        assert train.image_name(4) == "org/name, train, row 4"
+        assert open_parquet("org/name")[0].identity == train.identity
+        for settings, message in [
+            ({"split": "dev"}, "data.split: org/name has no 'dev'; it has: train, test"),
+            ({"validation": "dev"}, "data.validation: org/name has no 'dev'"),
+            ({"subset": "large"}, "'large' not found. Available: ['default']"),
+            ({"image_column": "pic"}, "no column 'pic'; choose of image, label"),
+            ({"path": "org/other"}, "no file or folder 'org/other', and as a dataset on the Hub: "),
+        ]:
+            with pytest.raises(UserError) as raised:
+                open_parquet(**({"path": "org/name"} | settings))
+            assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_without_datasets_it_is_said_how_to_get_it(monkeypatch, tmp_path):

@@ -103,7 +103,8 @@ def training_batches(
 def _batches(loaded: Iterator[ImageBatch | UserError]) -> Iterator[ImageBatch]:
     for batch in loaded:
         if isinstance(batch, UserError):
-            del loaded  # loader processes end now, not when the traceback that holds this frame does
+            # Loader processes end now, not when the traceback that holds this frame does.
+            del loaded
             raise batch
         yield batch
 

@@ -70,7 +70,7 @@ class Parquet(StoredImages):
         super().__init__(
             labels,
             place=store.place,
-            title=store.place.rstrip("/").rpartition("/")[2],
+            title=store.title,
             class_names=class_names,
             image_size=image_size,
             flip=flip,

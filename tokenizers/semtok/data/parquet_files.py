@@ -43,6 +43,7 @@ class ParquetStore:
     ) -> None:
         self.place, self.builder, self.splits = place, builder, tuple(splits)
         self.features, self.states = features, tuple(states)
+        self.title = place if not parts or not Path(parts[0][0]).is_file() else Path(place).name
         self._names = [name for name, _ in parts]
         self._ends = list(accumulate(num_rows for _, num_rows in parts))
 
@@ -217,7 +218,7 @@ def _hub_store(
         builder,
         splits,
         parts=[(f"{path}, {name}", known[name].num_examples) for name in splits],
-        states=[path, builder.config_id, str(builder.version), builder.hash or ""],
+        states=[path, builder.config_id, builder.hash or ""],
         features=builder.info.features,
     )
 

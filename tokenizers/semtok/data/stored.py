@@ -93,7 +93,8 @@ class StoredImages(ImageSource):
 
     def load(self, indices: Sequence[int]) -> ImageBatch:
         wanted = [index for index in dict.fromkeys(indices) if index not in self._unreadable]
-        contents = dict(zip(wanted, self.contents(wanted), strict=True))  # of some stores, at once
+        found = self.contents(wanted) if wanted else []  # a server is asked for all at once
+        contents = dict(zip(wanted, found, strict=True))
         images, rows, skipped = [], [], []
         for index in indices:
             image, used = self._read(index, contents, skipped)
