@@ -175,6 +175,7 @@ def test_of_several_images_in_a_sample_one_is_chosen(tmp_path):
         ({"path": "DIR/t-*.tar"}, "data.path: no file is named like 'DIR/t-*.tar'"),
         ({"path": "DIR"}, "data.path: 'DIR' is a folder; name tar files, such as 'DIR/*.tar'"),
         ({"path": "DIR/s-{000.tar"}, "a brace has no partner"),
+        ({"path": ()}, "data.path: names no file"),
         ({"path": "DIR/s-{000,000}.tar"}, "named twice"),
         ({"path": "nope://DIR/s.tar"}, "Protocol not known: nope"),
         ({"path": "DIR/s-*.tar", "validation": "DIR/s-001.tar"}, "is in data.path too"),
@@ -188,11 +189,20 @@ def test_files_that_can_not_be_are_one_line_errors(tmp_path, settings, message):
     stored.write_tar(tmp_path / "new.tar", sample(0, "1"))
     with tarfile.open(tmp_path / "s-000.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "s-000.tar")
-    settings = {key: value.replace("DIR", str(tmp_path)) for key, value in settings.items()}
+    settings = {k: v and v.replace("DIR", str(tmp_path)) for k, v in settings.items()}
     with pytest.raises(UserError) as raised:
         open_tars(**settings)
     assert message.replace("DIR", str(tmp_path)) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_file_is_known_however_it_is_named(tmp_path, monkeypatch):
+    write_shards(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for path, validation in (("s-*.tar", "./s-001.tar"), ("s-{000..002}.tar", f"{tmp_path}/s-0*")):
+        with pytest.raises(UserError, match="is in data.path too"):
+            open_tars(path, validation=validation)
+    assert open_tars("s-*.tar")[0].image_name(0) == f"{tmp_path}/s-000.tar: 0000.png"
 
 
 def test_a_tar_file_cut_short_anywhere_is_never_taken_for_a_smaller_one(tmp_path):
@@ -317,6 +327,12 @@ def test_of_a_url_only_the_images_asked_for_are_fetched(server):
     again.load([3, 17, 3])
     assert server.num_bytes == sum(len(stored.png(i)) for i in (0, 500, 3, 17)), "no index"
     assert again.identity == train.identity
+
+
+def test_a_url_may_hold_a_query_that_is_not_shown(server):
+    server.files["/a.tar?key=secret"] = server.files["/s-000.tar"]
+    source, _ = open_tars(f"{server.address}/a.tar?key=secret")
+    assert len(source) == 3 and "secret" not in source.name
 
 
 def test_a_server_is_asked_again_and_then_given_up(server, monkeypatch):

@@ -17,7 +17,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from semtok.data.remote import file_system, reading_errors, reason
+from semtok.data.remote import file_system, protocol, reading_errors, reason
 from semtok.data.stored import announce
 from semtok.errors import UserError
 from semtok.storage import DAMAGE, cache_folder, first_line, new_file
@@ -43,13 +43,13 @@ class Shard:
 
 
 def find_shards(patterns: Sequence[str], *, key: str) -> list[Shard]:
-    """The tar files that paths and URLs name, with ``{000..012}``, ``{a,b}``, ``*``, ``?`` and ``[a-z]``.
+    """The tar files that paths and URLs name, with ``{000..012}``, ``{a,b}``, ``*``, ``[a-z]``, and in paths ``?``.
 
     Args:
         key: the setting, for messages.
 
     Raises:
-        UserError: a file is missing, a pattern fits none, or a file is named twice.
+        UserError: no file is named, one is missing or named twice, or a pattern fits none.
     """
     from braceexpand import UnbalancedBracesError, braceexpand
 
@@ -60,7 +60,11 @@ def find_shards(patterns: Sequence[str], *, key: str) -> list[Shard]:
         except UnbalancedBracesError:
             raise UserError(f"{key}: '{pattern}': a brace has no partner") from None
         for name in named:
-            places += _matching(name, key) if re.search(r"[*?[]", name) else [name]
+            magic = r"[*[]" if protocol(name) else r"[*?[]"  # in a URL, ? begins the query
+            found = _matching(name, key) if re.search(magic, name) else [name]
+            places += [place if protocol(place) else os.path.abspath(place) for place in found]
+    if not places:
+        raise UserError(f"{key}: names no file; give {key}=…")
     if len(set(places)) < len(places):
         twice = next(place for place in places if places.count(place) > 1)
         raise UserError(f"{key}: '{twice}' is named twice; name each file once")
@@ -135,8 +139,7 @@ def index_shards(shards: Sequence[Shard], image_key: str | None) -> list[np.ndar
 
 
 def _kept_at(shard: Shard, image_key: str | None) -> Path:
-    place = shard.place if "://" in shard.place else os.path.abspath(shard.place)
-    key = "\n".join((_LAYOUT, place, shard.state, image_key or ""))
+    key = "\n".join((_LAYOUT, shard.place, shard.state, image_key or ""))
     return cache_folder("tars") / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npy"
 
 

@@ -11,7 +11,7 @@ from numpy.lib.recfunctions import append_fields
 
 from semtok.data.attributes import ImageAttributes, read_attributes
 from semtok.data.labels import UNLABELLED, Labels, number_classes
-from semtok.data.remote import read_ranges
+from semtok.data.remote import protocol, read_ranges
 from semtok.data.stored import StoredConfig, StoredImages, held_out_split
 from semtok.data.tar_index import Shard, find_shards, index_shards
 from semtok.errors import UserError
@@ -27,7 +27,7 @@ class TarsConfig(StoredConfig):
 
     kind: Literal["tars"] = "tars"
     path: str | tuple[str, ...]
-    """Files or URLs, with ``{000..012}``, ``{a,b}``, ``*``, ``?`` and ``[a-z]``."""
+    """Files or URLs, with ``{000..012}``, ``{a,b}``, ``*``, ``[a-z]``, and in paths ``?``."""
     validation: str | tuple[str, ...] | None = None
     """Files or URLs of the held-out images; None: some of ``path`` are held out."""
     image_key: str | None = None
@@ -89,7 +89,9 @@ class Tars(StoredImages):
         """
         need("webdataset", "webdataset", extra="data", place="data.kind: tars ")
         train = find_shards(_listed(config.path), key="data.path")
-        validation = find_shards(_listed(config.validation), key="data.validation")
+        validation = []
+        if config.validation is not None:
+            validation = find_shards(_listed(config.validation), key="data.validation")
         both = {shard.place for shard in train} & {shard.place for shard in validation}
         if both:
             raise UserError(
@@ -146,15 +148,13 @@ def _text(name: bytes) -> str:
     return name.decode("utf-8", "replace")
 
 
-def _listed(patterns: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    if patterns is None:
-        return ()
+def _listed(patterns: str | tuple[str, ...]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else patterns
 
 
 def _title(patterns: str | tuple[str, ...]) -> str:
     first, *others = _listed(patterns)
-    name = first.rpartition("/")[2]
+    name = (first.partition("?")[0] if protocol(first) else first).rpartition("/")[2]
     return f"{name} and {len(others)} more" if others else name
 
 
