@@ -62,9 +62,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
+        path = path.replace("/api/datasets/", "/api/models/").removeprefix("/datasets")
         if path.startswith("/api/models/"):
             kind = "tree" if "/tree/" in path else "revision"
-            repo_id, _, revision = path.removeprefix("/api/models/").partition(f"/{kind}/")
+            repo_id, _, rest = path.removeprefix("/api/models/").partition(f"/{kind}/")
+            revision, _, folder = rest.partition("/")
+            if folder:  # repositories here have none
+                return self._answer(404, {"error": folder}, {"X-Error-Code": "EntryNotFound"})
             self._info(repo_id, revision or "main", tree=kind == "tree")
         elif "/resolve/" in path:
             self._file(path)
@@ -177,6 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, path: str) -> None:
         repo_id, _, rest = path.lstrip("/").partition("/resolve/")
         revision, _, name = rest.partition("/")
+        if repo_id not in self.server.repositories:
+            return self._answer(401, {"error": "no"}, {"X-Error-Code": "RepoNotFound"})
         for sha, files in reversed(self.server.repositories[repo_id]["commits"]):
             if revision in ("main", sha) and name in files:
                 etag = hashlib.sha1(files[name]).hexdigest()

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from semtok import UserError
-from semtok.data.folder import Folder, FolderConfig, adm_center_crop
+from semtok.data.folder import Folder, FolderConfig
 from semtok.data.loading import BatchSlice, DataOrder, training_batches
 from semtok.data.shapes import Shapes, ShapesConfig
+from semtok.data.stored import adm_center_crop
 
 
 def picture(path: Path, size=(20, 30), colour=(200, 10, 10), mode="RGB") -> None:
@@ -237,7 +238,7 @@ def test_a_held_out_part_without_readable_images_is_an_error(tmp_path):
     picture(tmp_path / "train" / "a" / "1.png")
     (tmp_path / "val" / "a").mkdir(parents=True)
     (tmp_path / "val" / "a" / "1.png").write_text("hello")
-    with pytest.raises(UserError, match="data.path: none of the 1 image files"):
+    with pytest.raises(UserError, match="data.path: none of the 1 images"):
         open_folder(tmp_path)
 
 

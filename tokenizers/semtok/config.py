@@ -4,6 +4,7 @@ import copy
 import difflib
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -66,9 +67,15 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
     """Returns a copy of ``content`` with dotted ``key=value`` settings applied; values are YAML.
 
     Raises:
-        UserError: an override is not of the form ``key=value`` or its value is not YAML.
+        UserError: an override is not of the form ``key=value``, its value is not YAML, or a shell has made several
+            of one.
     """
     content = copy.deepcopy(content)
+    for one, other in pairwise(overrides):
+        if one != other and one.partition("=")[0] == other.partition("=")[0]:
+            raise UserError(
+                f"override {other!r} follows {one!r}; give one value, in quotes if it holds {{…}}, which shells expand"
+            )
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):

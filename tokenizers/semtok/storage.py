@@ -28,6 +28,13 @@ DAMAGE = (
 """What reading a missing, foreign or damaged weights file can raise."""
 
 
+def cache_folder(what: str) -> Path:
+    """Where things of one kind are kept that can be made again: in ``SEMTOK_CACHE``, or in ``semtok`` in the
+    user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "semtok"
+    return Path(os.environ.get("SEMTOK_CACHE") or default) / what
+
+
 @contextlib.contextmanager
 def new_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
     """Gives a temporary folder beside ``path`` to fill; on success it takes ``path``'s place.

@@ -39,6 +39,10 @@ class ImageAttributes:
     categories: dict[str, tuple[str, ...]]
     values: Tensor
 
+    def rows(self, rows: Sequence[int]) -> "ImageAttributes":
+        """Those of some of the images, with the same categories."""
+        return ImageAttributes(self.categories, self.values[list(rows)])
+
 
 _Line = tuple[int, list[str]]  # a line's number and its cells, of which the first names the row
 _Rows = dict[str, list[str]]  # values by the name of an image or a class
@@ -68,17 +72,29 @@ def read_attributes(
         of_celeba = text.partition("\n")[0].strip().isdecimal()
         names, rows = _celeba_table(path, text) if of_celeba else _csv_table(path, text)
         chosen = _rows_of_images(path, rows, [file.relative_to(root) for file, _ in files])
+    known = image_attributes(names, zip(*chosen, strict=True))
+    if known is None:
+        raise _error(path, "each attribute is the same in all images; give one that differs")
+    return known
+
+
+def image_attributes(
+    names: Iterable[str], columns: Iterable[Sequence[str]]
+) -> ImageAttributes | None:
+    """Attributes from a column of categories for each, leaving out those that are the same in all images.
+
+    Returns:
+        None where that leaves out all.
+    """
     categories: dict[str, tuple[str, ...]] = {}
     values = []
-    for name, column in zip(names, zip(*chosen, strict=True), strict=True):
+    for name, column in zip(names, columns, strict=True):
         found = _sorted(set(column))
         if len(found) > 1:
             index = {category: i for i, category in enumerate(found)}
             categories[name] = found
             values.append(torch.tensor([index[cell] for cell in column]))
-    if not categories:
-        raise _error(path, "each attribute is the same in all images; give one that differs")
-    return ImageAttributes(categories, torch.stack(values, dim=1))
+    return ImageAttributes(categories, torch.stack(values, dim=1)) if categories else None
 
 
 def _error(path: Path, message: str, *, line: int | None = None) -> UserError:

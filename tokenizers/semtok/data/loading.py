@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from semtok.data.source import ImageBatch, ImageSource, Key
+from semtok.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,11 @@ def training_batches(
     num_workers: int,
     pin_memory: bool,
 ) -> Iterator[ImageBatch]:
-    """Micro-batches of this process for steps [first_step, last_step), in order."""
+    """Micro-batches of this process for steps [first_step, last_step), in order.
+
+    Raises:
+        UserError: while iterating, where the source raises it, also in a loader process.
+    """
     loader = DataLoader(
         _Indexed(source),
         batch_sampler=_MicroBatches(order, share, first_step, last_step),
@@ -92,7 +97,16 @@ def training_batches(
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # leaves the global one, which resuming restores, alone
     )
-    return iter(loader)
+    return _batches(iter(loader))  # loader processes start here
+
+
+def _batches(loaded: Iterator[ImageBatch | UserError]) -> Iterator[ImageBatch]:
+    for batch in loaded:
+        if isinstance(batch, UserError):
+            # Loader processes end now, not when the traceback that holds this frame does.
+            del loaded
+            raise batch
+        yield batch
 
 
 def chosen_batches(source: ImageSource, batch_size: int, num_images: int) -> Iterator[ImageBatch]:
@@ -127,12 +141,17 @@ class _Indexed(Dataset[Any]):
     def __init__(self, source: ImageSource) -> None:
         self.source = source
 
-    def __getitem__(self, key: Key) -> ImageBatch:
+    def __getitem__(self, key: Key) -> ImageBatch | UserError:
         return self.__getitems__([key])
 
-    def __getitems__(self, keys: list[Key]) -> ImageBatch:
-        return self.source.load_keys(keys)
+    def __getitems__(self, keys: list[Key]) -> ImageBatch | UserError:
+        try:
+            return self.source.load_keys(keys)
+        except (
+            UserError
+        ) as error:  # raised in a loader process, it would become a page of traceback
+            return error
 
 
-def _keep(batch: ImageBatch) -> ImageBatch:
+def _keep(batch: ImageBatch | UserError) -> ImageBatch | UserError:
     return batch

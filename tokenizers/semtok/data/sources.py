@@ -3,11 +3,18 @@
 import difflib
 
 from semtok.data.folder import Folder, FolderConfig
+from semtok.data.parquet import Parquet, ParquetConfig
 from semtok.data.shapes import Shapes, ShapesConfig
 from semtok.data.source import DataConfig, ImageSource
+from semtok.data.tars import Tars, TarsConfig
 from semtok.errors import UserError
 
-_CONFIGS: dict[str, type[DataConfig]] = {"shapes": ShapesConfig, "folder": FolderConfig}
+_CONFIGS: dict[str, type[DataConfig]] = {
+    "shapes": ShapesConfig,
+    "folder": FolderConfig,
+    "parquet": ParquetConfig,
+    "tars": TarsConfig,
+}
 
 
 def data_config_class(kind: object, *, place: str) -> type[DataConfig]:
@@ -29,12 +36,16 @@ def open_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
     """The training and the held-out images.
 
     Raises:
-        UserError: a folder is missing or holds no readable image.
+        UserError: images are missing, or none of them is readable.
     """
     match config:
         case ShapesConfig():
             return Shapes(config, train=True), Shapes(config, train=False)
         case FolderConfig():
             return Folder.open(config)
+        case ParquetConfig():
+            return Parquet.open(config)
+        case TarsConfig():
+            return Tars.open(config)
         case _:
             raise AssertionError(f"no source for {type(config).__name__}")

@@ -9,7 +9,6 @@ teacher's features: the same distances under the teacher's name, as FD-DINOv2 (S
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -188,12 +187,6 @@ def see_reference(images: ImageSet, network: FeatureNetwork, cache: Path) -> Set
     seen = replace(seen, logits=None)
     write_statistics(file, seen)
     return seen
-
-
-def cache_folder() -> Path:
-    """Where reference statistics are kept: ``SEMTOK_CACHE``, or ``semtok`` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "semtok"
-    return Path(os.environ.get("SEMTOK_CACHE") or default) / "references"
 
 
 # Files of statistics ------------------------------------------------------------------------------

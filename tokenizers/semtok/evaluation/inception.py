@@ -1,6 +1,5 @@
 """The Inception network of FID, by torch-fidelity; asked for, never assumed."""
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from semtok.errors import UserError
+from semtok.extras import need
 from semtok.storage import DAMAGE, first_line
 
 _SPATIAL_CHANNELS = 7
@@ -52,8 +52,7 @@ class Inception(nn.Module):
 
 def check_torch_fidelity() -> None:
     """Raises UserError where torch-fidelity is not installed."""
-    if importlib.util.find_spec("torch_fidelity") is None:
-        raise UserError("needs torch-fidelity; pip install 'semtok[evaluation]'")
+    need("torch_fidelity", "torch-fidelity", extra="evaluation")
 
 
 def load_inception(*, download: bool = False) -> Inception:

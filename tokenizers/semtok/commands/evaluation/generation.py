@@ -26,7 +26,6 @@ from semtok.evaluation.generation import (
     PUBLISHED_NUM_IMAGES,
     FeatureNetwork,
     SetFeatures,
-    cache_folder,
     generation_scores,
     inception_network,
     read_statistics,
@@ -44,7 +43,7 @@ from semtok.evaluation.image_sets import (
     labels_for,
 )
 from semtok.evaluation.inception import check_torch_fidelity, load_inception
-from semtok.storage import write_json
+from semtok.storage import cache_folder, write_json
 
 _DRAWING = ("num", "labels", "seed", "method", "steps", "guidance", "interval")
 
@@ -244,7 +243,7 @@ def _reference_features(
     network: FeatureNetwork, stored: SetFeatures | None, real: ImageSet | None
 ) -> SetFeatures | None:
     """What a network sees of the reference; a file's statistics go before its images, as in ADM's evaluation."""
-    seen = see_reference(real, network, cache_folder()) if real is not None else None
+    seen = see_reference(real, network, cache_folder("references")) if real is not None else None
     if stored is None or stored.network != network.name:
         return seen
     return stored if seen is None else stored.with_features_of(seen)

@@ -137,10 +137,14 @@ def _with_attributes(settings: list[str], file: str) -> list[str]:
     given = apply_overrides({}, settings)
     if given.get("attributes") is not None:
         raise UserError("--attributes: --data gives attributes=… already; leave one out")
-    if given.get("kind", "folder") != "folder":
-        raise UserError(
-            f"--attributes: kind={given['kind']} has its own; give --data kind=folder path=… size=…"
+    kind = given.get("kind", "folder")
+    if kind not in ("folder", "tars"):
+        way_out = (
+            "name its columns by --data attributes=[…]"
+            if kind == "parquet"
+            else "give --data kind=folder path=… size=…"
         )
+        raise UserError(f"--attributes: kind={kind} has its own; {way_out}")
     return [*settings, f"attributes={json.dumps(file, ensure_ascii=False)}"]
 
 

@@ -1,0 +1,71 @@
+"""Class numbers from what a store says of its images: numbers, or names."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from semtok.errors import UserError
+
+_MAX_CLASSES = 1_000_000  # an embedding has a row for each
+UNLABELLED = ("images",)
+"""Class names where images have no labels."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is said of each image.
+
+    Attributes:
+        values: distinct labels, as text; class numbers are decimal.
+        codes: int64 (N,), indices into ``values``.
+    """
+
+    values: tuple[str, ...]
+    codes: np.ndarray
+
+
+def number_classes(
+    labels: Labels, known: Sequence[int] | None = None, *, place: str
+) -> tuple[tuple[str, ...], Tensor]:
+    """Class names, and the class of each image.
+
+    Where all labels are numbers they are the classes, from 0 to the largest; names are numbered in sorted order.
+
+    Args:
+        known: the images that tell which classes there are; None: all do.
+        place: the store, for messages.
+
+    Returns:
+        names, int64 (N,).
+
+    Raises:
+        UserError: a number that can't be a class, or an image of a class that those which are known lack.
+    """
+    seen = labels.codes if known is None else labels.codes[known]
+    told = {labels.values[code] for code in np.unique(seen)}
+    if all(re.fullmatch(r"[+-]?\d+", value) for value in labels.values):
+        numbers = {value: int(value) for value in labels.values}
+        wrong = [number for number in numbers.values() if not 0 <= number < _MAX_CLASSES]
+        if wrong:
+            raise UserError(
+                f"data.path: {place}: label {wrong[0]}; class numbers start at 0 and stay below {_MAX_CLASSES:,} "
+                "(-1 often means that a part has no labels: choose another)"
+            )
+        num_classes = 1 + max(numbers[value] for value in told) if told else 0
+        names = tuple(map(str, range(num_classes)))
+        unknown = [value for value, number in numbers.items() if number >= num_classes]
+    else:
+        names = tuple(sorted(told))
+        numbers = {name: number for number, name in enumerate(names)}
+        unknown = sorted(set(labels.values) - told)
+    if unknown:
+        raise UserError(
+            f"data.validation: {place}: held-out images have classes that training lacks: "
+            f"{', '.join(unknown[:5])}"
+        )
+    by_code = torch.tensor([numbers[value] for value in labels.values], dtype=torch.int64)
+    return names, by_code[torch.from_numpy(labels.codes)]
