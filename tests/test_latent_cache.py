@@ -13,18 +13,20 @@ import torch.nn.functional as F
 from PIL import Image
 
 import tiny
+from file_server import file_server
 from semtok import Tokenizer, UserError
 from semtok.commands import cache_latents, train_dit
 from semtok.commands.cli import run
 from semtok.commands.latents import pays
 from semtok.data.latent_cache import CachedLatents, open_latent_cache
+from semtok.data.loading import BLOCKS_AT_A_TIME, DataOrder
+from semtok.data.remote_shards import RemoteShards
 from semtok.data.shapes import Shapes, ShapesConfig
 from semtok.data.shards import Shards
 from semtok.data.sources import open_sources
 from semtok.images import to_pixels
 from semtok.recipe import parse_data, parse_diffusion_recipe
 from semtok.teachers import Teacher
-from test_joint import measured
 
 REGLUE = {"name": "reglue", "compressor": {"hidden": [8], "channels": 4}}
 NUM = 10  # images, in shards of 4
@@ -39,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file = root / "images" / ("train" if i < NUM else "val") / "ab"[i % 2] / f"{i:02d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
-    measured(REGLUE, Tokenizer.from_pretrained("demo")).save_pretrained(root / "tokenizer")
+    tiny.measured(REGLUE, Tokenizer.from_pretrained("demo")).save_pretrained(root / "tokenizer")
     return root
 
 
@@ -64,7 +66,7 @@ def cache(place) -> Path:
     return output
 
 
-def opened(place: Path, cache: Path) -> tuple[CachedLatents, CachedLatents]:
+def opened(place: Path, cache: Path | str) -> tuple[CachedLatents, CachedLatents]:
     tokenizer = Tokenizer.from_pretrained(place / "tokenizer")
     return open_latent_cache(cache, tokenizer, data=parse_data(words(place), place="test"))
 
@@ -282,3 +284,52 @@ def test_a_cache_is_made_by_default_where_it_pays(place, tmp_path, monkeypatch, 
     assert Shards(made / "train", "test").num_images == NUM
     train_dit.train_dit(settings, tmp_path / "again")
     assert "computing" not in capsys.readouterr().out
+
+
+def test_a_cache_behind_a_url_is_fetched_shard_by_shard(place, cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("SEMTOK_CACHE", str(tmp_path / "cache"))
+    files = {f"/c/{p.relative_to(cache)}": p.read_bytes() for p in cache.rglob("*") if p.is_file()}
+    with file_server(files) as server:
+        url = f"{server.address}/c"
+        remote, held_out = opened(place, url)
+        local, _ = opened(place, cache)
+        assert remote.block_size == 4 and local.block_size is None
+        before = server.num_bytes
+        keys = [(1, False), (3, True)]
+        for ours, theirs in zip(
+            remote.shards.rows(keys).items(), local.shards.rows(keys).items(), strict=True
+        ):
+            assert torch.equal(ours[1], theirs[1])
+        size = len(files["/c/train/shard-000000.safetensors"])
+        assert server.num_bytes - before == size, "one shard, once, and no other"
+        settings = recipe(place, cache=url)
+        train_dit.train_dit(settings, tmp_path / "run")
+        train_dit.train_dit(settings, tmp_path / "again")
+        assert losses(tmp_path / "run", "loss/alignment") == losses(
+            tmp_path / "again", "loss/alignment"
+        )
+        # Few are kept, and one that comes changed is refused.
+        few = RemoteShards(f"{url}/train", "test", kept=1)
+        assert torch.equal(
+            few.labels([(0, False), (9, False), (5, False)]), local.load([0, 9, 5]).labels
+        )
+        assert len(list(few.local.glob("shard-*"))) == 1
+        content = bytearray(files["/c/train/shard-000001.safetensors"])
+        content[-1] ^= 1
+        files["/c/train/shard-000001.safetensors"] = bytes(content)
+        shutil.rmtree(few.local)
+        with pytest.raises(UserError, match="shard-000001.safetensors came with another checksum"):
+            RemoteShards(f"{url}/train", "test").labels([(5, False)])
+        with pytest.raises(UserError, match=r"data.cache: http://.*latents.json: no such file"):
+            opened(place, f"{url}/nothing")
+
+
+@pytest.mark.parametrize(("num_images", "block"), [(100, 4), (1000, 7), (5, 8), (130, 1)])
+def test_an_epoch_in_blocks_shows_every_image_once_from_few_blocks_at_a_time(num_images, block):
+    order = DataOrder(num_images, num_images, seed=3, flip=False, block_size=block)
+    indices = [index for index, _ in order.keys(0)]
+    assert sorted(indices) == list(range(num_images))
+    window = BLOCKS_AT_A_TIME * block
+    for first in range(0, num_images, window):
+        assert len({i // block for i in indices[first : first + window]}) <= BLOCKS_AT_A_TIME + 1
+    assert indices != [index for index, _ in order.keys(1)]

@@ -23,11 +23,10 @@ _TIMES, _SAVED = 3, 10_000
 """A cache pays where each image is seen so often, and so many encodings are saved."""
 
 
-def stored_latents(data: DataConfig) -> Path | None:
+def stored_latents(data: DataConfig) -> str | None:
     """The finished cache that the settings name, which makes the images themselves unnecessary."""
-    if data.cache in ("auto", "none") or not is_latent_cache(Path(data.cache)):
-        return None
-    return Path(data.cache)
+    named = data.cache not in ("auto", "none")
+    return data.cache if named and is_latent_cache(data.cache) else None
 
 
 def check_targets(

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from semtok.data.remote_shards import RemoteShards, is_url, read_remote_json
 from semtok.data.shards import Compute, Shards, ensure_shards
 from semtok.data.source import DataConfig, ImageBatch, ImageSource, Key
 from semtok.errors import UserError
@@ -47,6 +48,7 @@ class CachedLatents(ImageSource):
         self.class_names = tuple(about["class_names"])
         self.attributes: dict[str, tuple[str, ...]] = {}
         self.flip, self.name = bool(shards.about["flip"]), str(about["name"])
+        self.block_size = shards.shard_size if isinstance(shards, RemoteShards) else None
 
     def __len__(self) -> int:
         return self.shards.num_images
@@ -153,33 +155,40 @@ def ensure_latent_cache(
     return open_latent_cache(folder, tokenizer, data=data)
 
 
-def is_latent_cache(folder: Path) -> bool:
-    """Whether a folder holds a finished cache."""
-    return (folder / _ABOUT).is_file()
+def is_latent_cache(place: str) -> bool:
+    """Whether a folder holds a finished cache; of a URL it is taken for granted."""
+    return is_url(place) or (Path(place) / _ABOUT).is_file()
 
 
 def open_latent_cache(
-    folder: Path, tokenizer: Tokenizer, *, data: DataConfig
+    place: str | Path, tokenizer: Tokenizer, *, data: DataConfig
 ) -> tuple[CachedLatents, CachedLatents]:
     """The caches of training and held-out images; no image is asked for.
 
     Args:
+        place: a folder, or a URL that fsspec knows.
         data: the images that they are to be of.
 
     Raises:
         UserError: no finished cache, damaged, or of another tokenizer or other images.
     """
-    about = read_json(folder / _ABOUT)
-    train, validation = (Shards(folder / name, _PLACE) for name in (_TRAIN, _VALIDATION))
+    if is_url(place):
+        url = str(place).rstrip("/")
+        about = read_remote_json(f"{url}/{_ABOUT}", _PLACE)
+        train, validation = (RemoteShards(f"{url}/{n}", _PLACE) for n in (_TRAIN, _VALIDATION))
+    else:
+        folder = Path(place)
+        about = read_json(folder / _ABOUT)
+        train, validation = (Shards(folder / name, _PLACE) for name in (_TRAIN, _VALIDATION))
     if train.about.get("tokenizer") != fingerprint(tokenizer):
         raise UserError(
-            f"{_PLACE}: {folder} holds latents of another tokenizer; choose another folder"
+            f"{_PLACE}: {place} holds latents of another tokenizer; choose another folder"
         )
     for key, value in _data_about(data).items():
         # Where the images are not at hand, their path means nothing.
         if about["data"].get(key) != value and (key != "path" or Path(str(value)).exists()):
             raise UserError(
-                f"{_PLACE}: {folder} holds latents of other images (data.{key}: {about['data'].get(key)}, "
+                f"{_PLACE}: {place} holds latents of other images (data.{key}: {about['data'].get(key)}, "
                 f"here {value}); choose another folder"
             )
     return CachedLatents(train, about), CachedLatents(validation, about)

@@ -22,12 +22,15 @@ class DataOrder:
         num_images: size of the set.
         batch_size: images per optimiser step, over all processes and micro-batches.
         flip: mirror each image with probability one half, chosen anew in each epoch.
+        block_size: see ``ImageSource.block_size``. An epoch then takes the blocks in random order and
+            shuffles the images of ``BLOCKS_AT_A_TIME`` of them together.
     """
 
     num_images: int
     batch_size: int
     seed: int
     flip: bool
+    block_size: int | None = None
 
     def keys(self, step: int) -> list[Key]:
         """The global batch of a step (0-based)."""
@@ -44,14 +47,26 @@ class DataOrder:
         cached = _EPOCHS.get((self, epoch))
         if cached is None:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(self.num_images, generator=generator)
+            order = self._permutation(generator)
             mirrored = torch.rand(self.num_images, generator=generator) < 0.5
             cached = (order, mirrored if self.flip else torch.zeros_like(mirrored))
             _EPOCHS.clear()
             _EPOCHS[(self, epoch)] = cached
         return cached
 
+    def _permutation(self, generator: torch.Generator) -> torch.Tensor:
+        if self.block_size is None:
+            return torch.randperm(self.num_images, generator=generator)
+        blocks = torch.arange(self.num_images).split(self.block_size)
+        shuffled = torch.randperm(len(blocks), generator=generator).tolist()
+        parts = []
+        for first in range(0, len(blocks), BLOCKS_AT_A_TIME):
+            window = torch.cat([blocks[b] for b in shuffled[first : first + BLOCKS_AT_A_TIME]])
+            parts.append(window[torch.randperm(len(window), generator=generator)])
+        return torch.cat(parts)
 
+
+BLOCKS_AT_A_TIME = 16
 _EPOCHS: dict[tuple[DataOrder, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
 

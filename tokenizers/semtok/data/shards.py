@@ -11,6 +11,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +52,35 @@ class Shards:
         self.folder = folder
         self._place = f"{place}: {folder}"
         try:
-            self.index = read_json(folder / _INDEX)
+            self.index = self._read_index()
             if self.index["format_version"] > _FORMAT_VERSION:
                 raise UserError(f"{self._place} is of a newer format; upgrade semtok")
             self.about: dict[str, Any] = self.index["about"]
             self.shard_size = int(self.index["shard_size"])
             self.num_images = int(self.index["num_images"])
             self.skipped = {int(i): name for i, name in self.index["skipped"].items()}
-            self._files = [(folder / s["file"], s) for s in self.index["shards"]]
-            self._check_sizes()
-            self._shards = [_open(file) for file, _ in self._files]
+            self.entries: list[dict[str, Any]] = self.index["shards"]
+            self._open_all()
         except UserError as error:
             raise UserError(self._damaged(error)) from None
         except (*DAMAGE, TypeError, AttributeError) as error:
             raise UserError(self._damaged(error)) from None
-        if sum(entry["bytes"] for _, entry in self._files) <= _HASHED_ON_OPENING:
+        if sum(entry["bytes"] for entry in self.entries) <= _HASHED_ON_OPENING:
             self.verify()
+
+    def _read_index(self) -> Any:
+        return read_json(self.folder / _INDEX)
+
+    def _open_all(self) -> None:
+        for entry in self.entries:
+            file = self.folder / entry["file"]
+            size = file.stat().st_size
+            if size != entry["bytes"]:
+                raise ValueError(f"{file.name} has {size} bytes instead of {entry['bytes']}")
+        self._shards = [open_shard(self.folder / entry["file"]) for entry in self.entries]
+
+    def _shard(self, number: int) -> dict[str, tuple[Tensor, np.ndarray]]:
+        return self._shards[number]
 
     def _damaged(self, error: BaseException) -> str:
         if str(error).startswith(self._place):
@@ -75,26 +89,20 @@ class Shards:
             f"{self._place} is damaged ({first_line(error)}); remove it, and it is computed again"
         )
 
-    def _check_sizes(self) -> None:
-        for file, entry in self._files:
-            size = file.stat().st_size
-            if size != entry["bytes"]:
-                raise ValueError(f"{file.name} has {size} bytes instead of {entry['bytes']}")
-
     def verify(self) -> None:
         """Reads everything and compares it with the checksums.
 
         Raises:
             UserError: a shard is not what was written.
         """
-        for file, entry in self._files:
-            if _checksum(file) != entry["checksum"]:
-                raise UserError(self._damaged(ValueError(f"{file.name} has another checksum")))
+        for entry in self.entries:
+            if shard_checksum(self.folder / entry["file"]) != entry["checksum"]:
+                raise UserError(self._damaged(ValueError(f"{entry['file']} has another checksum")))
 
-    @property
+    @cached_property
     def columns(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Type and shape of a row of each column, labels aside."""
-        first = self._shards[0]
+        first = self._shard(0)
         return {
             name: (tensor.dtype, tuple(tensor.shape[1:]))
             for name, (tensor, _) in first.items()
@@ -104,7 +112,7 @@ class Shards:
     @property
     def bytes_per_image(self) -> float:
         """On disk, mirrored rows included."""
-        return sum(entry["bytes"] for _, entry in self._files) / max(1, self.num_images)
+        return sum(entry["bytes"] for entry in self.entries) / max(1, self.num_images)
 
     def rows(self, keys: Sequence[Key]) -> dict[str, Tensor]:
         """The rows of these images: (B, ...) per column, in the type that they are stored in."""
@@ -127,7 +135,7 @@ class Shards:
         rows = torch.empty((len(keys), *shape), dtype=dtype)
         target, size = _as_numpy(rows), self.shard_size
         for place, (index, mirror) in enumerate(keys):
-            shard = self._shards[index // size]
+            shard = self._shard(index // size)
             target[place] = shard[_MIRRORED + name if mirror else name][1][index % size]
         return rows
 
@@ -235,7 +243,7 @@ class _Writer:
                 write_json(notes, {"skipped": self._write_shard(number, file)})
             skipped |= read_json(notes)["skipped"]
             entries.append(
-                {"file": file.name, "bytes": file.stat().st_size, "checksum": _checksum(file)}
+                {"file": file.name, "bytes": file.stat().st_size, "checksum": shard_checksum(file)}
             )
         everywhere = [entry for entry in gather_object(entries)]
         skipped = {k: v for part in gather_object([skipped]) for k, v in part.items()}
@@ -279,7 +287,7 @@ class _Writer:
         return rows | {_LABELS: batch.labels}
 
 
-def _open(file: Path) -> dict[str, tuple[Tensor, np.ndarray]]:
+def open_shard(file: Path) -> dict[str, tuple[Tensor, np.ndarray]]:
     """Each tensor of a file, mapped into memory, and as an array that it shares memory with."""
     with safe_open(file, "pt") as content:
         tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
@@ -291,6 +299,7 @@ def _as_numpy(tensor: Tensor) -> np.ndarray:
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _checksum(file: Path) -> str:
+def shard_checksum(file: Path) -> str:
+    """What the index says of a file, to know it by."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -89,6 +89,9 @@ class ImageSource(ABC):
     """Whether training may mirror an image left to right."""
     name: str
     """A few words for logs and cards."""
+    block_size: int | None = None
+    """Images that lie together where one can only be had with the others; training then draws from a few
+    blocks at a time. None: any order costs the same."""
     is_cheap: bool = False
     """Whether loading costs less than handing batches from process to process: then no worker helps."""
 

@@ -288,7 +288,11 @@ class Trainer:
 
     def _batches(self) -> Iterator[ImageBatch]:
         order = DataOrder(
-            len(self.source), self.config.batch_size, self.config.seed, self.source.flip
+            len(self.source),
+            self.config.batch_size,
+            self.config.seed,
+            self.source.flip,
+            self.source.block_size,
         )
         return training_batches(
             self.source,
