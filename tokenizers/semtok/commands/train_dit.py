@@ -82,8 +82,7 @@ def train_dit(
     stored = stored_latents(recipe.data)
     images = open_sources(recipe.data) if stored is None else None
     make_accelerator(recipe.train, folder)  # what it refuses should not wait for the tokenizer
-    wanted = recipe.teacher is not None and recipe.diffusion.repa is not False
-    teacher = Teacher(recipe.teacher) if wanted and stored is None else None
+    teacher = Teacher(recipe.teacher) if _needs_teacher(recipe) and stored is None else None
     copy = folder / "tokenizer"
     tokenizer = tokenizer_of_run(recipe.tokenizer, copy, resume=resume)
     accelerator = make_accelerator(recipe.train, folder)
@@ -92,13 +91,8 @@ def train_dit(
     if images is not None:
         _check_latents(tokenizer, images[0], recipe.tokenizer)
         sources = cached_latents(recipe, images, objective, accelerator) or images
-    seen = tokenizer.training_info.get("image_size")
-    if accelerator.is_main_process and seen and tuple(seen) != recipe.data.image_size:
-        print(
-            f"warning: tokenizer '{recipe.tokenizer}' was trained on images of {seen[0]}x{seen[1]}, "
-            f"these are {recipe.data.image_size[0]}x{recipe.data.image_size[1]}",
-            flush=True,
-        )
+    if accelerator.is_main_process:
+        _warn_of_size(tokenizer, recipe)
     trainer = start_trainer(
         objective,
         recipe,
@@ -155,6 +149,23 @@ def build_diffusion_objective(
     if isinstance(train, CachedLatents):
         check_targets(train, objective, recipe)
     return objective
+
+
+def _needs_teacher(recipe: DiffusionRecipe[Any]) -> bool:
+    """Whether the recipe names a teacher that REPA may ask."""
+    repa = recipe.diffusion.repa
+    decoded = repa not in (None, False) and repa.targets == "decoded"
+    return recipe.teacher is not None and repa is not False and not decoded
+
+
+def _warn_of_size(tokenizer: Tokenizer, recipe: DiffusionRecipe[Any]) -> None:
+    seen, given = tokenizer.training_info.get("image_size"), recipe.data.image_size
+    if seen and tuple(seen) != given:
+        print(
+            f"warning: tokenizer '{recipe.tokenizer}' was trained on images of {seen[0]}x{seen[1]}, "
+            f"these are {given[0]}x{given[1]}",
+            flush=True,
+        )
 
 
 @torch.no_grad()

@@ -123,26 +123,19 @@ def ensure_latent_cache(
         "image_size": list(train.image_size),
     }
     compute = _latents_of(tokenizer, targets, _DTYPES[dtype], accelerator)
-    shared = dict(
-        accelerator=accelerator, batch_size=batch_size, shard_size=shard_size, place=_PLACE
-    )
-    ensure_shards(
-        train,
-        folder / _TRAIN,
-        compute,
-        about={**about, "source": train.identity},
-        what="latents of the training images",
-        **shared,
-    )
     held_out = _Unmirrored(validation, validation.chosen(_NUM_VALIDATION))
-    ensure_shards(
-        held_out,
-        folder / _VALIDATION,
-        compute,
-        about={**about, "source": validation.identity},
-        what="latents of the held-out images",
-        **shared,
-    )
+    for name, source, images in ((_TRAIN, train, train), (_VALIDATION, held_out, validation)):
+        ensure_shards(
+            source,
+            folder / name,
+            compute,
+            about={**about, "source": images.identity},
+            what=f"latents of the {'training' if name == _TRAIN else 'held-out'} images",
+            place=_PLACE,
+            accelerator=accelerator,
+            batch_size=batch_size,
+            shard_size=shard_size,
+        )
     if accelerator.is_main_process and not (folder / _ABOUT).is_file():
         seen = {
             "image_size": list(train.image_size),

@@ -3,6 +3,7 @@
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -20,7 +21,7 @@ from semtok.latents import Latents, Posterior
 from semtok.methods.reglue import Compressor, REGLUETokenizer
 from semtok.methods.vae import KLTokenizer
 from semtok.nets.autoencoder import PRESETS, build_autoencoder
-from semtok.recipe import parse_diffusion_recipe
+from semtok.recipe import DiffusionRecipe, parse_diffusion_recipe
 from semtok.storage import write_tensors
 from semtok.teachers import Teacher, TeacherConfig
 
@@ -59,20 +60,7 @@ def reglue_steps(
     config = ShapesConfig(kind="shapes", size=_SIZE, num_images=num_images, num_validation_images=1)
     images = Shapes(config, train=True)
     tokenizer = random_reglue(folder)
-    content = apply_overrides(
-        {
-            "tokenizer": "reglue",
-            "data": {"kind": "shapes", "size": _SIZE},
-            "diffusion": {
-                "network": network,
-                "loss_weights": {"global": 0.03},
-                "repa": {"weight": 0.5, "depth": _DEPTH, "with_global": True},
-            },
-            "train": {**TRAIN, "batch_size": batch_size},
-        },
-        overrides,
-    )
-    recipe = parse_diffusion_recipe(content, "benchmark")
+    recipe = _recipe(network, batch_size, overrides)
     accelerator = Accelerator()
     cached, _ = ensure_latent_cache(
         (images, images),
@@ -106,6 +94,23 @@ def reglue_steps(
         _differences(curves, plain.losses),
         matmul_rate(trainer.device, recipe.train.precision),
     )
+
+
+def _recipe(network: str, batch_size: int, overrides: list[str]) -> DiffusionRecipe[Any]:
+    content = apply_overrides(
+        {
+            "tokenizer": "reglue",
+            "data": {"kind": "shapes", "size": _SIZE},
+            "diffusion": {
+                "network": network,
+                "loss_weights": {"global": 0.03},
+                "repa": {"weight": 0.5, "depth": _DEPTH, "with_global": True},
+            },
+            "train": {**TRAIN, "batch_size": batch_size},
+        },
+        overrides,
+    )
+    return parse_diffusion_recipe(content, "benchmark")
 
 
 def random_reglue(folder: Path) -> REGLUETokenizer:
