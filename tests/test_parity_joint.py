@@ -62,18 +62,11 @@ class Recorded:
     normal = uniform = __call__
 
 
-class Widths:
-    """A teacher of which only the width of its tokens matters."""
-
-    def __init__(self, width: int) -> None:
-        self.widths = (width,)
-
-
 def run_player(
     dit: ImportedDiT, config: DiffusionConfig, inputs: dict[str, Any], draws: Recorded
 ) -> tuple[DiTPlayer, StepOutput]:
     target = inputs["features"].patches[-1]
-    player = DiTPlayer(config, dit.network, Widths(target.shape[1]))
+    player = DiTPlayer(config, dit.network, target.shape[1])
     player.projector = dit.projectors[0]
     output = player(inputs, draws, 0, {})
     sum(term.weight * term.value.mean() for term in output.terms.values()).backward()
