@@ -1,8 +1,10 @@
 """``hub import``: published files as exports, every tensor accounted for, and files that are refused."""
 
+import argparse
 import json
 import os
 import pickle
+import shutil
 import struct
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 from parity import kits, load_kit
-from semtok import Generator, Tokenizer
+from semtok import Generator, Tokenizer, UserError
 from semtok.commands import hub
 from semtok.commands.cli import run
 from semtok.data.shapes import Shapes, ShapesConfig
@@ -23,6 +25,7 @@ from semtok.diffusion.dit import DiT
 from semtok.hub.formats import open_checkpoint
 from semtok.hub.imports import ImportOptions, import_checkpoint
 from semtok.hub.parts import load_part, save_part
+from semtok.hub.publish import export_files
 from semtok.methods.reglue import Compressor
 from semtok.methods.semvae import SemVAE
 from semtok.nets.autoencoder import Architecture, build_autoencoder
@@ -345,3 +348,115 @@ def test_paths_that_are_none(tmp_path, capsys):
     assert "none.pt: no such file" in refused(capsys, "auto", tmp_path / "none.pt", *output)
     message = refused(capsys, "auto", tmp_path, *output)
     assert "a folder without a diffusers AutoencoderKL" in message
+
+
+# What a file says of itself, and what is not taken for granted -------------------------------------
+
+
+def test_the_arguments_beside_the_weights_decide_the_path(texture, transformer, tmp_path, capsys):
+    state = open_checkpoint(transformer).state
+    for told, path in (({"path_type": "GVP"}, "cosine"), ({"path_type": "Linear"}, "linear")):
+        file = tmp_path / "x.pt"
+        arguments = argparse.Namespace(**told, prediction="velocity", cfg_prob=0.2)
+        torch.save({"ema": state, "args": arguments}, file)
+        options = ImportOptions(tokenizer=Tokenizer.from_pretrained(texture))
+        generator = import_checkpoint(file, "sit", options).model
+        assert generator.config.path == path and generator.config.class_dropout == 0.2
+    for told in ({"path_type": "VP"}, {"prediction": "noise"}, {"prediction": "score"}):
+        torch.save({"ema": state, "args": argparse.Namespace(**told)}, file)
+        message = refused(capsys, "sit", file, "--output", tmp_path / "out")
+        assert "only velocities on the linear and the cosine (GVP) path" in message
+
+
+def test_statistics_of_other_formats_and_other_files_are_not_taken(texture, tmp_path):
+    vae = tmp_path / "sd-vae.ckpt"
+    vae.write_bytes((texture.parent / "x.ckpt").read_bytes())
+    ones = {"latents_scale": torch.ones(5), "latents_bias": torch.zeros(5)}
+    torch.save(ones, tmp_path / "e2e-other-latents-stats.pt")
+    torch.save({"mean": torch.zeros(96), "std": torch.ones(96)}, tmp_path / "dino_mean_std_1.pth")
+    torch.save({"mean": torch.zeros(5), "std": torch.ones(5)}, tmp_path / "latents_sv_stats.pt")
+    assert not import_checkpoint(vae, "auto", ImportOptions()).model.is_measured
+    torch.save(ones, tmp_path / "sd-vae-latents-stats.pt")
+    assert import_checkpoint(vae, "auto", ImportOptions()).model.is_measured
+
+
+def with_(state: dict[str, Tensor], name: str, value: Tensor) -> dict[str, Tensor]:
+    return {**state, name: value}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: with_(s, "x_embedder.proj.bias", torch.full((384,), torch.nan)), "not finite"),
+        (
+            lambda s: with_(s, "x_embedder.proj.bias", torch.zeros(384, dtype=torch.int64)),
+            "of int64",
+        ),
+        (lambda s: with_(s, "blocks.100000000.attn.qkv.weight", torch.zeros(1)), "without gaps"),
+        (lambda s: with_(s, "pos_embed2", torch.zeros(1)), "pos_embed2 unknown"),
+        (lambda s: with_(s, "projectors.7.0.weight", torch.zeros(1)), "unknown projectors.7"),
+        (lambda s: with_(s, "bn.running_mean", torch.zeros(5)), "not repa"),
+        (lambda s: with_(s, "pos_embed", s["pos_embed"].repeat(2, 1, 1)), "not the fixed code"),
+        (lambda s: with_(s, "module.pos_embed", s["pos_embed"]), "mean the same tensor"),
+        (
+            lambda s: with_(s, "final_layer.linear.bias", s["final_layer.linear.bias"].repeat(3)),
+            "15 outputs for 5 channels",
+        ),
+        (lambda s: with_(s, "y_embedder.embedding_table.weight", torch.zeros(0, 384)), "is empty"),
+        (lambda s: with_(s, "y_embedder.embedding_table.weight", torch.tensor(1.0)), "x.pt: not a"),
+        (lambda s: with_(s, "x_embedder.proj.weight", torch.tensor(1.0)), "of no known format"),
+    ],
+)
+def test_tensors_that_cannot_be_are_one_line(transformer, tmp_path, capsys, change, words):
+    torch.save(change(dict(open_checkpoint(transformer).state)), tmp_path / "x.pt")
+    assert words in refused(capsys, "repa", tmp_path / "x.pt", "--output", tmp_path / "out")
+
+
+def test_statistics_within_a_checkpoint_are_checked(transformer, tmp_path, capsys):
+    state = dict(open_checkpoint(transformer).state)
+    state |= {"bn.running_mean": torch.zeros(5), "bn.num_batches_tracked": torch.tensor(3)}
+    for more, words in (({}, "running_var"), ({"bn.running_var": -torch.ones(5)}, "not positive")):
+        torch.save({"ema": state | more}, tmp_path / "x.pt")
+        message = refused(capsys, "repa-e", tmp_path / "x.pt", "--output", tmp_path / "out")
+        assert words in message
+    torch.save({"ema": state | {"bn.running_var": torch.full((5,), 4.0)}}, tmp_path / "x.pt")
+    tokenizer = Tokenizer.from_pretrained("demo")  # whose eight channels do not fit
+    with pytest.raises(UserError, match="generates 5 channels"):
+        import_checkpoint(tmp_path / "x.pt", "repa-e", ImportOptions(tokenizer=tokenizer))
+
+
+@pytest.mark.parametrize("number", ["inf", "nan", "-1", "0", "1e-60"])
+def test_a_scaling_factor_is_a_positive_number(texture, tmp_path, capsys, number):
+    words = [
+        "auto",
+        texture.parent / "x.ckpt",
+        f"--statistics={number}",
+        "--output",
+        tmp_path / "o",
+    ]
+    assert "expected a file or a positive number" in refused(capsys, *words)
+
+
+def test_options_that_say_nothing_to_a_file_are_refused(transformer, texture, tmp_path, capsys):
+    output = ["--output", tmp_path / "out"]
+    message = refused(capsys, "repa", transformer, "--image-size", 64, *output)
+    assert "--image-size says nothing" in message
+    torch.save({"ema": {"x": torch.zeros(1), "y": 3}, "model": {}}, tmp_path / "x.pt")
+    assert "'ema' holds no state dict" in refused(capsys, "auto", tmp_path / "x.pt", *output)
+    torch.save({"ema": open_checkpoint(transformer).state}, tmp_path / "x.pt")
+    message = refused(capsys, "repa", tmp_path / "x.pt", "--weights", "model", *output)
+    assert "holds no 'model' beside 'ema'" in message
+    file = compressor_file(tmp_path, Compressor(8, [4], 2).eval())
+    message = refused(capsys, "auto", file, "--tokenizer", texture, *output)
+    assert "give both --tokenizer and --teacher, or neither" in message
+
+
+def test_hidden_files_are_not_uploaded_and_exports_are_open_to_others(texture, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(texture, copy)
+    (copy / ".env").write_text("SECRET=1")
+    (copy / ".git").mkdir()
+    (copy / ".git" / "config").write_text("x")
+    names = [name for name, _ in export_files(copy)]
+    assert "config.json" in names and not any(name.startswith(".") for name in names)
+    assert all(p.stat().st_mode & 0o044 == 0o044 for p in texture.rglob("*") if p.is_file())

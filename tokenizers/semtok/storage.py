@@ -55,6 +55,9 @@ def new_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
     temporary.chmod(0o755)  # mkdtemp's folders are closed to others
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)  # safetensors closes its files to others
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             path.rename(old / path.name)

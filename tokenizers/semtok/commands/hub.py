@@ -71,7 +71,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         help="mean and std of raw latents, or a scaling factor; of REGLUE's compressor, of the features; "
         "default: the statistics file beside PATH",
     )
-    parser.add_argument("--image-size", type=int, default=256, help="of a coder's images")
+    parser.add_argument("--image-size", type=int, help="of a coder's images; default: 256")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
     parser.add_argument("--heads", type=int, help="of a network of unpublished width")
     parser.set_defaults(command=_import)
@@ -84,6 +84,8 @@ def _import(args: argparse.Namespace) -> int:
     if args.teacher is not None:
         content = apply_overrides({}, args.teacher)
         teacher = Teacher(parse(TeacherConfig, content, "--teacher"))
+    if min(args.image_size or 1, args.heads or 1) < 1:
+        raise UserError("--image-size and --heads must be at least 1")
     options = ImportOptions(
         weights=args.weights,
         tokenizer=Tokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None,

@@ -3,7 +3,7 @@
 import argparse
 import collections
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from semtok.errors import UserError
 from semtok.storage import DAMAGE, first_line, read_tensors
+
+MALFORMED = (LookupError, AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError)
+"""What looking into a state dict can raise that is not what its names promise."""
 
 
 class _Inert:
@@ -63,7 +66,7 @@ def read_checkpoint(path: str | Path) -> Any:
     try:
         with torch.serialization.safe_globals(_ADMITTED):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGE as error:
+    except (MemoryError, *DAMAGE) as error:
         if "weights_only" in str(error):  # torch's own advice is to trust the file
             foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = f"'{foreign[1]}'" if foreign else "something"
@@ -77,7 +80,8 @@ def read_checkpoint(path: str | Path) -> Any:
 def check_names_and_shapes(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], place: str
 ) -> None:
-    """Raises UserError, listing them, where tensors are unknown, missing or of other shapes than expected."""
+    """Raises UserError, listing them, where tensors are unknown, missing, of other shapes than expected, or no
+    finite real numbers."""
     wrong = [
         *(f"{name} unknown" for name in state.keys() - expected.keys()),
         *(f"{name} missing" for name in expected.keys() - state.keys()),
@@ -86,7 +90,29 @@ def check_names_and_shapes(
             for name in state.keys() & expected.keys()
             if state[name].shape != expected[name].shape
         ),
+        *(f"{name} {fault}" for name in state if (fault := _unsound(name, state[name]))),
     ]
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise UserError(f"{place}: tensors do not fit: {'; '.join(sorted(wrong)[:8])}{more}")
+
+
+def _unsound(name: str, value: Tensor) -> str | None:
+    if name.endswith("num_batches_tracked"):
+        return None
+    if not value.is_floating_point():
+        return f"of {str(value.dtype).removeprefix('torch.')}"
+    return None if bool(value.isfinite().all()) else "not finite"
+
+
+def count_numbered(names: Iterable[str], prefix: str) -> int:
+    """How many parts are numbered from 0 behind a prefix, ``blocks.0.…``, ``blocks.1.…``.
+
+    Raises:
+        ValueError: none, or numbers with gaps.
+    """
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    numbers = {int(match[1]) for name in names if (match := pattern.match(name))}
+    if not numbers or max(numbers) + 1 != len(numbers):
+        raise ValueError(f"{prefix}: expected numbers from 0 without gaps, found {len(numbers)}")
+    return len(numbers)

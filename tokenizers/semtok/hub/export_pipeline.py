@@ -26,6 +26,17 @@ from semtok.methods.vae import KLTokenizer
 from semtok.storage import new_folder, read_json, write_json, write_text
 from semtok.tokenizer import Tokenizer, library_version
 
+_WRITTEN = (
+    PIPELINE_FILE,
+    "pipeline.py",
+    "transformer",
+    "scheduler",
+    "vae",
+    "README.md",
+    "recipe.yaml",
+    "pictures",
+)
+
 
 def export_pipeline(
     generator: Generator, folder: str | Path, *, pictures: Mapping[str, Path] | None = None
@@ -43,6 +54,13 @@ def export_pipeline(
     vae = _autoencoder(generator.tokenizer)
     if (folder / PIPELINE_FILE).is_file() and not is_pipeline(folder):
         raise UserError(f"{folder}: holds somebody else's pipeline; choose another folder")
+    foreign = (
+        sorted(p.name for p in folder.iterdir() if p.name not in _WRITTEN)
+        if folder.is_dir()
+        else []
+    )
+    if foreign:
+        raise UserError(f"{folder}: holds other files too ({foreign[0]}); choose another folder")
     components = {"transformer": _transformer(generator), "scheduler": _scheduler(generator)}
     with new_folder(folder, replaces=PIPELINE_FILE) as temporary:
         for name, component in components.items():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from semtok.errors import UserError
-from semtok.hub.checkpoints import read_checkpoint
+from semtok.hub.checkpoints import MALFORMED, read_checkpoint
 from semtok.hub.import_dit import learns_sigma
 from semtok.storage import first_line, read_json
 
@@ -72,13 +72,20 @@ def open_checkpoint(path: str | Path, weights: Literal["ema", "model"] = "ema") 
         return Checkpoint(path, {}, None, {})
     content = read_checkpoint(path)
     nests = (weights, *(nest for nest in _NESTS if nest != weights))
+    for name in {weights, "ema"}:
+        held = content.get(name) if isinstance(content, dict) else None
+        if held is not None and not isinstance(held, Tensor) and not _is_state(held):
+            raise UserError(f"{path}: '{name}' holds no state dict")
     nest = next((n for n in nests if isinstance(content, dict) and _is_state(content.get(n))), None)
     state = content if nest is None else content[nest]
     if not _is_state(state):
         raise UserError(f"{path}: holds no state dict, neither bare nor under {', '.join(_NESTS)}")
-    return Checkpoint(
-        path, content, nest, {name.removeprefix("module."): value for name, value in state.items()}
-    )
+    if weights == "model" and nest == "ema":
+        raise UserError(f"{path}: holds no 'model' beside 'ema'; leave --weights out")
+    names = {name: name.removeprefix("module.") for name in state}
+    if len(set(names.values())) < len(names):
+        raise UserError(f"{path}: holds names with and without 'module.' that mean the same tensor")
+    return Checkpoint(path, content, nest, {names[n]: value for n, value in state.items()})
 
 
 def recognise(checkpoint: Checkpoint) -> tuple[Format, ...]:
@@ -107,28 +114,32 @@ def recognise(checkpoint: Checkpoint) -> tuple[Format, ...]:
             f"{path}: weights of a diffusers VAE; give the folder that holds its config too"
         )
     some = ", ".join(list(state)[:3])
-    raise UserError(f"{path}: of no known format; it holds {some} and {len(state) - 3} more")
+    more = f" and {len(state) - 3} more" if len(state) > 3 else ""
+    raise UserError(f"{path}: of no known format; it holds {some}{more}")
 
 
 def _dits(checkpoint: Checkpoint) -> tuple[Format, ...]:
-    state = checkpoint.state
+    try:
+        return _dits_of(checkpoint.state)
+    except MALFORMED as error:
+        raise UserError(
+            f"{checkpoint.path}: of no known format ({first_line(error)} is missing or odd)"
+        ) from None
+
+
+def _dits_of(state: Mapping[str, Tensor]) -> tuple[Format, ...]:
     if "t_embedder_sem.mlp.0.weight" in state:
         return ("sfd",)
     if "blocks.0.mlp.w12.weight" in state:
         return ("lightningdit",)
-    if "bn.running_mean" in state:
+    if any(name.startswith("bn.") for name in state):
         return ("repa-e",)
     if "cls_projectors2.weight" in state:
         # The published latents: 4 channels alone, or 4 and the 16 of the compressor.
         return ("reglue",) if state["x_embedder.proj.weight"].shape[1] > 16 else ("reg",)
     if "projectors.0.0.weight" in state:
         return ("repa",)
-    try:
-        return ("sit",) if learns_sigma(state) else ("sit", "repa")
-    except (LookupError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{checkpoint.path}: of no known format ({first_line(error)} is missing or odd)"
-        ) from None
+    return ("sit",) if learns_sigma(state) else ("sit", "repa")
 
 
 def read_statistics(path: Path) -> tuple[Tensor, Tensor]:
@@ -152,11 +163,19 @@ def read_statistics(path: Path) -> tuple[Tensor, Tensor]:
     raise UserError(f"{path}: no statistics; expected mean and std, or latents_bias and _scale")
 
 
-def statistics_beside(path: Path) -> Path | None:
-    """The one statistics file in the folder of a checkpoint, by the names that published ones have."""
-    patterns = ("*mean_std*.p*", "*latents-stats.pt", "*latents_stats.pt")
-    found = {file for pattern in patterns for file in path.parent.glob(pattern)} - {path}
-    return found.pop() if len(found) == 1 else None
+def statistics_beside(path: Path, format: Format) -> Path | None:
+    """The statistics file in the folder of a checkpoint, by the name that published ones have: REPA-E's are
+    called as the checkpoint is; others must be the only one of their kind."""
+    own = path.with_name(f"{path.stem}-latents-stats.pt")
+    if format == "compvis-vae" and own.is_file():
+        return own
+    pattern = {
+        "reglue-compressor": "dino_mean_std*.p*",
+        "semvae": "latents_sv_stats.pt",
+        "compvis-vae": "latents_stats.pt",
+    }.get(format)
+    found = list(path.parent.glob(pattern)) if pattern is not None else []
+    return found[0] if len(found) == 1 else None
 
 
 def _vector(values: Any) -> Tensor:

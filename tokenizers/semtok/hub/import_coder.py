@@ -7,12 +7,10 @@ import yaml
 from torch import Tensor
 
 from semtok.errors import UserError
-from semtok.hub.checkpoints import check_names_and_shapes
+from semtok.hub.checkpoints import MALFORMED, check_names_and_shapes, count_numbered
 from semtok.methods.reglue import Compressor
 from semtok.methods.semvae import SemVAE
 from semtok.storage import first_line
-
-_MALFORMED = (LookupError, AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError)
 
 
 def import_compressor(
@@ -32,12 +30,12 @@ def import_compressor(
     state = {name.replace(".model.", ".", 1): value for name, value in state.items()}
     try:
         # The layers of a stack alternate: convolution, residual block, …, convolution.
-        last = max(int(name.split(".")[1]) for name in state if name.startswith("encoder."))
-        convolutions = [state[f"encoder.{i}.weight"] for i in range(0, last + 1, 2)]
+        layers = count_numbered(state, "encoder.")
+        convolutions = [state[f"encoder.{i}.weight"] for i in range(0, layers, 2)]
         feature_channels = convolutions[0].shape[1]
         *hidden, channels = (len(weight) for weight in convolutions)
         compressor = Compressor(feature_channels, hidden, channels)
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise UserError(f"{place}: not a REGLUE compressor ({first_line(error)})") from None
     if not (statistics[1] > 0).all():
         raise UserError(f"{place}: a standard deviation in its statistics is not positive")
@@ -65,7 +63,7 @@ def import_semvae(state: Mapping[str, Tensor], *, place: str, heads: int | None 
         )
         channels = len(state[f"encoder.{blocks + 2}.weight"]) // 2
         coder = SemVAE(feature_channels, channels, width, heads or 6, blocks)
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise UserError(f"{place}: not a SemVAE checkpoint ({first_line(error)})") from None
     check_names_and_shapes(state, coder.state_dict(), place)
     coder.load_state_dict(state)

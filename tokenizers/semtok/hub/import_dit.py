@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from semtok.diffusion.dit import DiT, DiTArchitecture, rotary_table, time_frequencies
 from semtok.errors import UserError
-from semtok.hub.checkpoints import check_names_and_shapes
+from semtok.hub.checkpoints import MALFORMED, check_names_and_shapes, count_numbered
 from semtok.latents import LatentSpec, PartSpec
 from semtok.nets.transformer import silu_mlp, sincos_positions
 from semtok.storage import first_line
@@ -42,9 +42,10 @@ _VECTOR, _LEADS = "cls_projectors2.weight", "t_embedder_sem.mlp.0.weight"
 _PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
 
 
-_COMPUTED = ("pos_embed", "feat_rope.")
+_COMPUTED = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
 _PROJECTORS = ("projectors.", "repa_projector.")
-_STATISTICS = "bn."  # REPA-E standardises latents by a BatchNorm without weights
+# REPA-E standardises latents by a BatchNorm without weights.
+_STATISTICS = ("bn.running_mean", "bn.running_var", "bn.num_batches_tracked")
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ class ImportedDiT:
 
 def what_became_of(name: str) -> str:
     """In a few words, what the import makes of a tensor with this official name."""
-    if name.startswith(_COMPUTED):
+    if name in _COMPUTED:
         return "computed anew, checked to be the same"
     if name.startswith(_PROJECTORS):
         return "left out, only REPA's training reads it"
-    if name.startswith(_STATISTICS):
+    if name in _STATISTICS:
         return "latent statistics"
     return "network"
 
@@ -113,27 +114,31 @@ def import_dit(
         spec = _checked(spec, state) if spec is not None else _published_spec(state)
         channels = state["x_embedder.proj.weight"].shape[1]
         num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
+        if num_classes < 0:
+            raise ValueError("y_embedder.embedding_table.weight is empty")
         side = _check_positions(state, config)
-        not_ours = (*_COMPUTED, *_PROJECTORS, _STATISTICS)
-        ours = {our_name(n): value for n, value in state.items() if not n.startswith(not_ours)}
+        ours = {our_name(n): v for n, v in state.items() if what_became_of(n) == "network"}
+        statistics = _statistics(state)
         for name in ("final.linear.weight", "final.linear.bias"):
             ours[name] = _velocity_rows(ours[name], config.patch_size, channels)
         if family == "repa":
             _reverse_time(ours)
         timed_parts = ("semantic", "texture") if _LEADS in state else ()
         network = DiT(config, spec, num_classes=num_classes, timed_parts=timed_parts)
-    except (LookupError, ValueError, RuntimeError) as error:
+    except MALFORMED as error:
         reason = first_line(error)
         raise UserError(f"{place}: not a SiT, REPA or LightningDiT checkpoint ({reason})") from None
     check_names_and_shapes(ours, network.state_dict(), place)
     network.load_state_dict(ours)
     grid = (side * config.patch_size, side * config.patch_size)
-    return ImportedDiT(network.eval(), projectors, grid, _statistics(state))
+    return ImportedDiT(network.eval(), projectors, grid, statistics)
 
 
 def _with_all_blocks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """REPA's older files count the blocks after the aligned one anew, as ``decoder_blocks``."""
-    first = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    if not any(name.startswith("decoder_blocks.") for name in state):
+        return dict(state)
+    first = count_numbered(state, "blocks.")
 
     def current(name: str) -> str:
         return re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{first + int(m[1])}", name)
@@ -142,10 +147,12 @@ def _with_all_blocks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _statistics(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-    if "bn.running_mean" not in state:
+    if not any(name in state for name in _STATISTICS):
         return None
-    # Without the norm's epsilon, as its samplers undo it.
-    return state["bn.running_mean"].float(), state["bn.running_var"].float().sqrt()
+    mean, var = state["bn.running_mean"].float(), state["bn.running_var"].float()
+    if not bool((var > 0).all() & var.isfinite().all() & mean.isfinite().all()):
+        raise ValueError("bn.running_var is not positive everywhere")
+    return mean, var.sqrt()  # without the norm's epsilon, as its samplers undo it
 
 
 def _family(state: Mapping[str, Tensor]) -> Family:
@@ -172,6 +179,10 @@ def _checked(spec: LatentSpec, state: Mapping[str, Tensor]) -> LatentSpec:
     channels = state["x_embedder.proj.weight"].shape[1]
     vectors = [state[_VECTOR].shape[1]] if _VECTOR in state else []
     ours = sum(part.channels for part in spec.parts if part.is_spatial)
+    if _LEADS in state and "semantic" not in spec.names:
+        raise ValueError(
+            "its semantic part has a time of its own, the tokenizer's latents have no such part"
+        )
     if ours != channels or [p.channels for p in spec.parts if not p.is_spatial] != vectors:
         raise ValueError(
             f"it generates {channels} channels and vectors of {vectors}, the tokenizer's latents are "
@@ -182,7 +193,7 @@ def _checked(spec: LatentSpec, state: Mapping[str, Tensor]) -> LatentSpec:
 
 def _architecture(state: Mapping[str, Tensor], heads: int | None) -> DiTArchitecture:
     width, _, patch, _ = state["x_embedder.proj.weight"].shape
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    depth = count_numbered(state, "blocks.")
     swiglu = "blocks.0.mlp.w12.weight" in state
     if heads is None and "feat_rope.freqs_cos" in state:
         heads = width // state["feat_rope.freqs_cos"].shape[1]
@@ -200,7 +211,7 @@ def _architecture(state: Mapping[str, Tensor], heads: int | None) -> DiTArchitec
         # SwiGLU's hidden width is two thirds, rounded down, of what the ratio says.
         mlp_ratio=round(hidden * 1.5 / width, 1) if swiglu else hidden / width,
         swiglu=swiglu,
-        rope="feat_rope.freqs_cos" in state,
+        rope=bool({"feat_rope.freqs_cos", "feat_rope.freqs_sin"} & state.keys()),
         rms_norm="blocks.0.norm1.weight" in state,
         qk_norm="blocks.0.attn.q_norm.weight" in state,
     )
@@ -221,7 +232,8 @@ def _check_positions(state: Mapping[str, Tensor], config: DiTArchitecture) -> in
         table = rotary_table((side, side), config.width // config.heads, 0, torch.device("cpu"))
         expected |= {"feat_rope.freqs_cos": table[0], "feat_rope.freqs_sin": table[1]}
     for name, value in expected.items():
-        if not torch.allclose(state[name].float(), value, atol=1e-4):
+        own = state[name].float()
+        if own.shape != value.shape or not torch.allclose(own, value, atol=1e-4):
             raise ValueError(f"{name} is not the fixed code of a {side}x{side} grid")
     return side
 
@@ -236,6 +248,10 @@ def our_name(name: str) -> str:
 def _velocity_rows(value: Tensor, patch: int, channels: int) -> Tensor:
     """Drops the second half of the outputs of each cell, SiT's unused ``learn_sigma``."""
     by_cell = value.unflatten(0, (patch * patch, -1))
+    if by_cell.shape[1] not in (channels, 2 * channels):
+        raise ValueError(
+            f"final_layer.linear has {by_cell.shape[1]} outputs for {channels} channels"
+        )
     return by_cell[:, :channels].flatten(0, 1)
 
 
@@ -263,6 +279,7 @@ def _reverse_time(state: dict[str, Tensor]) -> None:
 def _projectors(state: Mapping[str, Any]) -> nn.ModuleList:
     heads = nn.ModuleList()
     named = {our_name(name): value for name, value in state.items()}
+    used = {name for name in named if name.startswith("projectors.")}
     while f"projectors.{len(heads)}.0.weight" in named:
         prefix = f"projectors.{len(heads)}."
         own = {n.removeprefix(prefix): v for n, v in named.items() if n.startswith(prefix)}
@@ -270,4 +287,7 @@ def _projectors(state: Mapping[str, Any]) -> nn.ModuleList:
         head = silu_mlp(width, hidden, len(own["4.weight"]))
         head.load_state_dict(own)
         heads.append(head)
+        used -= {prefix + name for name in own}
+    if used:
+        raise ValueError(f"unknown {', '.join(sorted(used)[:3])}")
     return heads

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from semtok.errors import UserError
-from semtok.hub.checkpoints import check_names_and_shapes
+from semtok.hub.checkpoints import MALFORMED, check_names_and_shapes, count_numbered
 from semtok.nets.autoencoder import Architecture, build_autoencoder
 from semtok.storage import first_line
 
@@ -49,7 +49,7 @@ def import_autoencoder(state: Mapping[str, Tensor], *, place: str) -> Autoencode
     state = {name: value for name, value in state.items() if not name.startswith(_TRAINING_ONLY)}
     try:
         autoencoder = build_autoencoder(_architecture(state))
-    except (LookupError, ValueError) as error:
+    except MALFORMED as error:
         raise UserError(
             f"{place}: not an autoencoder in CompVis' layout ({first_line(error)})"
         ) from None
@@ -72,8 +72,8 @@ def what_became_of(name: str) -> str:
 
 
 def _architecture(state: Mapping[str, Tensor]) -> Architecture:
-    levels = 1 + max(_numbers(state, r"encoder\.down\.(\d+)\."))
-    layers = 1 + max(_numbers(state, r"encoder\.down\.0\.block\.(\d+)\."))
+    levels = count_numbered(state, "encoder.down.")
+    layers = count_numbered(state, "encoder.down.0.block.")
     channels = tuple(
         len(state[f"encoder.down.{level}.block.{layers - 1}.conv2.weight"])
         for level in range(levels)
@@ -96,13 +96,6 @@ def _architecture(state: Mapping[str, Tensor]) -> Architecture:
             for level in range(levels)
         ),
     )
-
-
-def _numbers(state: Mapping[str, Tensor], pattern: str) -> list[int]:
-    found = [int(match[1]) for name in state if (match := re.match(pattern, name))]
-    if not found:
-        raise LookupError(f"no tensor named {pattern.replace(chr(92), '')}")
-    return found
 
 
 def our_name(name: str, levels: int) -> str:

@@ -1,5 +1,7 @@
 """Published checkpoints as this library's own: tokenizers, generators, or a part of one alone."""
 
+import copy
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ from semtok.diffusion.config import DiffusionConfig, resolve_defaults
 from semtok.diffusion.dit import PRESETS, DiT, DiTArchitecture
 from semtok.diffusion.generator import Generator
 from semtok.diffusion.sampling import SamplerConfig
+from semtok.diffusion.transport import PathName
 from semtok.errors import UserError
 from semtok.hub import import_dit as dits
 from semtok.hub import import_vae as vaes
@@ -43,6 +46,7 @@ _FAMILIES |= {"repa-e": "repa"}
 _RECIPES: dict[Format, str] = {"sit": "sit_xl2", "repa": "sit_xl2_repa", "reg": "sit_xl2_reg"}
 _RECIPES |= {"reglue": "sit_xl2_reglue", "repa-e": "sit_xl2_repa", "sfd": "lightningdit_xl1_sfd"}
 _RECIPES |= {"lightningdit": "lightningdit_xl1"}
+_PATHS: dict[str, PathName] = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}
 _LEAD = 0.3  # SFD's, which its weights were trained with
 
 
@@ -58,7 +62,7 @@ class ImportOptions:
         statistics: of raw latents: a file of mean and std, or a scaling factor; of REGLUE's compressor those
             of the features. None: the statistics file beside the checkpoint, where there is one.
         heads: attention heads of a network of unpublished width.
-        image_size: pixels along a side, from which a coder's grid follows.
+        image_size: pixels along a side, from which a coder's grid follows; None: the published 256.
     """
 
     weights: Literal["ema", "model"] = "ema"
@@ -66,7 +70,7 @@ class ImportOptions:
     teacher: Teacher | None = None
     statistics: Path | float | None = None
     heads: int | None = None
-    image_size: int = 256
+    image_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,8 @@ def import_checkpoint(
     format = _choose(format, checkpoint)
     trained = {"imported_from": f"{checkpoint.path.name} ({format})"}
     job = _Import(checkpoint, format, options, trained)
+    if checkpoint.nest is not None:
+        job.notes.append(f"weights of '{checkpoint.nest}'")
     if format in DITS:
         model = job.generator()
     elif format in ("compvis-vae", "diffusers-vae"):
@@ -130,7 +136,7 @@ def _choose(wanted: Format | Literal["auto"], checkpoint: Checkpoint) -> Format:
         return possible[0]
     if wanted not in get_args(Format):
         raise UserError(f"no format '{wanted}'; formats: auto, {', '.join(get_args(Format))}")
-    # ReDi's, REG's and REGLUE's differ in what their channels mean, which only the user knows.
+    # REG's and REGLUE's differ in what their channels mean, which only the user knows.
     alike = {"reg", "reglue"} if set(possible) & {"reg", "reglue"} else set(possible)
     if wanted not in alike:
         raise UserError(
@@ -158,7 +164,7 @@ class _Import:
     # Tokenizers of images ------------------------------------------------------------------------
 
     def autoencoder(self) -> KLTokenizer:
-        self._refuse("tokenizer", "teacher", "heads")
+        self._refuse("tokenizer", "teacher", "heads", "image_size")
         if self.format == "diffusers-vae":
             folder = self.checkpoint.path
             folder = folder if (folder / "config.json").is_file() else folder / "vae"
@@ -189,8 +195,14 @@ class _Import:
     # Tokenizers with coded features --------------------------------------------------------------
 
     def coder(self) -> Tokenizer | FeatureCoder:
+        options = self.options
         self.became |= dict.fromkeys(self.checkpoint.state, "network")
+        if (options.tokenizer is None) != (options.teacher is None):
+            raise UserError(f"{self.place}: give both --tokenizer and --teacher, or neither")
+        if options.tokenizer is None:
+            self._refuse("image_size", *(["statistics"] if self.format == "semvae" else []))
         if self.format == "reglue-compressor":
+            self._refuse("heads")
             statistics = self._statistics(None)
             if statistics is None:
                 raise UserError(
@@ -201,14 +213,19 @@ class _Import:
                 self.checkpoint.state, statistics, place=self.place
             )
         else:
-            heads = self.options.heads or semvae_heads(self.checkpoint.content)
+            read = semvae_heads(self.checkpoint.content)
+            if read is not None:
+                self.became["config"] = "read for the number of heads"
+            elif options.heads is None:
+                self.notes.append("the file does not say how many heads there are: 6, as published")
+            heads = options.heads or read
             coder = import_semvae(self.checkpoint.state, place=self.place, heads=heads)
-        if self.options.tokenizer is None or self.options.teacher is None:
+        if options.tokenizer is None or options.teacher is None:
             self.notes.append(
                 "a coder alone; with --tokenizer (of the image latents) and --teacher name=… it becomes a tokenizer"
             )
             return coder
-        return self._composite(coder, self.options.tokenizer, self.options.teacher)
+        return self._composite(coder, options.tokenizer, options.teacher)
 
     def _composite(self, coder: FeatureCoder, texture: Tokenizer, teacher: Teacher) -> Tokenizer:
         if sum(teacher.widths) != coder.feature_channels:
@@ -217,7 +234,7 @@ class _Import:
                 f"{'+'.join(map(str, teacher.widths))}; other teacher.name or teacher.layers"
             )
         settings = coder.settings()
-        side = self.options.image_size
+        side = self.options.image_size or 256
         if isinstance(coder, Compressor):
             shape = {"hidden": settings["hidden"], "channels": settings["channels"]}
             # As published, only the image latents are scaled.
@@ -253,7 +270,7 @@ class _Import:
     # Generators ----------------------------------------------------------------------------------
 
     def generator(self) -> Generator | DiT:
-        self._refuse("teacher", "statistics")
+        self._refuse("teacher", "statistics", "image_size")
         content, tokenizer = self.checkpoint.content, self.options.tokenizer
         state = self.checkpoint.state
         self.became |= {name: dits.what_became_of(name) for name in state}
@@ -268,12 +285,20 @@ class _Import:
             heads=self.options.heads,
             spec=tokenizer.spec if tokenizer is not None else None,
         )
+        if self.options.heads is not None:
+            self.notes.append(f"{self.options.heads} heads as given, which no weight can confirm")
+        path, class_dropout = self._trained_with()
         if tokenizer is None:
             self.notes.append(
                 "a network alone; with --tokenizer it becomes a generator that tools/sample.py takes"
             )
             return imported.network
         if imported.statistics is not None:
+            if tokenizer is self.options.tokenizer:  # the caller's stays as it is
+                tokenizer = copy.deepcopy(tokenizer)
+                self.notes.append(
+                    "the tokenizer is standardised by the checkpoint's own statistics"
+                )
             _standardise_texture(tokenizer, imported.statistics)
         if not tokenizer.is_measured:
             raise UserError(
@@ -286,7 +311,13 @@ class _Import:
             if self.format == "sfd"
             else dict.fromkeys(tokenizer.spec.names, 0.0)
         )
-        config = DiffusionConfig(network=_preset(network.config), leads=leads, repa=False)
+        config = DiffusionConfig(
+            network=_preset(network.config),
+            path=path,
+            leads=leads,
+            class_dropout=class_dropout,
+            repa=False,
+        )
         return Generator(
             network,
             tokenizer,
@@ -297,15 +328,37 @@ class _Import:
             training_info=self.trained,
         ).eval()
 
+    def _trained_with(self) -> tuple[PathName, float]:
+        """Path and class dropout, as the arguments beside the weights say; else the published ones.
+
+        Raises:
+            UserError: a path or a prediction that this library has not.
+        """
+        arguments = self.checkpoint.content.get("args")
+        told = vars(arguments) if isinstance(arguments, Namespace) else {}
+        path = str(told.get("path_type", "linear")).lower()
+        prediction = str(told.get("prediction", "v")).lower()
+        if path not in _PATHS or prediction not in ("v", "velocity"):
+            raise UserError(
+                f"{self.place}: was trained with path_type {path} and prediction {prediction}; only velocities "
+                "on the linear and the cosine (GVP) path can be imported"
+            )
+        if not told and self.format in ("sit", "repa", "reg", "reglue", "repa-e"):
+            self.notes.append("the file has no arguments: a linear path and velocities are assumed")
+        dropout = told.get("cfg_prob", 0.1)
+        return _PATHS[path], float(dropout) if isinstance(dropout, int | float) else 0.1
+
     # Shared --------------------------------------------------------------------------------------
 
     def _statistics(self, channels: int | None) -> tuple[Tensor, Tensor] | None:
         given, path = self.options.statistics, self.checkpoint.path
         if isinstance(given, float):
-            if channels is None or not given > 0:
+            if channels is None:
                 raise UserError(f"--statistics {given}: expected a file here")
+            if not 1e-12 < given < 1e12:
+                raise UserError(f"--statistics {given}: expected a file or a positive number")
             return torch.zeros(channels), torch.full((channels,), 1 / given)
-        file = given or (statistics_beside(path) if path.is_file() else None)
+        file = given or (statistics_beside(path, self.format) if path.is_file() else None)
         if file is None:
             return None
         if given is None:
@@ -318,8 +371,9 @@ class _Import:
     def _refuse(self, *names: str) -> None:
         for name in names:
             if getattr(self.options, name) is not None:
+                option = name.replace("_", "-")
                 raise UserError(
-                    f"{self.place}: --{name} says nothing to a checkpoint of {self.format}; leave it out"
+                    f"{self.place}: --{option} says nothing to a checkpoint of {self.format}; leave it out"
                 )
 
 

@@ -78,7 +78,7 @@ def load_part(reference: str | Path) -> DiT | FeatureCoder:
     place = folder / _CONFIG_FILE
     config = read_json(place)
     kind = config.get("kind") if isinstance(config, dict) else None
-    if kind not in ("network", "coder"):
+    if kind not in ("network", "coder") or config.get("library") != "semtok":
         raise UserError(f"{place}: neither a network nor a coder alone, but {kind or 'foreign'}")
     check_format_version(config, place)
     try:

@@ -43,7 +43,9 @@ def export_files(folder: Path) -> list[tuple[str, int]]:
             raise UserError(
                 f"{folder}: not an export of semtok; expected a run, its export/, or what 'hub export' writes"
             )
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    inside = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    # Hidden files are somebody's own: settings, a checkout's .git.
+    files = sorted(folder / p for p in inside if not any(part[0] == "." for part in p.parts))
     return [(p.relative_to(folder).as_posix(), p.stat().st_size) for p in files]
 
 
