@@ -124,8 +124,15 @@ def ensure_latent_cache(
     }
     compute = _latents_of(tokenizer, targets, _DTYPES[dtype], accelerator)
     held_out = _Unmirrored(validation, validation.chosen(_NUM_VALIDATION))
+    seen = {
+        "image_size": list(train.image_size),
+        "class_names": list(train.class_names),
+        "name": train.name,
+        "data": _data_about(data),
+    }
+    cached = []
     for name, source, images in ((_TRAIN, train, train), (_VALIDATION, held_out, validation)):
-        ensure_shards(
+        shards = ensure_shards(
             source,
             folder / name,
             compute,
@@ -136,16 +143,11 @@ def ensure_latent_cache(
             batch_size=batch_size,
             shard_size=shard_size,
         )
+        cached.append(CachedLatents(shards, seen))
     if accelerator.is_main_process and not (folder / _ABOUT).is_file():
-        seen = {
-            "image_size": list(train.image_size),
-            "class_names": list(train.class_names),
-            "name": train.name,
-            "data": _data_about(data),
-        }
         write_json(folder / _ABOUT, seen)
     accelerator.wait_for_everyone()
-    return open_latent_cache(folder, tokenizer, data=data)
+    return cached[0], cached[1]
 
 
 def is_latent_cache(place: str) -> bool:
