@@ -12,7 +12,7 @@ import torch
 from semtok.data.attributes import ImageAttributes, image_attributes
 from semtok.data.labels import UNLABELLED, Labels, number_classes
 from semtok.data.parquet_files import ParquetStore, find_store
-from semtok.data.stored import StoredConfig, StoredImages, held_out_split
+from semtok.data.stored import StoredConfig, StoredImages, split_rows
 from semtok.errors import UserError
 from semtok.extras import need
 
@@ -108,11 +108,7 @@ class Parquet(StoredImages):
         num_train = len(tables[0])
         table = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
         image, label = _check_columns(table.features, config)
-        if len(tables) > 1:
-            parts = (np.arange(num_train), np.arange(num_train, len(table)))
-        else:
-            split = held_out_split(num_train, config.validation_fraction, config.seed)
-            parts = tuple(np.array(part, dtype=np.int64) for part in split)
+        parts = split_rows(len(table), num_train if len(tables) > 1 else None, config)
         known = parts[0] if len(tables) > 1 else None
         class_names, labels = _classes(table, label, known, store.place)
         attributes = _attributes(table, config.attributes) if config.attributes else None

@@ -145,6 +145,20 @@ def held_out_split(num_images: int, fraction: float, seed: int) -> tuple[list[in
     return sorted(order[num_held_out:]), sorted(order[:num_held_out])
 
 
+def split_rows(
+    num_images: int, num_train: int | None, config: StoredConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a store to train on, and rows held out.
+
+    Args:
+        num_train: behind so many rows the held-out part begins; None: the settings choose one.
+    """
+    if num_train is not None:
+        return np.arange(num_train), np.arange(num_train, num_images)
+    train, held_out = held_out_split(num_images, config.validation_fraction, config.seed)
+    return np.array(train, dtype=np.int64), np.array(held_out, dtype=np.int64)
+
+
 def decode(content: Path | bytes, image_size: tuple[int, int]) -> np.ndarray:
     """Reads an image as the camera held it, transparency on white, cropped as ADM does.
 

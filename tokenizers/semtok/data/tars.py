@@ -12,7 +12,7 @@ from numpy.lib.recfunctions import append_fields
 from semtok.data.attributes import ImageAttributes, read_attributes
 from semtok.data.labels import UNLABELLED, Labels, number_classes
 from semtok.data.remote import protocol, read_ranges
-from semtok.data.stored import StoredConfig, StoredImages, held_out_split
+from semtok.data.stored import StoredConfig, StoredImages, split_rows
 from semtok.data.tar_index import Shard, find_shards, index_shards
 from semtok.errors import UserError
 from semtok.extras import need
@@ -102,11 +102,7 @@ class Tars(StoredImages):
         table = _joined(indices)
         num_train, num_images = sum(map(len, indices[: len(train)])), len(table)
         title = _title(config.path)
-        if validation:
-            parts = (np.arange(num_train), np.arange(num_train, num_images))
-        else:
-            split = held_out_split(num_images, config.validation_fraction, config.seed)
-            parts = tuple(np.array(part, dtype=np.int64) for part in split)
+        parts = split_rows(num_images, num_train if validation else None, config)
         class_names, labels = _classes(table, parts[0] if validation else None, title)
         attributes = _attributes(config, table, labels, class_names)
         sources = [
