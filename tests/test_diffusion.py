@@ -1,5 +1,6 @@
 """From a recipe to a generator: the objective's terms, training, resuming, sampling, files."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,47 @@ def test_every_sampler_does_so(model, method):
     last = generator.sample_latents([2], seed=1, first=2, sampler=config).texture
     torch.testing.assert_close(whole[2:], last, atol=1e-4, rtol=0)
     assert torch.equal(whole, generator.sample_latents([0, 1, 2], seed=1, sampler=config).texture)
+
+
+def test_compiled_sampling_draws_the_same_images(model):
+    """With guidance in half of the time, so that the compiled blocks see both batch sizes."""
+    guidance = GuidanceConfig(scale=2.0, interval=(0.5, 1.0))
+    config = SamplerConfig(method="euler", steps=4, guidance=guidance)
+    plain = Generator.from_pretrained(model)
+    tiny.awake(plain.network)
+    fast = copy.deepcopy(plain).speed_up(compile="aot_eager")
+    assert fast.network.state_dict().keys() == plain.network.state_dict().keys()
+    assert all(block._compiled_call_impl is not None for block in fast.network.blocks)
+    expected = plain.sample([0, 1], seed=4, sampler=config)
+    torch.testing.assert_close(fast.sample([0, 1], seed=4, sampler=config), expected)
+
+
+def test_half_precision_is_the_transformers_alone(model):
+    plain = Generator.from_pretrained(model)
+    tiny.awake(plain.network)
+    config = plain.sampler.model_copy(update={"steps": 8})
+    expected = plain.sample_latents([0, 1], seed=4, sampler=config).texture
+    seen: list[torch.dtype] = []
+    fast = copy.deepcopy(plain).speed_up(precision="bf16")
+    fast.network.blocks[0].attn.qkv.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    latents = fast.sample_latents([0, 1], seed=4, sampler=config).texture
+    assert set(seen) == {torch.bfloat16} and latents.dtype == torch.float32
+    difference = (latents - expected).square().mean() / expected.square().mean()
+    assert 0 < difference < 0.02**2
+    assert torch.equal(
+        fast.speed_up().sample_latents([0, 1], seed=4, sampler=config).texture, expected
+    )
+
+
+def test_how_images_are_computed_is_asked_for_by_options(model, tmp_path):
+    assert draw(model, tmp_path / "plain", "--num", "3") == 0
+    options = ["--precision", "bf16", "--compile", "aot_eager"]
+    assert draw(model, tmp_path / "fast", "--num", "3", *options) == 0
+    plain, fast = (
+        np.stack([np.asarray(Image.open(f), dtype=float) for f in sorted((tmp_path / n).iterdir())])
+        for n in ("plain", "fast")
+    )
+    assert plain.shape == fast.shape and np.abs(plain - fast).mean() < 3
 
 
 def test_a_grid_a_folder_and_an_archive_hold_the_same_images(model, tmp_path):

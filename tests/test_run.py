@@ -175,6 +175,14 @@ def test_bf16_trains(tmp_path):
     assert all(t.dtype != torch.bfloat16 for t in weights.values()), "weights stay float32"
 
 
+def test_float32_is_exact_unless_tf32_is_asked_for(tmp_path):
+    for precision, allowed in (("fp32", False), ("tf32", True), ("fp32", False)):
+        made = trainer(tmp_path / precision, GAN, precision=precision)
+        assert (torch.get_float32_matmul_precision() == "high") == allowed
+        assert torch.backends.cudnn.allow_tf32 == allowed
+        assert made.accelerator.mixed_precision == "no"
+
+
 def test_compiled_training_has_the_same_names_and_the_same_losses(tmp_path):
     for backend in ("none", "aot_eager"):
         content = tiny.content(GAN, compile=backend, steps=2, log_every=1)

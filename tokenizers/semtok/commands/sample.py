@@ -15,7 +15,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from semtok.commands.cli import Parser
-from semtok.commands.sampler_options import add_sampler_options, sampler_from
+from semtok.commands.sampler_options import add_sampler_options, sampler_from, sped_up
 from semtok.diffusion.generator import Generator
 from semtok.diffusion.sampling import SamplerConfig
 from semtok.errors import UserError
@@ -61,8 +61,8 @@ def main(arguments: Sequence[str]) -> int:
     args = _parser().parse_args(arguments)
     load_plugins(args.plugin)
     kind = _check_output(args.output)
-    generator = Generator.from_pretrained(args.model)
-    weak = Generator.from_pretrained(args.weak) if args.weak else None
+    generator = sped_up(Generator.from_pretrained(args.model), args)
+    weak = sped_up(Generator.from_pretrained(args.weak), args) if args.weak else None
     sampler = sampler_from(args, generator)
     classes = _classes(args.classes, generator)
     num = args.num if args.num is not None else 4 * len(classes)

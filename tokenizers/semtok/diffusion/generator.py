@@ -18,6 +18,7 @@ from semtok.latents import Latents, LatentSpec
 from semtok.pictures import principal_components, rows_of_images
 from semtok.references import locate_export
 from semtok.registry import papers_of
+from semtok.speed import Compiler, Precision, allow_tf32, autocast, compile_networks
 from semtok.storage import (
     DAMAGE,
     first_line,
@@ -72,6 +73,20 @@ class Generator(PushToHub, nn.Module):
         self.class_names, self.image_size = tuple(class_names), image_size
         self.training_info = training_info or {}
         self.schedule = config.schedule
+        self._precision: Precision = "fp32"
+
+    def speed_up(self, *, precision: Precision = "fp32", compile: Compiler = "none") -> "Generator":
+        """Makes sampling faster from here on; images then differ by rounding.
+
+        Args:
+            precision: of the transformer; the state between steps and the decoder stay in float32.
+            compile: torch.compile's backend for the transformer's blocks, or ``none``. The first images of
+                each batch size wait for it.
+        """
+        allow_tf32(precision)
+        self._precision = precision
+        compile_networks(self.network.blocks, compile)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -142,18 +157,19 @@ class Generator(PushToHub, nn.Module):
             self._check_weak(weak)
         else:
             check_guidance(self.config, sampler or self.sampler, self.network.spec)
-        return sample_latents(
-            self.network,
-            SampleNoise(seed, range(first, first + len(numbers)), self.device),
-            torch.tensor(numbers, dtype=torch.int64, device=self.device),
-            self.grid,
-            sampler or self.sampler,
-            schedule=self.schedule,
-            path=self.config.path,
-            shift=self.shift,
-            weak=weak.network if weak is not None else None,
-            watch=watch,
-        )
+        with autocast(self.device, self._precision):
+            return sample_latents(
+                self.network,
+                SampleNoise(seed, range(first, first + len(numbers)), self.device),
+                torch.tensor(numbers, dtype=torch.int64, device=self.device),
+                self.grid,
+                sampler or self.sampler,
+                schedule=self.schedule,
+                path=self.config.path,
+                shift=self.shift,
+                weak=weak.network if weak is not None else None,
+                watch=watch,
+            )
 
     @torch.no_grad()
     def strip(

@@ -82,13 +82,13 @@ def guided_velocity(
         weak: guides away from this network instead of from the null label.
     """
     if not scales:
-        return dict(network(x, times, labels).velocity)
+        return _velocity(network, x, times, labels)
     if weak is not None:
-        conditional = network(x, times, labels).velocity
-        base = weak(x, times, labels).velocity
+        conditional = _velocity(network, x, times, labels)
+        base = _velocity(weak, x, times, labels)
     else:
         null = torch.full_like(labels, network.num_classes)
-        both = network(_twice(x), _twice(times), torch.cat([labels, null])).velocity
+        both = _velocity(network, _twice(x), _twice(times), torch.cat([labels, null]))
         conditional = {name: part.chunk(2)[0] for name, part in both.items()}
         base = {name: part.chunk(2)[1] for name, part in both.items()}
     guided = dict(conditional)
@@ -98,6 +98,14 @@ def guided_velocity(
             rest = conditional[name][:, num_channels:]
             guided[name] = torch.cat([guided[name][:, :num_channels], rest], dim=1)
     return guided
+
+
+def _velocity(
+    network: DiT, x: Mapping[str, Tensor], times: Times, labels: Tensor
+) -> dict[str, Tensor]:
+    """In the type of the state, so that a network in half precision does not make the state one."""
+    velocity = network(x, times, labels).velocity
+    return {name: part.to(x[name].dtype) for name, part in velocity.items()}
 
 
 def _twice(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from semtok.config import Config
 from semtok.objective import OptimiserConfig
+from semtok.speed import Compiler, Precision
 
 
 class TrainConfig(Config):
@@ -28,10 +29,11 @@ class TrainConfig(Config):
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
     """Where the cosine ends, as a fraction of the learning rate."""
     clip_norm: float | None = Field(1.0, gt=0)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
+    """See ``semtok.speed.Precision``."""
     ema_decay: float | None = Field(None, ge=0, lt=1)
     """None: no average; the trained weights are evaluated and exported."""
-    compile: Literal["none", "inductor", "aot_eager"] = "none"
+    compile: Compiler = "none"
     """torch.compile's backend for the networks."""
     seed: int = Field(0, ge=0, lt=2**32)
     log_every: int = Field(50, ge=1)

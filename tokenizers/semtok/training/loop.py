@@ -19,6 +19,7 @@ from semtok.errors import Interrupted
 from semtok.images import to_pixels
 from semtok.objective import Batch, Draws, Objective, StepOutput
 from semtok.pictures import write_png
+from semtok.speed import compile_networks
 from semtok.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -88,9 +89,7 @@ class Trainer:
             if config.ema_decay is not None
             else None
         )
-        if config.compile != "none":
-            for module in objective.compiled_modules():  # in place, so that names stay as they are
-                module.compile(backend=config.compile)
+        compile_networks(objective.compiled_modules(), config.compile)
         self.players = {name: accelerator.prepare_model(p) for name, p in objective.players.items()}
         self.optimisers = {
             name: self._optimiser(name, player) for name, player in objective.players.items()

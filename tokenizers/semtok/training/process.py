@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from semtok.errors import UserError
+from semtok.speed import allow_tf32, autocast_dtype
 from semtok.training.config import TrainConfig
 
 
@@ -23,12 +24,13 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     gpu = torch.cuda.is_available()
     if config.precision == "fp16" and not gpu:
         raise UserError("train.precision: fp16 needs a GPU; use fp32 or bf16 here")
+    allow_tf32(config.precision)
     # accelerate keeps one precision per process; a second run in this process may have another.
     AcceleratorState._reset_state()
     try:
         accelerator = Accelerator(
             cpu=not gpu,
-            mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+            mixed_precision="no" if autocast_dtype(config.precision) is None else config.precision,
             log_with=None if config.tracker == "none" else config.tracker,
             project_dir=str(folder),
             kwargs_handlers=[

@@ -14,7 +14,7 @@ from semtok.commands.evaluation.options import (
     load_teacher,
     open_data,
 )
-from semtok.commands.sampler_options import add_sampler_options, sampler_from
+from semtok.commands.sampler_options import add_sampler_options, sampler_from, sped_up
 from semtok.commands.stage import errors_at
 from semtok.commands.table import print_table
 from semtok.diffusion.generator import Generator
@@ -45,7 +45,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
 
 
 def _classes(args: argparse.Namespace) -> int:
-    generator = Generator.from_pretrained(args.model).to(device())
+    generator = sped_up(Generator.from_pretrained(args.model).to(device()), args)
     train, held_out = open_data(args, generator.training_info.get("recipe", {}).get("data"))
     if generator.image_size != train.image_size:
         raise UserError(
@@ -94,6 +94,7 @@ def _classes(args: argparse.Namespace) -> int:
             "num_generated": num,
             "seed": args.seed,
             "sampler": sampler.model_dump(mode="json"),
+            "precision": args.precision or "fp32",
         }
         write_json(args.output, scores)
     return 0

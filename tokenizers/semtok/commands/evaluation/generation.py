@@ -15,7 +15,7 @@ from semtok.commands.evaluation.options import (
     device,
     load_teacher,
 )
-from semtok.commands.sampler_options import add_sampler_options, sampler_from
+from semtok.commands.sampler_options import add_sampler_options, sampler_from, sped_up
 from semtok.commands.stage import errors_at
 from semtok.commands.table import print_table
 from semtok.diffusion.config import check_guidance
@@ -45,7 +45,10 @@ from semtok.evaluation.image_sets import (
 from semtok.evaluation.inception import check_torch_fidelity, load_inception
 from semtok.storage import cache_folder, write_json
 
-_DRAWING = ("num", "labels", "seed", "method", "steps", "guidance", "interval")
+_DRAWING = (
+    *("num", "labels", "seed", "method", "steps"),
+    *("guidance", "interval", "precision", "compile"),
+)
 
 
 def add_task(tasks: argparse._SubParsersAction) -> None:
@@ -182,7 +185,7 @@ def _generated(
         if images.num_images < 2:
             raise UserError(f"--images {args.images}: one image; scores are of sets")
         return images, {"images": str(args.images)}, None
-    generator = Generator.from_pretrained(args.model).to(device())
+    generator = sped_up(Generator.from_pretrained(args.model).to(device()), args)
     sampler = sampler_from(args, generator)
     with errors_at("--guidance"):
         check_guidance(generator.config, sampler, generator.network.spec)
@@ -197,6 +200,7 @@ def _generated(
         "labels": args.labels,
         "seed": args.seed,
         "sampler": sampler.model_dump(mode="json"),
+        "precision": args.precision or "fp32",
     }
     images = images_of_generator(generator, labels, seed=args.seed, sampler=sampler)
     return images, about, generator.training_info.get("recipe", {}).get("data")

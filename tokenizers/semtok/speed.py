@@ -1,0 +1,41 @@
+"""How networks are computed: in which floating-point numbers, and by which compiler."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import nn
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+"""``fp32`` to the last bit; ``tf32``: matrix products and convolutions on a GPU's tensor cores, with 10 bits of
+mantissa, what published code means by float32; ``bf16`` and ``fp16``: automatic mixed precision, and tf32 for what
+that leaves in float32. A CPU computes tf32 as fp32."""
+Compiler = Literal["none", "inductor", "aot_eager"]
+"""Backends of torch.compile; ``aot_eager`` makes no kernels and is for finding out why ``inductor`` fails."""
+
+
+def autocast_dtype(precision: Precision) -> torch.dtype | None:
+    """What automatic mixed precision computes in; None: there is none."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
+def allow_tf32(precision: Precision) -> None:
+    """Says for this process whether float32 may be computed as TF32."""
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Automatic mixed precision where ``precision`` means it."""
+    dtype = autocast_dtype(precision)
+    return torch.autocast(device.type, dtype) if dtype is not None else nullcontext()
+
+
+def compile_networks(networks: Iterable[nn.Module], compiler: Compiler) -> None:
+    """Compiles each in place, so that its parameters' names stay as they are."""
+    if compiler == "none":
+        return
+    for network in networks:
+        # Training has one shape and sampling has few, so none is made symbolic.
+        network.compile(backend=compiler, dynamic=False)
