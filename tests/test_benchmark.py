@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import tiny
 from semtok import Tokenizer
@@ -143,6 +144,19 @@ def test_the_report_is_whole(tmp_path, capsys):
     recipe = Path(__file__).parents[1] / "recipes/vae.yaml"
     assert bench("tokenizer", recipe, "--rounds", 1, "train.batch_size=2") == 0
     assert "training step of" in capsys.readouterr().out
+
+
+def test_random_weights_stand_in_for_those_that_would_be_fetched(tmp_path):
+    """A teacher and LPIPS' backbone that nothing here has, and a folder of images that does not exist."""
+    content = tiny.content({"perceptual": "lpips", "lpips_net": "squeeze"}, batch_size=2)
+    content["teacher"] = {"name": "test_vit", "input_size": 160}
+    content["data"] = {"kind": "folder", "path": "nowhere", "size": 32}
+    recipe, file, cache = tmp_path / "recipe.yaml", tmp_path / "x.json", torch.hub.get_dir()
+    recipe.write_text(yaml.safe_dump(content))
+    assert bench("tokenizer", recipe, "--random", "--rounds", 1, "--output", file) == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["GFLOP/s"] > 0 and row["images/s"] == pytest.approx(2e3 / row["ms"])
+    assert torch.hub.get_dir() == cache, "later runs find the real weights"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from semtok.commands.benchmarks.sampling import sampling
 from semtok.commands.benchmarks.synthetic import PUBLISHED
 from semtok.commands.benchmarks.timing import (
     Timing,
+    TrainerStep,
     matmul_rate,
     peak_memory,
     ratio,
@@ -33,6 +34,11 @@ def _parser() -> Parser:
     tasks = parser.add_subparsers(dest="task", required=True)
     task = tasks.add_parser("tokenizer", help="a training step of a tokenizer's recipe")
     task.add_argument("recipe", type=Path)
+    task.add_argument(
+        "--random",
+        action="store_true",
+        help="random images, and random weights instead of fetched ones; they cost the same",
+    )
     _add_settings(task)
     task.set_defaults(command=_tokenizer)
     task = tasks.add_parser("dit", help="a transformer's training step on cached latents")
@@ -125,16 +131,10 @@ def _sides(args: argparse.Namespace) -> dict[str, list[str]]:
 
 def _tokenizer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     made = {
-        name: tokenizer_step(args.recipe, words, folder) for name, words in _sides(args).items()
+        name: tokenizer_step(args.recipe, words, folder, random=args.random)
+        for name, words in _sides(args).items()
     }
-    seconds = time_in_turns({name: step for name, (step, _) in made.items()}, args.rounds)
-    timings = [
-        Timing(name, seconds[name], images, waits=step.waits[1:])
-        for name, (step, images) in made.items()
-    ]
-    trainer = next(iter(made.values()))[0].trainer
-    rate = matmul_rate(trainer.device, trainer.config.precision)
-    return _report(f"training step of {args.recipe}", timings, rate)
+    return _report(f"training step of {args.recipe}", _time_training(made, args.rounds))
 
 
 def _dit(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -142,35 +142,46 @@ def _dit(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         name: dit_step(args.latents, args.network, args.batch_size, words, folder)
         for name, words in _sides(args).items()
     }
-    seconds = time_in_turns({name: step for name, (step, _) in made.items()}, args.rounds)
-    timings = [
-        Timing(name, seconds[name], args.batch_size, flops=flops, waits=step.waits[1:])
+    title = f"training step of {args.network} on {args.latents}'s latents, batch {args.batch_size}"
+    return _report(title, _time_training(made, args.rounds))
+
+
+def _time_training(made: dict[str, tuple[TrainerStep, float]], rounds: int) -> list[Timing]:
+    seconds = time_in_turns({name: step for name, (step, _) in made.items()}, rounds)
+    return [
+        Timing(
+            name,
+            seconds[name],
+            step.trainer.config.batch_size,
+            flops=flops,
+            waits=step.waits,
+            precision=step.precision,
+        )
         for name, (step, flops) in made.items()
     ]
-    trainer = next(iter(made.values()))[0].trainer
-    rate = matmul_rate(trainer.device, trainer.config.precision)
-    title = f"training step of {args.network} on {args.latents}'s latents, batch {args.batch_size}"
-    return _report(title, timings, rate)
 
 
 def _sampling(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    timings, rate = sampling(args.latents, args.network, args.batch_size, args.rounds, _sides(args))
+    timings = sampling(args.latents, args.network, args.batch_size, args.rounds, _sides(args))
     title = f"sampling with {args.network} in {args.latents}'s latents, batch {args.batch_size}"
-    return _report(title, timings, rate)
+    return _report(title, timings)
 
 
 def _reglue(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     paired = reglue_steps(args.network, args.batch_size, args.rounds, args.overrides, folder)
     title = f"REGLUE with {args.network}, 256x256 pixels, batch {args.batch_size}"
-    figures = _report(title, [paired.plain, paired.ours], paired.matmul_rate)
+    figures = _report(title, [paired.plain, paired.ours])
     shown = ", ".join(f"{name} {value:.2%}" for name, value in paired.losses.items())
-    print(f"mean difference of the losses over {args.rounds + 1} steps: {shown}")
-    return figures | {"loss_differences": paired.losses}
+    print(f"mean difference of the losses over {args.rounds + 2} steps: {shown}")
+    print(f"the published step takes {paired.saved:.2f} times the operations")
+    return figures | {"loss_differences": paired.losses, "operations_ratio": paired.saved}
 
 
 def _cache(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     written, read, size = cache_rates(args.num_images, folder / "cache")
-    figures = _report(f"cached latents, {size / 1e3:.1f} kB an image", [written, read], None)
+    figures = _report(
+        f"cached latents, {size / 1e3:.1f} kB an image", [written, read], matmul=False
+    )
     return figures | {"bytes_per_image": size}
 
 
@@ -188,19 +199,20 @@ def _memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return content
 
 
-def _report(title: str, timings: list[Timing], rate: float | None) -> dict[str, Any]:
-    rows = [timing.row(rate or 1.0) for timing in timings]
+def _report(title: str, timings: list[Timing], *, matmul: bool = True) -> dict[str, Any]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precisions = {timing.precision for timing in timings} if matmul else set()
+    rates = {precision: matmul_rate(device, precision) for precision in sorted(precisions)}
+    rows = [timing.row(rates) for timing in timings]
     columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     shown = [tuple(_shown(name, row[name]) for name in columns) for row in rows]
     print_table(title, shown, columns)
-    figures: dict[str, Any] = {"title": title, "rows": rows}
-    if rate is not None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        figures |= {"matmul_gflops": rate / 1e9, "peak_memory_gb": peak_memory(device)}
-        print(
-            f"matrix product {rate / 1e9:.0f} GFLOP/s; peak memory {figures['peak_memory_gb']:.1f} GB"
-        )
-    if len(timings) == 2 and rate is not None:
+    figures: dict[str, Any] = {"title": title, "rows": rows, "peak_memory_gb": peak_memory(device)}
+    figures["matmul_gflops"] = {name: rate / 1e9 for name, rate in rates.items()}
+    for name, rate in figures["matmul_gflops"].items():
+        print(f"matrix product in {name}: {rate:.0f} GFLOP/s")
+    print(f"peak memory: {figures['peak_memory_gb']:.1f} GB")
+    if len(timings) == 2 and matmul:
         figures["ratio"] = ratio(*timings)
         print(figures["ratio"])
     return figures

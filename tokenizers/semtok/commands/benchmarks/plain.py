@@ -12,6 +12,7 @@ from semtok.latents import Posterior
 from semtok.methods.reglue import REGLUETokenizer
 from semtok.nets.transformer import sincos_positions
 from semtok.objective import Draws
+from semtok.speed import Precision, allow_tf32, autocast
 
 
 class PlainSiT(nn.Module):
@@ -135,7 +136,8 @@ class _PlainFinal(nn.Module):
 
 class PlainREGLUEStep:
     """A step of REGLUE as its training script takes it: image latents from disk, the teacher and the
-    compressor on the images of every step, the average parameter by parameter, each loss read at once.
+    compressor on the images of every step, the alignment image by image, the average parameter by
+    parameter, each loss read at once; on a GPU in float16.
 
     Args:
         network: and its projector, moved to the device already.
@@ -147,6 +149,9 @@ class PlainREGLUEStep:
         self.network, self.tokenizer, self.seed = network, tokenizer, seed
         self.average = copy.deepcopy(network).eval()
         self.optimiser = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0)
+        self.device = next(network.parameters()).device
+        self.precision: Precision = "fp16" if self.device.type == "cuda" else "fp32"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.step, self.losses = 0, []
 
     def __call__(self, pixels: Tensor, posterior: Posterior, labels: Tensor) -> None:
@@ -157,8 +162,27 @@ class PlainREGLUEStep:
             posterior: of the texture, standardised.
             labels: int64 (B,).
         """
-        device, batch = pixels.device, len(pixels)
-        draws = Draws(self.seed, self.step, batch, 0, batch, device)
+        allow_tf32("tf32")
+        with autocast(self.device, self.precision):
+            losses = self._losses(pixels, posterior, labels)
+        weights = {"texture": 1.0, "semantic": 1.0, "global": 0.03, "alignment": 0.5}
+        total = sum(weights[name] * loss for name, loss in losses.items())
+        self.optimiser.zero_grad()
+        self.scaler.scale(total).backward()
+        self.scaler.unscale_(self.optimiser)
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        with torch.no_grad():
+            average = dict(self.average.named_parameters())
+            for name, parameter in self.network.named_parameters():
+                average[name].mul_(0.9999).add_(parameter, alpha=1 - 0.9999)
+        self.losses.append({name: loss.item() for name, loss in losses.items()})
+        self.step += 1
+
+    def _losses(self, pixels: Tensor, posterior: Posterior, labels: Tensor) -> dict[str, Tensor]:
+        batch = len(pixels)
+        draws = Draws(self.seed, self.step, batch, 0, batch, self.device)
         with torch.no_grad():
             features = self.tokenizer.features(pixels)
             semantic, _ = self.tokenizer.coder.encode(features.joined)
@@ -185,16 +209,8 @@ class PlainREGLUEStep:
         tokens = torch.cat(
             [features.pooled[:, None], features.patches[-1].flatten(2).transpose(1, 2)], dim=1
         )
-        losses["alignment"] = 1 - F.cosine_similarity(projected, tokens, dim=-1).mean()
-        weights = {"texture": 1.0, "semantic": 1.0, "global": 0.03, "alignment": 0.5}
-        total = sum(weights[name] * loss for name, loss in losses.items())
-        self.optimiser.zero_grad()
-        total.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        self.optimiser.step()
-        with torch.no_grad():
-            average = dict(self.average.named_parameters())
-            for name, parameter in self.network.named_parameters():
-                average[name].mul_(0.9999).add_(parameter, alpha=1 - 0.9999)
-        self.losses.append({name: loss.item() for name, loss in losses.items()})
-        self.step += 1
+        alignment = torch.zeros((), device=self.device)
+        for own, wanted in zip(projected, tokens, strict=True):
+            own, wanted = F.normalize(own, dim=-1), F.normalize(wanted, dim=-1)
+            alignment = alignment + 1 - (own * wanted).sum(dim=-1).mean()
+        return losses | {"alignment": alignment / batch}

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from semtok.commands.benchmarks.plain import PlainREGLUEStep, PlainSiT
-from semtok.commands.benchmarks.timing import Timing, TrainerStep, matmul_rate, time_in_turns
+from semtok.commands.benchmarks.timing import Timing, TrainerStep, counted_flops, time_in_turns
 from semtok.commands.benchmarks.training import TRAIN, make_objective, make_trainer
 from semtok.config import apply_overrides
 from semtok.data.latent_cache import CachedLatents, ensure_latent_cache
@@ -41,7 +41,12 @@ class Paired:
     ours: Timing
     plain: Timing
     losses: dict[str, float]
-    matmul_rate: float
+
+    @property
+    def saved(self) -> float:
+        """How many times the operations of our step the published one takes: what being fast comes on top of."""
+        assert self.plain.flops is not None and self.ours.flops is not None
+        return self.plain.flops / self.ours.flops
 
 
 def reglue_steps(
@@ -87,12 +92,26 @@ def reglue_steps(
         curves.append(trainer.metrics.read(lambda values: values))
         trainer.metrics.clear()
 
-    seconds = time_in_turns({"ours": ours, "plain": _plain_step(plain, images, cached)}, rounds)
+    steps = {"ours": ours, "plain": _plain_step(plain, images, cached)}
+    flops = {name: counted_flops(taken) for name, taken in steps.items()}
+    seconds = time_in_turns(steps, rounds)
     return Paired(
-        Timing("semtok, from the cache", seconds["ours"], batch_size, waits=step.waits[1:]),
-        Timing("as published, in plain PyTorch", seconds["plain"], batch_size),
+        Timing(
+            "semtok, from the cache",
+            seconds["ours"],
+            batch_size,
+            flops=flops["ours"],
+            waits=step.waits[-rounds:],
+            precision=step.precision,
+        ),
+        Timing(
+            "as published, in plain PyTorch",
+            seconds["plain"],
+            batch_size,
+            flops=flops["plain"],
+            precision=plain.precision,
+        ),
         _differences(curves, plain.losses),
-        matmul_rate(trainer.device, recipe.train.precision),
     )
 
 

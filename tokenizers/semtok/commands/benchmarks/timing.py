@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from semtok.speed import Precision, allow_tf32, autocast_dtype
 from semtok.training.loop import Trainer
 
 Step = Callable[[], None]
@@ -23,6 +24,7 @@ class Timing:
     Attributes:
         images: handled in a round.
         flops: floating-point operations in a round; None: not counted.
+        precision: in which matrices are multiplied.
         waits: seconds of each round that were spent waiting for data; None: there are no data.
     """
 
@@ -31,24 +33,26 @@ class Timing:
     images: int
     flops: float | None = None
     waits: list[float] | None = None
+    precision: Precision = "fp32"
 
     @property
     def median(self) -> float:
         """Seconds of a round."""
         return statistics.median(self.seconds)
 
-    def row(self, matmul_rate: float) -> dict[str, Any]:
+    def row(self, matmul_rates: Mapping[Precision, float]) -> dict[str, Any]:
         """What is reported.
 
         Args:
-            matmul_rate: FLOP/s of a large matrix product in the same run.
+            matmul_rates: FLOP/s of a large matrix product in the same run; empty: not measured.
         """
+        rate = matmul_rates.get(self.precision)
         return {
             "what": self.name,
             "ms": self.median * 1e3,
             "images/s": self.images / self.median,
             "GFLOP/s": self.flops / self.median / 1e9 if self.flops else None,
-            "of matmul": self.flops / self.median / matmul_rate if self.flops else None,
+            "of matmul": self.flops / self.median / rate if self.flops and rate else None,
             "waiting for data": statistics.median(self.waits) / self.median if self.waits else None,
         }
 
@@ -57,6 +61,8 @@ def time_in_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, list[floa
     """Seconds of each step in each round, after one round that is not counted."""
     for step in steps.values():
         step()
+        if isinstance(step, TrainerStep):
+            step.waits.clear()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
@@ -76,17 +82,19 @@ def ratio(slow: Timing, fast: Timing) -> str:
     )
 
 
-def matmul_rate(device: torch.device, precision: str) -> float:
+def matmul_rate(device: torch.device, precision: Precision) -> float:
     """FLOP/s of a square matrix product in this precision, the most that this machine gives."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    size = 8192 if device.type == "cuda" else 2048
+    dtype = autocast_dtype(precision) or torch.float32
+    allow_tf32(precision)
+    size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-
-    def product() -> None:
+    seconds: list[float] = []
+    # The first product sets things up; a CPU without bfloat16 may take many seconds for it.
+    while len(seconds) < 2 or len(seconds) < 20 and sum(seconds) < 1:
+        start = time.perf_counter()
         torch.mm(a, b)
         wait_for(device)
-
-    seconds = time_in_turns({"mm": product}, 5)["mm"]
+        seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
 
 
@@ -110,6 +118,13 @@ def forward_flops(module: nn.Module, *inputs: Any, **options: Any) -> float:
     return float(counter.get_total_flops())
 
 
+def counted_flops(step: Step) -> float:
+    """Floating-point operations of one step, which is taken for it, forward and backward."""
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        step()
+    return float(counter.get_total_flops())
+
+
 class TrainerStep:
     """One optimiser step of a trainer, as the loop does it; knows how long it waited for data."""
 
@@ -118,8 +133,13 @@ class TrainerStep:
         trainer.objective.players.train()
         self._batches = self._watched(trainer._batches())
 
+    @property
+    def precision(self) -> Precision:
+        return self.trainer.config.precision
+
     def __call__(self) -> None:
         self.waits.append(0.0)
+        allow_tf32(self.precision)
         self.trainer.train_step(self._batches)
         wait_for(self.trainer.device)
 

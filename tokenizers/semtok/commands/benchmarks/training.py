@@ -1,12 +1,14 @@
 """Steps of every stage of training, as its own loop does them."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from semtok.commands.benchmarks.random_inputs import RandomImages, random_weights
 from semtok.commands.benchmarks.synthetic import PUBLISHED, SpecTokenizer, SyntheticLatents
-from semtok.commands.benchmarks.timing import TrainerStep, forward_flops
+from semtok.commands.benchmarks.timing import TrainerStep, counted_flops, forward_flops
 from semtok.commands.train_tokenizer import build_objective
 from semtok.config import apply_overrides
 from semtok.data.source import ImageSource
@@ -62,16 +64,22 @@ def dit_step(
 
 
 def tokenizer_step(
-    recipe_file: Path, overrides: list[str], folder: Path
-) -> tuple[TrainerStep, int]:
-    """A step of a tokenizer's recipe on its own images, and the images in it."""
+    recipe_file: Path, overrides: list[str], folder: Path, *, random: bool = False
+) -> tuple[TrainerStep, float]:
+    """A step of a tokenizer's recipe, and its FLOPs: forward and backward, frozen networks too.
+
+    Args:
+        random: on random images, and with random weights instead of fetched ones.
+    """
     recipe = load_recipe(recipe_file, [*overrides, "train.tracker=none"])
     composite = recipe.method.texture_reference() is not None
     texture = Tokenizer.from_pretrained(DEMO) if composite else None
-    objective = build_objective(recipe, texture, place=str(recipe_file))
-    train, _ = open_sources(recipe.data)
+    with random_weights(recipe, folder) if random else nullcontext(recipe) as built:
+        objective = build_objective(built, texture, place=str(recipe_file))
+    source = RandomImages(recipe.data.image_size) if random else open_sources(recipe.data)[0]
     settings = recipe.train.model_copy(update={"steps": 1_000_000})
-    return TrainerStep(make_trainer(objective, settings, train, folder)), settings.batch_size
+    step = TrainerStep(make_trainer(objective, settings, source, folder))
+    return step, counted_flops(step)
 
 
 def dit_forward_flops(network: DiT, batch_size: int) -> float:
