@@ -11,6 +11,7 @@ import yaml
 import tiny
 from semtok import Tokenizer
 from semtok.commands import benchmark
+from semtok.commands.benchmarks import caching
 from semtok.commands.benchmarks.memory import estimate_memory
 from semtok.commands.benchmarks.plain import PlainREGLUEStep, PlainSiT
 from semtok.commands.benchmarks.synthetic import PUBLISHED, SyntheticLatents
@@ -20,6 +21,7 @@ from semtok.commands.train_tokenizer import build_objective
 from semtok.diffusion.dit import DiT, DiTArchitecture
 from semtok.images import to_pixels
 from semtok.latents import Latents, Posterior
+from semtok.nets.autoencoder import PRESETS
 from semtok.recipe import parse_diffusion_recipe, parse_recipe
 
 SHAPE = DiTArchitecture(depth=2, width=24, heads=2, patch_size=2)
@@ -133,8 +135,6 @@ def test_the_report_is_whole(tmp_path, capsys):
     assert "times as fast as" in out and "waiting for data" in out and "GFLOP/s" in out
     assert [row["what"] for row in figures["rows"]] == ["train.accumulate=1", "train.ema_decay=0.5"]
     assert all(row["of matmul"] > 0 and 0 <= row["waiting for data"] < 1 for row in figures["rows"])
-    assert bench("cache", "--num-images", 600, "--output", file) == 0
-    assert 26_000 < json.loads(file.read_text())["bytes_per_image"] < 27_000
     assert (
         bench(
             "sampling", "--network", "SiT-S/8", "--batch-size", 1, "--rounds", 1, "sampler.steps=2"
@@ -144,6 +144,28 @@ def test_the_report_is_whole(tmp_path, capsys):
     recipe = Path(__file__).parents[1] / "recipes/vae.yaml"
     assert bench("tokenizer", recipe, "--rounds", 1, "train.batch_size=2") == 0
     assert "training step of" in capsys.readouterr().out
+
+
+def test_what_writing_a_cache_takes_is_told_apart_from_the_networks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(caching, "random_reglue", lambda _: tiny.tokenizer("vae", "reglue", True))
+    monkeypatch.setattr(caching, "_SIZE", 16)
+    file = tmp_path / "x.json"
+    assert bench("cache", "--num-images", 600, "--num-encoded", 3, "--output", file) == 0
+    figures = json.loads(file.read_text())
+    assert 26_000 < figures["bytes_per_image"] < 27_000
+    read, written, encoded = (row["images/s"] for row in figures["rows"])
+    assert figures["share_of_writing"] == pytest.approx(encoded / written)
+    assert read > 0 and "is writing" in capsys.readouterr().out
+
+
+def test_every_trick_is_measured_without_and_with(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "f8d4", PRESETS["tiny"])
+    file = tmp_path / "x.json"
+    words = ["tricks", "--network", "SiT-S/8", "--batch-size", 1, "--rounds", 1]
+    assert bench(*words, "--compiler", "aot_eager", "--output", file) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert len({row["trick"] for row in rows}) == 8
+    assert all(row["gain"] == pytest.approx(row["without_ms"] / row["with_ms"]) for row in rows)
 
 
 def test_random_weights_stand_in_for_those_that_would_be_fetched(tmp_path):

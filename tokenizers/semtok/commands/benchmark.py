@@ -1,14 +1,15 @@
 """``benchmark``: how fast every stage trains, reads and samples; any two settings side by side."""
 
 import argparse
+import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from semtok.commands.benchmarks.caching import cache_rates
+from semtok.commands.benchmarks.caching import cache_rates, encoding_rate
 from semtok.commands.benchmarks.memory import estimate_memory
 from semtok.commands.benchmarks.reglue import reglue_steps
 from semtok.commands.benchmarks.sampling import sampling
@@ -22,10 +23,12 @@ from semtok.commands.benchmarks.timing import (
     time_in_turns,
 )
 from semtok.commands.benchmarks.training import dit_step, tokenizer_step
+from semtok.commands.benchmarks.tricks import tricks
 from semtok.commands.cli import Parser
 from semtok.commands.table import print_table
 from semtok.diffusion.dit import PRESETS
 from semtok.errors import UserError
+from semtok.speed import Compiler
 from semtok.storage import write_json
 
 
@@ -56,8 +59,19 @@ def _parser() -> Parser:
     task.add_argument("--batch-size", type=int, default=4)
     _add_settings(task, against=False)
     task.set_defaults(command=_reglue)
+    task = tasks.add_parser("tricks", help="what each way of being fast brings here, in turns")
+    task.add_argument("--network", choices=PRESETS, default="SiT-B/2", metavar="PRESET")
+    task.add_argument("--batch-size", type=int, default=4)
+    task.add_argument("--rounds", type=int, default=5)
+    task.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
+    task.add_argument("--compiler", choices=get_args(Compiler)[1:], default="inductor")
+    _add_shared(task)
+    task.set_defaults(command=_tricks)
     task = tasks.add_parser("cache", help="writing and reading cached latents")
     task.add_argument("--num-images", type=int, default=50_000)
+    task.add_argument(
+        "--num-encoded", type=int, default=16, help="images that the networks encode; more on a GPU"
+    )
     _add_shared(task)
     task.set_defaults(command=_cache)
     task = tasks.add_parser("memory", help="what a training step needs, estimated without a GPU")
@@ -103,7 +117,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
-    for name in ("batch_size", "rounds", "num_images"):
+    for name in ("batch_size", "rounds", "num_images", "num_encoded"):
         if getattr(args, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     with tempfile.TemporaryDirectory() as folder:
@@ -177,12 +191,45 @@ def _reglue(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return figures | {"loss_differences": paired.losses, "operations_ratio": paired.saved}
 
 
+def _tricks(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    measured = []
+    for trick in tricks(
+        args.network,
+        args.batch_size,
+        args.rounds,
+        precision=args.precision,
+        compiler=args.compiler,
+        folder=folder,
+    ):
+        gains = [a / b for a, b in zip(trick.without, trick.within, strict=True)]
+        ms = [1e3 * statistics.median(seconds) for seconds in (trick.without, trick.within)]
+        gain = {"gain": statistics.median(gains), "least": min(gains), "most": max(gains)}
+        measured.append({"trick": trick.name, "without_ms": ms[0], "with_ms": ms[1], **gain})
+    columns = ["trick", "without, ms", "with, ms", "times as fast", "in rounds"]
+    rows = [
+        (
+            row["trick"],
+            *(f"{row[key]:.4g}" for key in ("without_ms", "with_ms")),
+            f"{row['gain']:.2f}",
+            f"{row['least']:.2f} to {row['most']:.2f}",
+        )
+        for row in measured
+    ]
+    title = (
+        f"the same work without and with, {args.network}, batch {args.batch_size}, {args.precision}"
+    )
+    print_table(title, rows, columns)
+    return {"title": title, "rows": measured}
+
+
 def _cache(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     written, read, size = cache_rates(args.num_images, folder / "cache")
-    figures = _report(
-        f"cached latents, {size / 1e3:.1f} kB an image", [written, read], matmul=False
-    )
-    return figures | {"bytes_per_image": size}
+    encoded = encoding_rate(args.num_encoded, folder / "encoded")
+    title = f"cached latents of REGLUE, {size / 1e3:.1f} kB an image"
+    figures = _report(title, [read, written, encoded], matmul=False)
+    share = (written.median / written.images) / (encoded.median / encoded.images)
+    print(f"of writing, {share:.2%} is writing; the rest is networks")
+    return figures | {"bytes_per_image": size, "share_of_writing": share}
 
 
 def _memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -7,13 +7,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from semtok.commands.benchmarks.reglue import random_reglue
 from semtok.commands.benchmarks.timing import Timing
-from semtok.data.latent_cache import CachedLatents
+from semtok.data.latent_cache import CachedLatents, ensure_latent_cache
 from semtok.data.loading import BatchSlice, DataOrder, training_batches
+from semtok.data.shapes import Shapes, ShapesConfig
 from semtok.data.shards import ensure_shards
 from semtok.data.source import ImageBatch, ImageSource
 
 _BATCH = 256
+_SIZE = 256  # pixels along a side
 
 
 class _Blank(ImageSource):
@@ -83,3 +86,24 @@ def cache_rates(num_images: int, folder: Path) -> tuple[Timing, Timing, float]:
         seconds.append(time.perf_counter() - start)
     read = Timing("reading, shuffled", seconds, steps * _BATCH)
     return written, read, shards.bytes_per_image
+
+
+def encoding_rate(num_images: int, folder: Path) -> Timing:
+    """Writing the same parts as they come from SD's autoencoder, DINOv2-B and REGLUE's compressor, with random
+    weights, on images of 256x256 pixels.
+    """
+    config = ShapesConfig(kind="shapes", size=_SIZE, num_images=num_images, num_validation_images=1)
+    sources = Shapes(config, train=True), Shapes(config, train=False)
+    folder.mkdir()
+    tokenizer = random_reglue(folder)
+
+    def write(images: tuple[ImageSource, ImageSource], cache: Path) -> float:
+        start = time.perf_counter()
+        accelerator = Accelerator()
+        ensure_latent_cache(
+            images, tokenizer, cache, data=config, dtype="bf16", accelerator=accelerator
+        )
+        return time.perf_counter() - start
+
+    write((sources[1], sources[1]), folder / "first")  # what is set up once is not counted
+    return Timing("writing, with the networks", [write(sources, folder / "cache")], num_images + 1)
