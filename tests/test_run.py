@@ -176,13 +176,8 @@ def test_bf16_trains(tmp_path):
 
 
 def test_compiled_training_has_the_same_names_and_the_same_losses(tmp_path):
-    # Tracing takes time with each layer, so that there are few.
-    method = GAN | {
-        "vae": tiny.AUTOENCODER | {"block_channels": [4, 8]},
-        "mapper": {"projector_width": 16, "heads": 2},
-    }
     for backend in ("none", "aot_eager"):
-        content = tiny.content(method, compile=backend, steps=2, log_every=1)
+        content = tiny.content(GAN, compile=backend, steps=2, log_every=1)
         train_tokenizer(parse_recipe(content, "tiny"), tmp_path / backend)
     plain, compiled = (
         tiny.final_tensors(tmp_path / "none"),
@@ -404,29 +399,28 @@ def test_print_recipe_shows_every_default_and_trains_nothing(tmp_path, capsys, m
     assert recipe_text(load_recipe(tmp_path / "r.yaml", [])).count("\n") > 40
 
 
-def test_semtok_and_hugging_face_packages_import_side_by_side_from_the_checkout():
-    root = Path(__file__).parents[1]
-    script = (
-        "import tokenizers, semtok, transformers\n"
-        "t = tokenizers.Tokenizer(tokenizers.models.BPE()); assert 'site-packages' in tokenizers.__file__\n"
-        "transformers.PreTrainedTokenizerFast(tokenizer_object=t)\n"
-        "assert semtok.Tokenizer.__module__ == 'semtok.tokenizer'"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def fresh(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """A process from nothing in the checkout, sockets blocked: it imports, then trains an embedded recipe.
 
-
-def test_the_embedded_recipe_trains_with_sockets_blocked(tmp_path):
-    root = Path(__file__).parents[1]
+    Returns:
+        what became of the process; the run's folder.
+    """
     script = (
         "import socket, sys\n"
         "def refuse(*a, **k): raise OSError('no network in this test')\n"
         "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+        "import tokenizers, semtok, transformers\n"
+        "t = tokenizers.Tokenizer(tokenizers.models.BPE()); assert 'site-packages' in tokenizers.__file__\n"
+        "transformers.PreTrainedTokenizerFast(tokenizer_object=t)\n"
+        "assert semtok.Tokenizer.__module__ == 'semtok.tokenizer'\n"
+        "print('side by side', flush=True)\n"
         "from semtok.commands.train_tokenizer import main\n"
         "sys.exit(main(sys.argv[1:]))"
     )
+    folder = tmp_path_factory.mktemp("fresh") / "run"
     quick = [
         "train.steps=2",
         "train.batch_size=2",
@@ -434,24 +428,27 @@ def test_the_embedded_recipe_trains_with_sockets_blocked(tmp_path):
         "train.num_validation_images=2",
         "train.num_statistics_images=4",
     ]
+    words = ["recipes/send_vae.yaml", *quick, "--output", str(folder)]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            script,
-            "recipes/send_vae.yaml",
-            *quick,
-            "--output",
-            str(tmp_path / "run"),
-        ],
-        cwd=root,
+        [sys.executable, "-c", script, *words],
+        cwd=Path(__file__).parents[1],
         env=os.environ | {"HF_HUB_OFFLINE": "0"},
         capture_output=True,
         text=True,
         check=False,
     )
+    return done, folder
+
+
+def test_semtok_and_hugging_face_packages_import_side_by_side_from_the_checkout(fresh):
+    done, _ = fresh
+    assert done.stdout.startswith("side by side\n"), done.stderr
+
+
+def test_the_embedded_recipe_trains_with_sockets_blocked(fresh):
+    done, folder = fresh
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "export" / "config.json").is_file()
+    assert (folder / "export" / "config.json").is_file()
 
 
 def test_a_loss_scale_changes_no_gradient_of_any_player(tmp_path):
