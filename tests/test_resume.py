@@ -54,7 +54,7 @@ def test_three_steps_and_three_more_are_six_steps(uninterrupted, tmp_path):
     assert steps == [2, 4, 6], "no logged step is repeated or lost"
 
 
-LONGER = {"steps": 36, "checkpoint_every": 10, "sample_every": 1000, "log_every": 1}
+LONGER = {"steps": 26, "checkpoint_every": 5, "keep_last": 5, "sample_every": 1000, "log_every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_a_killed_run_resumes_to_the_same_weights(signal_number, tmp_path, longe
     process = train_apart([str(recipe), "--output", str(killed)], errors)
     metrics = killed / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 12:
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 6:
         assert process.is_alive() and time.monotonic() < deadline, errors.read_text()
         time.sleep(0.01)
     os.kill(process.pid, signal_number)
@@ -101,11 +101,11 @@ def test_a_killed_run_resumes_to_the_same_weights(signal_number, tmp_path, longe
         assert process.exitcode == 128 + signal.SIGTERM
         said = errors.read_text()
         assert "stopped by SIGTERM" in said and "--resume" in said
-        assert names[-1] >= "step_00000012", "the checkpoint is of the step that was interrupted"
+        assert names[-1] >= "step_00000006", "the checkpoint is of the step that was interrupted"
     else:
         assert process.exitcode == -signal.SIGKILL
-        assert "step_00000010" in names
-    assert names[-1] < "step_00000036", "the run was stopped before its end"
+        assert "step_00000005" in names
+    assert names[-1] < "step_00000026", "the run was stopped before its end"
 
     assert main([str(recipe), "--output", str(killed), "--resume"]) == 0
     assert_equal_to_the_last_bit(killed, longer)

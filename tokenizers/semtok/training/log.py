@@ -216,6 +216,7 @@ def _figure_of_curves(points: dict[str, list[tuple[int, float]]]) -> "Figure":
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
+        axis.locator_params(nbins=4)
         values = [value for _, value in pairs]
         if min(values) > 0:
             few_decades = max(values) < 100 * min(values)
