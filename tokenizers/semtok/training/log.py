@@ -202,7 +202,7 @@ def _figure_of_curves(points: dict[str, list[tuple[int, float]]]) -> "Figure":
     width, height = 3.6 * columns, 2.7 * lines  # inches
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(lines, columns, squeeze=False)
-    figure.subplots_adjust(
+    figure.subplots_adjust(  # borders as shares of the figure, gaps as shares of a panel
         left=0.6 / width,
         right=1 - 0.15 / width,
         bottom=0.45 / height,
@@ -218,8 +218,9 @@ def _figure_of_curves(points: dict[str, list[tuple[int, float]]]) -> "Figure":
         axis.grid(alpha=0.3)
         axis.locator_params(nbins=4)
         values = [value for _, value in pairs]
-        if min(values) > 0:
-            few_decades = max(values) < 100 * min(values)
+        low, high = min(values), max(values)
+        if low > 0 and high > 1.1 * low:
+            few_decades = high < 100 * low
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,)))
             axis.yaxis.set_major_formatter("{x:.5g}")
