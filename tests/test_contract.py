@@ -17,12 +17,16 @@ get_method("vae", place="test")  # loads the built-in methods
 METHODS = [name for name in _METHODS if name in ("vae", "send_vae")]
 
 
-@pytest.fixture(scope="module", params=METHODS)
-def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    objective = tiny.build({"name": request.param})
+def made(method: str) -> Tokenizer:
+    objective = tiny.build({"name": method})
     tokenizer = objective.tokenizer(objective.averaged_module()).eval()
     tokenizer.measure_statistics([tiny.batch(objective, 16)["pixels"]])
     return tokenizer
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return made(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -131,37 +135,42 @@ def test_latents_that_do_not_fit_the_spec_are_refused(tokenizer):
 
 
 @torch.no_grad()
-def test_a_fresh_process_reads_the_same_and_diffusers_needs_no_semtok(tokenizer, pixels, tmp_path):
-    tokenizer.save_pretrained(tmp_path / "export")
-    latents = tokenizer.encode(pixels)
-    torch.save(
-        {"pixels": pixels, "latents": latents.texture, "decoded": tokenizer.decode(latents)},
-        tmp_path / "expected.pt",
-    )
+def test_a_fresh_process_reads_the_same_and_diffusers_needs_no_semtok(pixels, tmp_path):
+    for method in METHODS:
+        tokenizer = made(method)
+        tokenizer.save_pretrained(tmp_path / method)
+        latents = tokenizer.encode(pixels)
+        torch.save(
+            {"pixels": pixels, "latents": latents.texture, "decoded": tokenizer.decode(latents)},
+            tmp_path / f"{method}.pt",
+        )
+    # One process for all methods, as it takes long to start.
     script = (
         "import sys, torch; sys.modules['semtok'] = None\n"
         "from diffusers import AutoencoderKL\n"
-        "torch.set_grad_enabled(False); torch.set_num_threads(int(sys.argv[3]))\n"
-        "e = torch.load(sys.argv[2])\n"
-        "vae = AutoencoderKL.from_pretrained(sys.argv[1] + '/vae').eval()\n"
-        "z = vae.encode(e['pixels']).latent_dist.mode()\n"
-        "mean, std = (torch.tensor(v)[:, None, None] for v in"
+        "threads, *folders = sys.argv[1:]\n"
+        "torch.set_grad_enabled(False); torch.set_num_threads(int(threads))\n"
+        "expected = {f: torch.load(f + '.pt') for f in folders}\n"
+        "for folder, e in expected.items():\n"
+        "    vae = AutoencoderKL.from_pretrained(folder + '/vae').eval()\n"
+        "    z = vae.encode(e['pixels']).latent_dist.mode()\n"
+        "    mean, std = (torch.tensor(v)[:, None, None] for v in"
         " (vae.config.latents_mean, vae.config.latents_std))\n"
-        "d = vae.decode((z - mean) / std * std + mean).sample.clamp(-1, 1)\n"
-        "torch.testing.assert_close(d, e['decoded'], atol=1e-5, rtol=0)\n"
+        "    d = vae.decode((z - mean) / std * std + mean).sample.clamp(-1, 1)\n"
+        "    torch.testing.assert_close(d, e['decoded'], atol=1e-5, rtol=0)\n"
         "del sys.modules['semtok']; from semtok import Tokenizer\n"
-        "t = Tokenizer.from_pretrained(sys.argv[1])\n"
-        "z = t.encode(e['pixels']); assert torch.equal(z.texture, e['latents'])\n"
-        "assert torch.equal(t.decode(z), e['decoded']); assert not t.training\n"
-        "print(t.method)"
+        "for folder, e in expected.items():\n"
+        "    t = Tokenizer.from_pretrained(folder)\n"
+        "    z = t.encode(e['pixels']); assert torch.equal(z.texture, e['latents'])\n"
+        "    assert torch.equal(t.decode(z), e['decoded']); assert not t.training\n"
+        "    print(t.method)"
     )
-    threads = str(torch.get_num_threads())
-    paths = [str(tmp_path / "export"), str(tmp_path / "expected.pt"), threads]
+    words = [str(torch.get_num_threads()), *(str(tmp_path / method) for method in METHODS)]
     done = subprocess.run(
-        [sys.executable, "-c", script, *paths], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, *words], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == tokenizer.method
+    assert done.stdout.split() == METHODS
 
 
 def test_saving_over_an_export_replaces_it_whole(tokenizer, tmp_path):

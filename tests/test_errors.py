@@ -1,6 +1,7 @@
 """Wrong input is one line, exit code 2, and leaves nothing behind."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,22 @@ def recipe(tmp_path, monkeypatch) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tiny.content(steps=2, checkpoint_every=1)))
     return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of that recipe, which tests damage copies of."""
+    root = tmp_path_factory.mktemp("errors")
+    (root / "recipe.yaml").write_text(yaml.safe_dump(tiny.content(steps=2, checkpoint_every=1)))
+    assert run(main, [str(root / "recipe.yaml"), "--output", str(root / "run")]) == 0
+    return root / "run"
+
+
+@pytest.fixture
+def ran(recipe, finished) -> Path:
+    """The recipe, and beside it the folder ``run`` of its finished run."""
+    shutil.copytree(finished, recipe.parent / "run")
+    return recipe
 
 
 def complain(capsys, *arguments: str) -> str:
@@ -167,58 +184,51 @@ def test_an_empty_folder_and_one_without_readable_images(recipe, capsys):
     assert not (recipe.parent / "runs").exists()
 
 
-def test_folders_that_are_taken(recipe, capsys):
-    assert run(main, [str(recipe), "--output", "run"]) == 0
-    capsys.readouterr()
+def test_folders_that_are_taken(ran, capsys):
     assert "holds a run already; go on with --resume" in complain(
-        capsys, str(recipe), "--output", "run"
+        capsys, str(ran), "--output", "run"
     )
-    other = recipe.parent / "photos"
+    other = ran.parent / "photos"
     other.mkdir()
     (other / "me.jpg").write_text("precious")
-    assert "not empty and not a run" in complain(capsys, str(recipe), "--output", "photos")
+    assert "not empty and not a run" in complain(capsys, str(ran), "--output", "photos")
     assert (other / "me.jpg").read_text() == "precious"
-    assert "no run to resume" in complain(capsys, str(recipe), "--output", "new", "--resume")
-    assert not (recipe.parent / "new").exists()
+    assert "no run to resume" in complain(capsys, str(ran), "--output", "new", "--resume")
+    assert not (ran.parent / "new").exists()
     for output in ("photos/me.jpg", "photos/me.jpg/run"):
-        message = complain(capsys, str(recipe), "--output", output)
+        message = complain(capsys, str(ran), "--output", output)
         assert f"--output {output}" in message and "is a file; choose a folder" in message
-    message = complain(capsys, str(recipe), "train.batch_size=2", "--output", "run", "--resume")
+    message = complain(capsys, str(ran), "train.batch_size=2", "--output", "run", "--resume")
     assert "train.batch_size was 4 and is now 2" in message
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
-def test_a_checkpoint_cut_short_is_refused_and_says_what_to_do(recipe, capsys, file):
-    assert run(main, [str(recipe), "--output", "run"]) == 0
-    capsys.readouterr()
-    newest = sorted((recipe.parent / "run" / "checkpoints").iterdir())[-1]
+def test_a_checkpoint_cut_short_is_refused_and_says_what_to_do(ran, capsys, file):
+    newest = sorted((ran.parent / "run" / "checkpoints").iterdir())[-1]
     whole = (newest / file).read_bytes()
     (newest / file).write_bytes(whole[: len(whole) // 2])
-    message = complain(capsys, str(recipe), "--output", "run", "--resume")
+    message = complain(capsys, str(ran), "--output", "run", "--resume")
     assert file in message and "cut short or damaged" in message
     assert f"delete run/checkpoints/{newest.name}" in message
 
 
-def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(recipe, capsys):
+def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(ran, capsys):
     import pickle
 
-    assert run(main, [str(recipe), "--output", "run"]) == 0
-    capsys.readouterr()
-    victim = recipe.parent / "created"
+    victim = ran.parent / "created"
 
     class Evil:
         def __reduce__(self):
             return Path.touch, (victim,)
 
-    newest = sorted((recipe.parent / "run" / "checkpoints").iterdir())[-1]
+    newest = sorted((ran.parent / "run" / "checkpoints").iterdir())[-1]
     (newest / "state.pt").write_bytes(pickle.dumps(Evil()))
-    complain(capsys, str(recipe), "--output", "run", "--resume")
+    complain(capsys, str(ran), "--output", "run", "--resume")
     assert not victim.exists()
 
 
-def test_damaged_and_newer_exports_are_refused_in_one_line(recipe):
-    assert run(main, [str(recipe), "--output", "run"]) == 0
-    export = recipe.parent / "run" / "export"
+def test_damaged_and_newer_exports_are_refused_in_one_line(ran):
+    export = ran.parent / "run" / "export"
     for name in ("tokenizer.safetensors", "vae/diffusion_pytorch_model.safetensors"):
         whole = (export / name).read_bytes()
         (export / name).write_bytes(whole[: len(whole) // 2])
@@ -257,8 +267,7 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(recipe, capsys, mon
     assert "can't be written to" in complain(capsys, str(recipe), "--output", "here/run")
 
 
-def test_a_vae_with_missing_or_other_tensors_is_refused(recipe):
-    assert run(main, [str(recipe), "--output", "run"]) == 0
+def test_a_vae_with_missing_or_other_tensors_is_refused(ran):
     file = Path("run/export/vae/diffusion_pytorch_model.safetensors")
     state = safetensors.torch.load_file(file)
     for broken in (
@@ -275,15 +284,14 @@ def test_a_vae_with_missing_or_other_tensors_is_refused(recipe):
         Tokenizer.from_pretrained("run")
 
 
-def test_a_log_and_a_state_that_were_cut_short(recipe, capsys):
-    assert run(main, [str(recipe), "--output", "run"]) == 0
+def test_a_log_and_a_state_that_were_cut_short(ran, capsys):
     log = Path("run/metrics.jsonl")
     log.write_text(log.read_text() + '{"step": 3, "loss')
-    assert run(main, [str(recipe), "--output", "run", "--resume"]) == 0
+    assert run(main, [str(ran), "--output", "run", "--resume"]) == 0
     assert len(log.read_text().splitlines()) == 1
     newest = sorted(Path("run/checkpoints").iterdir())[-1]
     torch.save([1, 2], newest / "state.pt")
-    message = complain(capsys, str(recipe), "--output", "run", "--resume")
+    message = complain(capsys, str(ran), "--output", "run", "--resume")
     assert "state.pt: damaged, or of another version; delete" in message
 
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -164,7 +165,8 @@ def without_validators(tree: ast.Module) -> ast.Module:
     return tree
 
 
-def attributes_read() -> set[str]:
+@cache
+def attributes_read() -> frozenset[str]:
     """Names that the library reads as ``something.name``, to do something."""
     read = set()
     for file in (ROOT / "tokenizers").rglob("*.py"):
@@ -174,10 +176,11 @@ def attributes_read() -> set[str]:
     # What a recipe's other settings depend on is read before the recipe is parsed.
     before = ast.walk(ast.parse((ROOT / "tokenizers/semtok/recipe.py").read_text()))
     calls = [node for node in before if isinstance(node, ast.Call)]
-    return read | {a.value for call in calls for a in call.args if isinstance(a, ast.Constant)}
+    asked = {a.value for call in calls for a in call.args if isinstance(a, ast.Constant)}
+    return frozenset(read | asked)
 
 
-def unread_options(models: set[type[BaseModel]], read: set[str]) -> list[str]:
+def unread_options(models: set[type[BaseModel]], read: frozenset[str]) -> list[str]:
     return sorted(f"{m.__name__}.{f}" for m in models for f in m.model_fields if f not in read)
 
 

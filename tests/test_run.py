@@ -48,7 +48,7 @@ def trainer(folder: Path, method: dict | None = None, **settings) -> Trainer:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(tiny.content(GAN)))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tiny.content(GAN, log_every=1)))
     assert main([str(folder / "recipe.yaml"), "--output", str(folder / "run")]) == 0
     return folder / "run"
 
@@ -72,7 +72,7 @@ def test_a_run_folder_holds_what_the_design_promises(finished):
 
 def test_the_recorded_recipe_is_complete_and_reads_back_to_the_same(finished):
     recorded = load_recipe(finished / "recipe.yaml", [])
-    assert recorded == parse_recipe(tiny.content(GAN), "tiny")
+    assert recorded == parse_recipe(tiny.content(GAN, log_every=1), "tiny")
     assert "projector_width" in (finished / "recipe.yaml").read_text()
 
 
@@ -97,11 +97,10 @@ def test_discriminator_logits_weights_and_gradient_norms_are_logged(finished):
         assert all(math.isfinite(row[name]) for row in rows), name
 
 
-def test_a_golden_loss_curve_does_not_move(tmp_path):
+def test_a_golden_loss_curve_does_not_move(finished):
     """Measured once; a refactor leaves it as it is, a change of the computation says so and renews it."""
     golden = json.loads((Path(__file__).parent / "golden_send_vae.json").read_text())
-    train_tokenizer(parse_recipe(tiny.content(GAN, log_every=1), "tiny"), tmp_path / "run")
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").open()]
     for name, values in golden.items():
         assert [row[name] for row in rows] == pytest.approx(values, rel=2e-3), name
 
@@ -168,7 +167,8 @@ def test_images_that_are_not_square_train(tmp_path):
 
 
 def test_bf16_trains(tmp_path):
-    train_tokenizer(parse_recipe(tiny.content(GAN, precision="bf16"), "tiny"), tmp_path / "run")
+    content = tiny.content(GAN, precision="bf16", steps=3, log_every=1)
+    train_tokenizer(parse_recipe(content, "tiny"), tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert all(math.isfinite(row["loss/alignment"]) for row in rows)
     weights = tiny.final_tensors(tmp_path / "run")
@@ -407,29 +407,28 @@ def test_print_recipe_shows_every_default_and_trains_nothing(tmp_path, capsys, m
     assert recipe_text(load_recipe(tmp_path / "r.yaml", [])).count("\n") > 40
 
 
-def test_semtok_and_hugging_face_packages_import_side_by_side_from_the_checkout():
-    root = Path(__file__).parents[1]
-    script = (
-        "import tokenizers, semtok, transformers\n"
-        "t = tokenizers.Tokenizer(tokenizers.models.BPE()); assert 'site-packages' in tokenizers.__file__\n"
-        "transformers.PreTrainedTokenizerFast(tokenizer_object=t)\n"
-        "assert semtok.Tokenizer.__module__ == 'semtok.tokenizer'"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def fresh(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """A process from nothing in the checkout, sockets blocked: it imports, then trains an embedded recipe.
 
-
-def test_the_embedded_recipe_trains_with_sockets_blocked(tmp_path):
-    root = Path(__file__).parents[1]
+    Returns:
+        what became of the process; the run's folder.
+    """
     script = (
         "import socket, sys\n"
         "def refuse(*a, **k): raise OSError('no network in this test')\n"
         "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+        "import tokenizers, semtok, transformers\n"
+        "t = tokenizers.Tokenizer(tokenizers.models.BPE()); assert 'site-packages' in tokenizers.__file__\n"
+        "transformers.PreTrainedTokenizerFast(tokenizer_object=t)\n"
+        "assert semtok.Tokenizer.__module__ == 'semtok.tokenizer'\n"
+        "print('side by side', flush=True)\n"
         "from semtok.commands.train_tokenizer import main\n"
         "sys.exit(main(sys.argv[1:]))"
     )
+    folder = tmp_path_factory.mktemp("fresh") / "run"
     quick = [
         "train.steps=2",
         "train.batch_size=2",
@@ -437,24 +436,27 @@ def test_the_embedded_recipe_trains_with_sockets_blocked(tmp_path):
         "train.num_validation_images=2",
         "train.num_statistics_images=4",
     ]
+    words = ["recipes/send_vae.yaml", *quick, "--output", str(folder)]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            script,
-            "recipes/send_vae.yaml",
-            *quick,
-            "--output",
-            str(tmp_path / "run"),
-        ],
-        cwd=root,
+        [sys.executable, "-c", script, *words],
+        cwd=Path(__file__).parents[1],
         env=os.environ | {"HF_HUB_OFFLINE": "0"},
         capture_output=True,
         text=True,
         check=False,
     )
+    return done, folder
+
+
+def test_semtok_and_hugging_face_packages_import_side_by_side_from_the_checkout(fresh):
+    done, _ = fresh
+    assert done.stdout.startswith("side by side\n"), done.stderr
+
+
+def test_the_embedded_recipe_trains_with_sockets_blocked(fresh):
+    done, folder = fresh
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "export" / "config.json").is_file()
+    assert (folder / "export" / "config.json").is_file()
 
 
 def test_a_loss_scale_changes_no_gradient_of_any_player(tmp_path):

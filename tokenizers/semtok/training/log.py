@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from tqdm import tqdm
 
 from semtok.errors import NonFiniteLoss
 from semtok.storage import new_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _NEVER = 2**62
 
@@ -172,11 +175,6 @@ class RunLog:
         """Draws every logged metric against the step."""
         if not self.is_main or not self.file.exists():
             return
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
         rows = [json.loads(line) for line in self.file.read_text().splitlines()]
         names = [
             n
@@ -185,23 +183,48 @@ class RunLog:
         ]
         if not names:
             return
-        columns = min(4, len(names))
-        lines = math.ceil(len(names) / columns)
-        figure, axes = plt.subplots(
-            lines, columns, figsize=(3.6 * columns, 2.7 * lines), squeeze=False
-        )
-        for axis, name in zip(axes.flat, names, strict=False):
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            axis.plot(*zip(*points, strict=True), linewidth=1.2)
-            axis.set_title(name, fontsize=9)
-            axis.set_xlabel("step", fontsize=8)
-            axis.tick_params(labelsize=7)
-            axis.grid(alpha=0.3)
-            if min(value for _, value in points) > 0:
-                axis.set_yscale("log")
-        for axis in axes.flat[len(names) :]:
-            axis.set_visible(False)
-        figure.tight_layout()
+        points = {n: [(row["step"], row[n]) for row in rows if n in row] for n in names}
         with new_file(self.curves) as temporary:
-            figure.savefig(temporary, dpi=110)
-        plt.close(figure)
+            _figure_of_curves(points).savefig(temporary, dpi=110)
+
+
+def _figure_of_curves(points: dict[str, list[tuple[int, float]]]) -> "Figure":
+    """A panel for each name, its values against the step.
+
+    Training waits for it, so what makes matplotlib slow is avoided: margins are fixed rather than fitted, which draws
+    all text once more to measure it, and labels are plain numbers rather than typeset powers of ten.
+    """
+    from matplotlib.figure import Figure  # late: slow to import, and most processes draw nothing
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    columns = min(4, len(points))
+    lines = math.ceil(len(points) / columns)
+    width, height = 3.6 * columns, 2.7 * lines  # inches
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(lines, columns, squeeze=False)
+    figure.subplots_adjust(  # borders as shares of the figure, gaps as shares of a panel
+        left=0.6 / width,
+        right=1 - 0.15 / width,
+        bottom=0.45 / height,
+        top=1 - 0.3 / height,
+        wspace=0.75 / 2.8,
+        hspace=0.75 / 1.95,
+    )
+    for axis, (name, pairs) in zip(axes.flat, points.items(), strict=False):
+        axis.plot(*zip(*pairs, strict=True), linewidth=1.2)
+        axis.set_title(name, y=1, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+        axis.locator_params(nbins=4)
+        values = [value for _, value in pairs]
+        low, high = min(values), max(values)
+        if low > 0 and high > 1.1 * low:
+            few_decades = high < 100 * low
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,)))
+            axis.yaxis.set_major_formatter("{x:.5g}")
+            axis.yaxis.set_minor_locator(NullLocator())
+    for axis in axes.flat[len(points) :]:
+        axis.set_visible(False)
+    return figure

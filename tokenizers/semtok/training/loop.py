@@ -216,7 +216,6 @@ class Trainer:
             self.log.close()
             for tracker in self.accelerator.trackers:
                 tracker.finish()
-        self.log.draw_curves()
         return self.averaged
 
     def _run(self, batches: Iterator[ImageBatch]) -> None:
