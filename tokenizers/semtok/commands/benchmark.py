@@ -228,7 +228,7 @@ def _cache(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     title = f"cached latents of REGLUE, {size / 1e3:.1f} kB an image"
     figures = _report(title, [read, written, encoded], matmul=False)
     share = (written.median / written.images) / (encoded.median / encoded.images)
-    print(f"of writing, {share:.2%} is writing; the rest is networks")
+    print(f"of writing, {100 * share:.2g} % is writing; the rest is networks")
     return figures | {"bytes_per_image": size, "share_of_writing": share}
 
 
