@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from semtok import Generator, Tokenizer
+from semtok import Generator, Tokenizer, UserError
 from semtok.commands import cli, compare
 from semtok.commands.cli import run
 from semtok.commands.comparison import plan, scores
@@ -98,6 +98,16 @@ def test_every_budget_and_the_default_rows_are_valid(tmp_path):
     for settings in BUDGETS.values():
         rows = tuple(Row(name=n, tokenizer=n) for n in compare._DEFAULT.split(","))
         Comparison(tmp_path, settings, rows, 1).check()
+
+
+def test_a_variant_may_name_a_row(monkeypatch, capsys):
+    def refuse(folder: Path, settings: object, rows: tuple[Row, ...], seeds: int) -> None:
+        raise UserError(" ".join(row.tokenizer for row in rows))
+
+    monkeypatch.setattr(compare, "Comparison", refuse)
+    words = ["--tokenizers", "mine=some/folder,vae", "--variant", "a", "mine", "--variant", "b"]
+    assert run(compare.main, [*words, "reglue"]) == 2
+    assert "some/folder vae some/folder reglue" in capsys.readouterr().err
 
 
 def test_rows_and_seeds_may_be_added_but_nothing_else_changed(tmp_path):

@@ -93,7 +93,9 @@ def main(arguments: Sequence[str]) -> int:
     content = budget | {key: value for key, value in given.items() if value not in (None, [])}
     settings = parse(ComparisonSettings, content, "compare")
     names = [name for name in args.tokenizers.split(",") if name]
-    rows = [_row(name) for name in names] + [_variant(words) for words in args.variant]
+    rows = [_row(name) for name in names]
+    named = {row.name: row.tokenizer for row in rows}
+    rows += [_variant(words, named) for words in args.variant]
     num_seeds = args.seeds if args.seeds is not None else SEEDS[args.budget]
     if not rows or num_seeds < 1 or (args.jobs is not None and args.jobs < 1):
         raise UserError("compare needs at least one tokenizer, one seed and one job")
@@ -147,10 +149,11 @@ def _row(word: str) -> Row:
     return parse(Row, content, f"--tokenizers {word} (or NAME=REF)")
 
 
-def _variant(words: list[str]) -> Row:
+def _variant(words: list[str], named: dict[str, str]) -> Row:
+    """One more row; its REF may be the name that a row of ``--tokenizers`` has."""
     if len(words) < 2 or any("=" not in word for word in words[2:]):
         raise UserError(f"--variant {' '.join(words)}: expected NAME REF key=value …")
-    content = {"name": words[0], "tokenizer": words[1], "settings": words[2:]}
+    content = {"name": words[0], "tokenizer": named.get(words[1], words[1]), "settings": words[2:]}
     return parse(Row, content, "--variant")
 
 
