@@ -187,6 +187,7 @@ def test_random_weights_stand_in_for_those_that_would_be_fetched(tmp_path):
         (["dit", "--rounds", "0"], "--rounds must be at least 1"),
         (["dit", "a=1", "--against", "a=1"], "the same settings on both sides"),
         (["dit", "train.nope=1"], "train.nope"),
+        (["reglue", "--network", "SiT-S/8"], "--network SiT-S/8: the published step has a token"),
         (["tokenizer", "none.yaml"], "none.yaml: no such file"),
     ],
 )

@@ -55,7 +55,7 @@ def _parser() -> Parser:
     task = tasks.add_parser(
         "reglue", help="REGLUE's step beside plain PyTorch of the published one"
     )
-    task.add_argument("--network", default="SiT-B/2")
+    task.add_argument("--network", choices=PRESETS, default="SiT-B/2", metavar="PRESET")
     task.add_argument("--batch-size", type=int, default=4)
     _add_settings(task, against=False)
     task.set_defaults(command=_reglue)

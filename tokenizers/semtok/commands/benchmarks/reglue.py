@@ -5,24 +5,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from accelerate import Accelerator
 
 from semtok.commands.benchmarks.plain import PlainREGLUEStep, PlainSiT
-from semtok.commands.benchmarks.timing import Timing, TrainerStep, counted_flops, time_in_turns
+from semtok.commands.benchmarks.random_inputs import random_teacher
+from semtok.commands.benchmarks.timing import (
+    Step,
+    Timing,
+    TrainerStep,
+    counted_flops,
+    time_in_turns,
+    wait_for,
+)
 from semtok.commands.benchmarks.training import TRAIN, make_objective, make_trainer
 from semtok.config import apply_overrides
 from semtok.data.latent_cache import CachedLatents, ensure_latent_cache
 from semtok.data.loading import DataOrder
 from semtok.data.shapes import Shapes, ShapesConfig
+from semtok.diffusion.dit import architecture
+from semtok.errors import UserError
 from semtok.images import to_pixels
 from semtok.latents import Latents, Posterior
 from semtok.methods.reglue import Compressor, REGLUETokenizer
 from semtok.methods.vae import KLTokenizer
 from semtok.nets.autoencoder import PRESETS, build_autoencoder
 from semtok.recipe import DiffusionRecipe, parse_diffusion_recipe
-from semtok.storage import write_tensors
 from semtok.teachers import Teacher, TeacherConfig
 
 _TEACHER = "vit_base_patch14_reg4_dinov2.lvd142m"
@@ -59,7 +67,14 @@ def reglue_steps(
     Args:
         overrides: of the library's own step, as ``train.compile=inductor``.
         folder: for the cache.
+
+    Raises:
+        UserError: a network whose tokens are not the teacher's, which the published step can't train.
     """
+    if architecture(network).patch_size != 2:
+        raise UserError(
+            f"--network {network}: the published step has a token for each of the teacher's, patch 2"
+        )
     torch.manual_seed(0)
     num_images = 2 * batch_size
     config = ShapesConfig(kind="shapes", size=_SIZE, num_images=num_images, num_validation_images=1)
@@ -134,12 +149,8 @@ def _recipe(network: str, batch_size: int, overrides: list[str]) -> DiffusionRec
 
 def random_reglue(folder: Path) -> REGLUETokenizer:
     """REGLUE's tokenizer in its published sizes: SD's autoencoder, DINOv2-B with registers, compressor."""
-    weights = folder / "teacher.safetensors"
-    write_tensors(
-        weights, timm.create_model(_TEACHER, pretrained=False, num_classes=0).state_dict()
-    )
     teacher = Teacher(
-        TeacherConfig(name=_TEACHER, checkpoint=str(weights), input_size=224, layers=_LAYERS)
+        random_teacher(TeacherConfig(name=_TEACHER, input_size=224, layers=_LAYERS), folder)
     )
     texture = KLTokenizer(build_autoencoder(PRESETS["f8d4"]), method="vae")
     texture.num_measured_images.fill_(1)
@@ -156,21 +167,27 @@ def random_reglue(folder: Path) -> REGLUETokenizer:
     return tokenizer.eval().requires_grad_(False)
 
 
-def _plain_step(plain: PlainREGLUEStep, images: Shapes, cached: CachedLatents):
-    """Reads images and image latents, as the published loader does, and takes a step."""
-    device = next(plain.network.parameters()).device
+def _plain_step(plain: PlainREGLUEStep, images: Shapes, cached: CachedLatents) -> Step:
+    """Takes image latents from disk and images from memory, and makes a step of them.
+
+    The published loader's processes decode images while the step runs; that none of it counts here is for its good.
+    """
+    decoded = images.load(range(len(images))).images
 
     def step() -> None:
         order = DataOrder(len(images), cached_batch(plain, cached), plain.seed, False)
         keys = order.keys(plain.step)
-        batch, latents = images.load_keys(keys), cached.load_keys(keys).latents
+        batch = cached.load_keys(keys)
+        assert batch.latents is not None
         texture = Posterior(
             *(
-                Latents({"texture": p.texture.float().to(device)})
-                for p in (latents.mean, latents.std)
+                Latents({"texture": p.texture.float().to(plain.device)})
+                for p in (batch.latents.mean, batch.latents.std)
             )
         )
-        plain(to_pixels(batch.images.to(device)), texture, batch.labels.to(device))
+        pixels = to_pixels(decoded[[index for index, _ in keys]].to(plain.device))
+        plain(pixels, texture, batch.labels.to(plain.device))
+        wait_for(plain.device)
 
     return step
 
