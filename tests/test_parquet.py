@@ -119,36 +119,41 @@ def test_images_look_as_those_of_folders_do(tmp_path):
         ([True, False, False, True], ("false", "true"), [1, 0, 0, 1]),
     ],
 )
-def test_labels_are_numbers_or_names(tmp_path, labels, names, expected):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_are_numbers_or_names(tmp_path, labels, names, expected, streaming):
     images = [stored.png(number) for number in range(4)]
     path = write(tmp_path / "a.parquet", {"image": images, "kind": labels})
-    for source in open_parquet(path, label_column="kind", validation_fraction=0.25):
+    settings = {"label_column": "kind", "validation_fraction": 0.25, "streaming": streaming}
+    for source in open_parquet(path, **settings):
         assert source.class_names == names
         shown = stored.numbers_in(source)
         assert source.load(range(len(source))).labels.tolist() == [expected[n] for n in shown]
 
 
-def test_class_labels_keep_their_names_and_their_order(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_class_labels_keep_their_names_and_their_order(tmp_path, streaming):
     path = write_shard(tmp_path / "a.parquet", range(9), names=("zebra", "ant", "mole", "bee"))
-    train, held_out = open_parquet(path)
+    train, held_out = open_parquet(path, streaming=streaming)
     assert train.class_names == held_out.class_names == ("zebra", "ant", "mole", "bee")
     shown = stored.numbers_in(train)
     assert train.load(range(len(train))).labels.tolist() == [number % 3 for number in shown]
 
 
-def test_files_whose_classes_are_in_another_order_are_refused(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_whose_classes_are_in_another_order_are_refused(tmp_path, streaming):
     path = write_shard(tmp_path / "a.parquet", range(9), names=("a", "b", "c"))
     other = write_shard(tmp_path / "b.parquet", range(9), names=("a", "c", "b"))
     with pytest.raises(UserError, match="b.parquet: the classes in column 'label' are not those"):
-        open_parquet(path, validation=other)
+        open_parquet(path, validation=other, streaming=streaming)
 
 
-def test_an_unreadable_image_gives_way_to_the_next_and_is_named(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_unreadable_image_gives_way_to_the_next_and_is_named(tmp_path, streaming):
     write(tmp_path / "d" / "a.parquet", {"image": [stored.png(0)], "label": [0]})
     images = [b"hello", None, stored.png(3)[:45], stored.png(4)]
     write(tmp_path / "d" / "b.parquet", {"image": images, "label": [0, 0, 0, 1]})
     validation = write(tmp_path / "v.parquet", {"image": [stored.png(0)], "label": [0]})
-    train, _ = open_parquet(str(tmp_path / "d"), validation=validation)
+    train, _ = open_parquet(str(tmp_path / "d"), validation=validation, streaming=streaming)
     for _ in range(2):
         batch = train.load([0, 1])
         assert stored.numbers(batch.images) == [0, 4] and batch.labels.tolist() == [0, 1]
@@ -157,7 +162,7 @@ def test_an_unreadable_image_gives_way_to_the_next_and_is_named(tmp_path):
     assert len(train.load([1]).skipped) == len(batch.skipped)
     write(tmp_path / "c.parquet", {"image": [b"hello"] * 3})
     with pytest.raises(UserError, match="none of the 2 images in .*c.parquet' can be read"):
-        open_parquet(str(tmp_path / "c.parquet"))
+        open_parquet(str(tmp_path / "c.parquet"), streaming=streaming)
 
 
 @pytest.mark.parametrize(
@@ -217,10 +222,11 @@ def test_what_can_not_be_is_a_one_line_error(tmp_path, settings, message):
     write(tmp_path / "one.parquet", {"image": images[:1], "label": [0]})
     place = str(tmp_path)
     settings = {k: v.replace("DIR", place) if k != "attributes" else v for k, v in settings.items()}
-    with pytest.raises(UserError) as raised:
-        open_parquet(**settings)
-    assert message.replace("DIR", place) in str(raised.value)
-    assert "\n" not in str(raised.value)
+    for streaming in (False, True):
+        with pytest.raises(UserError) as raised:
+            open_parquet(**settings, streaming=streaming)
+        assert message.replace("DIR", place) in str(raised.value)
+        assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
