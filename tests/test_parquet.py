@@ -274,8 +274,10 @@ def test_columns_are_attributes_to_probe_for(tmp_path, capsys):
     assert "name its columns by --data attributes=" in capsys.readouterr().err
 
 
-def test_a_dataset_of_the_hub_is_fetched_once(tmp_path, monkeypatch, capsys):
-    from huggingface_hub import constants
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server in the Hub's place, with a dataset of two splits."""
+    from huggingface_hub import HfFileSystem, constants
     from huggingface_hub.utils import _http
 
     files = {}
@@ -292,21 +294,54 @@ def test_a_dataset_of_the_hub_is_fetched_once(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.address)
         monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
-        train, held_out = open_parquet("org/name")
-        assert stored.numbers_in(train) == list(range(6)) and len(held_out) == 2
-        assert train.class_names == ("c", "a", "b") and "Hub" in capsys.readouterr().out
-        assert train.image_name(4) == "org/name, train, row 4"
-        assert open_parquet("org/name")[0].identity == train.identity
-        for settings, message in [
-            ({"split": "dev"}, "data.split: org/name has no 'dev'; it has: train, test"),
-            ({"validation": "dev"}, "data.validation: org/name has no 'dev'"),
-            ({"subset": "large"}, "'large' not found. Available: ['default']"),
-            ({"image_column": "pic"}, "no column 'pic'; choose of image, label"),
-            ({"path": "org/other"}, "no file or folder 'org/other', and as a dataset on the Hub: "),
-        ]:
-            with pytest.raises(UserError) as raised:
-                open_parquet(**({"path": "org/name"} | settings))
-            assert message in str(raised.value) and "\n" not in str(raised.value)
+        HfFileSystem.clear_instance_cache()
+        yield server
+        HfFileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_of_the_hub_is_read(hub, capsys, streaming):
+    def opened(path: str = "org/name", **settings) -> tuple[Parquet, Parquet]:
+        return open_parquet(path, streaming=streaming, **settings)
+
+    train, held_out = opened()
+    assert stored.numbers_in(train) == list(range(6)) and len(held_out) == 2
+    assert train.load(range(6)).labels.tolist() == [number % 3 for number in range(6)]
+    assert train.class_names == ("c", "a", "b") and "Hub" in capsys.readouterr().out
+    name = train.image_name(4)
+    assert name.startswith("hf://") if streaming else name == "org/name, train, row 4"
+    assert name.endswith("row 4") and opened()[0].identity == train.identity
+    for settings, message in [
+        ({"split": "dev"}, "data.split: org/name has no 'dev'; it has: train, test"),
+        ({"validation": "dev"}, "data.validation: org/name has no 'dev'"),
+        ({"subset": "large"}, "'large' not found. Available: ['default']"),
+        ({"image_column": "pic"}, "no column 'pic'; choose of image, label"),
+        ({"path": "org/other"}, "no file or folder 'org/other', and as a dataset on the Hub: "),
+    ]:
+        with pytest.raises(UserError) as raised:
+            opened(**settings)
+        assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_of_a_dataset_of_the_hub_only_row_groups_are_fetched(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("SEMTOK_CACHE", str(tmp_path / "semtok"))
+    images = [stored.png(number) + bytes(range(256)) * 400 for number in range(40)]
+    table = pyarrow.table({"image": images, "label": [number % 2 for number in range(40)]})
+    parquet.write_table(table, tmp_path / "big.parquet", row_group_size=1, compression="none")
+    content = (tmp_path / "big.parquet").read_bytes()
+    hub.repositories["org/big"] = {
+        "private": False,
+        "commits": [("a" * 40, {"x.parquet": content})],
+    }
+    monkeypatch.setattr("semtok.data.parquet_stream.BLOCK_BYTES", 0)
+    train, _ = open_parquet("org/big", streaming=True)
+    hub.num_bytes = 0
+    again, _ = open_parquet("org/big", streaming=True)
+    assert stored.numbers(again.load([7]).images) == [int(again.rows[7])]
+    assert hub.num_bytes < 2**16 + 4 * len(images[0]), "a footer and three images"
+    # The set is pinned to the commit that it was opened with.
+    hub.repositories["org/big"]["commits"].append(("b" * 40, {"y.parquet": content}))
+    assert stored.numbers(again.load([9]).images) == [int(again.rows[9])]
 
 
 def test_without_datasets_it_is_said_how_to_get_it(monkeypatch, tmp_path):
