@@ -8,16 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import stored
 import tiny
 from file_server import FileServer, file_server
-from semtok import UserError
-from semtok.commands import evaluate
+from semtok import Tokenizer, UserError
+from semtok.commands import cache_latents, evaluate
 from semtok.commands.cli import run
+from semtok.commands.train_tokenizer import main as train_tokenizer_command
 from semtok.commands.train_tokenizer import train_tokenizer
+from semtok.data.latent_cache import open_latent_cache
 from semtok.data.loading import BatchSlice, DataOrder, training_batches
-from semtok.recipe import parse_recipe
+from semtok.recipe import parse_data, parse_recipe
+from test_distributed import launch
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
@@ -317,3 +321,41 @@ def test_evaluation_takes_files_where_they_are(server, tmp_path, capsys):
     arguments = ["probe", "--tokenizer", "demo", *data, *options]
     assert run(evaluate.main, arguments) == 0, capsys.readouterr().err
     assert "odd" in output.read_text()
+
+
+def test_two_processes_train_to_the_weights_of_one(server, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    content = tiny.content({"name": "vae"}, steps=3, schedule="constant")
+    content["train"]["optimiser"] = {"learning_rate": 1e-4}
+    content["data"] = {"kind": "parquet", "path": f"{server.address}/s-0.parquet", "size": 16}
+    content["data"] |= {"streaming": True, "num_workers": 1}
+    recipe.write_text(yaml.safe_dump(content))
+
+    def train(name: str) -> int:
+        return run(train_tokenizer_command, [str(recipe), "--output", str(tmp_path / name)])
+
+    assert train("one") == 0
+    outputs = launch(lambda: train("two"), tmp_path / "two")
+    assert "training" in outputs[0] and "training" not in outputs[1]
+    one, two = tiny.final_tensors(tmp_path / "one"), tiny.final_tensors(tmp_path / "two")
+    for key in (k for k in one if k.startswith(("players.", "ema."))):
+        torch.testing.assert_close(one[key], two[key], atol=2e-5, rtol=1e-3)
+
+
+def test_latents_are_cached_as_those_of_the_converted_set(server, tmp_path):
+    cached = []
+    for streaming, place in ((True, server.address), (False, str(tmp_path))):
+        words = ["kind=parquet", f"path={place}/s-0.parquet", "size=16"]
+        words += [f"streaming={streaming}".lower()]
+        output = tmp_path / f"latents_{streaming}"
+        options = ["--output", str(output), "--shard-size", "32", "--batch-size", "8"]
+        if streaming:
+            server.num_parts = 0
+        assert run(cache_latents.main, ["--tokenizer", "demo", "--data", *words, *options]) == 0
+        settings = parse_data(words, place="test")
+        cached.append(open_latent_cache(output, Tokenizer.from_pretrained("demo"), data=settings))
+    assert server.num_parts < 3 * NUM_GROUPS, "of half as many, for each part, mirrored or not"
+    keys = [(index, bool(index % 2)) for index in range(57)]
+    ours, theirs = (train.load_keys(keys) for train, _ in cached)
+    assert torch.equal(ours.labels, theirs.labels)
+    assert torch.equal(ours.latents.mean["texture"], theirs.latents.mean["texture"])

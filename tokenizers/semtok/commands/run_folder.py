@@ -93,7 +93,7 @@ def check_files(folder: Path, states: Mapping[str, str]) -> None:
         UserError: one has changed, is gone, or is new.
     """
     recorded = folder / _FILES_FILE
-    if not recorded.is_file():
+    if not states or not recorded.is_file():  # none are read, as latents are cached
         return
     known = read_json(recorded)
     for name in sorted(known.keys() | states.keys()):
