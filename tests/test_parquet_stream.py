@@ -102,6 +102,20 @@ def test_each_image_and_label_is_that_of_the_converted_set(
     assert not (tmp_path / "cache").exists(), "nothing of local files is copied"
 
 
+def test_a_resumed_run_looks_at_every_file_wherever_it_was_moved(tmp_path):
+    path, validation = (write(tmp_path / part / "x.parquet", range(9)) for part in "ab")
+    first = open_parquet(path, validation=validation)[0].file_states
+    moved = shutil.move(tmp_path / "a", tmp_path / "c") / Path("x.parquet")
+    moved.touch()
+    again, _ = open_parquet(str(moved), validation=validation)
+    assert again.file_states == first
+    for file in (str(moved), validation):
+        kept = Path(file).read_bytes()
+        write(Path(file), range(9), rows=3)
+        assert open_parquet(str(moved), validation=validation)[0].file_states != first
+        Path(file).write_bytes(kept)
+
+
 def test_a_file_without_rows_adds_none(tmp_path):
     path = write_set(tmp_path / "data")
     write(tmp_path / "data" / "train-1.parquet", range(0))

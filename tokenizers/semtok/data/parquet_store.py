@@ -46,8 +46,10 @@ class ParquetStore(ABC):
         self, place: str, *, parts: Sequence[tuple[str, int]], states: Sequence[str], features: Any
     ) -> None:
         self.place, self.features, self.states = place, features, tuple(states)
-        is_file = protocol(place) or (parts and Path(parts[0][0]).is_file())
-        self.title = short_name(place) if is_file else place
+        is_local = parts and Path(parts[0][0]).is_file()
+        self.title = (
+            Path(place).name if is_local else short_name(place) if protocol(place) else place
+        )
         self._names = [name for name, _ in parts]
         self._ends = list(accumulate(num_rows for _, num_rows in parts))
 

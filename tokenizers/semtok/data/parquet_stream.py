@@ -106,13 +106,14 @@ class StreamedStore(ParquetStore):
 
     @property
     def file_states(self) -> dict[str, str]:
-        # When a file on disk was written counts for nothing here: it may have been moved.
-        return {
-            short_name(f.file.place): f.state
-            if protocol(f.file.place)
-            else f"{f.file.size} {f.digest}"
-            for f in self.footers
-        }
+        states: dict[str, str] = {}
+        for footer in self.footers:
+            name = short_name(footer.file.place)
+            # When a file on disk was written counts for nothing here: it may have been moved.
+            on_disk = f"{footer.file.size} {footer.digest}"
+            state = footer.state if protocol(footer.file.place) else on_disk
+            states[name] = f"{states[name]}, {state}" if name in states else state
+        return states
 
     def prepare(self) -> tuple[int, ...]:
         return self._num_rows
