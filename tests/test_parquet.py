@@ -339,6 +339,9 @@ def test_of_a_dataset_of_the_hub_only_row_groups_are_fetched(hub, tmp_path, monk
     again, _ = open_parquet("org/big", streaming=True)
     assert stored.numbers(again.load([7]).images) == [int(again.rows[7])]
     assert hub.num_bytes < 2**16 + 4 * len(images[0]), "a footer and three images"
+    for name in ("x.parquet", "*.parquet"):
+        named, _ = open_parquet(f"hf://datasets/org/big/{name}", streaming=True)
+        assert stored.numbers_in(named) == again.rows.tolist()
     # The set is pinned to the commit that it was opened with.
     hub.repositories["org/big"]["commits"].append(("b" * 40, {"y.parquet": content}))
     assert stored.numbers(again.load([9]).images) == [int(again.rows[9])]

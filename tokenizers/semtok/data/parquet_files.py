@@ -153,8 +153,10 @@ def _converted_store(path: str, splits: dict[str, list[str]]) -> ParquetStore:
 
 
 def _streamed_store(path: str, splits: dict[str, list[str]], features: Any = None) -> ParquetStore:
-    """Args:
-    features: of a dataset's card, which tell of the columns before the files do.
+    """Files that stay where they are.
+
+    Args:
+        features: of a dataset's card, which has the say over what the files tell of their columns.
     """
     footers = _footers(splits)
     own = _common_features([footer for files in footers.values() for footer in files])
