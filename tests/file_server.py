@@ -1,5 +1,6 @@
 """A server on loopback that gives files, or parts of them."""
 
+import hashlib
 import re
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ class FileServer(ThreadingHTTPServer):
         gives_parts: whether it heeds the header Range.
         fails: so many of the next requests for content are answered 503.
         num_bytes: of content that were sent.
+        num_parts: answers with a part of a file.
     """
 
     daemon_threads = True
@@ -23,7 +25,7 @@ class FileServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files = files
         self.gives_parts = True
-        self.fails = self.num_bytes = 0
+        self.fails = self.num_bytes = self.num_parts = 0
 
     @property
     def address(self) -> str:
@@ -50,7 +52,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         content = self.server.files.get(self.path)
-        self._answer(404 if content is None else 200, b"", length=len(content or b""))
+        if content is None:
+            return self._answer(404, b"")
+        tag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
+        self._answer(200, b"", tag, length=len(content))
 
     def do_GET(self) -> None:
         content = self.server.files.get(self.path)
@@ -66,6 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
         if first >= len(content):
             return self._answer(416, b"")
         part = content[first : last + 1]
+        self.server.num_parts += 1
         where = f"bytes {first}-{first + len(part) - 1}/{len(content)}"
         self._answer(206, part, {"Content-Range": where})
 

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ class HubServer(ThreadingHTTPServer):
         fails: status that an action answers instead: ``create``, ``preupload``, ``commit``.
         cut: close the connection in the middle of an upload.
         uploads: large files by their sha256.
+        num_bytes: of files that were sent.
     """
 
     daemon_threads = True
@@ -32,6 +34,7 @@ class HubServer(ThreadingHTTPServer):
         self.fails: dict[str, int] = {}
         self.cut = False
         self.uploads: dict[str, bytes] = {}
+        self.num_bytes = 0
 
     @property
     def address(self) -> str:
@@ -185,8 +188,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(401, {"error": "no"}, {"X-Error-Code": "RepoNotFound"})
         for sha, files in reversed(self.server.repositories[repo_id]["commits"]):
             if revision in ("main", sha) and name in files:
-                etag = hashlib.sha1(files[name]).hexdigest()
-                return self._send(200, files[name], {"ETag": f'"{etag}"', "X-Repo-Commit": sha})
+                content = files[name]
+                about = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": sha}
+                asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+                part = content[int(asked[1]) : int(asked[2]) + 1] if asked else content
+                if self.command != "HEAD":
+                    self.server.num_bytes += len(part)
+                return self._send(206 if asked else 200, part, about)
         return self._answer(404, {"error": name}, {"X-Error-Code": "EntryNotFound"})
 
     def _answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:

@@ -71,7 +71,7 @@ def check_order(
     The images of ``source`` have the numbers 0, 1, …
     """
     num_images, batch_size, seed = len(source), 2 * num_processes * accumulate, 3
-    order = DataOrder(num_images, batch_size, seed, source.flip)
+    order = DataOrder(num_images, batch_size, seed, source.flip, source.block_size)
     num_steps = -(-2 * num_images // batch_size)
 
     def seen(first_step: int) -> list[int]:

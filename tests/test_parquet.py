@@ -119,36 +119,41 @@ def test_images_look_as_those_of_folders_do(tmp_path):
         ([True, False, False, True], ("false", "true"), [1, 0, 0, 1]),
     ],
 )
-def test_labels_are_numbers_or_names(tmp_path, labels, names, expected):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_are_numbers_or_names(tmp_path, labels, names, expected, streaming):
     images = [stored.png(number) for number in range(4)]
     path = write(tmp_path / "a.parquet", {"image": images, "kind": labels})
-    for source in open_parquet(path, label_column="kind", validation_fraction=0.25):
+    settings = {"label_column": "kind", "validation_fraction": 0.25, "streaming": streaming}
+    for source in open_parquet(path, **settings):
         assert source.class_names == names
         shown = stored.numbers_in(source)
         assert source.load(range(len(source))).labels.tolist() == [expected[n] for n in shown]
 
 
-def test_class_labels_keep_their_names_and_their_order(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_class_labels_keep_their_names_and_their_order(tmp_path, streaming):
     path = write_shard(tmp_path / "a.parquet", range(9), names=("zebra", "ant", "mole", "bee"))
-    train, held_out = open_parquet(path)
+    train, held_out = open_parquet(path, streaming=streaming)
     assert train.class_names == held_out.class_names == ("zebra", "ant", "mole", "bee")
     shown = stored.numbers_in(train)
     assert train.load(range(len(train))).labels.tolist() == [number % 3 for number in shown]
 
 
-def test_files_whose_classes_are_in_another_order_are_refused(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_whose_classes_are_in_another_order_are_refused(tmp_path, streaming):
     path = write_shard(tmp_path / "a.parquet", range(9), names=("a", "b", "c"))
     other = write_shard(tmp_path / "b.parquet", range(9), names=("a", "c", "b"))
     with pytest.raises(UserError, match="b.parquet: the classes in column 'label' are not those"):
-        open_parquet(path, validation=other)
+        open_parquet(path, validation=other, streaming=streaming)
 
 
-def test_an_unreadable_image_gives_way_to_the_next_and_is_named(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_unreadable_image_gives_way_to_the_next_and_is_named(tmp_path, streaming):
     write(tmp_path / "d" / "a.parquet", {"image": [stored.png(0)], "label": [0]})
     images = [b"hello", None, stored.png(3)[:45], stored.png(4)]
     write(tmp_path / "d" / "b.parquet", {"image": images, "label": [0, 0, 0, 1]})
     validation = write(tmp_path / "v.parquet", {"image": [stored.png(0)], "label": [0]})
-    train, _ = open_parquet(str(tmp_path / "d"), validation=validation)
+    train, _ = open_parquet(str(tmp_path / "d"), validation=validation, streaming=streaming)
     for _ in range(2):
         batch = train.load([0, 1])
         assert stored.numbers(batch.images) == [0, 4] and batch.labels.tolist() == [0, 1]
@@ -157,7 +162,7 @@ def test_an_unreadable_image_gives_way_to_the_next_and_is_named(tmp_path):
     assert len(train.load([1]).skipped) == len(batch.skipped)
     write(tmp_path / "c.parquet", {"image": [b"hello"] * 3})
     with pytest.raises(UserError, match="none of the 2 images in .*c.parquet' can be read"):
-        open_parquet(str(tmp_path / "c.parquet"))
+        open_parquet(str(tmp_path / "c.parquet"), streaming=streaming)
 
 
 @pytest.mark.parametrize(
@@ -217,10 +222,11 @@ def test_what_can_not_be_is_a_one_line_error(tmp_path, settings, message):
     write(tmp_path / "one.parquet", {"image": images[:1], "label": [0]})
     place = str(tmp_path)
     settings = {k: v.replace("DIR", place) if k != "attributes" else v for k, v in settings.items()}
-    with pytest.raises(UserError) as raised:
-        open_parquet(**settings)
-    assert message.replace("DIR", place) in str(raised.value)
-    assert "\n" not in str(raised.value)
+    for streaming in (False, True):
+        with pytest.raises(UserError) as raised:
+            open_parquet(**settings, streaming=streaming)
+        assert message.replace("DIR", place) in str(raised.value)
+        assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -268,8 +274,10 @@ def test_columns_are_attributes_to_probe_for(tmp_path, capsys):
     assert "name its columns by --data attributes=" in capsys.readouterr().err
 
 
-def test_a_dataset_of_the_hub_is_fetched_once(tmp_path, monkeypatch, capsys):
-    from huggingface_hub import constants
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server in the Hub's place, with a dataset of two splits."""
+    from huggingface_hub import HfFileSystem, constants
     from huggingface_hub.utils import _http
 
     files = {}
@@ -286,21 +294,57 @@ def test_a_dataset_of_the_hub_is_fetched_once(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.address)
         monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
-        train, held_out = open_parquet("org/name")
-        assert stored.numbers_in(train) == list(range(6)) and len(held_out) == 2
-        assert train.class_names == ("c", "a", "b") and "Hub" in capsys.readouterr().out
-        assert train.image_name(4) == "org/name, train, row 4"
-        assert open_parquet("org/name")[0].identity == train.identity
-        for settings, message in [
-            ({"split": "dev"}, "data.split: org/name has no 'dev'; it has: train, test"),
-            ({"validation": "dev"}, "data.validation: org/name has no 'dev'"),
-            ({"subset": "large"}, "'large' not found. Available: ['default']"),
-            ({"image_column": "pic"}, "no column 'pic'; choose of image, label"),
-            ({"path": "org/other"}, "no file or folder 'org/other', and as a dataset on the Hub: "),
-        ]:
-            with pytest.raises(UserError) as raised:
-                open_parquet(**({"path": "org/name"} | settings))
-            assert message in str(raised.value) and "\n" not in str(raised.value)
+        HfFileSystem.clear_instance_cache()
+        yield server
+        HfFileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_of_the_hub_is_read(hub, capsys, streaming):
+    def opened(path: str = "org/name", **settings) -> tuple[Parquet, Parquet]:
+        return open_parquet(path, streaming=streaming, **settings)
+
+    train, held_out = opened()
+    assert stored.numbers_in(train) == list(range(6)) and len(held_out) == 2
+    assert train.load(range(6)).labels.tolist() == [number % 3 for number in range(6)]
+    assert train.class_names == ("c", "a", "b") and "Hub" in capsys.readouterr().out
+    name = train.image_name(4)
+    assert name.startswith("hf://") if streaming else name == "org/name, train, row 4"
+    assert name.endswith("row 4") and opened()[0].identity == train.identity
+    for settings, message in [
+        ({"split": "dev"}, "data.split: org/name has no 'dev'; it has: train, test"),
+        ({"validation": "dev"}, "data.validation: org/name has no 'dev'"),
+        ({"subset": "large"}, "'large' not found. Available: ['default']"),
+        ({"image_column": "pic"}, "no column 'pic'; choose of image, label"),
+        ({"path": "org/other"}, "no file or folder 'org/other', and as a dataset on the Hub: "),
+    ]:
+        with pytest.raises(UserError) as raised:
+            opened(**settings)
+        assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_of_a_dataset_of_the_hub_only_row_groups_are_fetched(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("SEMTOK_CACHE", str(tmp_path / "semtok"))
+    images = [stored.png(number) + bytes(range(256)) * 400 for number in range(40)]
+    table = pyarrow.table({"image": images, "label": [number % 2 for number in range(40)]})
+    parquet.write_table(table, tmp_path / "big.parquet", row_group_size=1, compression="none")
+    content = (tmp_path / "big.parquet").read_bytes()
+    hub.repositories["org/big"] = {
+        "private": False,
+        "commits": [("a" * 40, {"x.parquet": content})],
+    }
+    monkeypatch.setattr("semtok.data.parquet_stream.BLOCK_BYTES", 0)
+    train, _ = open_parquet("org/big", streaming=True)
+    hub.num_bytes = 0
+    again, _ = open_parquet("org/big", streaming=True)
+    assert stored.numbers(again.load([7]).images) == [int(again.rows[7])]
+    assert hub.num_bytes < 2**16 + 4 * len(images[0]), "a footer and three images"
+    for name in ("x.parquet", "*.parquet"):
+        named, _ = open_parquet(f"hf://datasets/org/big/{name}", streaming=True)
+        assert stored.numbers_in(named) == again.rows.tolist()
+    # The set is pinned to the commit that it was opened with.
+    hub.repositories["org/big"]["commits"].append(("b" * 40, {"y.parquet": content}))
+    assert stored.numbers(again.load([9]).images) == [int(again.rows[9])]
 
 
 def test_without_datasets_it_is_said_how_to_get_it(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, and what may be written there."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ from semtok.config import Config, read_yaml
 from semtok.errors import UserError
 from semtok.recipe import write_recipe
 from semtok.references import RUNS
+from semtok.storage import read_json, write_json
 
 RECIPE_FILE = "recipe.yaml"
+_FILES_FILE = "data_files.json"
 
 # Settings that change what is written or how fast, but not what is learned.
 _FREE_ON_RESUME = (
@@ -78,6 +81,33 @@ def record_recipe(folder: Path, recipe: Config) -> None:
     """Writes the resolved recipe, which makes the folder this run's."""
     folder.mkdir(parents=True, exist_ok=True)
     write_recipe(recipe, folder / RECIPE_FILE)
+
+
+def check_files(folder: Path, states: Mapping[str, str]) -> None:
+    """Checks that a resumed run finds the files of images that it began with.
+
+    Args:
+        states: see ``ImageSource.file_states``.
+
+    Raises:
+        UserError: one has changed, is gone, or is new.
+    """
+    recorded = folder / _FILES_FILE
+    if not states or not recorded.is_file():  # none are read, as latents are cached
+        return
+    known = read_json(recorded)
+    for name in sorted(known.keys() | states.keys()):
+        if known.get(name) != states.get(name):
+            what = "is gone" if name not in states else "is new" if name not in known else "changed"
+            raise UserError(
+                f"{folder}: can't resume with other images: {name} {what} since the run began; start anew with --output"
+            )
+
+
+def record_files(folder: Path, states: Mapping[str, str]) -> None:
+    """Notes the files of images that the run begins with."""
+    if states and not (folder / _FILES_FILE).is_file():
+        write_json(folder / _FILES_FILE, dict(states))
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from semtok.commands.run_folder import flatten, record_recipe
+from semtok.commands.run_folder import check_files, flatten, record_files, record_recipe
 from semtok.commands.table import print_table
 from semtok.config import Config
 from semtok.data.source import ImageSource
@@ -73,6 +73,9 @@ def start_trainer(
     Args:
         sources: of training and of held-out images.
         what: is trained, in a few words.
+
+    Raises:
+        UserError: the run can't go on with its checkpoint, or with these images.
     """
     train, validation = sources
     trainer = Trainer(
@@ -86,9 +89,11 @@ def start_trainer(
         tracked=_for_tracker(recipe),
     )
     if resume:
+        check_files(folder, train.file_states)
         trainer.resume()
     if accelerator.is_main_process:
         record_recipe(folder, recipe)
+        record_files(folder, train.file_states)
         height, width = recipe.data.image_size
         print(f"training {what} on {train.name} at {height}x{width}; output: {folder}", flush=True)
         if trainer.step:

@@ -254,7 +254,7 @@ def _targets_about(teacher: Teacher | None) -> dict[str, Any] | None:
 
 def _data_about(data: DataConfig) -> dict[str, Any]:
     """The settings that decide which images there are."""
-    return data.model_dump(mode="json", exclude={"cache", "num_workers"})
+    return data.model_dump(mode="json", exclude={"cache", "num_workers", "streaming"})
 
 
 class _Unmirrored(ImageSource):

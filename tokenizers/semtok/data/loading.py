@@ -30,7 +30,7 @@ class DataOrder:
     batch_size: int
     seed: int
     flip: bool
-    block_size: int | None = None
+    block_size: int | tuple[int, ...] | None = None
 
     def keys(self, step: int) -> list[Key]:
         """The global batch of a step (0-based)."""
@@ -47,27 +47,36 @@ class DataOrder:
         cached = _EPOCHS.get((self, epoch))
         if cached is None:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = self._permutation(generator)
+            order = permutation(self.num_images, self.block_size, generator)
             mirrored = torch.rand(self.num_images, generator=generator) < 0.5
             cached = (order, mirrored if self.flip else torch.zeros_like(mirrored))
             _EPOCHS.clear()
             _EPOCHS[(self, epoch)] = cached
         return cached
 
-    def _permutation(self, generator: torch.Generator) -> torch.Tensor:
-        if self.block_size is None:
-            return torch.randperm(self.num_images, generator=generator)
-        blocks = torch.arange(self.num_images).split(self.block_size)
-        shuffled = torch.randperm(len(blocks), generator=generator).tolist()
-        parts = []
-        for first in range(0, len(blocks), BLOCKS_AT_A_TIME):
-            window = torch.cat([blocks[b] for b in shuffled[first : first + BLOCKS_AT_A_TIME]])
-            parts.append(window[torch.randperm(len(window), generator=generator)])
-        return torch.cat(parts)
-
 
 BLOCKS_AT_A_TIME = 16
 _EPOCHS: dict[tuple[DataOrder, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def permutation(
+    num_images: int, block_size: int | tuple[int, ...] | None, generator: torch.Generator
+) -> torch.Tensor:
+    """Every image once, in random order: int64 (num_images,).
+
+    Args:
+        block_size: see ``ImageSource.block_size``; images of ``BLOCKS_AT_A_TIME`` blocks are shuffled together.
+    """
+    if block_size is None:
+        return torch.randperm(num_images, generator=generator)
+    sizes = block_size if isinstance(block_size, int) else list(block_size)
+    blocks = torch.arange(num_images).split(sizes)
+    shuffled = torch.randperm(len(blocks), generator=generator).tolist()
+    parts = []
+    for first in range(0, len(blocks), BLOCKS_AT_A_TIME):
+        window = torch.cat([blocks[b] for b in shuffled[first : first + BLOCKS_AT_A_TIME]])
+        parts.append(window[torch.randperm(len(window), generator=generator)])
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)

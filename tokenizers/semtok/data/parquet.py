@@ -1,4 +1,4 @@
-"""Images in Parquet files or in a dataset of the Hugging Face Hub, read by the library ``datasets``."""
+"""Images in Parquet files or in a dataset of the Hugging Face Hub, converted once or read where they are."""
 
 import difflib
 import hashlib
@@ -11,7 +11,9 @@ import torch
 
 from semtok.data.attributes import ImageAttributes, image_attributes
 from semtok.data.labels import UNLABELLED, Labels, number_classes
-from semtok.data.parquet_files import ParquetStore, find_store
+from semtok.data.loading import permutation
+from semtok.data.parquet_files import find_store
+from semtok.data.parquet_store import Cells, ParquetStore
 from semtok.data.stored import StoredConfig, StoredImages, split_rows
 from semtok.errors import UserError
 from semtok.extras import need
@@ -21,12 +23,16 @@ class ParquetConfig(StoredConfig):
     """Settings of images in Parquet files, or of a dataset on the Hugging Face Hub.
 
     The library ``datasets`` turns them once into an Arrow table in its own cache (``HF_HOME``), as large as the
-    files, of which any row can be read at any time.
+    files, of which any row can be read at any time. Or they stay where they are, see ``streaming``.
     """
 
     kind: Literal["parquet"] = "parquet"
     path: str
-    """A file, a pattern of files (``*``, ``?``, ``[a-z]``), a folder, or a Hub id."""
+    """A file, a pattern of files (``*``, ``?``, ``[a-z]``), a folder, or a Hub id; where it streams, also a URL or
+    several, named with ``{000..012}``, ``{a,b}``, ``*``, ``[a-z]``."""
+    streaming: bool = False
+    """Leave the files where they are and fetch row groups when they are needed. Training then takes them in random
+    order and shuffles the images of 16 of them together; each process holds those 16, and a loader process its own."""
     subset: str | None = None
     """Which configuration of a dataset on the Hub."""
     revision: str | None = None
@@ -45,23 +51,23 @@ class ParquetConfig(StoredConfig):
 
 
 class Parquet(StoredImages):
-    """Rows of an Arrow table.
+    """Rows of Parquet files.
 
     Args:
-        table: a ``datasets.Dataset`` of the undecoded images alone.
-        rows: which of the table these are.
-        store: where the table comes from.
+        store: the files.
+        cells: the undecoded images of all their rows.
+        rows: which of them these are, sorted.
     """
 
     expected = "rows with images"
 
     def __init__(
         self,
-        table: Any,
+        store: ParquetStore,
+        cells: Cells,
         rows: np.ndarray,
         labels: torch.Tensor,
         *,
-        store: ParquetStore,
         class_names: tuple[str, ...],
         image_size: tuple[int, int],
         flip: bool,
@@ -76,13 +82,18 @@ class Parquet(StoredImages):
             flip=flip,
             attributes=attributes,
         )
-        self.table, self.rows, self.store = table, rows, store
+        self.store, self.cells, self.rows = store, cells, rows
+        self.block_size = cells.block_sizes(rows)
 
     @property
     def identity(self) -> str:
         digest = hashlib.blake2b(self.rows.tobytes(), digest_size=8)
         digest.update("\n".join(self.store.states).encode())
         return f"{self.name} {digest.hexdigest()}"
+
+    @property
+    def file_states(self) -> dict[str, str]:
+        return self.store.file_states
 
     @classmethod
     def open(cls, config: ParquetConfig) -> tuple["Parquet", "Parquet"]:
@@ -93,32 +104,29 @@ class Parquet(StoredImages):
                 readable image in either part, or some images have no label.
         """
         need("datasets", "datasets", extra="data", place="data.kind: parquet ")
-        import datasets
-
         store = find_store(
             config.path,
             split=config.split,
             validation=config.validation,
             subset=config.subset,
             revision=config.revision,
+            streaming=config.streaming,
         )
         if store.features is not None:  # else they are known only after the download
             _check_columns(store.features, config)
-        tables = store.tables()
-        num_train = len(tables[0])
-        table = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
-        image, label = _check_columns(table.features, config)
-        parts = split_rows(len(table), num_train if len(tables) > 1 else None, config)
-        known = parts[0] if len(tables) > 1 else None
-        class_names, labels = _classes(table, label, known, store.place)
-        attributes = _attributes(table, config.attributes) if config.attributes else None
-        images = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        num_rows = store.prepare()
+        image, label = _check_columns(store.features, config)
+        parts = split_rows(sum(num_rows), num_rows[0] if len(num_rows) > 1 else None, config)
+        known = parts[0] if len(num_rows) > 1 else None
+        columns = store.columns([*([label] if label is not None else []), *config.attributes])
+        class_names, labels = _classes(columns, store, label, known, sum(num_rows))
+        attributes = _attributes(columns, store, config.attributes) if config.attributes else None
         sources = [
             cls(
-                images,
+                store,
+                store.images(image),
                 rows,
                 labels[rows],
-                store=store,
                 class_names=class_names,
                 image_size=config.image_size,
                 flip=config.flip,
@@ -131,11 +139,17 @@ class Parquet(StoredImages):
         return sources[0], sources[1]
 
     def contents(self, indices: Sequence[int]) -> list[Path | bytes]:
-        (column,) = self.table[self.rows[list(indices)].tolist()].values()
-        return [_content(value or {}) for value in column]
+        return [_content(value or {}) for value in self.cells.read(self.rows[list(indices)])]
 
     def image_name(self, index: int) -> str:
         return self.store.row_name(int(self.rows[index]))
+
+    def chosen(self, num_images: int) -> list[int]:
+        if self.block_size is None:
+            return super().chosen(num_images)
+        # As training takes them: of images from everywhere, each would cost its whole block.
+        generator = torch.Generator().manual_seed(0)
+        return permutation(len(self), self.block_size, generator)[:num_images].tolist()
 
 
 def _content(value: dict[str, Any]) -> Path | bytes:
@@ -206,35 +220,34 @@ def _is_categorical(kind: Any) -> bool:
 
 
 def _classes(
-    table: Any, column: str | None, known: np.ndarray | None, place: str
+    columns: Any, store: ParquetStore, name: str | None, known: np.ndarray | None, num_rows: int
 ) -> tuple[tuple[str, ...], torch.Tensor]:
     """Class names, and the class of each row."""
     import datasets
 
-    if column is None:
-        return UNLABELLED, torch.zeros(len(table), dtype=torch.int64)
-    labels = _categories(table, column, "label_column")
-    feature = table.features[column]
+    if name is None:
+        return UNLABELLED, torch.zeros(num_rows, dtype=torch.int64)
+    labels, feature = _categories(columns, name, "label_column"), store.features[name]
     if not isinstance(feature, datasets.ClassLabel):
-        return number_classes(labels, known, place=place)
+        return number_classes(labels, known, place=store.place)
     if "-1" in labels.values:
         raise UserError(
-            f"data.label_column: '{column}' of '{place}' holds -1, which stands for unknown; choose another split"
+            f"data.label_column: '{name}' of '{store.place}' holds -1, which stands for unknown; choose another split"
         )
     numbers = np.array([int(value) for value in labels.values], dtype=np.int64)
     return tuple(feature.names), torch.from_numpy(numbers[labels.codes])
 
 
-def _attributes(table: Any, columns: Sequence[str]) -> ImageAttributes:
+def _attributes(columns: Any, store: ParquetStore, names: Sequence[str]) -> ImageAttributes:
     import datasets
 
     texts = []
-    for column in columns:
-        labels, feature = _categories(table, column, "attributes"), table.features[column]
+    for name in names:
+        labels, feature = _categories(columns, name, "attributes"), store.features[name]
         named = isinstance(feature, datasets.ClassLabel)
         values = [feature.int2str(int(v)) for v in labels.values] if named else labels.values
         texts.append([values[code] for code in labels.codes])
-    known = image_attributes(columns, texts)
+    known = image_attributes(names, texts)
     if known is None:
         raise UserError(
             "data.attributes: each column is the same in all images; give one that differs"
@@ -242,14 +255,14 @@ def _attributes(table: Any, columns: Sequence[str]) -> ImageAttributes:
     return known
 
 
-def _categories(table: Any, column: str, key: str) -> Labels:
+def _categories(columns: Any, name: str, key: str) -> Labels:
     """The values of a column, as text."""
     import pyarrow
 
-    values = table.data.column(column).cast(pyarrow.string())
+    values = columns.column(name).cast(pyarrow.string())
     if values.null_count:
         raise UserError(
-            f"data.{key}: '{column}' is empty in {values.null_count} of {len(values)} rows"
+            f"data.{key}: '{name}' is empty in {values.null_count} of {len(values)} rows"
         )
     if not len(values):
         return Labels((), np.zeros(0, dtype=np.int64))

@@ -1,7 +1,12 @@
-"""Files on disk or behind a URL, by fsspec: their state, and parts of them."""
+"""Files on disk or behind a URL, by fsspec: which there are, their state, and parts of them."""
 
+import importlib.util
+import os
+import re
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from semtok.errors import UserError
@@ -26,11 +31,16 @@ def file_system(place: str) -> Any:
 
 def reading_errors(place: str) -> tuple[type[Exception], ...]:
     """What reading a path or URL can raise."""
-    if not place.startswith("http"):
-        return (OSError, ValueError)
-    from aiohttp import ClientError
+    kind = protocol(place)
+    if kind.startswith("http"):
+        from aiohttp import ClientError
 
-    return (OSError, ValueError, ClientError)
+        return (OSError, ValueError, ClientError)
+    if kind == "hf" and importlib.util.find_spec("httpx") is not None:  # of newer huggingface_hub
+        from httpx import HTTPError
+
+        return (OSError, ValueError, HTTPError)
+    return (OSError, ValueError)
 
 
 def reason(error: Exception) -> str:
@@ -43,6 +53,106 @@ def reason(error: Exception) -> str:
 def protocol(place: str) -> str:
     """Of a URL; empty for a path."""
     return place.partition("://")[0] if "://" in place else ""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file on disk or behind a URL.
+
+    Attributes:
+        place: a path or a URL.
+        size: bytes.
+        stamp: what its store tells of its version: an ETag, or when it was last changed; empty where it tells nothing.
+    """
+
+    place: str
+    size: int
+    stamp: str
+
+    @property
+    def state(self) -> str:
+        """What changes when the file does."""
+        return f"{self.size} {self.stamp}"
+
+
+def short_name(place: str) -> str:
+    """The last part of a path or URL, without a query, which may hold secrets."""
+    return (place.partition("?")[0] if protocol(place) else place).rpartition("/")[2]
+
+
+def named_files(patterns: Sequence[str], *, key: str) -> list[str]:
+    """The files that paths and URLs name, with ``{000..012}``, ``{a,b}``, ``*``, ``[a-z]``, and in paths ``?``.
+
+    Args:
+        key: the setting, for messages.
+
+    Returns:
+        absolute paths, and URLs; those without ``*`` or ``[a-z]`` need not exist.
+
+    Raises:
+        UserError: no file is named, one is named twice, or a pattern fits none.
+    """
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    places: list[str] = []
+    for pattern in patterns:
+        try:
+            named = list(braceexpand(pattern))
+        except UnbalancedBracesError:
+            raise UserError(f"{key}: '{pattern}': a brace has no partner") from None
+        for name in named:
+            magic = r"[*[]" if protocol(name) else r"[*?[]"  # in a URL, ? begins the query
+            found = _matching(name, key) if re.search(magic, name) else [name]
+            places += [place if protocol(place) else os.path.abspath(place) for place in found]
+    if not places:
+        raise UserError(f"{key}: names no file; give {key}=…")
+    if len(set(places)) < len(places):
+        twice = next(place for place in places if places.count(place) > 1)
+        raise UserError(f"{key}: '{twice}' is named twice; name each file once")
+    return places
+
+
+def _matching(pattern: str, key: str) -> list[str]:
+    system = file_system(pattern)
+    try:
+        found = sorted(system.unstrip_protocol(path) for path in system.glob(pattern))
+    except reading_errors(pattern) as error:
+        raise UserError(f"{key}: '{pattern}': {reason(error)}") from None
+    if not found:
+        raise UserError(f"{key}: no file is named like '{pattern}'")
+    return [place.removeprefix("file://") for place in found]
+
+
+def stored_files(places: Sequence[str], *, key: str, kind: str) -> list[StoredFile]:
+    """Looks files up; servers are asked for many at once.
+
+    Args:
+        key: the setting, for messages.
+        kind: what files are expected, and their ending, for messages: ``tar``.
+
+    Raises:
+        UserError: one is missing, is a folder, or its size is not told.
+    """
+
+    def look_up(place: str) -> StoredFile:
+        system = file_system(place)
+        try:
+            about = system.info(place)
+        except reading_errors(place) as error:
+            raise UserError(f"{key}: '{place}': {reason(error)}") from None
+        if about["type"] != "file":
+            raise UserError(
+                f"{key}: '{place}' is a folder; name {kind} files, such as '{place}/*.{kind.lower()}'"
+            )
+        if about["size"] is None:
+            raise UserError(
+                f"{key}: '{place}': its server does not tell its size; download it first"
+            )
+        stamps = (about.get(name) for name in ("ETag", "Last-Modified", "LastModified", "mtime"))
+        return StoredFile(place, about["size"], str(next(filter(None, stamps), "")))
+
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(look_up, places))
 
 
 def read_ranges(places: Sequence[str], offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
@@ -61,11 +171,14 @@ def read_ranges(places: Sequence[str], offsets: Sequence[int], sizes: Sequence[i
     for wait in (*_WAITS, None):
         for kind in {protocol(places[i]) for i in missing}:
             own = [i for i in missing if protocol(places[i]) == kind]
+            # Of the Hub's files, fsspec would read on by 5 MB after each part.
+            unbuffered = {"cache_type": "none"} if kind == "hf" else {}
             parts = file_system(places[own[0]]).cat_ranges(
                 [places[i] for i in own],
                 [offsets[i] for i in own],
                 [offsets[i] + sizes[i] for i in own],
                 on_error="return",
+                **unbuffered,
             )
             for i, part in zip(own, parts, strict=True):
                 contents[i] = part

@@ -89,9 +89,9 @@ class ImageSource(ABC):
     """Whether training may mirror an image left to right."""
     name: str
     """A few words for logs and cards."""
-    block_size: int | None = None
-    """Images that lie together where one can only be had with the others; training then draws from a few
-    blocks at a time. None: any order costs the same."""
+    block_size: int | tuple[int, ...] | None = None
+    """Images that lie together where one can only be had with the others, or the number of each block's, in
+    order; training then draws from a few blocks at a time. None: any order costs the same."""
     is_cheap: bool = False
     """Whether loading costs less than handing batches from process to process: then no worker helps."""
 
@@ -103,6 +103,11 @@ class ImageSource(ABC):
     def identity(self) -> str:
         """What the images are, for caches: two sources of one identity load the same."""
         return self.name
+
+    @property
+    def file_states(self) -> dict[str, str]:
+        """Of the files that a resumed run has to find as it left them, by name; empty: nobody looks."""
+        return {}
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -9,7 +9,6 @@ import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +16,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from semtok.data.remote import file_system, protocol, reading_errors, reason
+from semtok.data.remote import StoredFile, file_system, reading_errors, reason
 from semtok.data.stored import announce
 from semtok.errors import UserError
 from semtok.storage import DAMAGE, cache_folder, first_line, new_file
@@ -29,75 +28,7 @@ _METADATA = re.compile(r"__[^/]*__($|/)")  # members that WebDataset keeps for i
 _LAYOUT = "1"  # of the kept files
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A tar file.
-
-    Attributes:
-        place: a path or a URL.
-        state: what changes when the file does.
-    """
-
-    place: str
-    state: str
-
-
-def find_shards(patterns: Sequence[str], *, key: str) -> list[Shard]:
-    """The tar files that paths and URLs name, with ``{000..012}``, ``{a,b}``, ``*``, ``[a-z]``, and in paths ``?``.
-
-    Args:
-        key: the setting, for messages.
-
-    Raises:
-        UserError: no file is named, one is missing or named twice, or a pattern fits none.
-    """
-    from braceexpand import UnbalancedBracesError, braceexpand
-
-    places: list[str] = []
-    for pattern in patterns:
-        try:
-            named = list(braceexpand(pattern))
-        except UnbalancedBracesError:
-            raise UserError(f"{key}: '{pattern}': a brace has no partner") from None
-        for name in named:
-            magic = r"[*[]" if protocol(name) else r"[*?[]"  # in a URL, ? begins the query
-            found = _matching(name, key) if re.search(magic, name) else [name]
-            places += [place if protocol(place) else os.path.abspath(place) for place in found]
-    if not places:
-        raise UserError(f"{key}: names no file; give {key}=…")
-    if len(set(places)) < len(places):
-        twice = next(place for place in places if places.count(place) > 1)
-        raise UserError(f"{key}: '{twice}' is named twice; name each file once")
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(lambda place: _shard(place, key), places))
-
-
-def _matching(pattern: str, key: str) -> list[str]:
-    system = file_system(pattern)
-    try:
-        found = sorted(system.unstrip_protocol(path) for path in system.glob(pattern))
-    except reading_errors(pattern) as error:
-        raise UserError(f"{key}: '{pattern}': {reason(error)}") from None
-    if not found:
-        raise UserError(f"{key}: no file is named like '{pattern}'")
-    return [place.removeprefix("file://") for place in found]
-
-
-def _shard(place: str, key: str) -> Shard:
-    system = file_system(place)
-    try:
-        about = system.info(place)
-    except reading_errors(place) as error:
-        raise UserError(f"{key}: '{place}': {reason(error)}") from None
-    if about["type"] != "file":
-        raise UserError(f"{key}: '{place}' is a folder; name tar files, such as '{place}/*.tar'")
-    if about["size"] is None:
-        raise UserError(f"{key}: '{place}': its server does not tell its size; download it first")
-    stamps = (about.get(name) for name in ("ETag", "Last-Modified", "LastModified", "mtime"))
-    return Shard(place, f"{about['size']} {next(filter(None, stamps), '')}")
-
-
-def index_shards(shards: Sequence[Shard], image_key: str | None) -> list[np.ndarray]:
+def index_shards(shards: Sequence[StoredFile], image_key: str | None) -> list[np.ndarray]:
     """Where the images of each shard lie; shards that were indexed before are not read again.
 
     Several processes that start together share the work, as each begins with other shards and leaves out what it
@@ -138,7 +69,7 @@ def index_shards(shards: Sequence[Shard], image_key: str | None) -> list[np.ndar
     return [_kept(file, shard, image_key) for file, shard in zip(files, shards, strict=True)]
 
 
-def _kept_at(shard: Shard, image_key: str | None) -> Path:
+def _kept_at(shard: StoredFile, image_key: str | None) -> Path:
     key = "\n".join((_LAYOUT, shard.place, shard.state, image_key or ""))
     return cache_folder("tars") / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npy"
 
@@ -148,7 +79,7 @@ def _write(index: np.ndarray, file: Path) -> None:
         np.save(temporary, index)
 
 
-def _kept(file: Path, shard: Shard, image_key: str | None) -> np.ndarray:
+def _kept(file: Path, shard: StoredFile, image_key: str | None) -> np.ndarray:
     try:
         return np.load(file, allow_pickle=False)
     except DAMAGE:  # made anew
@@ -160,7 +91,7 @@ def _kept(file: Path, shard: Shard, image_key: str | None) -> np.ndarray:
 # One tar file -------------------------------------------------------------------------------------
 
 
-def _index(shard: Shard, image_key: str | None) -> np.ndarray:
+def _index(shard: StoredFile, image_key: str | None) -> np.ndarray:
     rows = []
     system = file_system(shard.place)
     reading = {"block_size": _READ_AHEAD, "cache_type": "readahead"}

@@ -11,9 +11,9 @@ from numpy.lib.recfunctions import append_fields
 
 from semtok.data.attributes import ImageAttributes, read_attributes
 from semtok.data.labels import UNLABELLED, Labels, number_classes
-from semtok.data.remote import protocol, read_ranges
+from semtok.data.remote import StoredFile, named_files, read_ranges, short_name, stored_files
 from semtok.data.stored import StoredConfig, StoredImages, split_rows
-from semtok.data.tar_index import Shard, find_shards, index_shards
+from semtok.data.tar_index import index_shards
 from semtok.errors import UserError
 from semtok.extras import need
 
@@ -49,7 +49,7 @@ class Tars(StoredImages):
 
     def __init__(
         self,
-        shards: Sequence[Shard],
+        shards: Sequence[StoredFile],
         table: np.ndarray,
         rows: np.ndarray,
         labels: torch.Tensor,
@@ -88,10 +88,10 @@ class Tars(StoredImages):
                 have labels and others have none, or a table of attributes does not fit.
         """
         need("webdataset", "webdataset", extra="data", place="data.kind: tars ")
-        train = find_shards(_listed(config.path), key="data.path")
+        train = _found(config.path, "data.path")
         validation = []
         if config.validation is not None:
-            validation = find_shards(_listed(config.validation), key="data.validation")
+            validation = _found(config.validation, "data.validation")
         both = {shard.place for shard in train} & {shard.place for shard in validation}
         if both:
             raise UserError(
@@ -148,10 +148,13 @@ def _listed(patterns: str | tuple[str, ...]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else patterns
 
 
+def _found(patterns: str | tuple[str, ...], key: str) -> list[StoredFile]:
+    return stored_files(named_files(_listed(patterns), key=key), key=key, kind="tar")
+
+
 def _title(patterns: str | tuple[str, ...]) -> str:
     first, *others = _listed(patterns)
-    name = (first.partition("?")[0] if protocol(first) else first).rpartition("/")[2]
-    return f"{name} and {len(others)} more" if others else name
+    return f"{short_name(first)} and {len(others)} more" if others else short_name(first)
 
 
 def _classes(
