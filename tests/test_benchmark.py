@@ -15,7 +15,13 @@ from semtok.commands.benchmarks import caching
 from semtok.commands.benchmarks.memory import estimate_memory
 from semtok.commands.benchmarks.plain import PlainREGLUEStep, PlainSiT
 from semtok.commands.benchmarks.synthetic import PUBLISHED, SyntheticLatents
-from semtok.commands.benchmarks.training import dit_forward_flops, make_objective, make_trainer
+from semtok.commands.benchmarks.timing import counted_flops
+from semtok.commands.benchmarks.training import (
+    dit_forward_flops,
+    dit_step,
+    make_objective,
+    make_trainer,
+)
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import build_objective
 from semtok.diffusion.dit import DiT, DiTArchitecture
@@ -112,6 +118,20 @@ def test_operations_are_those_of_the_paper():
     assert dit_forward_flops(network, 2) == pytest.approx(2 * 2 * 23.01e9, rel=0.02)
 
 
+def test_operations_of_a_step_are_those_that_it_takes(tmp_path):
+    """Counted by formula for a transformer with REPA's projector, and as it happens for samplers."""
+    step, flops = dit_step("repa", "SiT-S/8", 1, [], tmp_path)
+    assert flops == pytest.approx(counted_flops(step), rel=0.03)
+    file = tmp_path / "x.json"
+    words = ["sampling", "--network", "SiT-S/8", "--batch-size", 1, "--rounds", 1]
+    guided = "sampler.guidance={scale: 2, interval: [0.5, 1]}"
+    sides = ["sampler.steps=2", "--against", "sampler.steps=2", guided]
+    assert bench(*words, *sides, "--output", file) == 0
+    rows = json.loads(file.read_text())["rows"]
+    taken = [row["GFLOP/s"] * row["ms"] for row in rows]
+    assert taken[1] == pytest.approx(1.5 * taken[0], rel=1e-3), "3 forwards against 2"
+
+
 def test_memory_adds_up_and_falls_with_checkpointing():
     def estimate(batch: int, **changes: Any):
         settings = {"precision": "bf16", "checkpointing": False} | changes
@@ -187,8 +207,11 @@ def test_random_weights_stand_in_for_those_that_would_be_fetched(tmp_path):
         (["dit", "--rounds", "0"], "--rounds must be at least 1"),
         (["dit", "a=1", "--against", "a=1"], "the same settings on both sides"),
         (["dit", "train.nope=1"], "train.nope"),
-        (["reglue", "--network", "SiT-S/8"], "--network SiT-S/8: the published step has a token"),
+        (["reglue", "--network", "SiT-S/8"], "--network SiT-S/8: the published step is of a SiT"),
         (["tokenizer", "none.yaml"], "none.yaml: no such file"),
+        (["reglue", "train.batch_size=2"], "train.batch_size: not here"),
+        (["dit", "data.size=32"], "data.size: not here"),
+        (["memory", "--output", "."], "--output .: not a file that can be written"),
     ],
 )
 def test_wrong_words_are_one_line(capsys, words, message):

@@ -1,6 +1,7 @@
 """Cached latents: what they hold, that training on them is the same, and what happens to a bad one."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from file_server import file_server
 from semtok import Tokenizer, UserError
 from semtok.commands import cache_latents, train_dit
 from semtok.commands.cli import run
-from semtok.commands.latents import pays
+from semtok.commands.latents import pays, warn_of_other_images
 from semtok.data.latent_cache import CachedLatents, open_latent_cache
 from semtok.data.loading import BLOCKS_AT_A_TIME, DataOrder
 from semtok.data.remote_shards import RemoteShards
 from semtok.data.shapes import Shapes, ShapesConfig
-from semtok.data.shards import Shards
+from semtok.data.shards import Shards, shard_checksum
 from semtok.data.sources import open_sources
 from semtok.images import to_pixels
 from semtok.recipe import parse_data, parse_diffusion_recipe
@@ -322,6 +323,96 @@ def test_a_cache_behind_a_url_is_fetched_shard_by_shard(place, cache, tmp_path, 
             RemoteShards(f"{url}/train", "test").labels([(5, False)])
         with pytest.raises(UserError, match=r"data.cache: http://.*latents.json: no such file"):
             opened(place, f"{url}/nothing")
+
+
+def test_local_copies_are_those_of_the_store_as_it_is(place, cache, tmp_path, monkeypatch):
+    """The store is written again, a copy is damaged, and earlier runs left copies."""
+    monkeypatch.setenv("SEMTOK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("semtok.data.remote._WAITS", (0.0,))
+    other = tmp_path / "other"
+    shutil.copytree(cache, other)
+    shard = other / "train" / "shard-000000.safetensors"
+    flip_a_bit(shard)
+    index = json.loads((other / "train" / "index.json").read_text())
+    index["shards"][0]["checksum"] = shard_checksum(shard)
+    (other / "train" / "index.json").write_text(json.dumps(index))
+
+    def files(folder: Path) -> dict[str, bytes]:
+        inside = (p for p in folder.rglob("*") if p.is_file())
+        return {f"/c/{p.relative_to(folder)}": p.read_bytes() for p in inside}
+
+    with file_server(files(cache)) as server:
+        url = f"{server.address}/c/train"
+        server.fails = 1
+        first = RemoteShards(url, "test")
+        before = first.rows([(0, False), (4, False)])
+        assert server.fails == 0, "it asked again"
+        server.files.update(files(other))
+        RemoteShards(url, "test").rows([(0, False), (4, False)])
+        assert (first.local / shard.name).read_bytes() == shard.read_bytes()
+        flip_a_bit(first.local / "shard-000001.safetensors")
+        mended = RemoteShards(url, "test").rows([(4, False)])
+        assert all(torch.equal(mended[name], before[name][1:]) for name in mended)
+        RemoteShards(url, "test", kept=1).rows([(8, False)])
+        assert [p.name for p in first.local.iterdir()] == ["shard-000002.safetensors"]
+
+
+def test_a_cache_is_of_the_images_that_are_at_hand(place, cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    relative = [word.replace(str(place) + "/", "") for word in words(place)]
+    tokenizer = Tokenizer.from_pretrained(place / "tokenizer")
+    open_latent_cache(cache, tokenizer, data=parse_data(relative, place="test"))
+    images = [tmp_path / f"{n}.tar" for n in ("a-000", "b-000")]
+    for image in images:
+        image.touch()
+    written = str(tmp_path / "a-{000..001}.tar")
+    copied = tmp_path / "cache"
+    shutil.copytree(cache, copied)
+    about = json.loads((copied / "latents.json").read_text())
+
+    def open_tars(pattern: str) -> None:
+        made = parse_data(["kind=tars", "size=16", f"path={tmp_path / pattern}"], place="test")
+        about["data"] = made.model_dump(mode="json", exclude={"cache", "num_workers", "streaming"})
+        about["data"]["path"] = written
+        (copied / "latents.json").write_text(json.dumps(about))
+        open_latent_cache(copied, tokenizer, data=made)
+
+    for pattern in ("b-{000..001}.tar", "b-*.tar"):
+        with pytest.raises(UserError, match="holds latents of other images"):
+            open_tars(pattern)
+    images[1].unlink()
+    open_tars("b-*.tar")  # none is there to be other
+
+    cached, _ = opened(place, cache)
+    settings = parse_data(words(place), place="test")
+    warn_of_other_images(cached, settings)
+    assert not capsys.readouterr().out
+    changed = next((place / "images/train").rglob("*.png"))
+    state = changed.stat()
+    os.utime(changed, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    try:
+        warn_of_other_images(cached, settings)
+    finally:
+        os.utime(changed, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert "were changed, or copied" in capsys.readouterr().out
+
+
+def test_a_part_of_a_cache_that_is_removed_is_computed_again(place, cache, tmp_path, capsys):
+    """As the message of a damaged one says."""
+    copied = tmp_path / "cache"
+    shutil.copytree(cache, copied)
+    index = json.loads((copied / "train/index.json").read_text())
+    lost = index["shards"].pop()
+    (copied / "train/index.json").write_text(json.dumps(index))
+    assert command("--verify", copied) == 2
+    error = capsys.readouterr().err
+    assert "names 2 shards instead of 3" in error and "remove it, and it is computed" in error
+    shutil.rmtree(copied / "train")
+    assert command("--verify", copied) == 2 and "goes on" in capsys.readouterr().err
+    train_dit.train_dit(recipe(place, cache=str(copied)), tmp_path / "run")
+    index = json.loads((copied / "train/index.json").read_text())
+    assert command("--verify", copied) == 0 and sum(e["bytes"] for e in index["shards"])
+    assert lost["file"] == "shard-000002.safetensors"
 
 
 @pytest.mark.parametrize(("num_images", "block"), [(100, 4), (1000, 7), (5, 8), (130, 1)])

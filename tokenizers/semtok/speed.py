@@ -1,7 +1,7 @@
 """How networks are computed: in which floating-point numbers, and by which compiler."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -26,10 +26,21 @@ def allow_tf32(precision: Precision) -> None:
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """Automatic mixed precision where ``precision`` means it."""
+@contextmanager
+def computing(device: torch.device, precision: Precision | None) -> Iterator[None]:
+    """Within this context networks compute in this precision; what comes after, as before. None: as it is."""
+    if precision is None:
+        yield
+        return
+    matmul, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     dtype = autocast_dtype(precision)
-    return torch.autocast(device.type, dtype) if dtype is not None else nullcontext()
+    allow_tf32(precision)
+    try:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def compile_networks(networks: Iterable[nn.Module], compiler: Compiler) -> None:

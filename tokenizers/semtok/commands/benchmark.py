@@ -25,6 +25,7 @@ from semtok.commands.benchmarks.timing import (
 from semtok.commands.benchmarks.training import dit_step, tokenizer_step
 from semtok.commands.benchmarks.tricks import tricks
 from semtok.commands.cli import Parser
+from semtok.commands.evaluation.options import check_output
 from semtok.commands.table import print_table
 from semtok.diffusion.dit import PRESETS
 from semtok.errors import UserError
@@ -120,6 +121,7 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("batch_size", "rounds", "num_images", "num_encoded"):
         if getattr(args, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    check_output(args)
     with tempfile.TemporaryDirectory() as folder:
         figures = args.command(args, Path(folder))
     figures |= {
@@ -201,8 +203,8 @@ def _tricks(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         compiler=args.compiler,
         folder=folder,
     ):
-        gains = [a / b for a, b in zip(trick.without, trick.within, strict=True)]
-        ms = [1e3 * statistics.median(seconds) for seconds in (trick.without, trick.within)]
+        gains = [a / b for a, b in zip(trick.without, trick.with_it, strict=True)]
+        ms = [1e3 * statistics.median(seconds) for seconds in (trick.without, trick.with_it)]
         gain = {"gain": statistics.median(gains), "least": min(gains), "most": max(gains)}
         measured.append({"trick": trick.name, "without_ms": ms[0], "with_ms": ms[1], **gain})
     columns = ["trick", "without, ms", "with, ms", "times as fast", "in rounds"]
@@ -248,17 +250,18 @@ def _memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def _report(title: str, timings: list[Timing], *, matmul: bool = True) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak = peak_memory(device)  # before the matrix products, which need some too
     precisions = {timing.precision for timing in timings} if matmul else set()
     rates = {precision: matmul_rate(device, precision) for precision in sorted(precisions)}
     rows = [timing.row(rates) for timing in timings]
     columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     shown = [tuple(_shown(name, row[name]) for name in columns) for row in rows]
     print_table(title, shown, columns)
-    figures: dict[str, Any] = {"title": title, "rows": rows, "peak_memory_gb": peak_memory(device)}
+    figures: dict[str, Any] = {"title": title, "rows": rows, "peak_memory_gb": peak}
     figures["matmul_gflops"] = {name: rate / 1e9 for name, rate in rates.items()}
     for name, rate in figures["matmul_gflops"].items():
         print(f"matrix product in {name}: {rate:.0f} GFLOP/s")
-    print(f"peak memory: {figures['peak_memory_gb']:.1f} GB")
+    print(f"peak memory of all of this: {figures['peak_memory_gb']:.1f} GB")
     if len(timings) == 2 and matmul:
         figures["ratio"] = ratio(*timings)
         print(figures["ratio"])

@@ -16,7 +16,7 @@ from semtok.commands.stage import errors_at
 from semtok.commands.table import print_table
 from semtok.commands.train_tokenizer import tokenizer_from_reference
 from semtok.config import apply_overrides, parse
-from semtok.data.latent_cache import CachedLatents, ensure_latent_cache
+from semtok.data.latent_cache import CachedLatents, ensure_latent_cache, is_latent_cache
 from semtok.data.shards import Shards
 from semtok.data.sources import open_sources
 from semtok.errors import UserError
@@ -58,6 +58,10 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     args = _parser().parse_args(arguments)
     if args.verify is not None:
+        if args.verify.is_dir() and not is_latent_cache(str(args.verify)):
+            raise UserError(
+                f"--verify: {args.verify} holds no finished cache; the command that began it goes on"
+            )
         for name in ("train", "validation"):
             Shards(args.verify / name, "--verify").verify()
         print(f"{args.verify}: every shard is as it was written")

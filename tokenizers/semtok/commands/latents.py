@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from semtok.data.folder import FolderConfig
 from semtok.data.latent_cache import (
     CachedLatents,
     ensure_latent_cache,
@@ -14,6 +15,7 @@ from semtok.data.latent_cache import (
     is_latent_cache,
 )
 from semtok.data.source import DataConfig, ImageSource
+from semtok.data.sources import open_sources
 from semtok.diffusion.objective import DiffusionObjective
 from semtok.errors import UserError
 from semtok.recipe import DiffusionRecipe
@@ -27,6 +29,22 @@ def stored_latents(data: DataConfig) -> str | None:
     """The finished cache that the settings name, which makes the images themselves unnecessary."""
     named = data.cache not in ("auto", "none")
     return data.cache if named and is_latent_cache(data.cache) else None
+
+
+def warn_of_other_images(cached: CachedLatents, data: DataConfig) -> None:
+    """Says so where a folder of images is not as it was when its latents were computed."""
+    if not isinstance(data, FolderConfig) or not Path(data.path).is_dir():
+        return
+    try:
+        identity = open_sources(data)[0].identity
+    except UserError:  # the images are not needed
+        return
+    if identity != cached.shards.about.get("source"):
+        print(
+            f"warning: the images in {data.path} were changed, or copied, since {data.cache} was computed; "
+            "training sees what the cache holds",
+            flush=True,
+        )
 
 
 def check_targets(

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 
 from semtok.commands.cli import Parser
-from semtok.commands.latents import cached_latents, check_targets, stored_latents
+from semtok.commands.latents import (
+    cached_latents,
+    check_targets,
+    stored_latents,
+    warn_of_other_images,
+)
 from semtok.commands.run_folder import claim_run_folder, run_folder
 from semtok.commands.stage import (
     add_run_options,
@@ -93,6 +98,8 @@ def train_dit(
         sources = cached_latents(recipe, images, objective, accelerator) or images
     if accelerator.is_main_process:
         _warn_of_size(tokenizer, recipe)
+        if stored is not None:
+            warn_of_other_images(sources[0], recipe.data)
     trainer = start_trainer(
         objective,
         recipe,

@@ -6,7 +6,9 @@ teacher saw, its tokens in eight bits. Mirrored images have rows of their own. A
 held-out images' latents, so that a finished cache trains without any image at hand.
 """
 
+import glob
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from semtok.data.remote_shards import RemoteShards, is_url, read_remote_json
-from semtok.data.shards import Compute, Shards, ensure_shards
+from semtok.data.shards import INDEX, Compute, Shards, ensure_shards
 from semtok.data.source import DataConfig, ImageBatch, ImageSource, Key
 from semtok.errors import UserError
 from semtok.images import to_pixels
@@ -152,7 +154,8 @@ def ensure_latent_cache(
 
 def is_latent_cache(place: str) -> bool:
     """Whether a folder holds a finished cache; of a URL it is taken for granted."""
-    return is_url(place) or (Path(place) / _ABOUT).is_file()
+    files = (_ABOUT, f"{_TRAIN}/{INDEX}", f"{_VALIDATION}/{INDEX}")
+    return is_url(place) or all((Path(place) / file).is_file() for file in files)
 
 
 def open_latent_cache(
@@ -179,14 +182,31 @@ def open_latent_cache(
         raise UserError(
             f"{_PLACE}: {place} holds latents of another tokenizer; choose another folder"
         )
+    if not isinstance(about, dict) or not isinstance(about.get("data"), dict):
+        raise UserError(
+            f"{_PLACE}: {place}/{_ABOUT} is damaged; remove it, and it is written again"
+        )
     for key, value in _data_about(data).items():
         # Where the images are not at hand, their path means nothing.
-        if about["data"].get(key) != value and (key != "path" or Path(str(value)).exists()):
+        if not _same_setting(about["data"].get(key), value) and (key != "path" or _at_hand(value)):
             raise UserError(
                 f"{_PLACE}: {place} holds latents of other images (data.{key}: {about['data'].get(key)}, "
                 f"here {value}); choose another folder"
             )
     return CachedLatents(train, about), CachedLatents(validation, about)
+
+
+def _same_setting(ours: Any, theirs: Any) -> bool:
+    """A path may be written in several ways."""
+    both = isinstance(ours, str) and isinstance(theirs, str) and Path(theirs).exists()
+    return ours == theirs or (both and Path(ours).resolve() == Path(theirs).resolve())
+
+
+def _at_hand(path: Any) -> bool:
+    """Whether images are where a setting says: a path, a URL, a pattern with ``*``, ``?`` or braces, or several."""
+    if not isinstance(path, str):
+        return any(map(_at_hand, path or ()))
+    return is_url(path) or bool(glob.glob(re.sub(r"\{[^}]*\}", "*", path)))
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -4,14 +4,15 @@ import importlib.util
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from semtok.errors import UserError
 from semtok.storage import first_line
 
+T = TypeVar("T")
 _WAITS = (1.0, 5.0, 25.0)  # seconds before a server is asked again
 
 
@@ -153,6 +154,26 @@ def stored_files(places: Sequence[str], *, key: str, kind: str) -> list[StoredFi
 
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(look_up, places))
+
+
+def answered(ask: Callable[[], T], url: str, *, place: str) -> T:
+    """What a store answers; it is asked again where it does not.
+
+    Args:
+        ask: for something at the URL.
+        place: starts the message.
+
+    Raises:
+        UserError: there is nothing, or no answer.
+    """
+    for wait in (*_WAITS, None):
+        try:
+            return ask()
+        except reading_errors(url) as error:
+            if wait is None or isinstance(error, FileNotFoundError):
+                raise UserError(f"{place}: {reason(error)}") from None
+        time.sleep(wait)
+    raise AssertionError("the last turn answers or raises")
 
 
 def read_ranges(places: Sequence[str], offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:

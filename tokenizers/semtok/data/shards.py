@@ -27,7 +27,7 @@ from semtok.data.source import ImageBatch, ImageSource, Key
 from semtok.errors import UserError
 from semtok.storage import DAMAGE, first_line, new_file, read_json, write_json, write_tensors
 
-_INDEX, _PLAN = "index.json", "plan.json"
+INDEX, _PLAN = "index.json", "plan.json"
 _LABELS, _MIRRORED = "labels", "mirrored."
 _FORMAT_VERSION = 1
 _HASHED_ON_OPENING = 1 << 30
@@ -50,7 +50,7 @@ class Shards:
 
     def __init__(self, folder: Path, place: str) -> None:
         self.folder = folder
-        self._place = f"{place}: {folder}"
+        self._place = f"{place}: {self._named()}"
         try:
             self.index = self._read_index()
             if self.index["format_version"] > _FORMAT_VERSION:
@@ -60,16 +60,24 @@ class Shards:
             self.num_images = int(self.index["num_images"])
             self.skipped = {int(i): name for i, name in self.index["skipped"].items()}
             self.entries: list[dict[str, Any]] = self.index["shards"]
+            num_shards = math.ceil(self.num_images / self.shard_size)
+            if len(self.entries) != num_shards:
+                raise ValueError(
+                    f"{INDEX} names {len(self.entries)} shards instead of {num_shards}"
+                )
             self._open_all()
         except UserError as error:
             raise UserError(self._damaged(error)) from None
-        except (*DAMAGE, TypeError, AttributeError) as error:
+        except (*DAMAGE, TypeError, AttributeError, ZeroDivisionError) as error:
             raise UserError(self._damaged(error)) from None
         if sum(entry["bytes"] for entry in self.entries) <= _HASHED_ON_OPENING:
             self.verify()
 
+    def _named(self) -> str:
+        return str(self.folder)
+
     def _read_index(self) -> Any:
-        return read_json(self.folder / _INDEX)
+        return read_json(self.folder / INDEX)
 
     def _open_all(self) -> None:
         for entry in self.entries:
@@ -165,7 +173,7 @@ def ensure_shards(
         UserError: the folder holds something else, or the disk has too little room.
     """
     wanted = {**about, "num_images": len(source), "flip": source.flip}
-    if not (folder / _INDEX).is_file():
+    if not (folder / INDEX).is_file():
         try:
             writer = _Writer(source, folder, compute, wanted, batch_size, shard_size)
             writer.claim(what, place, accelerator)
@@ -256,7 +264,7 @@ class _Writer:
                 "shards": sorted(everywhere, key=lambda entry: entry["file"]),
                 "skipped": skipped,
             }
-            write_json(self.folder / _INDEX, index)
+            write_json(self.folder / INDEX, index)
         accelerator.wait_for_everyone()
 
     def _write_shard(self, number: int, file: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from semtok.latents import Latents, LatentSpec
 from semtok.pictures import principal_components, rows_of_images
 from semtok.references import locate_export
 from semtok.registry import papers_of
-from semtok.speed import Compiler, Precision, allow_tf32, autocast, compile_networks
+from semtok.speed import Compiler, Precision, compile_networks, computing
 from semtok.storage import (
     DAMAGE,
     first_line,
@@ -73,7 +73,7 @@ class Generator(PushToHub, nn.Module):
         self.class_names, self.image_size = tuple(class_names), image_size
         self.training_info = training_info or {}
         self.schedule = config.schedule
-        self._precision: Precision = "fp32"
+        self._precision: Precision | None = None  # as the surroundings have it
 
     def speed_up(self, *, precision: Precision = "fp32", compile: Compiler = "none") -> "Generator":
         """Makes sampling faster from here on; images then differ by rounding.
@@ -83,7 +83,6 @@ class Generator(PushToHub, nn.Module):
             compile: torch.compile's backend for the transformer's blocks, or ``none``. The first images of
                 each batch size wait for it.
         """
-        allow_tf32(precision)
         self._precision = precision
         compile_networks(self.network.blocks, compile)
         return self
@@ -157,7 +156,7 @@ class Generator(PushToHub, nn.Module):
             self._check_weak(weak)
         else:
             check_guidance(self.config, sampler or self.sampler, self.network.spec)
-        with autocast(self.device, self._precision):
+        with computing(self.device, self._precision):
             return sample_latents(
                 self.network,
                 SampleNoise(seed, range(first, first + len(numbers)), self.device),

@@ -75,6 +75,7 @@ class Trainer:
         self.objective, self.config, self.folder = objective, config, folder
         self.accelerator, self.device = accelerator, accelerator.device
         self.source, self.validation, self.num_workers = source, validation, num_workers
+        self.log: RunLog | None = None  # while it runs
         self.tracked = tracked
         self.share = BatchSlice(
             config.batch_size,
@@ -306,9 +307,8 @@ class Trainer:
         """What a source loaded, on the device, and what the objective makes of it."""
         for name in set(images.skipped) - self.skipped:
             self.skipped.add(name)
-            self.log.say(
-                f"warning: {name} can't be read as an image; another image takes its place"
-            )
+            say = self.log.say if self.log is not None else print
+            say(f"warning: {name} can't be read as an image; another image takes its place")
         batch = on_device(images, self.device)
         return batch, self.objective.prepare(batch)
 

@@ -68,13 +68,14 @@ def cache_rates(num_images: int, folder: Path) -> tuple[Timing, Timing, float]:
     )
     written = Timing("writing, models aside", [time.perf_counter() - start], num_images)
     seen = {"image_size": source.image_size, "class_names": source.class_names, "name": "blank"}
-    cached, steps = CachedLatents(shards, seen), num_images // _BATCH
+    size = min(_BATCH, num_images)
+    cached, steps = CachedLatents(shards, seen), num_images // size
     seconds = []
     for epoch in range(3):
         batches = training_batches(
             cached,
-            DataOrder(num_images, _BATCH, epoch, False),
-            BatchSlice(_BATCH, 1, 0, 1),
+            DataOrder(num_images, size, epoch, False),
+            BatchSlice(size, 1, 0, 1),
             first_step=0,
             last_step=steps,
             num_workers=0,
@@ -84,7 +85,7 @@ def cache_rates(num_images: int, folder: Path) -> tuple[Timing, Timing, float]:
         for _ in batches:
             pass
         seconds.append(time.perf_counter() - start)
-    read = Timing("reading, shuffled", seconds, steps * _BATCH)
+    read = Timing("reading, shuffled", seconds, steps * size)
     return written, read, shards.bytes_per_image
 
 

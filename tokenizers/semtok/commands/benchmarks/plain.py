@@ -12,7 +12,7 @@ from semtok.latents import Posterior
 from semtok.methods.reglue import REGLUETokenizer
 from semtok.nets.transformer import sincos_positions
 from semtok.objective import Draws
-from semtok.speed import Precision, allow_tf32, autocast
+from semtok.speed import Precision, allow_tf32, computing
 
 
 class PlainSiT(nn.Module):
@@ -162,9 +162,9 @@ class PlainREGLUEStep:
             posterior: of the texture, standardised.
             labels: int64 (B,).
         """
-        allow_tf32("tf32")
-        with autocast(self.device, self.precision):
+        with computing(self.device, self.precision):
             losses = self._losses(pixels, posterior, labels)
+        allow_tf32("tf32")  # as the script; the backward pass is outside of autocast
         weights = {"texture": 1.0, "semantic": 1.0, "global": 0.03, "alignment": 0.5}
         total = sum(weights[name] * loss for name, loss in losses.items())
         self.optimiser.zero_grad()

@@ -18,7 +18,7 @@ from semtok.commands.benchmarks.timing import (
     time_in_turns,
     wait_for,
 )
-from semtok.commands.benchmarks.training import TRAIN, make_objective, make_trainer
+from semtok.commands.benchmarks.training import TRAIN, make_objective, make_trainer, refuse_sizes
 from semtok.config import apply_overrides
 from semtok.data.latent_cache import CachedLatents, ensure_latent_cache
 from semtok.data.loading import DataOrder
@@ -71,9 +71,10 @@ def reglue_steps(
     Raises:
         UserError: a network whose tokens are not the teacher's, which the published step can't train.
     """
-    if architecture(network).patch_size != 2:
+    refuse_sizes(overrides)
+    if not network.startswith("SiT") or architecture(network).patch_size != 2:
         raise UserError(
-            f"--network {network}: the published step has a token for each of the teacher's, patch 2"
+            f"--network {network}: the published step is of a SiT with a token for each of the teacher's: SiT-…/2"
         )
     torch.manual_seed(0)
     num_images = 2 * batch_size

@@ -6,13 +6,12 @@ import torch
 from pydantic import Field
 
 from semtok.commands.benchmarks.synthetic import PUBLISHED
-from semtok.commands.benchmarks.timing import Step, Timing, time_in_turns, wait_for
-from semtok.commands.benchmarks.training import dit_forward_flops
+from semtok.commands.benchmarks.timing import Step, Timing, counted_flops, time_in_turns, wait_for
 from semtok.config import Config, apply_overrides, parse
 from semtok.diffusion.dit import DiT, architecture
 from semtok.diffusion.sampling import SampleNoise, SamplerConfig, sample_latents
 from semtok.diffusion.transport import Schedule
-from semtok.speed import Compiler, Precision, allow_tf32, autocast, compile_networks
+from semtok.speed import Compiler, Precision, compile_networks, computing
 
 
 class Side(Config):
@@ -29,12 +28,12 @@ def sampling(
     """Times each side's settings (``sampler.steps=… precision=… compile=…``) on one network with random weights."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps: dict[str, Step] = {}
-    made: dict[str, tuple[Side, float | None]] = {}
+    made: dict[str, tuple[Side, float]] = {}
     for name, words in sides.items():
         content = apply_overrides(Side().model_dump(mode="json"), words)
         side = parse(Side, content, "benchmark")
-        steps[name], flops = _draw(kind, network, batch_size, side, device)
-        made[name] = (side, flops)
+        steps[name] = _draw(kind, network, batch_size, side, device)
+        made[name] = (side, counted_flops(steps[name]))
     seconds = time_in_turns(steps, rounds)
     return [
         Timing(name, seconds[name], batch_size, flops=flops, precision=side.precision)
@@ -42,10 +41,8 @@ def sampling(
     ]
 
 
-def _draw(
-    kind: str, network: str, batch_size: int, side: Side, device: torch.device
-) -> tuple[Step, float | None]:
-    """Draws a batch; with the FLOPs of it, where they are known before."""
+def _draw(kind: str, network: str, batch_size: int, side: Side, device: torch.device) -> Step:
+    """Draws a batch."""
     published = PUBLISHED[kind]
     leads: dict[str, Any] = dict.fromkeys(published.spec.names, 0.0)
     schedule = Schedule.from_leads(leads | dict(published.diffusion.get("leads", {})))
@@ -57,14 +54,9 @@ def _draw(
     grid = published.spec.shape("texture", (256, 256))[1:]
 
     def draw() -> None:
-        allow_tf32(side.precision)
         noise = SampleNoise(0, range(batch_size), device)
-        with autocast(device, side.precision):
+        with computing(device, side.precision):
             sample_latents(model, noise, labels, grid, side.sampler, schedule=schedule)
         wait_for(device)
 
-    if side.sampler.method != "euler":
-        return draw, None
-    guided = any(side.sampler.guidance.scale_of(part) != 1 for part in published.spec.names)
-    forwards = side.sampler.steps * (2 if guided else 1)
-    return draw, forwards * dit_forward_flops(model, batch_size)
+    return draw

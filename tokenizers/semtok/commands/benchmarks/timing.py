@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from semtok.speed import Precision, allow_tf32, autocast_dtype
+from semtok.speed import Precision, allow_tf32, autocast_dtype, computing
 from semtok.training.loop import Trainer
 
 Step = Callable[[], None]
@@ -85,16 +85,16 @@ def ratio(slow: Timing, fast: Timing) -> str:
 def matmul_rate(device: torch.device, precision: Precision) -> float:
     """FLOP/s of a square matrix product in this precision, the most that this machine gives."""
     dtype = autocast_dtype(precision) or torch.float32
-    allow_tf32(precision)
     size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     seconds: list[float] = []
     # The first product sets things up; a CPU without bfloat16 may take many seconds for it.
-    while len(seconds) < 2 or len(seconds) < 20 and sum(seconds) < 1:
-        start = time.perf_counter()
-        torch.mm(a, b)
-        wait_for(device)
-        seconds.append(time.perf_counter() - start)
+    with computing(device, precision):
+        while len(seconds) < 2 or len(seconds) < 20 and sum(seconds) < 1:
+            start = time.perf_counter()
+            torch.mm(a, b)
+            wait_for(device)
+            seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
 
 
@@ -135,13 +135,18 @@ class TrainerStep:
 
     @property
     def precision(self) -> Precision:
+        """Of its matrix products."""
         return self.trainer.config.precision
 
     def __call__(self) -> None:
+        self.take()
+        wait_for(self.trainer.device)
+
+    def take(self) -> None:
+        """A step, for which the device is not waited."""
         self.waits.append(0.0)
         allow_tf32(self.precision)
         self.trainer.train_step(self._batches)
-        wait_for(self.trainer.device)
 
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:

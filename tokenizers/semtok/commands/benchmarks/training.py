@@ -1,10 +1,12 @@
 """Steps of every stage of training, as its own loop does them."""
 
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from semtok.commands.benchmarks.random_inputs import RandomImages, random_weights
 from semtok.commands.benchmarks.synthetic import PUBLISHED, SpecTokenizer, SyntheticLatents
@@ -15,6 +17,7 @@ from semtok.data.source import ImageSource
 from semtok.data.sources import open_sources
 from semtok.diffusion.dit import DiT
 from semtok.diffusion.objective import DiffusionObjective
+from semtok.errors import UserError
 from semtok.objective import Objective
 from semtok.recipe import load_recipe, parse_diffusion_recipe
 from semtok.references import DEMO
@@ -43,6 +46,7 @@ def dit_step(
         overrides: of the recipe: ``train.compile=inductor``, ``diffusion.checkpointing=true`` and so on.
         folder: where a run would lie.
     """
+    refuse_sizes(overrides)
     published = PUBLISHED[kind]
     content = apply_overrides(
         {
@@ -59,8 +63,23 @@ def dit_step(
         recipe, SpecTokenizer(published.spec), source, published.target_width
     )
     step = TrainerStep(make_trainer(objective, recipe.train, source, folder))
-    flops = 3 * dit_forward_flops(objective.averaged_module(), recipe.train.batch_size)
-    return step, flops
+    player = objective.players["dit"]
+    forward = dit_forward_flops(player.network, batch_size)
+    if player.projector is not None:
+        forward += _projector_flops(player.projector, player.network, batch_size)
+    return step, 3 * forward
+
+
+def refuse_sizes(overrides: list[str]) -> None:
+    """Raises UserError for settings that are options of the benchmark, or that it needs."""
+    for word in overrides:
+        key = word.partition("=")[0]
+        if key in ("train.batch_size", "train.steps", "diffusion.network") or key.startswith(
+            "data"
+        ):
+            raise UserError(
+                f"{key}: not here; sizes are --network, --batch-size and those of --latents"
+            )
 
 
 def tokenizer_step(
@@ -85,7 +104,7 @@ def tokenizer_step(
 def dit_forward_flops(network: DiT, batch_size: int) -> float:
     """Of the network's forward pass on 256x256 images, counted without computing it."""
     device = torch.device("meta")
-    copy = DiT(
+    empty = DiT(
         network.config,
         network.spec,
         num_classes=network.num_classes,
@@ -101,12 +120,26 @@ def dit_forward_flops(network: DiT, batch_size: int) -> float:
     }
     times = {part.name: torch.empty(batch_size, device=device) for part in spec.parts}
     labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    return forward_flops(copy, x, times, labels)
+    return forward_flops(empty, x, times, labels)
+
+
+def _projector_flops(projector: nn.Module, network: DiT, batch_size: int) -> float:
+    """Of REPA's head on all tokens."""
+    device = torch.device("meta")
+    rows, columns = network.spec.shape("texture", (256, 256))[1:]
+    tokens = rows * columns // network.config.patch_size**2 + len(network.vectors)
+    x = torch.empty(batch_size, tokens, network.config.width, device=device)
+    return forward_flops(copy.deepcopy(projector).to(device), x)
 
 
 def make_objective(
     recipe: Any, tokenizer: Tokenizer, source: ImageSource, width: int | None
 ) -> DiffusionObjective:
+    """The objective of a recipe, from its seed, on a source that holds latents.
+
+    Args:
+        width: D of REPA's targets that the source holds; None: it holds none.
+    """
     torch.manual_seed(recipe.train.seed)
     return DiffusionObjective(
         recipe.diffusion,
@@ -121,6 +154,7 @@ def make_objective(
 def make_trainer(
     objective: Objective, config: TrainConfig, source: ImageSource, folder: Path
 ) -> Trainer:
+    """A trainer whose steps are taken one by one."""
     return Trainer(
         objective,
         config,

@@ -15,10 +15,11 @@ from semtok.commands.benchmarks.training import dit_step
 from semtok.diffusion.dit import DiT, architecture
 from semtok.diffusion.guidance import guided_velocity
 from semtok.nets.autoencoder import PRESETS, build_autoencoder
-from semtok.speed import Compiler, Precision, autocast, compile_networks
+from semtok.speed import Compiler, Precision, compile_networks, computing
 from semtok.training.ema import ModelEMA
 
-_AUTOENCODER_SIZE = 64  # pixels along a side; gains at 256 are much the same, at 16 times the work
+_AUTOENCODER_SIZE = 64  # pixels along a side; at 256 it is 16 times the work
+_STEPS = 3  # of training without waiting
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Trick:
 
     name: str
     without: list[float]
-    within: list[float]
+    with_it: list[float]
 
 
 def tricks(
@@ -55,9 +56,9 @@ def tricks(
         f"prediction: blocks compiled by {compiler}": made.compiled_prediction,
         "autoencoder, forward and backward: channels last": made.channels_last,
     }.items():
-        without, within = pair()
-        seconds = time_in_turns({"without": without, "within": within}, rounds)
-        yield Trick(name, seconds["without"], seconds["within"])
+        without, with_it = pair()
+        seconds = time_in_turns({"without": without, "with": with_it}, rounds)
+        yield Trick(name, seconds["without"], seconds["with"])
 
 
 class _Work:
@@ -72,16 +73,21 @@ class _Work:
         self.spec = PUBLISHED["reglue"].spec
 
     def optimiser(self) -> tuple[Step, Step]:
+        """Steps of AdamW on all parameters."""
+
         def step(fused: bool) -> Step:
             network = self._dit()
             for parameter in network.parameters():
                 parameter.grad = torch.full_like(parameter, 1e-3)
-            made = torch.optim.AdamW(network.parameters(), lr=1e-4, foreach=False, fused=fused)
+            # Without: what PyTorch takes by itself, a loop on a CPU and foreach on a GPU.
+            made = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=fused or None)
             return self._waiting(made.step)
 
         return step(False), step(True)
 
     def average(self) -> tuple[Step, Step]:
+        """Updates of the moving average of all parameters."""
+
         network = self._dit()
         follower, copied = ModelEMA(network, 0.9999), copy.deepcopy(network)
 
@@ -93,6 +99,8 @@ class _Work:
         return self._waiting(one_by_one), self._waiting(lambda: follower.update(network))
 
     def attention(self) -> tuple[Step, Step]:
+        """Attention of all heads of a block."""
+
         config = architecture(self.network)
         tokens = self.spec.shape("texture", (256, 256))[1] ** 2 // config.patch_size**2 + 1
         shape = (3, self.batch_size, config.heads, tokens, config.width // config.heads)
@@ -103,7 +111,7 @@ class _Work:
 
         def step(attend: object) -> Step:
             def run() -> None:
-                with autocast(self.device, self.precision):
+                with computing(self.device, self.precision):
                     out = attend(*(qkv.bfloat16() if self.precision == "bf16" else qkv).unbind(0))
                 out.sum().backward()
                 qkv.grad = None
@@ -113,25 +121,37 @@ class _Work:
         return step(explicit), step(F.scaled_dot_product_attention)
 
     def compiled_step(self) -> tuple[Step, Step]:
+        """Whole training steps."""
+
         return self._training(), self._training(f"train.compile={self.compiler}")
 
     def losses_stay(self) -> tuple[Step, Step]:
-        stays, reads = self._training(), self._training()
+        """Several steps, and the device is waited for at the end alone, as between two lines of a log."""
 
-        def read() -> None:
-            reads()
-            reads.trainer.metrics.read(lambda values: values)
+        def steps(read: bool) -> Step:
+            made = self._training()
 
-        return read, stays
+            def run() -> None:
+                for _ in range(_STEPS):
+                    made.take()
+                    if read:
+                        made.trainer.metrics.read(lambda values: values)
+                made.trainer.metrics.clear()
+
+            return self._waiting(run)
+
+        return steps(True), steps(False)
 
     def guidance(self) -> tuple[Step, Step]:
+        """Guided predictions of the velocity."""
+
         network = self._dit().eval()
         x, times, labels = self._noised()
         null = torch.full_like(labels, network.num_classes)
 
         @torch.no_grad()
         def one_by_one() -> None:
-            with autocast(self.device, self.precision):
+            with computing(self.device, self.precision):
                 base = network(x, times, null).velocity
                 own = network(x, times, labels).velocity
             for name in x:
@@ -139,12 +159,14 @@ class _Work:
 
         @torch.no_grad()
         def together() -> None:
-            with autocast(self.device, self.precision):
+            with computing(self.device, self.precision):
                 guided_velocity(network, x, times, labels, dict.fromkeys(x, 2.0))
 
         return self._waiting(one_by_one), self._waiting(together)
 
     def compiled_prediction(self) -> tuple[Step, Step]:
+        """Predictions of the velocity, as sampling makes them."""
+
         def step(compiler: Compiler) -> Step:
             network = self._dit().eval()
             compile_networks(network.blocks, compiler)
@@ -152,7 +174,7 @@ class _Work:
 
             @torch.no_grad()
             def run() -> None:
-                with autocast(self.device, self.precision):
+                with computing(self.device, self.precision):
                     network(*noised)
 
             return self._waiting(run)
@@ -160,6 +182,8 @@ class _Work:
         return step("none"), step(self.compiler)
 
     def channels_last(self) -> tuple[Step, Step]:
+        """SD's autoencoder on small images."""
+
         size = (self.batch_size, 3, _AUTOENCODER_SIZE, _AUTOENCODER_SIZE)
         pixels = torch.randn(size, device=self.device)
 
@@ -168,7 +192,7 @@ class _Work:
             network = build_autoencoder(PRESETS["f8d4"]).to(self.device, memory_format=layout)
 
             def run() -> None:
-                with autocast(self.device, self.precision):
+                with computing(self.device, self.precision):
                     mean = network.encode(pixels).latent_dist.mean
                     image = network.decode(mean).sample
                 image.float().square().mean().backward()
