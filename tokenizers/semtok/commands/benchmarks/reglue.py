@@ -77,21 +77,9 @@ def reglue_steps(
             f"--network {network}: the published step is of a SiT with a token for each of the teacher's: SiT-…/2"
         )
     torch.manual_seed(0)
-    num_images = 2 * batch_size
-    config = ShapesConfig(kind="shapes", size=_SIZE, num_images=num_images, num_validation_images=1)
-    images = Shapes(config, train=True)
     tokenizer = random_reglue(folder)
     recipe = _recipe(network, batch_size, overrides)
-    accelerator = Accelerator()
-    cached, _ = ensure_latent_cache(
-        (images, images),
-        tokenizer,
-        folder / "cache",
-        data=config,
-        targets=tokenizer.teacher,
-        accelerator=accelerator,
-        batch_size=batch_size,
-    )
+    images, cached = _images_and_latents(2 * batch_size, tokenizer, folder / "cache")
     objective = make_objective(recipe, tokenizer, cached, cached.target_width)
     player = objective.players["dit"]
     trainer = make_trainer(objective, recipe.train, cached, folder)
@@ -108,7 +96,7 @@ def reglue_steps(
         curves.append(trainer.metrics.read(lambda values: values))
         trainer.metrics.clear()
 
-    steps = {"ours": ours, "plain": _plain_step(plain, images, cached)}
+    steps = {"ours": ours, "plain": _plain_step(plain, batch_size, images, cached)}
     flops = {name: counted_flops(taken) for name, taken in steps.items()}
     seconds = time_in_turns(steps, rounds)
     return Paired(
@@ -129,6 +117,22 @@ def reglue_steps(
         ),
         _differences(curves, plain.losses),
     )
+
+
+def _images_and_latents(
+    num_images: int, tokenizer: REGLUETokenizer, folder: Path
+) -> tuple[Shapes, CachedLatents]:
+    config = ShapesConfig(kind="shapes", size=_SIZE, num_images=num_images, num_validation_images=1)
+    images = Shapes(config, train=True)
+    cached, _ = ensure_latent_cache(
+        (images, images),
+        tokenizer,
+        folder,
+        data=config,
+        targets=tokenizer.teacher,
+        accelerator=Accelerator(),
+    )
+    return images, cached
 
 
 def _recipe(network: str, batch_size: int, overrides: list[str]) -> DiffusionRecipe[Any]:
@@ -168,7 +172,9 @@ def random_reglue(folder: Path) -> REGLUETokenizer:
     return tokenizer.eval().requires_grad_(False)
 
 
-def _plain_step(plain: PlainREGLUEStep, images: Shapes, cached: CachedLatents) -> Step:
+def _plain_step(
+    plain: PlainREGLUEStep, batch_size: int, images: Shapes, cached: CachedLatents
+) -> Step:
     """Takes image latents from disk and images from memory, and makes a step of them.
 
     The published loader's processes decode images while the step runs; that none of it counts here is for its good.
@@ -176,7 +182,7 @@ def _plain_step(plain: PlainREGLUEStep, images: Shapes, cached: CachedLatents) -
     decoded = images.load(range(len(images))).images
 
     def step() -> None:
-        order = DataOrder(len(images), cached_batch(plain, cached), plain.seed, False)
+        order = DataOrder(len(images), batch_size, plain.seed, False)
         keys = order.keys(plain.step)
         batch = cached.load_keys(keys)
         assert batch.latents is not None
@@ -191,11 +197,6 @@ def _plain_step(plain: PlainREGLUEStep, images: Shapes, cached: CachedLatents) -
         wait_for(plain.device)
 
     return step
-
-
-def cached_batch(plain: PlainREGLUEStep, cached: CachedLatents) -> int:
-    """Images of a step: the set is twice as many."""
-    return len(cached) // 2
 
 
 def _differences(ours: list[dict[str, float]], plain: list[dict[str, float]]) -> dict[str, float]:
