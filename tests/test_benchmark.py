@@ -22,6 +22,7 @@ from semtok.commands.benchmarks.training import (
     make_objective,
     make_trainer,
 )
+from semtok.commands.benchmarks.tricks import _Work
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import build_objective
 from semtok.diffusion.dit import DiT, DiTArchitecture
@@ -186,6 +187,12 @@ def test_every_trick_is_measured_without_and_with(tmp_path, monkeypatch):
     rows = json.loads(file.read_text())["rows"]
     assert len({row["trick"] for row in rows}) == 8
     assert all(row["gain"] == pytest.approx(row["without_ms"] / row["with_ms"]) for row in rows)
+
+
+def test_only_one_side_of_the_compiled_step_is_compiled(tmp_path):
+    steps = _Work("SiT-S/8", 1, "fp32", "aot_eager", tmp_path).compiled_step()
+    blocks = [step.trainer.objective.averaged_module().blocks for step in steps]
+    assert [own[0]._compiled_call_impl is not None for own in blocks] == [False, True]
 
 
 def test_random_weights_stand_in_for_those_that_would_be_fetched(tmp_path):

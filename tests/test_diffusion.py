@@ -13,7 +13,7 @@ from PIL import Image
 
 import tiny
 from semtok import Generator, Tokenizer, UserError
-from semtok.commands import sample, train_dit
+from semtok.commands import evaluate, sample, train_dit
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.diffusion.config import DiffusionConfig, REPAConfig
@@ -339,6 +339,18 @@ def test_how_images_are_computed_is_asked_for_by_options(model, tmp_path):
         for n in ("plain", "fast")
     )
     assert plain.shape == fast.shape and np.abs(plain - fast).mean() < 3
+
+
+def test_every_command_that_draws_hands_these_options_on(model, tmp_path, monkeypatch, capsys):
+    def refuse(generator: Generator, *, precision: str, compile: str) -> Generator:
+        raise UserError(f"asked for {precision} and {compile}")
+
+    monkeypatch.setattr(Generator, "speed_up", refuse)
+    options = ["--precision", "bf16", "--compile", "aot_eager"]
+    assert draw(model, tmp_path / "x.png", *options) == 2
+    assert run(evaluate.main, ["classes", "--model", str(model), *options]) == 2
+    assert run(evaluate.main, ["generation", "--model", str(model), *options]) == 2
+    assert capsys.readouterr().err.count("asked for bf16 and aot_eager") == 3
 
 
 def test_a_grid_a_folder_and_an_archive_hold_the_same_images(model, tmp_path):

@@ -20,10 +20,6 @@ import tiny
 from semtok import Tokenizer
 from semtok.commands import sample, train_dit, train_tokenizer
 from semtok.commands.cli import run
-from semtok.data.sources import open_sources
-from semtok.recipe import parse_recipe
-from semtok.training.loop import Trainer
-from semtok.training.process import make_accelerator
 
 METHODS = {
     "send_vae_gan": {
@@ -113,21 +109,7 @@ def test_two_processes_measure_the_features_of_all_and_share_a_cache(tmp_path):
 
 def test_the_two_processes_hold_equal_weights(tmp_path):
     def check() -> int:
-        method, folder = METHODS["send_vae_gan"], tmp_path / "run"
-        recipe = parse_recipe(tiny.content(method, steps=3), "tiny")
-        accelerator = make_accelerator(recipe.train, folder)
-        folder.mkdir(exist_ok=True)
-        train, held_out = open_sources(recipe.data)
-        trainer = Trainer(
-            tiny.build(method),
-            recipe.train,
-            accelerator=accelerator,
-            folder=folder,
-            source=train,
-            validation=held_out,
-            num_workers=0,
-            tracked={},
-        )
+        trainer = tiny.trainer(tmp_path / "run", METHODS["send_vae_gan"], steps=3)
         trainer.run()
         flat = torch.cat([p.detach().flatten() for p in trainer.objective.players.parameters()])
         both = [torch.empty_like(flat) for _ in range(2)]

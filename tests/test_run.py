@@ -17,32 +17,13 @@ import tiny
 from semtok import Tokenizer, UserError
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import main, train_tokenizer
-from semtok.data.sources import open_sources
 from semtok.errors import NonFiniteLoss
 from semtok.objective import Draws
 from semtok.recipe import load_recipe, parse_recipe, recipe_text
 from semtok.training.config import TrainConfig
 from semtok.training.ema import ModelEMA
-from semtok.training.loop import Trainer
-from semtok.training.process import make_accelerator
 
 GAN = {"perceptual": "teacher", "adversarial": tiny.ADVERSARIAL}
-
-
-def trainer(folder: Path, method: dict | None = None, **settings) -> Trainer:
-    recipe = parse_recipe(tiny.content(method, **settings), "tiny")
-    folder.mkdir(exist_ok=True)
-    train, held_out = open_sources(recipe.data)
-    return Trainer(
-        tiny.build(method, **settings),
-        recipe.train,
-        accelerator=make_accelerator(recipe.train, folder),
-        folder=folder,
-        source=train,
-        validation=held_out,
-        num_workers=0,
-        tracked={},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +109,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_term_and_keeps_the_ch
                 output.terms["kl"].value.mul_(float("nan"))
             return output
 
-    spoiled = trainer(tmp_path / "run", {"name": "vae"}, steps=20, checkpoint_every=2, log_every=4)
+    spoiled = tiny.trainer(
+        tmp_path / "run", {"name": "vae"}, steps=20, checkpoint_every=2, log_every=4
+    )
     spoiled.players["autoencoder"] = Spoiled(spoiled.players["autoencoder"])
     with pytest.raises(
         NonFiniteLoss,
@@ -177,7 +160,7 @@ def test_bf16_trains(tmp_path):
 
 def test_float32_is_exact_unless_tf32_is_asked_for(tmp_path):
     for precision, allowed in (("fp32", False), ("tf32", True), ("fp32", False)):
-        made = trainer(tmp_path / precision, GAN, precision=precision)
+        made = tiny.trainer(tmp_path / precision, GAN, precision=precision)
         assert (torch.get_float32_matmul_precision() == "high") == allowed
         assert torch.backends.cudnn.allow_tf32 == allowed
         assert made.accelerator.mixed_precision == "no"
@@ -200,7 +183,7 @@ def test_compiled_training_has_the_same_names_and_the_same_losses(tmp_path):
 
 
 def test_compile_reaches_every_trained_network(tmp_path):
-    compiled = trainer(tmp_path / "run", GAN, compile="aot_eager")
+    compiled = tiny.trainer(tmp_path / "run", GAN, compile="aot_eager")
     player = compiled.objective.players["autoencoder"]
     networks = [player.autoencoder.encoder, player.autoencoder.decoder, player.mapper]
     networks.append(compiled.objective.players["discriminator"].discriminator)
@@ -225,17 +208,17 @@ def test_the_learning_rate_warms_up_and_follows_its_cosine():
 
 def test_the_learning_rate_in_the_recipe_is_the_one_used(tmp_path):
     settings = {"schedule": "constant", "warmup_steps": 0, "batch_size": 8, "accumulate": 2}
-    used = trainer(tmp_path / "run", {"name": "vae"}, **settings)
+    used = tiny.trainer(tmp_path / "run", {"name": "vae"}, **settings)
     assert used.optimisers["autoencoder"].param_groups[0]["lr"] == 1e-3
     own = {"optimiser": {"learning_rate": 5e-5, "betas": [0.5, 0.9]}}
-    gan = trainer(tmp_path / "gan", {"adversarial": {**tiny.ADVERSARIAL, **own}}, **settings)
+    gan = tiny.trainer(tmp_path / "gan", {"adversarial": {**tiny.ADVERSARIAL, **own}}, **settings)
     group = gan.optimisers["discriminator"].param_groups[0]
     assert group["lr"] == 5e-5 and tuple(group["betas"]) == (0.5, 0.9)
     assert gan.optimisers["autoencoder"].param_groups[0]["lr"] == 1e-3
 
 
 def test_clipping_bounds_the_gradient(tmp_path):
-    clipped = trainer(tmp_path / "run", {"name": "vae"}, clip_norm=1e-3)
+    clipped = tiny.trainer(tmp_path / "run", {"name": "vae"}, clip_norm=1e-3)
     seen = []
     optimiser = clipped.optimisers["autoencoder"]
     step = optimiser.step
@@ -308,7 +291,7 @@ def test_no_step_reads_from_the_device_between_logs(tmp_path, monkeypatch):
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, spy)
-    quiet = trainer(tmp_path / "run", GAN, steps=8, log_every=8)
+    quiet = tiny.trainer(tmp_path / "run", GAN, steps=8, log_every=8)
     batches = quiet._batches()
     ready = [next(batches) for _ in range(4)]  # the data's order is made on the host
     reads.clear()
@@ -321,7 +304,7 @@ def test_no_step_reads_from_the_device_between_logs(tmp_path, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_ten_steps_on_a_gpu_without_synchronisation(tmp_path):
     settings = {"steps": 12, "log_every": 12, "checkpoint_every": 12, "sample_every": 12}
-    quiet = trainer(tmp_path / "run", GAN, **settings)
+    quiet = tiny.trainer(tmp_path / "run", GAN, **settings)
     batches = quiet._batches()
     for _ in range(2):
         quiet.train_step(batches)
@@ -463,23 +446,11 @@ def test_a_loss_scale_changes_no_gradient_of_any_player(tmp_path):
     """fp16's gradient scaler, on the CPU: scaling by a power of two and back is exact."""
     weights = []
     for scaled in (False, True):
-        recipe = parse_recipe(tiny.content({"adversarial": tiny.ADVERSARIAL}, steps=3), "tiny")
-        folder = tmp_path / str(scaled)
-        folder.mkdir()
-        accelerator = make_accelerator(recipe.train, folder)
-        if scaled:
-            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        train, held_out = open_sources(recipe.data)
-        torch.manual_seed(0)
-        trainer = Trainer(
-            tiny.build({"adversarial": tiny.ADVERSARIAL}),
-            recipe.train,
-            accelerator=accelerator,
-            folder=folder,
-            source=train,
-            validation=held_out,
-            num_workers=0,
-            tracked={},
+        trainer = tiny.trainer(
+            tmp_path / str(scaled),
+            {"adversarial": tiny.ADVERSARIAL},
+            scaler=torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None,
+            steps=3,
         )
         trainer.run()
         assert trainer.objective.players.keys() == {"autoencoder", "discriminator"}

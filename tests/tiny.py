@@ -10,11 +10,13 @@ import torch
 from semtok import Tokenizer
 from semtok.commands.train_tokenizer import build_objective, statistics_batches
 from semtok.data.shapes import Shapes, ShapesConfig
+from semtok.data.sources import open_sources
 from semtok.diffusion.dit import DiT
 from semtok.images import to_pixels
 from semtok.objective import Draws, TokenizerObjective
 from semtok.recipe import parse_recipe
-from semtok.training.loop import on_device
+from semtok.training.loop import Trainer, on_device
+from semtok.training.process import make_accelerator
 
 AUTOENCODER = {
     "block_channels": [8, 8, 16],
@@ -70,6 +72,36 @@ def content(method: dict[str, Any] | None = None, **train: Any) -> dict[str, Any
 def build(method: dict[str, Any] | None = None, **train: Any) -> TokenizerObjective:
     """The objective of ``content(method)``, freshly initialised."""
     return build_objective(parse_recipe(content(method, **train), "tiny"), place="tiny")
+
+
+def trainer(
+    folder: Path,
+    method: dict[str, Any] | None = None,
+    *,
+    scaler: torch.amp.GradScaler | None = None,
+    **settings: Any,
+) -> Trainer:
+    """A trainer of a tiny recipe, in a folder that is made for it.
+
+    Args:
+        scaler: of the gradients.
+    """
+    recipe = parse_recipe(content(method, **settings), "tiny")
+    folder.mkdir(exist_ok=True)
+    train, held_out = open_sources(recipe.data)
+    accelerator = make_accelerator(recipe.train, folder)
+    if scaler is not None:
+        accelerator.scaler = scaler
+    return Trainer(
+        build(method, **settings),
+        recipe.train,
+        accelerator=accelerator,
+        folder=folder,
+        source=train,
+        validation=held_out,
+        num_workers=0,
+        tracked={},
+    )
 
 
 def measured(method: dict[str, Any], texture: Tokenizer | None = None) -> Tokenizer:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from semtok.commands.benchmarks.synthetic import PUBLISHED
+from semtok.commands.benchmarks.synthetic import PUBLISHED, transformer_inputs
 from semtok.diffusion.dit import DiT, architecture, rotary_table, time_frequencies
 from semtok.nets.transformer import silu_mlp, sincos_positions
 
@@ -58,7 +58,7 @@ def _estimate(
     kind: str, network: str, batch_size: int, precision: str, checkpointing: bool
 ) -> MemoryEstimate:
     published = PUBLISHED[kind]
-    spec, size = published.spec, (256, 256)
+    spec = published.spec
     with FakeTensorMode():
         leads = published.diffusion.get("leads")
         timed = ("semantic", "texture") if leads else ()
@@ -69,13 +69,7 @@ def _estimate(
         head = silu_mlp(model.config.width, 2048, width) if width is not None else None
         if head is not None:
             parameters += sum(p.numel() for p in head.parameters())
-        grid = spec.shape("texture", size)[1:]
-        x = {
-            part.name: torch.empty(batch_size, part.channels, *(grid if part.is_spatial else ()))
-            for part in spec.parts
-        }
-        times = {part.name: torch.empty(batch_size) for part in spec.parts}
-        labels = torch.zeros(batch_size, dtype=torch.int64)
+        x, times, labels = transformer_inputs(spec, batch_size)
         own = {id(p.untyped_storage()) for p in model.parameters()}
         kept: dict[int, tuple[int, object]] = {}
 

@@ -50,6 +50,21 @@ PUBLISHED = {
 }
 
 
+def transformer_inputs(
+    spec: LatentSpec, batch_size: int, device: torch.device | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Noise, times and labels of 256x256 images, as a transformer of these latents takes them."""
+    grid = spec.shape("texture", (256, 256))[1:]
+    x = {
+        part.name: torch.randn(
+            batch_size, part.channels, *(grid if part.is_spatial else ()), device=device
+        )
+        for part in spec.parts
+    }
+    time = torch.full((batch_size,), 0.5, device=device)
+    return x, dict.fromkeys(x, time), torch.zeros(batch_size, dtype=torch.int64, device=device)
+
+
 class SpecTokenizer(Tokenizer):
     """A tokenizer that says what its latents look like, and has none."""
 

@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from semtok.commands.benchmarks.random_inputs import RandomImages, random_weights
-from semtok.commands.benchmarks.synthetic import PUBLISHED, SpecTokenizer, SyntheticLatents
+from semtok.commands.benchmarks.synthetic import (
+    PUBLISHED,
+    SpecTokenizer,
+    SyntheticLatents,
+    transformer_inputs,
+)
 from semtok.commands.benchmarks.timing import TrainerStep, counted_flops, forward_flops
 from semtok.commands.train_tokenizer import build_objective
 from semtok.config import apply_overrides
@@ -110,17 +115,7 @@ def dit_forward_flops(network: DiT, batch_size: int) -> float:
         num_classes=network.num_classes,
         timed_parts=network.timed_parts,
     ).to(device)
-    spec, size = network.spec, (256, 256)
-    grid = spec.shape("texture", size)[1:]
-    x = {
-        part.name: torch.empty(
-            batch_size, part.channels, *(grid if part.is_spatial else ()), device=device
-        )
-        for part in spec.parts
-    }
-    times = {part.name: torch.empty(batch_size, device=device) for part in spec.parts}
-    labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    return forward_flops(empty, x, times, labels)
+    return forward_flops(empty, *transformer_inputs(network.spec, batch_size, device))
 
 
 def _projector_flops(projector: nn.Module, network: DiT, batch_size: int) -> float:

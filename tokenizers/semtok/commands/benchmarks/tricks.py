@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from semtok.commands.benchmarks.synthetic import PUBLISHED
+from semtok.commands.benchmarks.synthetic import PUBLISHED, transformer_inputs
 from semtok.commands.benchmarks.timing import Step, TrainerStep, time_in_turns, wait_for
 from semtok.commands.benchmarks.training import dit_step
 from semtok.diffusion.dit import DiT, architecture
@@ -216,19 +216,7 @@ class _Work:
         return DiT(architecture(self.network), self.spec, num_classes=1000).to(self.device)
 
     def _noised(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        grid = self.spec.shape("texture", (256, 256))[1:]
-        x = {
-            part.name: torch.randn(
-                self.batch_size,
-                part.channels,
-                *(grid if part.is_spatial else ()),
-                device=self.device,
-            )
-            for part in self.spec.parts
-        }
-        time = torch.full((self.batch_size,), 0.5, device=self.device)
-        labels = torch.arange(self.batch_size, device=self.device) % 1000
-        return x, dict.fromkeys(x, time), labels
+        return transformer_inputs(self.spec, self.batch_size, self.device)
 
     def _training(self, *words: str) -> TrainerStep:
         settings = [f"train.precision={self.precision}", *words]
