@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from semtok.data.loading import BatchSlice, DataOrder, training_batches
+from semtok.data.order import BatchSlice, DataOrder, training_batches
 from semtok.data.source import ImageSource
 
 

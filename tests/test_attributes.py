@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from semtok import UserError
-from semtok.data.attributes import read_attributes
-from semtok.data.folder import Folder, FolderConfig
-from semtok.data.loading import BatchSlice, DataOrder, training_batches
+from semtok.data.images.attributes import read_attributes
+from semtok.data.images.folder import Folder, FolderConfig
+from semtok.data.order import BatchSlice, DataOrder, training_batches
 
 
 def pictures(root: Path, *names: str) -> list[tuple[Path, int]]:

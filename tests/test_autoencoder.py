@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from semtok import UserError
-from semtok.nets.autoencoder import PRESETS, autoencoder_stride, build_autoencoder, load_autoencoder
+from semtok.methods.vae import PRESETS, autoencoder_stride, build_autoencoder, load_autoencoder
 
 
 @pytest.mark.parametrize(

@@ -9,27 +9,27 @@ import torch
 import yaml
 
 import tiny
-from semtok import Tokenizer
-from semtok.commands import benchmark
-from semtok.commands.benchmarks import caching
-from semtok.commands.benchmarks.memory import estimate_memory
-from semtok.commands.benchmarks.plain import PlainREGLUEStep, PlainSiT
-from semtok.commands.benchmarks.synthetic import PUBLISHED, SyntheticLatents
-from semtok.commands.benchmarks.timing import counted_flops
-from semtok.commands.benchmarks.training import (
+from benchmarks import caching
+from benchmarks import command as benchmark
+from benchmarks.memory import estimate_memory
+from benchmarks.plain import PlainREGLUEStep, PlainSiT
+from benchmarks.synthetic import PUBLISHED, SyntheticLatents
+from benchmarks.timing import counted_flops
+from benchmarks.training import (
     dit_forward_flops,
     dit_step,
     make_objective,
     make_trainer,
 )
-from semtok.commands.benchmarks.tricks import _Work
+from benchmarks.tricks import _Work
+from semtok import Tokenizer
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import build_objective
-from semtok.diffusion.dit import DiT, DiTArchitecture
 from semtok.images import to_pixels
-from semtok.latents import Latents, Posterior
-from semtok.nets.autoencoder import PRESETS
+from semtok.methods.vae import PRESETS
 from semtok.recipe import parse_diffusion_recipe, parse_recipe
+from semtok.sampler.dit import DiT, DiTArchitecture
+from semtok.sampler.latents import Latents, Posterior
 
 SHAPE = DiTArchitecture(depth=2, width=24, heads=2, patch_size=2)
 
@@ -84,16 +84,16 @@ def test_the_published_step_has_the_librarys_losses(tmp_path):
     content["train"] |= {"schedule": "constant", "warmup_steps": 0}
     content["train"]["optimiser"] = {"learning_rate": 1e-4}
     recipe = parse_diffusion_recipe(content | {"tokenizer": "t"}, "tiny")
-    from semtok.data.sources import open_sources
+    from semtok.data.images.kinds import open_sources
 
     images, _ = open_sources(recipe.data)
     objective = make_objective(recipe, tokenizer, images, None)
     perturbed(objective.averaged_module())
     trainer = make_trainer(objective, recipe.train, images, tmp_path)
-    player = objective.players["dit"]
-    plain = PlainREGLUEStep(PlainSiT(player.network, player.projector, 1), tokenizer, seed=0)
+    learner = objective.learners["dit"]
+    plain = PlainREGLUEStep(PlainSiT(learner.network, learner.projector, 1), tokenizer, seed=0)
     batches = [images.load(range(4 * i, 4 * i + 4)) for i in range(3)]
-    objective.players.train()
+    objective.learners.train()
     for batch in batches:
         trainer.train_step(iter([batch]))
         ours = trainer.metrics.read(lambda values: values)

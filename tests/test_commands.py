@@ -1,6 +1,7 @@
 """The probe, and the commands around it."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+import semtok_cli
 import tiny
-from semtok.commands import cli, evaluate, train_teacher
+from demo_models import train_teacher
+from semtok.commands import cli, evaluate
 from semtok.commands.train_tokenizer import train_tokenizer
-from semtok.data.shapes import ATTRIBUTES, Shapes, ShapesConfig
+from semtok.data.images.shapes import ATTRIBUTES, Shapes, ShapesConfig
 from semtok.evaluation.probe import LatentTable, latent_table, probe
 from semtok.recipe import parse_recipe
 from semtok.teachers import DEMO_FILE, Teacher, TeacherConfig
@@ -97,13 +100,24 @@ def test_the_teachers_command_trains_and_writes_weights_that_load(tmp_path, caps
 
 def test_the_commands_list_themselves(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["semtok", "help"])
-    assert cli.main() == 0
+    assert semtok_cli.main() == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in cli.COMMANDS)
+    assert all(name in shown for name in semtok_cli.COMMANDS)
     monkeypatch.setattr(sys, "argv", ["semtok", "nothing"])
-    assert cli.main() == 2
+    assert semtok_cli.main() == 2
 
 
-def test_every_launcher_belongs_to_a_command():
+def test_every_command_has_a_launcher():
     tools = {path.stem for path in (Path(__file__).parents[1] / "tools").glob("*.py")}
-    assert tools == set(cli.COMMANDS)
+    assert tools == set(semtok_cli.COMMANDS) | {"benchmark", "compare", "train_teacher"}
+
+
+@pytest.mark.parametrize("word", ["--help", "--version", "trian_dit"])
+def test_help_and_slips_need_no_torch(word):
+    script = (
+        f"import sys; sys.argv = ['semtok', '{word}']; import semtok_cli; semtok_cli.main(); "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'semtok')))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "semtok" in done.stdout or "did you mean 'train_dit'?" in done.stderr

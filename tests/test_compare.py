@@ -17,13 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
+import semtok_cli
+from comparison import command as compare
+from comparison import plan, scores
+from comparison.jobs import Job, Stopped, only_one_in, run_jobs
+from comparison.plan import BUDGETS, Comparison, ComparisonSettings, Row
+from comparison.results import Spread, steps_to_reach
 from semtok import Generator, Tokenizer, UserError
-from semtok.commands import cli, compare
 from semtok.commands.cli import run
-from semtok.commands.comparison import plan, scores
-from semtok.commands.comparison.jobs import Job, Stopped, only_one_in, run_jobs
-from semtok.commands.comparison.plan import BUDGETS, Comparison, ComparisonSettings, Row
-from semtok.commands.comparison.results import Spread, steps_to_reach
 from semtok.storage import write_json
 from semtok.training.loop import Trainer
 
@@ -271,10 +272,10 @@ def in_this_process() -> Iterator[list[str]]:
                 continue
             names.append(one.name)
             _, _, module, *words = one.command()
-            if module == "semtok.commands.cli":
+            if module == "semtok_cli":
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(sys, "argv", ["semtok", *words])
-                    assert cli.main() == 0
+                    assert semtok_cli.main() == 0
             else:
                 assert module == scores.__name__ and run(scores.main, words) == 0
             assert one.is_done()
@@ -282,7 +283,7 @@ def in_this_process() -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "run_jobs", run_here)
         patch.setattr(compare, "BUDGETS", {"full": TINY, "quick": TINY})
-        patch.setattr("semtok.evaluation.latents.NUM_MAPS", 1)
+        patch.setattr("semtok.evaluation.predictors.NUM_MAPS", 1)
         yield names
 
 

@@ -15,9 +15,9 @@ from semtok import Tokenizer, UserError
 from semtok.commands import train_tokenizer as command
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import statistics_batches, train_tokenizer
-from semtok.data.feature_cache import CachedFeatures
-from semtok.data.shapes import Shapes, ShapesConfig
-from semtok.data.shards import Shards
+from semtok.data.caches.feature_cache import CachedFeatures
+from semtok.data.caches.shards import Shards
+from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.images import to_pixels
 from semtok.methods.composite import CompositeTokenizer, feature_cosine, feature_stride
 from semtok.methods.redi import PrincipalComponents
@@ -234,7 +234,7 @@ def test_a_teacher_from_a_local_file_travels_with_the_export(tmp_path):
 
 
 def test_the_texture_may_be_any_tokenizer_of_the_texture_alone(runs, tmp_path, monkeypatch):
-    from semtok.nets.autoencoder import Architecture, build_autoencoder
+    from semtok.methods.vae import Architecture, build_autoencoder
 
     shape = tiny.AUTOENCODER | {"block_channels": (8, 8, 16)}
     build_autoencoder(Architecture(**shape)).save_pretrained(tmp_path / "vae")
@@ -327,13 +327,13 @@ def test_each_term_trains_what_it_should(name, encoder_alone):
     recipe = parse_recipe(content(name), "tiny")
     texture = Tokenizer.from_pretrained("demo")
     objective = command.build_objective(recipe, texture, place="tiny")
-    player = next(iter(objective.players.values()))
-    player.train()
-    output = player(tiny.batch(objective), tiny.draws(), 0, {})
-    names = [n for n, _ in player.named_parameters()]
+    learner = next(iter(objective.learners.values()))
+    learner.train()
+    output = learner(tiny.batch(objective), tiny.draws(), 0, {})
+    names = [n for n, _ in learner.named_parameters()]
     for term_name, term in output.terms.items():
         grads = torch.autograd.grad(
-            term.value.mean(), list(player.parameters()), retain_graph=True, allow_unused=True
+            term.value.mean(), list(learner.parameters()), retain_graph=True, allow_unused=True
         )
         reached = {n for n, g in zip(names, grads, strict=True) if g is not None and g.any()}
         sides = {n.split(".")[1] for n in reached}
@@ -364,7 +364,7 @@ def test_cached_features_are_those_of_each_step(tmp_path, monkeypatch, capsys):
     ]
     assert rows[0] == pytest.approx(rows[1], rel=2e-2), "they differ by float16's rounding"
 
-    from semtok.data.sources import open_sources
+    from semtok.data.images.kinds import open_sources
 
     source, _ = open_sources(parsed.data)
     shards = Shards(tmp_path / "cache", "test")
@@ -390,7 +390,7 @@ def test_cached_features_are_those_of_each_step(tmp_path, monkeypatch, capsys):
 
 def test_a_cache_that_the_disk_can_not_hold_is_refused(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
-    monkeypatch.setattr("semtok.data.shards.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("semtok.data.caches.shards.shutil.disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"needs 0.0 GB, the disk has 0.0 GB free"):
         trained("semvae", tmp_path / "run", feature_cache=str(tmp_path / "cache"))
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 import tiny
 from semtok import Latents, LatentSpec, PartSpec, Tokenizer
-from semtok.latents import Posterior
 from semtok.registry import _METHODS, get_method
+from semtok.sampler.latents import Posterior
 
 get_method("vae", place="test")  # loads the built-in methods
 METHODS = [name for name in _METHODS if name in ("vae", "send_vae")]

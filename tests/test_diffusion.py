@@ -17,12 +17,12 @@ from semtok.commands import evaluate, sample, train_dit
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.diffusion.config import DiffusionConfig, REPAConfig
-from semtok.diffusion.dit import DiTArchitecture
-from semtok.diffusion.guidance import GuidanceConfig
-from semtok.diffusion.objective import DiffusionObjective, cosine_loss, squared_error
-from semtok.diffusion.sampling import SamplerConfig
+from semtok.diffusion.training import DiffusionObjective, cosine_loss, squared_error
 from semtok.objective import Batch
 from semtok.recipe import parse_recipe
+from semtok.sampler.dit import DiTArchitecture
+from semtok.sampler.guidance import GuidanceConfig
+from semtok.sampler.sampling import SamplerConfig
 from semtok.teachers import Teacher, TeacherConfig
 
 NETWORK = {"depth": 2, "width": 32, "heads": 2, "rope": True, "swiglu": True}
@@ -97,21 +97,21 @@ def test_each_term_trains_what_it_should_and_the_tokenizer_stays_as_it_is(traine
     stage = objective(
         tokenizer, teacher, cosine_weight=1.0, repa=REPAConfig(depth=1, projector_width=16)
     )
-    player, network = stage.players["dit"], stage.averaged_module()
+    learner, network = stage.learners["dit"], stage.averaged_module()
     for parameter in network.parameters():  # zero-initialised layers let no gradient through
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
     inputs = stage.prepare(Batch(torch.rand(4, 3, 16, 16) * 2 - 1, torch.tensor([0, 1, 2, 0])))
-    output = player(inputs, tiny.draws(), 0, {})
+    output = learner(inputs, tiny.draws(), 0, {})
     assert output.terms.keys() == {"velocity/texture", "cosine", "alignment"}
     reached = {}
     for name, term in output.terms.items():
         grads = torch.autograd.grad(
-            term.value.mean(), list(player.parameters()), retain_graph=True, allow_unused=True
+            term.value.mean(), list(learner.parameters()), retain_graph=True, allow_unused=True
         )
-        names = [n for n, _ in player.named_parameters()]
+        names = [n for n, _ in learner.named_parameters()]
         reached[name] = {n for n, g in zip(names, grads, strict=True) if g is not None and g.any()}
-    everything = {n for n, _ in player.named_parameters()}
+    everything = {n for n, _ in learner.named_parameters()}
     projector = {n for n in everything if n.startswith("projector.")}
     for name in ("velocity/texture", "cosine"):
         assert reached[name] == everything - projector
@@ -131,7 +131,7 @@ def test_labels_are_dropped_as_often_as_asked(trained, monkeypatch):
     )
     inputs = stage.prepare(Batch(torch.zeros(256, 3, 16, 16), torch.ones(256, dtype=torch.int64)))
     for step in range(4):
-        stage.players["dit"](inputs, tiny.draws(step, 256), step, {})
+        stage.learners["dit"](inputs, tiny.draws(step, 256), step, {})
     labels = torch.cat(seen)
     assert set(labels.tolist()) == {1, 3}
     assert (labels == 3).float().mean().item() == pytest.approx(0.25, abs=0.05)
@@ -140,7 +140,7 @@ def test_labels_are_dropped_as_often_as_asked(trained, monkeypatch):
 def test_metrics_tell_the_loss_of_each_quarter_of_time(trained):
     stage = objective(Tokenizer.from_pretrained(trained / "runs/tok"))
     inputs = stage.prepare(Batch(torch.rand(64, 3, 16, 16), torch.zeros(64, dtype=torch.int64)))
-    output = stage.players["dit"](inputs, tiny.draws(0, 64), 0, {})
+    output = stage.learners["dit"](inputs, tiny.draws(0, 64), 0, {})
     pairs = torch.stack(list(output.metrics.values()))
     assert list(output.metrics) == [
         f"velocity_at_{t}" for t in ("0.125", "0.375", "0.625", "0.875")
@@ -510,7 +510,7 @@ def test_an_unconditional_model_needs_no_class(trained, tmp_path):
 
 
 def test_the_class_reader_knows_real_images_and_finds_wrong_ones(trained, tmp_path, capsys):
-    from semtok.data.shapes import Shapes, ShapesConfig
+    from semtok.data.images.shapes import Shapes, ShapesConfig
     from semtok.evaluation.classes import (
         ClassReader,
         accuracy,

@@ -84,7 +84,7 @@ def test_two_gloo_processes_train_to_the_weights_of_one(name, tmp_path):
 
     one, two = tiny.final_tensors(tmp_path / "one"), tiny.final_tensors(tmp_path / "two")
     assert one.keys() == two.keys()
-    for key in (k for k in one if k.startswith(("players.", "ema."))):
+    for key in (k for k in one if k.startswith(("learners.", "ema."))):
         torch.testing.assert_close(
             one[key], two[key], atol=2e-5, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}"
         )
@@ -111,7 +111,7 @@ def test_the_two_processes_hold_equal_weights(tmp_path):
     def check() -> int:
         trainer = tiny.trainer(tmp_path / "run", METHODS["send_vae_gan"], steps=3)
         trainer.run()
-        flat = torch.cat([p.detach().flatten() for p in trainer.objective.players.parameters()])
+        flat = torch.cat([p.detach().flatten() for p in trainer.objective.learners.parameters()])
         both = [torch.empty_like(flat) for _ in range(2)]
         dist.all_gather(both, flat)
         metrics: list[Any] = [None, None]
@@ -139,7 +139,7 @@ def test_a_generator_too_and_its_samples_are_the_same(tmp_path):
     assert run(train_dit.main, [*arguments, str(tmp_path / "one")]) == 0
     launch(lambda: run(train_dit.main, [*arguments, str(tmp_path / "two")]), tmp_path / "two")
     one, two = tiny.final_tensors(tmp_path / "one"), tiny.final_tensors(tmp_path / "two")
-    for key in (k for k in one if k.startswith(("players.", "ema."))):
+    for key in (k for k in one if k.startswith(("learners.", "ema."))):
         torch.testing.assert_close(one[key], two[key], atol=2e-5, rtol=1e-3)
 
     words = [str(tmp_path / "one"), "--num", "5", "--batch-size", "2", "--output"]

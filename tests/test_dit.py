@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from semtok.diffusion.dit import PRESETS, DiT, DiTArchitecture, architecture, rotary_table
-from semtok.diffusion.guidance import GuidanceConfig, guided_velocity
-from semtok.latents import LatentSpec, PartSpec
+from semtok.sampler.dit import PRESETS, DiT, DiTArchitecture, architecture, rotary_table
+from semtok.sampler.guidance import GuidanceConfig, guided_velocity
+from semtok.sampler.latents import LatentSpec, PartSpec
 from tiny import awake
 
 TEXTURE = LatentSpec((PartSpec("texture", 4, 8),))
@@ -124,7 +124,7 @@ def test_rotary_attention_sees_only_distances():
     """Scores of rotated queries and keys are the same for any two cells equally far apart."""
     cos, sin = rotary_table((5, 7), 16, 2, torch.device("cpu"))
     assert cos.shape == (2 + 35, 16) and (cos[:2] == 1).all() and not sin[:2].any()
-    from semtok.diffusion.dit import _rotate
+    from semtok.sampler.dit import _rotate
 
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 16, generator=generator)

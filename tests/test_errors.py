@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 import yaml
 
+import semtok_cli
 import tiny
 from semtok import Tokenizer, UserError
-from semtok.commands import cli
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import main
 
@@ -258,7 +258,7 @@ def test_unknown_options_and_commands_are_one_line(recipe, capsys, monkeypatch):
         capsys, str(recipe), "--foo"
     )
     monkeypatch.setattr(sys, "argv", ["semtok", "trian"])
-    assert cli.main() == 2
+    assert semtok_cli.main() == 2
     assert capsys.readouterr().err.strip() == "error: no command 'trian'; see semtok --help"
 
 

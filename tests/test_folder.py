@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from semtok import UserError
-from semtok.data.folder import Folder, FolderConfig
-from semtok.data.loading import BatchSlice, DataOrder, training_batches
-from semtok.data.shapes import Shapes, ShapesConfig
-from semtok.data.stored import adm_center_crop
+from semtok.data.images.encoded import adm_center_crop
+from semtok.data.images.folder import Folder, FolderConfig
+from semtok.data.images.shapes import Shapes, ShapesConfig
+from semtok.data.order import BatchSlice, DataOrder, training_batches
 
 
 def picture(path: Path, size=(20, 30), colour=(200, 10, 10), mode="RGB") -> None:

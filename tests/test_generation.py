@@ -12,12 +12,13 @@ import yaml
 from PIL import Image
 
 import tiny
-from semtok.commands import compare, evaluate, sample
+from comparison import command as compare
+from semtok.commands import evaluate, sample
 from semtok.commands.cli import run
 from semtok.commands.train_dit import train_dit
 from semtok.commands.train_tokenizer import train_tokenizer
-from semtok.data.folder import Folder, FolderConfig
-from semtok.data.shapes import Shapes, ShapesConfig
+from semtok.data.images.folder import Folder, FolderConfig
+from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.evaluation.frechet import Gaussian
 from semtok.evaluation.generation import (
     FeatureNetwork,

@@ -6,7 +6,7 @@ import torch
 import tiny
 from semtok.objective import StepOutput
 
-# Groups of parameters, by prefix of their name among the players.
+# Groups of parameters, by prefix of their name among the learners.
 GROUPS = {
     "encoder": ("autoencoder.autoencoder.encoder.", "autoencoder.autoencoder.quant_conv."),
     "decoder": ("autoencoder.autoencoder.decoder.", "autoencoder.autoencoder.post_quant_conv."),
@@ -26,8 +26,8 @@ EXPECTED = {
 
 def outputs(objective) -> dict[str, StepOutput]:
     inputs, carry, result = tiny.batch(objective), {}, {}
-    for name in objective.active_players(step=0):
-        result[name] = objective.players[name](inputs, tiny.draws(), 0, carry)
+    for name in objective.active_learners(step=0):
+        result[name] = objective.learners[name](inputs, tiny.draws(), 0, carry)
         carry |= result[name].carry
     return result
 
@@ -35,7 +35,7 @@ def outputs(objective) -> dict[str, StepOutput]:
 @pytest.fixture(scope="module")
 def objective():
     objective = tiny.build({"perceptual": "teacher", "adversarial": tiny.ADVERSARIAL})
-    objective.players.train()
+    objective.learners.train()
     return objective
 
 
@@ -47,7 +47,7 @@ def test_each_loss_moves_exactly_its_parameters(objective, term):
     terms = {name: t for out in outputs(objective).values() for name, t in out.terms.items()}
     terms[term].value.mean().backward()
     moved = set()
-    for name, parameter in objective.players.named_parameters():
+    for name, parameter in objective.learners.named_parameters():
         group = next(g for g, prefixes in GROUPS.items() if name.startswith(prefixes))
         has_gradient = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
         if has_gradient:
@@ -61,7 +61,7 @@ def test_every_trained_parameter_has_an_optimiser_and_a_gradient(objective):
     objective.zero_grad(set_to_none=True)
     for out in outputs(objective).values():
         sum(term.weight * term.value.mean() for term in out.terms.values()).backward()
-    without = [name for name, p in objective.players.named_parameters() if p.grad is None]
+    without = [name for name, p in objective.learners.named_parameters() if p.grad is None]
     assert not without
 
 
@@ -101,12 +101,12 @@ def test_the_adaptive_weight_is_capped_and_can_be_turned_off():
 def test_the_discriminator_may_start_before_its_loss_counts_and_the_weight_ramps():
     settings = {"start_step": 4, "discriminator_start_step": 2, "ramp_steps": 4, "adaptive": False}
     objective = tiny.build({"adversarial": {**tiny.ADVERSARIAL, **settings, "weight": 1.0}})
-    assert [objective.active_players(step) for step in (1, 2)] == [
+    assert [objective.active_learners(step) for step in (1, 2)] == [
         ["autoencoder"],
         ["autoencoder", "discriminator"],
     ]
-    player, inputs = objective.players["autoencoder"], tiny.batch(objective)
-    terms = {step: player(inputs, tiny.draws(), step, {}).terms for step in (3, 4, 5, 9)}
+    learner, inputs = objective.learners["autoencoder"], tiny.batch(objective)
+    terms = {step: learner(inputs, tiny.draws(), step, {}).terms for step in (3, 4, 5, 9)}
     assert "adversarial" not in terms[3]
     assert [terms[s]["adversarial"].weight for s in (4, 5, 9)] == [0.25, 0.5, 1.0]
 
@@ -115,10 +115,10 @@ def test_gradient_checkpointing_changes_memory_not_gradients():
     gradients = []
     for switch in (False, True):
         objective = tiny.build({"name": "vae", "gradient_checkpointing": switch})
-        objective.players.train()
+        objective.learners.train()
         assert objective.averaged_module().is_gradient_checkpointing == switch
         terms = outputs(objective)["autoencoder"].terms
         (terms["l1"].value.mean() + 1e-6 * terms["kl"].value.mean()).backward()
-        gradients.append([p.grad.clone() for p in objective.players.parameters()])
+        gradients.append([p.grad.clone() for p in objective.learners.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)

@@ -12,8 +12,8 @@ from hub_server import TOKEN, HubServer, hub_server
 from semtok import Tokenizer
 from semtok.commands import hub
 from semtok.commands.cli import run
-from semtok.data.shapes import Shapes, ShapesConfig
-from semtok.hub.publish import push_export
+from semtok.data.images.shapes import Shapes, ShapesConfig
+from semtok.publish import push_export
 
 IMAGES = Shapes(ShapesConfig(size=16), train=False).load(range(2)).images
 

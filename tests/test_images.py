@@ -12,7 +12,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from semtok import UserError
 from semtok.images import to_pil, to_pixels, to_uint8
 from semtok.metrics import psnr, ssim
-from semtok.nets.perceptual import LPIPS, teacher_distance
+from semtok.perceptual import LPIPS, teacher_distance
 from semtok.pictures import principal_components, rows_of_images
 from semtok.teachers import Teacher, TeacherConfig
 

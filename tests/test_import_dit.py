@@ -10,13 +10,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from semtok.diffusion.dit import DiT, DiTArchitecture, rotary_table
 from semtok.errors import UserError
 from semtok.hub.formats import open_checkpoint
 from semtok.hub.import_coder import import_compressor, import_semvae
 from semtok.hub.import_dit import import_dit
-from semtok.latents import LatentSpec, PartSpec
-from semtok.nets.transformer import sincos_positions
+from semtok.sampler.dit import DiT, DiTArchitecture, rotary_table, sincos_positions
+from semtok.sampler.latents import LatentSpec, PartSpec
 
 SIT = DiTArchitecture(depth=3, width=384, heads=6, patch_size=4)
 LIGHTNING = DiTArchitecture(

@@ -11,7 +11,7 @@ from torch import Tensor
 from parity import Kit, kits, load_kit
 from semtok.hub.formats import open_checkpoint
 from semtok.hub.import_vae import import_autoencoder
-from semtok.nets.autoencoder import Architecture, build_autoencoder
+from semtok.methods.vae import Architecture, build_autoencoder
 
 IMAGE, SUM = {"atol": 1e-4, "rtol": 0.0}, {"atol": 0.0, "rtol": 1e-5}
 

@@ -20,15 +20,15 @@ from parity import kits, load_kit
 from semtok import Generator, Tokenizer, UserError
 from semtok.commands import hub
 from semtok.commands.cli import run
-from semtok.data.shapes import Shapes, ShapesConfig
-from semtok.diffusion.dit import DiT
+from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.hub.formats import open_checkpoint
 from semtok.hub.imports import ImportOptions, import_checkpoint
-from semtok.hub.parts import load_part, save_part
-from semtok.hub.publish import export_files
+from semtok.hub.modules import load_part, save_part
 from semtok.methods.reglue import Compressor
 from semtok.methods.semvae import SemVAE
-from semtok.nets.autoencoder import Architecture, build_autoencoder
+from semtok.methods.vae import Architecture, build_autoencoder
+from semtok.publish import export_files
+from semtok.sampler.dit import DiT
 from semtok.teachers import Teacher, TeacherConfig
 from test_import_dit import SIT, network, official
 from test_import_vae import official as official_vae

@@ -15,21 +15,20 @@ from torch import Tensor
 
 import tiny
 from semtok import Generator, Tokenizer
-from semtok.alignment import alignment_loss
 from semtok.commands import sample, train_dit
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.config import parse
 from semtok.diffusion.config import DiffusionConfig, REPAConfig, build_network, resolve_defaults
-from semtok.diffusion.dit import DiTArchitecture
-from semtok.diffusion.guidance import GuidanceConfig
-from semtok.diffusion.objective import DiffusionObjective, DiTPlayer
-from semtok.diffusion.sampling import SamplerConfig, integrate, velocity_function
-from semtok.diffusion.transport import Schedule
+from semtok.diffusion.training import DiffusionObjective, DiTLearner
 from semtok.objective import Batch
 from semtok.recipe import parse_recipe
 from semtok.registry import get_method
-from semtok.teachers import Teacher, TeacherConfig
+from semtok.sampler.dit import DiTArchitecture
+from semtok.sampler.guidance import GuidanceConfig
+from semtok.sampler.sampling import SamplerConfig, integrate, velocity_function
+from semtok.sampler.transport import Schedule
+from semtok.teachers import Teacher, TeacherConfig, alignment_loss
 from tiny import SEMANTICS, tokenizer
 
 SHAPE = DiTArchitecture(depth=2, width=32, heads=2, rms_norm=True, swiglu=True, rope=True)
@@ -54,8 +53,8 @@ def batch(num: int = 8) -> Batch:
     return Batch(images, torch.arange(num) % 3)
 
 
-def total(player: DiTPlayer, inputs: dict[str, Any], step: int = 0) -> Tensor:
-    output = player(inputs, tiny.draws(step, len(inputs["labels"])), 0, {})
+def total(learner: DiTLearner, inputs: dict[str, Any], step: int = 0) -> Tensor:
+    output = learner(inputs, tiny.draws(step, len(inputs["labels"])), 0, {})
     return sum(term.weight * term.value.mean() for term in output.terms.values())
 
 
@@ -80,21 +79,21 @@ def test_every_combination_learns_and_samples(texture, semantic, with_global, le
     alignment = REPAConfig(projector_width=16, with_global=with_global) if repa else False
     teacher = Teacher(TeacherConfig()) if repa and own.teacher is None else None
     stage = objective(own, teacher, leads=leads, repa=alignment)
-    player = stage.players["dit"]
-    assert len(player.network.timed_parts) == (2 if lead and leads else 0)
+    learner = stage.learners["dit"]
+    assert len(learner.network.timed_parts) == (2 if lead and leads else 0)
     inputs = stage.prepare(batch())
-    optimiser = torch.optim.AdamW(player.parameters(), lr=3e-3)
+    optimiser = torch.optim.AdamW(learner.parameters(), lr=3e-3)
     with torch.no_grad():
-        before = total(player, inputs)
+        before = total(learner, inputs)
     for step in range(5):
-        loss = total(player, inputs, step % 2)
+        loss = total(learner, inputs, step % 2)
         assert loss.isfinite()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
     with torch.no_grad():
-        assert total(player, inputs) < before
-    generator = stage.generator(player.network)
+        assert total(learner, inputs) < before
+    generator = stage.generator(learner.network)
     images = generator.sample([0, 2], seed=1)
     assert images.shape == (2, 3, 16, 16) and images.isfinite().all()
 
@@ -167,9 +166,9 @@ def test_weights_change_at_the_steps_that_the_recipe_names():
     with pytest.raises(Exception, match="weights by step begin with step 0"):
         parse(DiffusionConfig, text | {"loss_weights": {"semantic": {250: 0.5}}}, "recipe.yaml")
     stage = objective(tokenizer("vae", "redi", False), loss_weights={"semantic": {0: 1.0, 3: 0.25}})
-    player, inputs = stage.players["dit"], stage.prepare(batch())
+    learner, inputs = stage.learners["dit"], stage.prepare(batch())
     seen = [
-        player(inputs, tiny.draws(0, 8), step, {}).terms["velocity/semantic"].weight
+        learner(inputs, tiny.draws(0, 8), step, {}).terms["velocity/semantic"].weight
         for step in (2, 3)
     ]
     assert seen == [1.0, 0.25]
@@ -178,17 +177,17 @@ def test_weights_change_at_the_steps_that_the_recipe_names():
 @pytest.mark.parametrize("name", ["semantic", "global"])
 def test_a_part_without_weight_leaves_its_output_alone(name):
     stage = objective(tokenizer("vae", "reglue", True), loss_weights={name: 0.0}, cosine_weight=1.0)
-    player = stage.players["dit"]
-    inputs, final = stage.prepare(batch()), player.network.final
+    learner = stage.learners["dit"]
+    inputs, final = stage.prepare(batch()), learner.network.final
     for layer in (final.linear, *final.vectors.values()):  # something to be left alone
         torch.nn.init.normal_(layer.weight, std=0.1)
     channels = 0 if name == "global" else 4
     rows = final.linear.weight.detach().clone()
     vector = final.vectors["global"].weight.detach().clone()
-    optimiser = torch.optim.AdamW(player.parameters(), lr=1e-2, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(learner.parameters(), lr=1e-2, weight_decay=0.0)
     for step in range(3):
         optimiser.zero_grad()
-        total(player, inputs, step).backward()
+        total(learner, inputs, step).backward()
         optimiser.step()
     changed = (final.linear.weight != rows).any(dim=1)  # by channel, as the patch is one cell
     texture = changed[: len(changed) - 4]
@@ -202,13 +201,13 @@ def test_a_part_without_weight_leaves_its_output_alone(name):
 
 def test_the_cosine_is_that_of_all_spatial_channels_together():
     stage = objective(tokenizer("vae", "reglue", True), cosine_weight=1.0)
-    player = stage.players["dit"]
+    learner = stage.learners["dit"]
     velocity = {
         n: torch.randn(8, *shape) for n, shape in (("texture", (4, 4, 4)), ("semantic", (4, 4, 4)))
     }
     velocity["global"] = torch.randn(8, 128)
     predicted = {n: torch.randn_like(v) for n, v in velocity.items()}
-    terms = player._velocity_terms(predicted, velocity, 0)
+    terms = learner._velocity_terms(predicted, velocity, 0)
     a, b = (torch.cat([x["texture"], x["semantic"]], dim=1)[3] for x in (predicted, velocity))
     by_cell = [
         F.cosine_similarity(a[:, i, j], b[:, i, j], dim=0) for i in range(4) for j in range(4)
@@ -222,8 +221,8 @@ def test_no_weight_on_any_spatial_part_leaves_no_cosine():
         loss_weights={"texture": 0.0, "semantic": {0: 1.0, 3: 0.0}},
         cosine_weight=1.0,
     )
-    player, inputs = stage.players["dit"], stage.prepare(batch())
-    terms = [player(inputs, tiny.draws(0, 8), step, {}).terms for step in (2, 3)]
+    learner, inputs = stage.learners["dit"], stage.prepare(batch())
+    terms = [learner(inputs, tiny.draws(0, 8), step, {}).terms for step in (2, 3)]
     assert "cosine" in terms[0] and "cosine" not in terms[1]
 
 
@@ -243,11 +242,11 @@ def test_alignment_with_the_squared_error_by_hand():
 def test_the_global_token_is_aligned_as_one_more_position():
     own = tokenizer("vae", "reglue", True)
     stage = objective(own, repa=REPAConfig(projector_width=16, with_global=True, depth=1))
-    player, inputs = stage.players["dit"], stage.prepare(batch())
+    learner, inputs = stage.learners["dit"], stage.prepare(batch())
     hidden = torch.randn(8, 1 + 16, 32)
     data = {"texture": torch.zeros(8, 4, 4, 4)}
-    ours = player._alignment(hidden, inputs["features"], data)
-    tokens = player.projector(hidden)
+    ours = learner._alignment(hidden, inputs["features"], data)
+    tokens = learner.projector(hidden)
     patches = F.interpolate(
         inputs["features"].patches[-1], size=(4, 4), mode="bilinear", antialias=True
     )
@@ -307,9 +306,9 @@ def test_without_a_lead_training_is_the_same_to_the_last_bit():
     losses = []
     for kind in (Schedule, Asynchronous):
         stage = objective(tokenizer("vae", "semvae", True), leads={"semantic": 0.0})
-        player = stage.players["dit"]
-        player.schedule = kind(dict(stage.schedule.starts))
-        losses.append(total(player, stage.prepare(batch())))
+        learner = stage.learners["dit"]
+        learner.schedule = kind(dict(stage.schedule.starts))
+        losses.append(total(learner, stage.prepare(batch())))
     assert torch.equal(*losses)
 
 
@@ -371,7 +370,7 @@ def test_training_times_pass_through_the_three_phases():
     network.forward = lambda x, times, y, **k: seen.append(times) or original(x, times, y, **k)
     inputs = stage.prepare(batch(64))
     for step in range(8):
-        total(stage.players["dit"], inputs, step)
+        total(stage.learners["dit"], inputs, step)
     texture, semantic = (torch.cat([t[n] for t in seen]) for n in ("texture", "semantic"))
     alone, both, last = texture == 0, (texture > 0) & (semantic < 1), semantic == 1
     assert alone.any() and both.any() and last.any()

@@ -18,13 +18,13 @@ from file_server import file_server
 from semtok import Tokenizer, UserError
 from semtok.commands import cache_latents, train_dit
 from semtok.commands.cli import run
-from semtok.commands.latents import pays, warn_of_other_images
-from semtok.data.latent_cache import CachedLatents, open_latent_cache
-from semtok.data.loading import BLOCKS_AT_A_TIME, DataOrder
-from semtok.data.remote_shards import RemoteShards
-from semtok.data.shapes import Shapes, ShapesConfig
-from semtok.data.shards import Shards, shard_checksum
-from semtok.data.sources import open_sources
+from semtok.commands.when_to_cache import pays, warn_of_other_images
+from semtok.data.caches.latent_cache import CachedLatents, open_latent_cache
+from semtok.data.caches.remote_shards import RemoteShards
+from semtok.data.caches.shards import Shards, shard_checksum
+from semtok.data.images.kinds import open_sources
+from semtok.data.images.shapes import Shapes, ShapesConfig
+from semtok.data.order import BLOCKS_AT_A_TIME, DataOrder
 from semtok.images import to_pixels
 from semtok.recipe import parse_data, parse_diffusion_recipe
 from semtok.teachers import Teacher
@@ -277,7 +277,7 @@ def test_a_cache_is_made_by_default_where_it_pays(place, tmp_path, monkeypatch, 
     assert pays(often, source)
     assert not pays(often, Shapes(ShapesConfig(size=16, num_images=50_000), train=True))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("semtok.commands.latents._SAVED", 0)
+    monkeypatch.setattr("semtok.commands.when_to_cache._SAVED", 0)
     settings = recipe(place, train={"batch_size": 16}, diffusion={"repa": False})
     train_dit.train_dit(settings, tmp_path / "run")
     assert "computing latents of the training images once" in capsys.readouterr().out

@@ -15,8 +15,8 @@ from semtok import Tokenizer
 from semtok.commands import evaluate
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import train_tokenizer
-from semtok.data.shapes import Shapes, ShapesConfig
-from semtok.evaluation.latents import (
+from semtok.data.images.shapes import Shapes, ShapesConfig
+from semtok.evaluation.predictors import (
     PREDICTORS,
     PROBE,
     cknna,
@@ -29,8 +29,8 @@ from semtok.evaluation.latents import (
     self_similarity,
 )
 from semtok.images import to_pixels
-from semtok.latents import Latents
 from semtok.recipe import parse_recipe
+from semtok.sampler.latents import Latents
 from semtok.teachers import Teacher, TeacherConfig
 
 SOURCE = Shapes(ShapesConfig(size=32), train=False)
@@ -43,7 +43,7 @@ def orthogonal(size: int) -> Tensor:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr("semtok.evaluation.latents.NUM_MAPS", 1)
+    monkeypatch.setattr("semtok.evaluation.predictors.NUM_MAPS", 1)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_gini_and_variation_by_hand():
 def test_density_is_the_mean_over_maps(monkeypatch):
     features = torch.rand(40, 3)
     single = [density_uniformity(features, seed=seed) for seed in (4, 5)]
-    monkeypatch.setattr("semtok.evaluation.latents.NUM_MAPS", 2)
+    monkeypatch.setattr("semtok.evaluation.predictors.NUM_MAPS", 2)
     assert density_uniformity(features, seed=4) == pytest.approx(tuple(np.mean(single, axis=0)))
 
 
@@ -245,8 +245,8 @@ def test_scores_are_those_of_all_images_at_once():
 
 
 def test_many_images_are_not_all_compared_nor_mapped(monkeypatch):
-    monkeypatch.setattr("semtok.evaluation.latents.MOST_COMPARED", 20)
-    monkeypatch.setattr("semtok.evaluation.latents.MOST_MAPPED", 15)
+    monkeypatch.setattr("semtok.evaluation.predictors.MOST_COMPARED", 20)
+    monkeypatch.setattr("semtok.evaluation.predictors.MOST_MAPPED", 15)
     tokenizer, teacher = Tokenizer.from_pretrained("demo"), Teacher(TeacherConfig())
     few, many = (
         evaluate_latents(tokenizer, SOURCE, num, teacher, batch_size=12) for num in (20, 40)

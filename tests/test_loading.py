@@ -4,9 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from semtok.data.folder import Folder, FolderConfig
-from semtok.data.loading import BatchSlice, DataOrder, chosen_batches, training_batches
-from semtok.data.shapes import Shapes, ShapesConfig
+from semtok.data.images.folder import Folder, FolderConfig
+from semtok.data.images.shapes import Shapes, ShapesConfig
+from semtok.data.order import BatchSlice, DataOrder, chosen_batches, training_batches
 from semtok.data.source import ImageBatch, ImageSource
 
 ALONE = {"process_index": 0, "num_processes": 1}

@@ -6,14 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parity import Kit, kits, load_kit
-from semtok.diffusion.objective import on_texture_grid
 from semtok.hub.formats import open_checkpoint, read_statistics
 from semtok.hub.import_coder import import_compressor, import_semvae, semvae_heads
-from semtok.latents import Latents, Posterior
 from semtok.methods.composite import feature_cosine
 from semtok.methods.reglue import Compressor
 from semtok.methods.semvae import SemVAE, cosine_loss
 from semtok.methods.vae import kl_loss
+from semtok.sampler.latents import Latents, Posterior, on_texture_grid
 from semtok.statistics import StreamingMoments
 from semtok.teachers import TeacherFeatures
 

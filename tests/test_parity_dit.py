@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from parity import Kit, kits, load_kit
-from semtok.alignment import alignment_loss
-from semtok.diffusion.guidance import GuidanceConfig
-from semtok.diffusion.objective import cosine_loss, squared_error
-from semtok.diffusion.sampling import SamplerConfig, integrate, velocity_function
-from semtok.diffusion.transport import Schedule, interpolate, shift_times
+from semtok.diffusion.training import cosine_loss, squared_error
 from semtok.hub.formats import open_checkpoint
 from semtok.hub.import_dit import ImportedDiT, import_dit, our_name
+from semtok.sampler.guidance import GuidanceConfig
+from semtok.sampler.sampling import SamplerConfig, integrate, velocity_function
+from semtok.sampler.transport import Schedule, interpolate, shift_times
+from semtok.teachers import alignment_loss
 
 TOGETHER = Schedule({"texture": 0.0})
 TENSOR, SUM = {"atol": 5e-5, "rtol": 0.0}, {"atol": 0.0, "rtol": 1e-5}

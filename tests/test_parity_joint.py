@@ -1,6 +1,6 @@
 """Joint diffusion against kits of official code: REGLUE's SiT and SFD's LightningDiT.
 
-Losses run through the training player itself, on the kit's recorded random numbers.
+Losses run through the training learner itself, on the kit's recorded random numbers.
 """
 
 from collections.abc import Iterator
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from parity import Kit, kits, load_kit
 from semtok.diffusion.config import DiffusionConfig, REPAConfig
-from semtok.diffusion.guidance import GuidanceConfig, guided_velocity
-from semtok.diffusion.objective import DiTPlayer
-from semtok.diffusion.sampling import SamplerConfig, integrate, velocity_function
-from semtok.diffusion.transport import Schedule, TimeConfig
+from semtok.diffusion.training import DiTLearner
 from semtok.hub.checkpoints import read_checkpoint
 from semtok.hub.formats import open_checkpoint
 from semtok.hub.import_dit import ImportedDiT, import_dit, our_name
-from semtok.latents import Latents, LatentSpec, PartSpec, Posterior
 from semtok.objective import StepOutput
+from semtok.sampler.guidance import GuidanceConfig, guided_velocity
+from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
+from semtok.sampler.sampling import SamplerConfig, integrate, velocity_function
+from semtok.sampler.transport import Schedule, TimeConfig
 from semtok.statistics import StreamingMoments
 from semtok.teachers import TeacherFeatures
 
@@ -62,15 +62,15 @@ class Recorded:
     normal = uniform = __call__
 
 
-def run_player(
+def run_learner(
     dit: ImportedDiT, config: DiffusionConfig, inputs: dict[str, Any], draws: Recorded
-) -> tuple[DiTPlayer, StepOutput]:
+) -> tuple[DiTLearner, StepOutput]:
     target = inputs["features"].patches[-1]
-    player = DiTPlayer(config, dit.network, target.shape[1])
-    player.projector = dit.projectors[0]
-    output = player(inputs, draws, 0, {})
+    learner = DiTLearner(config, dit.network, target.shape[1])
+    learner.projector = dit.projectors[0]
+    output = learner(inputs, draws, 0, {})
     sum(term.weight * term.value.mean() for term in output.terms.values()).backward()
-    return player, output
+    return learner, output
 
 
 def exact(parts: dict[str, Tensor]) -> Posterior:
@@ -78,8 +78,8 @@ def exact(parts: dict[str, Tensor]) -> Posterior:
     return Posterior(latents, latents.map(torch.zeros_like))
 
 
-def check_gradients(player: DiTPlayer, kit: Kit, case: str) -> None:
-    ours = {name.removeprefix("network."): p for name, p in player.named_parameters()}
+def check_gradients(learner: DiTLearner, kit: Kit, case: str) -> None:
+    ours = {name.removeprefix("network."): p for name, p in learner.named_parameters()}
     ours = {name.replace("projector.", "projectors.0."): p for name, p in ours.items()}
     names = kit.case["cases"][case]["grad_norm_names"]
     for name, expected in zip(names, kit[f"{case}/grad_norms"], strict=True):
@@ -151,7 +151,7 @@ def test_parity_reglue_sit_losses_and_gradients(reglue, case):
         class_dropout=drops,
         **{f"noise__{name}": values for name, values in noise.items()},
     )
-    player, output = run_player(imported(reglue), config, inputs, draws)
+    learner, output = run_learner(imported(reglue), config, inputs, draws)
     terms = {name: term.value for name, term in output.terms.items()}
     torch.testing.assert_close(terms["velocity/texture"], reglue[f"{case}/denoising_loss"], **SUM)
     torch.testing.assert_close(terms["velocity/semantic"], reglue[f"{case}/dino_loss"], **SUM)
@@ -162,7 +162,7 @@ def test_parity_reglue_sit_losses_and_gradients(reglue, case):
     torch.testing.assert_close(terms["alignment"].mean() - 1, reglue[f"{case}/proj_loss"], **TENSOR)
     total = sum(term.weight * term.value.mean() for term in output.terms.values())
     torch.testing.assert_close(total - weights["proj"], reglue[f"{case}/total_loss"], **TENSOR)
-    check_gradients(player, reglue, case)
+    check_gradients(learner, reglue, case)
 
 
 def test_parity_reglue_sit_posterior(reglue):
@@ -303,7 +303,7 @@ def test_parity_sfd_losses_and_gradients(sfd):
         class_dropout=sfd["loss/label_drop_draw"],
         **{f"noise__{name}": values for name, values in noise.items()},
     )
-    player, output = run_player(dit, config, inputs, draws)
+    learner, output = run_learner(dit, config, inputs, draws)
     times = config.schedule.times(sfd["loss/t_normal"].sigmoid() * config.schedule.length)
     torch.testing.assert_close(times["texture"], sfd["loss/t_tex"], **TENSOR)
     torch.testing.assert_close(times["semantic"], sfd["loss/t_sem"], **TENSOR)
@@ -317,7 +317,7 @@ def test_parity_sfd_losses_and_gradients(sfd):
     torch.testing.assert_close(terms["alignment"].value, sfd["loss/repa_loss"], **SUM)
     total = sum(term.weight * term.value.mean() for term in terms.values())
     torch.testing.assert_close(total, sfd["loss/total_loss"], **SUM)
-    check_gradients(player, sfd, "loss")
+    check_gradients(learner, sfd, "loss")
 
 
 def sfd_sample(kit: Kit, case: str, **changes: Any) -> tuple[Latents, list[Tensor]]:

@@ -9,19 +9,19 @@ from torch import Tensor
 
 from parity import Kit, kits, load_kit
 from semtok import Generator
-from semtok.alignment import alignment_loss
-from semtok.diffusion.guidance import GuidanceConfig
-from semtok.diffusion.objective import squared_error
-from semtok.diffusion.sampling import SamplerConfig, integrate, velocity_function
-from semtok.diffusion.transport import Schedule, interpolate
+from semtok.diffusion.training import squared_error
 from semtok.hub.formats import open_checkpoint, read_statistics
 from semtok.hub.import_dit import ImportedDiT, import_dit, our_name
 from semtok.hub.import_vae import our_name as our_vae_name
 from semtok.hub.imports import ImportOptions, import_checkpoint
 from semtok.images import to_pixels
-from semtok.latents import Latents, Posterior
-from semtok.methods.vae import hinge_loss, kl_loss, reconstruction_loss
-from semtok.nets.discriminator import PatchDiscriminator
+from semtok.methods.adversarial import PatchDiscriminator, hinge_loss
+from semtok.methods.vae import kl_loss, reconstruction_loss
+from semtok.sampler.guidance import GuidanceConfig
+from semtok.sampler.latents import Latents, Posterior
+from semtok.sampler.sampling import SamplerConfig, integrate, velocity_function
+from semtok.sampler.transport import Schedule, interpolate
+from semtok.teachers import alignment_loss
 
 TENSOR, IMAGE = {"atol": 5e-5, "rtol": 0.0}, {"atol": 1e-4, "rtol": 0.0}
 SUM = {"atol": 0.0, "rtol": 1e-5}

@@ -12,13 +12,13 @@ from hub_server import hub_server
 from semtok import UserError
 from semtok.commands import evaluate
 from semtok.commands.cli import run
-from semtok.data.folder import Folder, FolderConfig
+from semtok.data.images.folder import Folder, FolderConfig
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-from semtok.data.parquet import Parquet, ParquetConfig  # noqa: E402
+from semtok.data.images.parquet import Parquet, ParquetConfig  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -333,7 +333,7 @@ def test_of_a_dataset_of_the_hub_only_row_groups_are_fetched(hub, tmp_path, monk
         "private": False,
         "commits": [("a" * 40, {"x.parquet": content})],
     }
-    monkeypatch.setattr("semtok.data.parquet_stream.BLOCK_BYTES", 0)
+    monkeypatch.setattr("semtok.data.images.parquet_stream.BLOCK_BYTES", 0)
     train, _ = open_parquet("org/big", streaming=True)
     hub.num_bytes = 0
     again, _ = open_parquet("org/big", streaming=True)

@@ -18,8 +18,8 @@ from semtok.commands import cache_latents, evaluate
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import main as train_tokenizer_command
 from semtok.commands.train_tokenizer import train_tokenizer
-from semtok.data.latent_cache import open_latent_cache
-from semtok.data.loading import BatchSlice, DataOrder, training_batches
+from semtok.data.caches.latent_cache import open_latent_cache
+from semtok.data.order import BatchSlice, DataOrder, training_batches
 from semtok.recipe import parse_data, parse_recipe
 from test_distributed import launch
 
@@ -27,8 +27,8 @@ datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-from semtok.data.parquet import Parquet, ParquetConfig  # noqa: E402
-from semtok.data.parquet_stream import KEPT  # noqa: E402
+from semtok.data.images.parquet import Parquet, ParquetConfig  # noqa: E402
+from semtok.data.images.parquet_stream import KEPT  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     """Nothing is kept outside of the test; each row group is a block of its own, small as it is."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
     monkeypatch.setenv("SEMTOK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("semtok.data.parquet_stream.BLOCK_BYTES", 0)
+    monkeypatch.setattr("semtok.data.images.parquet_stream.BLOCK_BYTES", 0)
     return tmp_path / "cache" / "parquet"
 
 
@@ -81,7 +81,7 @@ def write_set(folder: Path) -> str:
 def test_each_image_and_label_is_that_of_the_converted_set(
     tmp_path, monkeypatch, block_bytes, held_out
 ):
-    monkeypatch.setattr("semtok.data.parquet_stream.BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("semtok.data.images.parquet_stream.BLOCK_BYTES", block_bytes)
     path = write_set(tmp_path / "data")
     write(tmp_path / "v.parquet", range(500, 507), rows=3)
     validation = held_out and held_out.replace("DIR", str(tmp_path))
@@ -352,7 +352,7 @@ def test_two_processes_train_to_the_weights_of_one(server, tmp_path):
     outputs = launch(lambda: train("two"), tmp_path / "two")
     assert "training" in outputs[0] and "training" not in outputs[1]
     one, two = tiny.final_tensors(tmp_path / "one"), tiny.final_tensors(tmp_path / "two")
-    for key in (k for k in one if k.startswith(("players.", "ema."))):
+    for key in (k for k in one if k.startswith(("learners.", "ema."))):
         torch.testing.assert_close(one[key], two[key], atol=2e-5, rtol=1e-3)
 
 

@@ -22,10 +22,6 @@ from semtok import Generator, Tokenizer
 from semtok.commands import hub
 from semtok.commands.cli import run
 from semtok.diffusion.config import DiffusionConfig, build_network, resolve_defaults
-from semtok.diffusion.dit import DiTArchitecture
-from semtok.diffusion.guidance import GuidanceConfig
-from semtok.diffusion.sampling import SampleNoise, SamplerConfig
-from semtok.diffusion.transport import TimeConfig
 from semtok.hub import export_pipeline as code
 from semtok.hub.bundle import bundle
 from semtok.hub.diffusers.pipeline import SemtokPipeline
@@ -33,10 +29,15 @@ from semtok.hub.diffusers.scheduler import SemtokScheduler
 from semtok.hub.diffusers.transformer import SemtokTransformer
 from semtok.hub.export_pipeline import export_pipeline
 from semtok.images import to_uint8
-from semtok.latents import Latents
 from semtok.methods.vae import KLTokenizer
 from semtok.pictures import write_png
 from semtok.recipe import load_diffusion_recipe, parse_diffusion_recipe
+from semtok.sampler.dit import DiTArchitecture
+from semtok.sampler.draws import SampleNoise
+from semtok.sampler.guidance import GuidanceConfig
+from semtok.sampler.latents import Latents
+from semtok.sampler.sampling import SamplerConfig
+from semtok.sampler.transport import TimeConfig
 from semtok.storage import read_json
 
 SIT = DiTArchitecture(depth=2, width=32, heads=2, patch_size=2)

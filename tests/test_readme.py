@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from semtok.commands.train_tokenizer import train_tokenizer
-from semtok.data.shapes import Shapes, ShapesConfig
+from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.recipe import parse_recipe
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

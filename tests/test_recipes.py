@@ -15,8 +15,7 @@ import tiny
 from semtok.commands.train_dit import train_dit
 from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.config import Config, apply_overrides, read_yaml
-from semtok.data.sources import _CONFIGS
-from semtok.diffusion.dit import architecture
+from semtok.data.images.kinds import _CONFIGS
 from semtok.recipe import (
     DiffusionRecipe,
     TokenizerRecipe,
@@ -27,6 +26,7 @@ from semtok.recipe import (
     recipe_text,
 )
 from semtok.registry import _METHODS, get_method
+from semtok.sampler.dit import architecture
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

@@ -11,7 +11,7 @@ from PIL import Image
 from semtok import Tokenizer
 from semtok.commands import evaluate
 from semtok.commands.cli import run
-from semtok.data.shapes import Shapes, ShapesConfig
+from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.evaluation.frechet import Gaussian, frechet_distance
 from semtok.evaluation.reconstruction import evaluate_reconstruction
 from semtok.images import to_pixels, to_uint8

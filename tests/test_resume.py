@@ -77,7 +77,7 @@ def train_apart(arguments: list[str], errors: Path) -> multiprocessing.Process:
             os.dup2(file.fileno(), 2)
             sys.stdout, sys.stderr = nowhere, file
             sys.argv = ["semtok", "train_tokenizer", *arguments]
-            runpy.run_module("semtok.commands.cli", run_name="__main__")
+            runpy.run_module("semtok_cli", run_name="__main__")
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
@@ -154,5 +154,5 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path):
         train_tokenizer(recipe, tmp_path / name)
     one, two = tiny.final_tensors(tmp_path / "one"), tiny.final_tensors(tmp_path / "two")
     for name, tensor in one.items():
-        if name.startswith("players."):
+        if name.startswith("learners."):
             torch.testing.assert_close(tensor, two[name], atol=2e-5, rtol=1e-3)

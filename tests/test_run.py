@@ -18,8 +18,8 @@ from semtok import Tokenizer, UserError
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import main, train_tokenizer
 from semtok.errors import NonFiniteLoss
-from semtok.objective import Draws
 from semtok.recipe import load_recipe, parse_recipe, recipe_text
+from semtok.sampler.draws import Draws
 from semtok.training.config import TrainConfig
 from semtok.training.ema import ModelEMA
 
@@ -99,12 +99,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_term_and_keeps_the_ch
     tmp_path, capsys
 ):
     class Spoiled(torch.nn.Module):
-        def __init__(self, player: torch.nn.Module) -> None:
+        def __init__(self, learner: torch.nn.Module) -> None:
             super().__init__()
-            self.player = player
+            self.learner = learner
 
         def forward(self, inputs, draws, step, carry):
-            output = self.player(inputs, draws, step, carry)
+            output = self.learner(inputs, draws, step, carry)
             if step >= 4:
                 output.terms["kl"].value.mul_(float("nan"))
             return output
@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_term_and_keeps_the_ch
     spoiled = tiny.trainer(
         tmp_path / "run", {"name": "vae"}, steps=20, checkpoint_every=2, log_every=4
     )
-    spoiled.players["autoencoder"] = Spoiled(spoiled.players["autoencoder"])
+    spoiled.learners["autoencoder"] = Spoiled(spoiled.learners["autoencoder"])
     with pytest.raises(
         NonFiniteLoss,
         match="loss term 'kl' is not finite at step 5; the last good checkpoint is .*_00000004;",
@@ -184,9 +184,9 @@ def test_compiled_training_has_the_same_names_and_the_same_losses(tmp_path):
 
 def test_compile_reaches_every_trained_network(tmp_path):
     compiled = tiny.trainer(tmp_path / "run", GAN, compile="aot_eager")
-    player = compiled.objective.players["autoencoder"]
-    networks = [player.autoencoder.encoder, player.autoencoder.decoder, player.mapper]
-    networks.append(compiled.objective.players["discriminator"].discriminator)
+    learner = compiled.objective.learners["autoencoder"]
+    networks = [learner.autoencoder.encoder, learner.autoencoder.decoder, learner.mapper]
+    networks.append(compiled.objective.learners["discriminator"].discriminator)
     assert all(network._compiled_call_impl is not None for network in networks)
 
 
@@ -260,7 +260,7 @@ def test_without_ema_the_trained_weights_are_exported(tmp_path):
     tensors = tiny.final_tensors(tmp_path / "run")
     exported = Tokenizer.from_pretrained(tmp_path / "run").autoencoder.state_dict()
     assert all(
-        torch.equal(tensors[f"players.autoencoder.autoencoder.{name}"], t)
+        torch.equal(tensors[f"learners.autoencoder.autoencoder.{name}"], t)
         for name, t in exported.items()
     )
 
@@ -442,7 +442,7 @@ def test_the_embedded_recipe_trains_with_sockets_blocked(fresh):
     assert (folder / "export" / "config.json").is_file()
 
 
-def test_a_loss_scale_changes_no_gradient_of_any_player(tmp_path):
+def test_a_loss_scale_changes_no_gradient_of_any_learner(tmp_path):
     """fp16's gradient scaler, on the CPU: scaling by a power of two and back is exact."""
     weights = []
     for scaled in (False, True):
@@ -453,7 +453,7 @@ def test_a_loss_scale_changes_no_gradient_of_any_player(tmp_path):
             steps=3,
         )
         trainer.run()
-        assert trainer.objective.players.keys() == {"autoencoder", "discriminator"}
-        weights.append(list(trainer.objective.players.parameters()))
+        assert trainer.objective.learners.keys() == {"autoencoder", "discriminator"}
+        weights.append(list(trainer.objective.learners.parameters()))
     for ours, theirs in zip(*weights, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tiny
-from semtok.alignment import alignment_loss
+from semtok.methods.adversarial import hinge_loss
 from semtok.methods.send_vae import (
     AlignmentConfig,
     Mapper,
@@ -12,9 +12,10 @@ from semtok.methods.send_vae import (
     RunningStandardiser,
     noise_latents,
 )
-from semtok.methods.vae import hinge_loss, kl_loss
-from semtok.nets.transformer import sincos_positions
-from semtok.objective import Draws
+from semtok.methods.vae import kl_loss
+from semtok.sampler.dit import sincos_positions
+from semtok.sampler.draws import Draws
+from semtok.teachers import alignment_loss
 
 CPU = torch.device("cpu")
 
@@ -150,29 +151,29 @@ def test_the_export_leaves_the_mapper_out_and_the_checkpoint_keeps_it():
     objective = tiny.build()
     tokenizer = objective.tokenizer(objective.averaged_module())
     assert not any("mapper" in name for name in tokenizer.state_dict())
-    assert any("mapper" in name for name in objective.players.state_dict())
+    assert any("mapper" in name for name in objective.learners.state_dict())
 
 
 def test_ablations_of_the_paper_are_switches():
     assert (
         len(
             tiny.build({"mapper": {"depth": 0, "projector_width": 8}})
-            .players["autoencoder"]
+            .learners["autoencoder"]
             .mapper.blocks
         )
         == 0
     )
     quiet = tiny.build({"alignment": {"noise": "none"}})
-    player, inputs = quiet.players["autoencoder"].eval(), tiny.batch(quiet)
+    learner, inputs = quiet.learners["autoencoder"].eval(), tiny.batch(quiet)
     z = torch.randn(4, 4, 4, 4)
     one, two = (
-        player.extra_terms(z, inputs, tiny.draws(step))["alignment"].value for step in (0, 1)
+        learner.extra_terms(z, inputs, tiny.draws(step))["alignment"].value for step in (0, 1)
     )
     assert torch.equal(one, two), "without noise, the draws do not matter"
     noisy = tiny.build({"alignment": {"noise": "uniform"}})
-    player = noisy.players["autoencoder"].eval()
+    learner = noisy.learners["autoencoder"].eval()
     one, two = (
-        player.extra_terms(z, inputs, tiny.draws(step))["alignment"].value for step in (0, 1)
+        learner.extra_terms(z, inputs, tiny.draws(step))["alignment"].value for step in (0, 1)
     )
     assert not torch.equal(one, two)
 

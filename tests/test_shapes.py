@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from semtok.data.shapes import ATTRIBUTES, Shapes, ShapesConfig, hash_uniform, render_scenes
+from semtok.data.images.shapes import ATTRIBUTES, Shapes, ShapesConfig, hash_uniform, render_scenes
 
 
 def shapes(train: bool = True, **settings) -> Shapes:

@@ -15,9 +15,9 @@ from semtok import UserError
 from semtok.commands import evaluate
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import train_tokenizer
-from semtok.data.folder import Folder, FolderConfig
-from semtok.data.loading import BatchSlice, DataOrder, training_batches
-from semtok.data.tars import Tars, TarsConfig
+from semtok.data.images.folder import Folder, FolderConfig
+from semtok.data.images.tars import Tars, TarsConfig
+from semtok.data.order import BatchSlice, DataOrder, training_batches
 from semtok.recipe import parse_recipe
 
 pytest.importorskip("webdataset")

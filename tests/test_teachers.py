@@ -13,10 +13,10 @@ from sklearn.linear_model import LogisticRegression
 from timm.models import VisionTransformer
 
 from semtok import UserError
-from semtok.data.shapes import Shapes, ShapesConfig
+from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.images import to_pil, to_pixels, to_uint8
 from semtok.metrics import psnr, ssim
-from semtok.nets.perceptual import LPIPS, teacher_distance
+from semtok.perceptual import LPIPS, teacher_distance
 from semtok.pictures import principal_components, rows_of_images
 from semtok.teachers import _SHORT_NAMES, Teacher, TeacherConfig
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from semtok.diffusion.sampling import SampleNoise, SamplerConfig, integrate, time_grid
-from semtok.diffusion.transport import (
+from semtok.sampler.draws import Draws, SampleNoise
+from semtok.sampler.sampling import SamplerConfig, integrate, time_grid
+from semtok.sampler.transport import (
     Schedule,
     TimeConfig,
     coefficients,
@@ -13,7 +14,6 @@ from semtok.diffusion.transport import (
     scaled_score,
     shift_times,
 )
-from semtok.objective import Draws
 
 TOGETHER = Schedule({"texture": 0.0})
 MEAN, STD = 1.5, 0.4  # of the data in each coordinate

@@ -9,12 +9,13 @@ import torch
 
 from semtok import Tokenizer
 from semtok.commands.train_tokenizer import build_objective, statistics_batches
-from semtok.data.shapes import Shapes, ShapesConfig
-from semtok.data.sources import open_sources
-from semtok.diffusion.dit import DiT
+from semtok.data.images.kinds import open_sources
+from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.images import to_pixels
-from semtok.objective import Draws, TokenizerObjective
+from semtok.objective import TokenizerObjective
 from semtok.recipe import parse_recipe
+from semtok.sampler.dit import DiT
+from semtok.sampler.draws import Draws
 from semtok.training.loop import Trainer, on_device
 from semtok.training.process import make_accelerator
 
@@ -162,7 +163,7 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     newest = sorted((run / "checkpoints").glob("step_*"))[-1]
     tensors = safetensors.torch.load_file(newest / "model.safetensors")
     state = torch.load(newest / "state.pt", weights_only=True)
-    for player, optimiser in state["optimisers"].items():
+    for learner, optimiser in state["optimisers"].items():
         for index, values in optimiser["state"].items():
-            tensors |= {f"{player}.{index}.{k}": v for k, v in values.items()}
+            tensors |= {f"{learner}.{index}.{k}": v for k, v in values.items()}
     return tensors

@@ -1,7 +1,8 @@
-"""Launcher of ``semtok benchmark``."""
+"""Times the library beside plain PyTorch: see ``python tools/benchmark.py --help``."""
 
 import sys
 
-from semtok.commands.cli import launch
+from benchmarks.command import main
+from semtok.commands.cli import run
 
-sys.exit(launch("benchmark"))
+sys.exit(run(main))

@@ -1,7 +1,8 @@
-"""Launcher of ``semtok compare``."""
+"""Trains several tokenizers, a transformer on each, and reports: see ``python tools/compare.py --help``."""
 
 import sys
 
-from semtok.commands.cli import launch
+from comparison.command import main
+from semtok.commands.cli import run
 
-sys.exit(launch("compare"))
+sys.exit(run(main))

@@ -1,7 +1,8 @@
-"""Launcher of ``semtok train_teacher``."""
+"""Trains the embedded teacher again: see ``python tools/train_teacher.py --help``."""
 
 import sys
 
-from semtok.commands.cli import launch
+from demo_models.train_teacher import main
+from semtok.commands.cli import run
 
-sys.exit(launch("train_teacher"))
+sys.exit(run(main))

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from semtok import register_method
-from semtok.methods.vae import AutoencoderPlayer, KLTokenizer, VAEConfig, VAEObjective
-from semtok.objective import Draws, Term
+from semtok.methods.vae import AutoencoderLearner, KLTokenizer, VAEConfig, VAEObjective
+from semtok.objective import Term
+from semtok.sampler.draws import Draws
 
 
 class EdgeVAEConfig(VAEConfig):
@@ -20,7 +21,7 @@ class EdgeVAEConfig(VAEConfig):
     edge_weight: float = 1.0
 
 
-class EdgeVAEPlayer(AutoencoderPlayer):
+class EdgeVAELearner(AutoencoderLearner):
     """Adds one named loss; the loop, the log and the gradient clipping need no change."""
 
     def extra_terms(self, z: Tensor, inputs: Mapping[str, Any], draws: Draws) -> dict[str, Term]:
@@ -30,7 +31,7 @@ class EdgeVAEPlayer(AutoencoderPlayer):
 
 
 class EdgeVAEObjective(VAEObjective):
-    player_class = EdgeVAEPlayer
+    learner_class = EdgeVAELearner
 
 
 register_method("edge_vae", config=EdgeVAEConfig, objective=EdgeVAEObjective, tokenizer=KLTokenizer)

@@ -20,7 +20,7 @@ PICTURES = "pictures"
 """Their folder in an export."""
 _VAES = ("vae", "texture/vae", "tokenizer/vae", "tokenizer/texture/vae")
 _FROM_PRETRAINED = ("from semtok import {0}", 'model = {0}.from_pretrained("{{reference}}")')
-_PART = ("from semtok.hub.parts import load_part", 'model = load_part("{reference}")')
+_PART = ("from semtok.hub.modules import load_part", 'model = load_part("{reference}")')
 _KINDS = {
     "tokenizer": (
         "an image tokenizer",

@@ -1,4 +1,4 @@
-"""Typed configuration: the base of every config model, YAML reading, and messages people can act on."""
+"""Typed settings: reading YAML, overriding, and messages that people can act on."""
 
 import copy
 import difflib
@@ -10,20 +10,11 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from semtok.errors import UserError
-
-
-class Config(BaseModel):
-    """A frozen, strict model: unknown keys and wrong types are errors, defaults stand in one place.
-
-    Each config class stands beside the class that it configures.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
+from semtok.sampler.config import Config
 
 ConfigType = TypeVar("ConfigType", bound=Config)
 

@@ -1,31 +1,19 @@
 """What a training stage plugs into the one training loop: a batch becomes named losses."""
 
-import hashlib
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
-import torch
 from accelerate import Accelerator
-from pydantic import Field
 from torch import Tensor, nn
 
-from semtok.config import Config
 from semtok.data.source import ImageSource
-from semtok.latents import Posterior
-from semtok.teachers import TeacherFeatures
+from semtok.optimiser import OptimiserConfig
+from semtok.sampler.latents import Posterior
+from semtok.teachers import Teacher, TeacherFeatures
 from semtok.tokenizer import Tokenizer
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimiserConfig(Config):
-    """AdamW. The learning rate is used as it stands, whatever the batch or the number of GPUs."""
-
-    learning_rate: float = Field(gt=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -43,12 +31,12 @@ class Term:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a player's forward gives the loop.
+    """What a learner's forward gives the loop.
 
     Attributes:
-        terms: the losses that this player minimises.
+        terms: the losses that this learner minimises.
         metrics: detached tensors to log.
-        carry: what the next player of the same micro-batch needs, detached.
+        carry: what the next learner of the same micro-batch needs, detached.
     """
 
     terms: dict[str, Term]
@@ -78,66 +66,23 @@ class Batch:
         return len(self.labels)
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Random numbers of one step, as a function of (seed, step, position in the global batch).
-
-    So they are the same whatever the number of processes or micro-batches, and resuming needs no
-    saved generator. Each use has a name, and its own stream.
-
-    Attributes:
-        global_batch: images per optimiser step, over all processes and micro-batches.
-        first, num: this micro-batch's slice of the global batch.
-    """
-
-    seed: int
-    step: int
-    global_batch: int
-    first: int
-    num: int
-    device: torch.device
-
-    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal numbers (B, *shape)."""
-        return self._slice(
-            torch.randn(
-                self.global_batch, *shape, generator=self._generator(name), device=self.device
-            )
-        )
-
-    def uniform(self, name: str, shape: tuple[int, ...] = ()) -> Tensor:
-        """Uniform numbers in [0, 1), (B, *shape)."""
-        return self._slice(
-            torch.rand(
-                self.global_batch, *shape, generator=self._generator(name), device=self.device
-            )
-        )
-
-    def _slice(self, values: Tensor) -> Tensor:
-        return values[self.first : self.first + self.num]
-
-    def _generator(self, name: str) -> torch.Generator:
-        digest = hashlib.blake2b(f"{self.seed}/{self.step}/{name}".encode(), digest_size=8).digest()
-        return torch.Generator(self.device).manual_seed(int.from_bytes(digest) >> 1)
-
-
 class Objective(nn.Module, ABC):
     """One stage of training.
 
-    ``players`` are the modules that train. Each has its own optimiser, is wrapped for several
+    ``learners`` are the modules that train. Each has its own optimiser, is wrapped for several
     processes on its own, and contains exactly the parameters that it trains; it may read others'
-    through a ``Reference``. In a step they play in order, on the same micro-batch.
+    through ``Unregistered``. In a step each runs in turn, on the same micro-batch.
     """
 
-    players: nn.ModuleDict
+    learners: nn.ModuleDict
     """Name to module; ``forward(inputs, draws, step, carry) -> StepOutput``."""
 
-    def active_players(self, step: int) -> list[str]:
-        """Which players train in this step (0-based)."""
-        return list(self.players)
+    def active_learners(self, step: int) -> list[str]:
+        """Which learners train in this step (0-based)."""
+        return list(self.learners)
 
-    def optimiser_config(self, player: str, default: OptimiserConfig) -> OptimiserConfig:
-        """A player's optimiser settings; the recipe's ``train.optimiser`` unless it has its own."""
+    def optimiser_config(self, learner: str, default: OptimiserConfig) -> OptimiserConfig:
+        """A learner's optimiser settings; the recipe's ``train.optimiser`` unless it has its own."""
         return default
 
     def compiled_modules(self) -> list[nn.Module]:
@@ -145,24 +90,24 @@ class Objective(nn.Module, ABC):
         return []
 
     def frozen_modules(self) -> list[nn.Module]:
-        """Networks outside the players that the loop moves to the device: teachers and the like."""
+        """Networks outside the learners that the loop moves to the device: teachers and the like."""
         return []
 
     @abstractmethod
     def averaged_module(self) -> nn.Module:
-        """The part of a player that the EMA follows, and that evaluation and export use."""
+        """The part of a learner that the EMA follows, and that evaluation and export use."""
 
     def measure(self, batches: Iterable[Batch]) -> None:
         """Takes in, before the first step, what is measured on training data instead of learned.
 
         Called once in a run, on each process with its share of the batches, which are read only
-        where they are iterated. Where there are steps, what it finds has to stand in the players'
+        where they are iterated. Where there are steps, what it finds has to stand in the learners'
         buffers, which checkpoints keep.
         """
 
     @abstractmethod
     def prepare(self, batch: Batch) -> dict[str, Any]:
-        """Inputs that all players share, without gradient: one teacher forward for every consumer."""
+        """Inputs that all learners share, without gradient: one teacher forward for every consumer."""
 
     @abstractmethod
     def validate(
@@ -182,6 +127,21 @@ class Objective(nn.Module, ABC):
         return None
 
 
+@dataclass(frozen=True)
+class MethodContext:
+    """What a method is given beside its own settings when training starts.
+
+    Attributes:
+        image_size: (height, width) of the training images.
+        texture: the tokenizer that ``MethodConfig.texture_reference`` names.
+    """
+
+    image_size: tuple[int, int]
+    teacher: Teacher | None
+    steps: int
+    texture: Tokenizer | None = None
+
+
 class TokenizerObjective(Objective):
     """A stage that makes a tokenizer."""
 
@@ -194,23 +154,21 @@ class TokenizerObjective(Objective):
         """The tokenizer to export, on the given weights of ``averaged_module``."""
 
 
-class Reference:
-    """Holds a module without registering it, so that a player reads what another one trains."""
+class Unregistered:
+    """Holds a module without registering it, so that a learner reads what another one trains."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
 
-class frozen:
+@contextlib.contextmanager
+def without_gradients(module: nn.Module) -> Iterator[None]:
     """Within this context a module's parameters collect no gradient, though gradients pass through."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-
-    def __enter__(self) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *_: object) -> None:
-        for parameter in self.parameters:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
             parameter.requires_grad_(True)

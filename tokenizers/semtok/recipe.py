@@ -7,12 +7,12 @@ import pydantic
 import yaml
 
 from semtok.config import Config, apply_overrides, parse, read_yaml
+from semtok.data.images.kinds import data_config_class
 from semtok.data.source import DataConfig
-from semtok.data.sources import data_config_class
 from semtok.diffusion.config import DiffusionConfig
-from semtok.diffusion.sampling import SamplerConfig
 from semtok.errors import UserError
 from semtok.registry import MethodConfig, get_method, load_plugins
+from semtok.sampler.sampling import SamplerConfig
 from semtok.storage import write_text
 from semtok.teachers import TeacherConfig
 from semtok.training.config import TrainConfig

@@ -6,12 +6,10 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from semtok.config import Config
 from semtok.errors import UserError
-from semtok.objective import TokenizerObjective
-from semtok.teachers import Teacher
-from semtok.tokenizer import Tokenizer
 
 
 class MethodConfig(Config):
@@ -33,21 +31,6 @@ class MethodConfig(Config):
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What a method is given beside its own settings when training starts.
-
-    Attributes:
-        image_size: (height, width) of the training images.
-        texture: the tokenizer that ``MethodConfig.texture_reference`` names.
-    """
-
-    image_size: tuple[int, int]
-    teacher: Teacher | None
-    steps: int
-    texture: Tokenizer | None = None
-
-
-@dataclass(frozen=True)
 class Method:
     """One way to make a tokenizer.
 
@@ -60,8 +43,8 @@ class Method:
 
     name: str
     config: type[MethodConfig]
-    objective: Callable[[MethodConfig, Stage], TokenizerObjective]
-    tokenizer: type[Tokenizer]
+    objective: Callable[[Any, Any], Any]
+    tokenizer: type[Any]
     papers: tuple[str, ...] = ()
 
 
@@ -72,8 +55,8 @@ def register_method(
     name: str,
     *,
     config: type[MethodConfig],
-    objective: Callable[[MethodConfig, Stage], TokenizerObjective],
-    tokenizer: type[Tokenizer],
+    objective: Callable[[Any, Any], Any],
+    tokenizer: type[Any],
     papers: tuple[str, ...] = (),
 ) -> None:
     """Makes a method available to recipes under ``name``; its exports' cards cite ``papers``.
@@ -96,7 +79,6 @@ def get_method(name: object, *, place: str) -> Method:
     Raises:
         UserError: there is none; ``place`` (a file name) starts the message.
     """
-    _load_built_in()
     if not isinstance(name, str) or name not in _METHODS:
         near = difflib.get_close_matches(str(name), _METHODS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(_METHODS))}"
@@ -109,7 +91,6 @@ def get_method(name: object, *, place: str) -> Method:
 
 def papers_of(name: str) -> tuple[str, ...]:
     """What to cite for a method; nothing for one that is not registered."""
-    _load_built_in()
     return _METHODS[name].papers if name in _METHODS else ()
 
 
@@ -142,11 +123,3 @@ def load_plugins(files: Iterable[str]) -> None:
             if isinstance(error, ImportError | ValueError):
                 raise UserError(f"plugins: '{file}': {error}") from None
             raise
-
-
-def _load_built_in() -> None:
-    import semtok.methods.redi
-    import semtok.methods.reglue
-    import semtok.methods.semvae
-    import semtok.methods.send_vae
-    import semtok.methods.vae  # noqa: F401

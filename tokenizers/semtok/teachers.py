@@ -1,4 +1,4 @@
-"""Teachers: frozen vision foundation models from timm, the source of meaning for the latents."""
+"""Teachers: frozen vision foundation models from timm, and how features are aligned with theirs."""
 
 import contextlib
 import difflib
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 import timm
 import torch
@@ -232,6 +233,44 @@ class Teacher(nn.Module):
         side = max(1, self.input_size // self.patch_size) * self.patch_size
         probe = self.features(torch.zeros(1, 3, side, side))
         self._widths = tuple(patch.shape[1] for patch in probe.patches)
+
+
+# Alignment ---------------------------------------------------------------------------------------
+
+
+def silu_mlp(width: int, hidden: int, out: int) -> nn.Sequential:
+    """The three-layer SiLU projector of REPA (Yu et al. 2024, appendix): width, hidden, hidden, out."""
+    return nn.Sequential(
+        nn.Linear(width, hidden),
+        nn.SiLU(),
+        nn.Linear(hidden, hidden),
+        nn.SiLU(),
+        nn.Linear(hidden, out),
+    )
+
+
+def alignment_loss(
+    predicted: Tensor, target: Tensor, kind: Literal["cosine", "cosine_mse"] = "cosine"
+) -> Tensor:
+    """1 - cosine, averaged over positions: (B,), in float32.
+
+    (REPA's published code logs the negative cosine, which is less by 1 and has the same gradient.)
+
+    Args:
+        predicted: (B, D, h, w).
+        target: the teacher's tokens (B, D, h', w'), resampled bilinearly where the grids differ.
+        kind: ``cosine_mse`` gives the mean of that and of the mean squared error.
+    """
+    predicted, target = predicted.float(), target.float()
+    if predicted.shape[-2:] != target.shape[-2:]:
+        target = F.interpolate(target, size=predicted.shape[-2:], mode="bilinear", antialias=True)
+    cosine = (1 - F.cosine_similarity(predicted, target, dim=1)).mean(dim=(1, 2))
+    if kind == "cosine":
+        return cosine
+    return (cosine + (predicted - target).square().mean(dim=(1, 2, 3))) / 2
+
+
+# Which network -----------------------------------------------------------------------------------
 
 
 def demo_network() -> nn.Module:

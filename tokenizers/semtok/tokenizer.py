@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from semtok.card import provenance, write_readme
 from semtok.config import Config
 from semtok.errors import UserError
-from semtok.hub.publish import PushToHub
 from semtok.images import Images, to_pixels
-from semtok.latents import Latents, LatentSpec, Posterior
+from semtok.publish import PushToHub
 from semtok.references import locate_export
+from semtok.registry import get_method, papers_of
+from semtok.sampler.latents import Latents, LatentSpec, Posterior
 from semtok.statistics import StreamingMoments
 from semtok.storage import (
     first_line,
@@ -268,8 +269,6 @@ class Tokenizer(PushToHub, nn.Module, ABC):
         Raises:
             UserError: the folder holds something else.
         """
-        from semtok.registry import papers_of  # the registry imports this module
-
         with new_folder(Path(folder), replaces=_CONFIG_FILE) as temporary:
             settings = self.save_networks(temporary)
             config = {
@@ -303,8 +302,6 @@ class Tokenizer(PushToHub, nn.Module, ABC):
         Raises:
             UserError: nothing found, a damaged file, a newer format, or an unknown method.
         """
-        from semtok.registry import get_method  # the registry imports this module
-
         folder = locate_export(
             str(reference), "tokenizer", revision=revision, local_files_only=local_files_only
         )

@@ -10,15 +10,15 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from semtok.commands.around_training import errors_at
 from semtok.commands.cli import Parser
 from semtok.commands.evaluation.options import SHAPES
-from semtok.commands.stage import errors_at
 from semtok.commands.table import print_table
 from semtok.commands.train_tokenizer import tokenizer_from_reference
 from semtok.config import apply_overrides, parse
-from semtok.data.latent_cache import CachedLatents, ensure_latent_cache, is_latent_cache
-from semtok.data.shards import Shards
-from semtok.data.sources import open_sources
+from semtok.data.caches.latent_cache import CachedLatents, ensure_latent_cache, is_latent_cache
+from semtok.data.caches.shards import Shards
+from semtok.data.images.kinds import open_sources
 from semtok.errors import UserError
 from semtok.recipe import parse_data
 from semtok.registry import load_plugins

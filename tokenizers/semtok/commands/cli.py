@@ -1,4 +1,4 @@
-"""The command line: ``semtok <command>`` and the launchers in ``tools/``."""
+"""What all commands share: reading arguments, and telling of errors in one line."""
 
 import argparse
 import errno
@@ -11,18 +11,6 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from semtok.errors import Interrupted, NonFiniteLoss, UserError
-
-COMMANDS = {
-    "train_tokenizer": "train a tokenizer from a recipe",
-    "train_dit": "train a diffusion transformer on a tokenizer's latents",
-    "cache_latents": "compute a tokenizer's latents of all images once",
-    "sample": "draw images from a trained generator",
-    "benchmark": "time training steps",
-    "evaluate": "measure what a tokenizer's latents hold",
-    "hub": "to and from the Hugging Face Hub, published checkpoints and diffusers",
-    "compare": "train several tokenizers, a transformer on each, and report",
-    "train_teacher": "train the embedded teacher again",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,24 +56,3 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
 def launch(name: str) -> int:
     """Runs the command of that name with the process's arguments."""
     return run(importlib.import_module(f"semtok.commands.{name}").main)
-
-
-def main() -> int:
-    """``semtok <command> …``; the command's name may be written with - or _."""
-    name = sys.argv[1].replace("-", "_") if len(sys.argv) > 1 else ""
-    if name not in COMMANDS:
-        if name and name not in ("__help", "_h", "help"):
-            print(f"error: no command '{sys.argv[1]}'; see semtok --help", file=sys.stderr)
-            return 2
-        width = max(map(len, COMMANDS))
-        print(
-            "usage: semtok COMMAND …\n\n"
-            + "\n".join(f"  {c:<{width}}  {text}" for c, text in COMMANDS.items())
-        )
-        return 0 if name in ("__help", "_h", "help") else 2
-    sys.argv = [f"semtok {name}", *sys.argv[2:]]
-    return launch(name)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,7 +4,7 @@ and generators are."""
 from collections.abc import Sequence
 
 from semtok.commands.cli import Parser
-from semtok.commands.evaluation import classes, generation, latents, probe, reconstruction
+from semtok.commands.evaluation import classes, generation, predictors, probe, reconstruction
 from semtok.registry import load_plugins
 
 
@@ -12,7 +12,7 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     parser = Parser(prog="evaluate", description=__doc__)
     tasks = parser.add_subparsers(dest="task", required=True)
-    for task in (reconstruction, latents, probe, generation, classes):
+    for task in (reconstruction, predictors, probe, generation, classes):
         task.add_task(tasks)
     args = parser.parse_args(arguments)
     load_plugins(args.plugin)

@@ -16,7 +16,7 @@ from semtok.errors import UserError
 from semtok.hub.export_pipeline import export_pipeline
 from semtok.hub.formats import Format
 from semtok.hub.imports import ImportOptions, import_checkpoint
-from semtok.hub.publish import check_repo_id, export_files, is_pipeline, push_export
+from semtok.publish import check_repo_id, export_files, is_pipeline, push_export
 from semtok.references import locate_export
 from semtok.registry import load_plugins
 from semtok.teachers import Teacher, TeacherConfig

@@ -17,11 +17,11 @@ from tqdm import tqdm
 from semtok.commands.cli import Parser
 from semtok.commands.sampler_options import add_sampler_options, sampler_from, sped_up
 from semtok.diffusion.generator import Generator
-from semtok.diffusion.sampling import SamplerConfig
 from semtok.errors import UserError
 from semtok.images import to_uint8
 from semtok.pictures import write_png
 from semtok.registry import load_plugins
+from semtok.sampler.sampling import SamplerConfig
 from semtok.storage import new_file
 
 

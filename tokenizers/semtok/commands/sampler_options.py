@@ -6,9 +6,9 @@ from typing import get_args
 
 from semtok.config import parse
 from semtok.diffusion.generator import Generator
-from semtok.diffusion.guidance import GuidanceConfig
-from semtok.diffusion.sampling import SamplerConfig
 from semtok.errors import UserError
+from semtok.sampler.guidance import GuidanceConfig
+from semtok.sampler.sampling import SamplerConfig
 from semtok.speed import Compiler
 
 

@@ -8,15 +8,7 @@ from typing import Any
 
 import torch
 
-from semtok.commands.cli import Parser
-from semtok.commands.latents import (
-    cached_latents,
-    check_targets,
-    stored_latents,
-    warn_of_other_images,
-)
-from semtok.commands.run_folder import claim_run_folder, run_folder
-from semtok.commands.stage import (
+from semtok.commands.around_training import (
     add_run_options,
     card_pictures,
     errors_at,
@@ -24,12 +16,20 @@ from semtok.commands.stage import (
     start_trainer,
     summarise,
 )
+from semtok.commands.cli import Parser
+from semtok.commands.run_folder import claim_run_folder, run_folder
 from semtok.commands.train_tokenizer import keep_tokenizer, tokenizer_of_run
-from semtok.data.latent_cache import CachedLatents, open_latent_cache
+from semtok.commands.when_to_cache import (
+    cached_latents,
+    check_targets,
+    stored_latents,
+    warn_of_other_images,
+)
+from semtok.data.caches.latent_cache import CachedLatents, open_latent_cache
+from semtok.data.images.kinds import open_sources
 from semtok.data.source import ImageSource
-from semtok.data.sources import open_sources
 from semtok.diffusion.generator import Generator
-from semtok.diffusion.objective import DiffusionObjective
+from semtok.diffusion.training import DiffusionObjective
 from semtok.errors import UserError
 from semtok.images import to_pixels
 from semtok.recipe import DiffusionRecipe, load_diffusion_recipe, recipe_text

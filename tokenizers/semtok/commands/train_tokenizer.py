@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from semtok.commands.cli import Parser
-from semtok.commands.run_folder import claim_run_folder, run_folder
-from semtok.commands.stage import (
+from semtok.commands.around_training import (
     add_run_options,
     card_pictures,
     errors_at,
@@ -18,15 +16,17 @@ from semtok.commands.stage import (
     start_trainer,
     summarise,
 )
-from semtok.data.loading import DataOrder
+from semtok.commands.cli import Parser
+from semtok.commands.run_folder import claim_run_folder, run_folder
+from semtok.data.images.kinds import open_sources
+from semtok.data.order import DataOrder
 from semtok.data.source import ImageSource
-from semtok.data.sources import open_sources
 from semtok.errors import Interrupted
 from semtok.images import to_pixels
-from semtok.objective import Batch, TokenizerObjective
+from semtok.objective import Batch, MethodContext, TokenizerObjective
 from semtok.recipe import TokenizerRecipe, load_recipe, recipe_text
 from semtok.references import DEMO, RUNS, find_recipe
-from semtok.registry import Stage, get_method
+from semtok.registry import get_method
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 from semtok.training.loop import on_device
@@ -174,7 +174,8 @@ def build_objective(
     torch.manual_seed(recipe.train.seed)
     with errors_at(place):
         return method.objective(
-            recipe.method, Stage(recipe.data.image_size, teacher, recipe.train.steps, texture)
+            recipe.method,
+            MethodContext(recipe.data.image_size, teacher, recipe.train.steps, texture),
         )
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from semtok.config import Config
-from semtok.latents import Posterior
+from semtok.sampler.latents import Posterior
 from semtok.teachers import TeacherFeatures
 
 Key = tuple[int, bool]

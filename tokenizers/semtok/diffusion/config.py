@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from semtok.config import Config, parse
-from semtok.diffusion.dit import DiT, DiTArchitecture, architecture
-from semtok.diffusion.sampling import SamplerConfig
-from semtok.diffusion.transport import PathName, Schedule, TimeConfig
-from semtok.latents import LatentSpec
+from semtok.sampler.dit import DiT, DiTArchitecture, architecture
+from semtok.sampler.latents import LatentSpec
+from semtok.sampler.sampling import SamplerConfig
+from semtok.sampler.transport import PathName, Schedule, TimeConfig
 from semtok.tokenizer import Tokenizer
 
 Weight = Annotated[float, Field(ge=0)]

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from semtok.card import provenance, write_readme
 from semtok.config import parse
 from semtok.diffusion.config import DiffusionConfig, build_network, check_guidance
-from semtok.diffusion.dit import DiT
-from semtok.diffusion.sampling import SampleNoise, SamplerConfig, Watch, sample_latents
 from semtok.errors import UserError
-from semtok.hub.publish import PushToHub
-from semtok.latents import Latents, LatentSpec
 from semtok.pictures import principal_components, rows_of_images
+from semtok.publish import PushToHub
 from semtok.references import locate_export
 from semtok.registry import papers_of
+from semtok.sampler.dit import DiT
+from semtok.sampler.draws import SampleNoise
+from semtok.sampler.latents import Latents, LatentSpec
+from semtok.sampler.sampling import SamplerConfig, Watch, sample_latents
 from semtok.speed import Compiler, Precision, compile_networks, computing
 from semtok.storage import (
     DAMAGE,

@@ -10,7 +10,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from semtok.data.loading import chosen_batches
+from semtok.data.order import chosen_batches
 from semtok.data.source import ImageSource
 from semtok.images import to_pixels
 from semtok.teachers import Teacher

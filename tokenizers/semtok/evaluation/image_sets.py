@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from semtok.data.folder import Folder
+from semtok.data.images.folder import Folder
 from semtok.data.source import ImageSource
 from semtok.diffusion.generator import Generator
-from semtok.diffusion.sampling import SamplerConfig
 from semtok.errors import UserError
 from semtok.images import to_uint8
+from semtok.sampler.sampling import SamplerConfig
 from semtok.storage import DAMAGE, first_line
 
 _IMAGES_KEY = "arr_0"

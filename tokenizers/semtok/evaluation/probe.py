@@ -23,7 +23,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 
-from semtok.data.loading import chosen_batches
+from semtok.data.order import chosen_batches
 from semtok.data.source import ImageSource
 from semtok.images import to_pixels
 from semtok.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from semtok.data.loading import chosen_batches
+from semtok.data.order import chosen_batches
 from semtok.data.source import ImageSource
 from semtok.evaluation.frechet import Gaussian, frechet_distance
 from semtok.images import to_pixels, to_uint8

@@ -20,9 +20,9 @@ from semtok.hub.bundle import bundle, requirements
 from semtok.hub.diffusers.pipeline import SemtokPipeline
 from semtok.hub.diffusers.scheduler import SemtokScheduler
 from semtok.hub.diffusers.transformer import SemtokTransformer
-from semtok.hub.publish import PIPELINE_FILE, is_pipeline
 from semtok.methods.composite import CompositeTokenizer
 from semtok.methods.vae import KLTokenizer
+from semtok.publish import PIPELINE_FILE, is_pipeline
 from semtok.storage import new_folder, read_json, write_json, write_text
 from semtok.tokenizer import Tokenizer, library_version
 

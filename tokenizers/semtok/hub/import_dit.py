@@ -14,12 +14,18 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from semtok.diffusion.dit import DiT, DiTArchitecture, rotary_table, time_frequencies
 from semtok.errors import UserError
 from semtok.hub.checkpoints import MALFORMED, check_names_and_shapes, count_numbered
-from semtok.latents import LatentSpec, PartSpec
-from semtok.nets.transformer import silu_mlp, sincos_positions
+from semtok.sampler.dit import (
+    DiT,
+    DiTArchitecture,
+    rotary_table,
+    sincos_positions,
+    time_frequencies,
+)
+from semtok.sampler.latents import LatentSpec, PartSpec
 from semtok.storage import first_line
+from semtok.teachers import silu_mlp
 
 Family = Literal["sit", "repa", "lightningdit"]
 

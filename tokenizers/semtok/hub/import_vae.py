@@ -10,7 +10,7 @@ from torch import Tensor
 
 from semtok.errors import UserError
 from semtok.hub.checkpoints import MALFORMED, check_names_and_shapes, count_numbered
-from semtok.nets.autoencoder import Architecture, build_autoencoder
+from semtok.methods.vae import Architecture, build_autoencoder
 from semtok.storage import first_line
 
 # What only training needed: discriminator, LPIPS and log variance; VA-VAE's teacher and its projection.

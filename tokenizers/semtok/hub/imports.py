@@ -13,10 +13,7 @@ from torch import Tensor
 
 from semtok.config import parse, read_yaml
 from semtok.diffusion.config import DiffusionConfig, resolve_defaults
-from semtok.diffusion.dit import PRESETS, DiT, DiTArchitecture
 from semtok.diffusion.generator import Generator
-from semtok.diffusion.sampling import SamplerConfig
-from semtok.diffusion.transport import PathName
 from semtok.errors import UserError
 from semtok.hub import import_dit as dits
 from semtok.hub import import_vae as vaes
@@ -30,12 +27,16 @@ from semtok.hub.formats import (
     statistics_beside,
 )
 from semtok.hub.import_coder import import_compressor, import_semvae, semvae_heads
-from semtok.hub.parts import save_part
+from semtok.hub.modules import save_part
 from semtok.methods.composite import CompositeConfig, FeatureCoder
 from semtok.methods.reglue import Compressor
 from semtok.methods.vae import KLTokenizer
+from semtok.objective import MethodContext
 from semtok.references import recipe_folder
-from semtok.registry import Stage, get_method
+from semtok.registry import get_method
+from semtok.sampler.dit import PRESETS, DiT, DiTArchitecture
+from semtok.sampler.sampling import SamplerConfig
+from semtok.sampler.transport import PathName
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 
@@ -246,7 +247,7 @@ class _Import:
         config = parse(method.config, content, self.place)
         assert isinstance(config, CompositeConfig)
         try:
-            objective = method.objective(config, Stage((side, side), teacher, 0, texture))
+            objective = method.objective(config, MethodContext((side, side), teacher, 0, texture))
         except ValueError as error:
             raise UserError(f"{self.place}: {error}") from None
         objective.averaged_module().load_state_dict(coder.state_dict())

@@ -18,13 +18,13 @@ from accelerate import Accelerator
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from semtok.data.feature_cache import ensure_feature_cache
+from semtok.data.caches.feature_cache import ensure_feature_cache
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
-from semtok.latents import Latents, LatentSpec, PartSpec, Posterior
-from semtok.objective import Batch, Reference, TokenizerObjective
+from semtok.objective import Batch, MethodContext, TokenizerObjective, Unregistered
 from semtok.pictures import principal_components, rows_of_images
-from semtok.registry import MethodConfig, Stage
+from semtok.registry import MethodConfig
+from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
 from semtok.statistics import StreamingMoments
 from semtok.storage import DAMAGE, first_line, read_tensors, write_tensors
 from semtok.teachers import Teacher, TeacherConfig, TeacherFeatures
@@ -175,9 +175,9 @@ class CompositeTokenizer(Tokenizer):
         self.texture, self.coder = texture, coder
         self.feature_stride, self.scaled = feature_stride, scaled
         # Not a submodule: it is neither trained, nor saved with the weights, nor there before its use.
-        self._teacher: Reference | None = None
+        self._teacher: Unregistered | None = None
         if not isinstance(teacher, tuple):
-            self._teacher, teacher = Reference(teacher), (teacher.config, teacher.fingerprint())
+            self._teacher, teacher = Unregistered(teacher), (teacher.config, teacher.fingerprint())
         self.teacher_config, self.teacher_fingerprint = teacher
         self.texture_mean.copy_(texture.texture_mean)
         self.texture_std.copy_(texture.texture_std)
@@ -201,7 +201,7 @@ class CompositeTokenizer(Tokenizer):
                     f"teacher '{self.teacher_config.name}': its weights here are not those that this "
                     "tokenizer was trained with; encoding would mean something else"
                 )
-            self._teacher = Reference(teacher)
+            self._teacher = Unregistered(teacher)
         return self._teacher.module.to(self.texture_mean)
 
     @property
@@ -323,27 +323,29 @@ class CompositeObjective(TokenizerObjective):
 
     tokenizer_class: ClassVar[type[CompositeTokenizer]]
 
-    def __init__(self, config: CompositeConfig, stage: Stage, coder: FeatureCoder | None) -> None:
+    def __init__(
+        self, config: CompositeConfig, context: MethodContext, coder: FeatureCoder | None
+    ) -> None:
         super().__init__()
-        assert stage.teacher is not None and stage.texture is not None
-        self.config, self.stage, self.teacher = config, stage, Reference(stage.teacher)
-        self.texture = Reference(stage.texture)
-        if stage.texture.spec.names != ("texture",):
+        assert context.teacher is not None and context.texture is not None
+        self.config, self.context, self.teacher = config, context, Unregistered(context.teacher)
+        self.texture = Unregistered(context.texture)
+        if context.texture.spec.names != ("texture",):
             raise ValueError(
-                f"method.texture: '{config.texture}' has parts {', '.join(stage.texture.spec.names)}; "
+                f"method.texture: '{config.texture}' has parts {', '.join(context.texture.spec.names)}; "
                 "a composite takes a tokenizer of the texture alone"
             )
-        self.feature_stride = feature_stride(stage.teacher, stage.image_size)
+        self.feature_stride = feature_stride(context.teacher, context.image_size)
         self._check_maps()
-        self.players = nn.ModuleDict()
-        self._coder = Reference(coder if coder is not None else nn.Identity())
-        self.tokenizer(self.averaged_module()).spec.check_image_size(stage.image_size)
+        self.learners = nn.ModuleDict()
+        self._coder = Unregistered(coder if coder is not None else nn.Identity())
+        self.tokenizer(self.averaged_module()).spec.check_image_size(context.image_size)
 
     @torch.no_grad()
     def _check_maps(self) -> None:
         """The stages of a CNN have grids of their own; only the last has the one that is asked for."""
-        grid = token_grid(self.stage.image_size, self.feature_stride)
-        blank = torch.zeros(1, 3, *self.stage.image_size)
+        grid = token_grid(self.context.image_size, self.feature_stride)
+        blank = torch.zeros(1, 3, *self.context.image_size)
         features = self.teacher.module.features(blank, grid=grid)
         maps = [tuple(patches.shape[-2:]) for patches in features.patches]
         if any(shape != grid for shape in maps):
@@ -354,7 +356,7 @@ class CompositeObjective(TokenizerObjective):
 
     def frozen_modules(self) -> list[nn.Module]:
         held = [self.teacher.module, self.texture.module]
-        return held if len(self.players) else [*held, self._coder.module]
+        return held if len(self.learners) else [*held, self._coder.module]
 
     def averaged_module(self) -> nn.Module:
         return self._coder.module
@@ -374,7 +376,7 @@ class CompositeObjective(TokenizerObjective):
         return ensure_feature_cache(
             source,
             self.teacher.module,
-            token_grid(self.stage.image_size, self.feature_stride),
+            token_grid(self.context.image_size, self.feature_stride),
             Path(self.config.feature_cache),
             batch_size=64,
             accelerator=accelerator,

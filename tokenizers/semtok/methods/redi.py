@@ -14,7 +14,6 @@ from einops import einsum
 from pydantic import Field
 from torch import Tensor
 
-from semtok.latents import LatentSpec
 from semtok.methods.composite import (
     GLOBAL_WEIGHT,
     CompositeConfig,
@@ -22,8 +21,9 @@ from semtok.methods.composite import (
     CompositeTokenizer,
     StandardisedCoder,
 )
-from semtok.objective import Batch
-from semtok.registry import Stage, register_method
+from semtok.objective import Batch, MethodContext
+from semtok.registry import register_method
+from semtok.sampler.latents import LatentSpec
 from semtok.statistics import StreamingMoments
 from semtok.tokenizer import DiffusionDefaults
 
@@ -89,10 +89,10 @@ class ReDiObjective(CompositeObjective):
 
     tokenizer_class = ReDiTokenizer
 
-    def __init__(self, config: ReDiConfig, stage: Stage) -> None:
-        assert stage.teacher is not None
-        coder = PrincipalComponents(sum(stage.teacher.widths), config.channels)
-        super().__init__(config, stage, coder)
+    def __init__(self, config: ReDiConfig, context: MethodContext) -> None:
+        assert context.teacher is not None
+        coder = PrincipalComponents(sum(context.teacher.widths), config.channels)
+        super().__init__(config, context, coder)
 
     def measure(self, batches: Iterable[Batch]) -> None:
         self.averaged_module().fit(self.feature_moments(batches, covariance=True))

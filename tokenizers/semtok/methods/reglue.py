@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from semtok.config import Config
-from semtok.latents import LatentSpec
 from semtok.methods.composite import (
     GLOBAL_WEIGHT,
     CompositeConfig,
@@ -24,8 +23,10 @@ from semtok.methods.composite import (
     CompositeTokenizer,
     StandardisedCoder,
 )
-from semtok.objective import Batch, Draws, StepOutput, Term
-from semtok.registry import Stage, register_method
+from semtok.objective import Batch, MethodContext, StepOutput, Term
+from semtok.registry import register_method
+from semtok.sampler.draws import Draws
+from semtok.sampler.latents import LatentSpec
 from semtok.tokenizer import DiffusionDefaults
 
 # Settings ----------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ class REGLUETokenizer(CompositeTokenizer):
 # The objective -----------------------------------------------------------------------------------
 
 
-class CompressorPlayer(nn.Module):
+class CompressorLearner(nn.Module):
     """Trains the compressor by the squared error of standardised features.
 
     BatchNorm sees each process's own share of the batch, as in the published code.
@@ -143,15 +144,15 @@ class REGLUEObjective(CompositeObjective):
 
     tokenizer_class = REGLUETokenizer
 
-    def __init__(self, config: REGLUEConfig, stage: Stage) -> None:
-        assert stage.teacher is not None
+    def __init__(self, config: REGLUEConfig, context: MethodContext) -> None:
+        assert context.teacher is not None
         compressor = None
         if config.compressor is not None:
             shape = config.compressor
-            compressor = Compressor(sum(stage.teacher.widths), list(shape.hidden), shape.channels)
-        super().__init__(config, stage, compressor)
+            compressor = Compressor(sum(context.teacher.widths), list(shape.hidden), shape.channels)
+        super().__init__(config, context, compressor)
         if compressor is not None:
-            self.players["compressor"] = CompressorPlayer(compressor)
+            self.learners["compressor"] = CompressorLearner(compressor)
         elif not config.global_token:
             raise ValueError("method: with neither compressor nor global_token nothing is added")
 

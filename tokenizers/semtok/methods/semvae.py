@@ -14,7 +14,6 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from semtok.latents import LatentSpec
 from semtok.methods.composite import (
     GLOBAL_WEIGHT,
     CompositeConfig,
@@ -24,8 +23,10 @@ from semtok.methods.composite import (
     feature_cosine,
 )
 from semtok.methods.vae import kl_loss
-from semtok.objective import Draws, StepOutput, Term
-from semtok.registry import Stage, register_method
+from semtok.objective import MethodContext, StepOutput, Term
+from semtok.registry import register_method
+from semtok.sampler.draws import Draws
+from semtok.sampler.latents import LatentSpec
 from semtok.tokenizer import DiffusionDefaults
 
 LEAD = 0.3
@@ -152,7 +153,7 @@ def cosine_loss(
     return 1 - F.cosine_similarity(*flat, dim=2).mean(dim=1)
 
 
-class SemVAEPlayer(nn.Module):
+class SemVAELearner(nn.Module):
     """Trains the VAE by squared error, cosine and a small KL divergence (eq. 8)."""
 
     def __init__(self, config: SemVAEConfig, coder: SemVAE) -> None:
@@ -184,13 +185,13 @@ class SemVAEObjective(CompositeObjective):
 
     tokenizer_class = SemVAETokenizer
 
-    def __init__(self, config: SemVAEConfig, stage: Stage) -> None:
-        assert stage.teacher is not None
-        features = sum(stage.teacher.widths)
+    def __init__(self, config: SemVAEConfig, context: MethodContext) -> None:
+        assert context.teacher is not None
+        features = sum(context.teacher.widths)
         width = config.width or features
         coder = SemVAE(features, config.channels, width, config.heads, config.blocks)
-        super().__init__(config, stage, coder)
-        self.players["semvae"] = SemVAEPlayer(config, coder)
+        super().__init__(config, context, coder)
+        self.learners["semvae"] = SemVAELearner(config, coder)
 
     def compiled_modules(self) -> list[nn.Module]:
         coder = self.averaged_module()

@@ -18,12 +18,13 @@ from pydantic import Field, model_validator
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from semtok.alignment import alignment_loss
 from semtok.config import Config
-from semtok.methods.vae import AutoencoderPlayer, KLTokenizer, VAEConfig, VAEObjective
-from semtok.nets.transformer import init_xavier, silu_mlp, sincos_positions
-from semtok.objective import Draws, Term
-from semtok.registry import Stage, register_method
+from semtok.methods.vae import AutoencoderLearner, KLTokenizer, VAEConfig, VAEObjective
+from semtok.objective import MethodContext, Term
+from semtok.registry import register_method
+from semtok.sampler.dit import init_xavier, sincos_positions
+from semtok.sampler.draws import Draws
+from semtok.teachers import alignment_loss, silu_mlp
 
 # Settings ----------------------------------------------------------------------------------------
 
@@ -160,18 +161,18 @@ class Mapper(nn.Module):
 # The objective -----------------------------------------------------------------------------------
 
 
-class SendVAEPlayer(AutoencoderPlayer):
+class SendVAELearner(AutoencoderLearner):
     """The autoencoder together with the mapper."""
 
     def __init__(
-        self, config: SendVAEConfig, stage: Stage, discriminator: nn.Module | None
+        self, config: SendVAEConfig, context: MethodContext, discriminator: nn.Module | None
     ) -> None:
-        super().__init__(config, stage, discriminator)
-        assert stage.teacher is not None, "Send-VAE needs a teacher"
+        super().__init__(config, context, discriminator)
+        assert context.teacher is not None, "Send-VAE needs a teacher"
         channels = self.autoencoder.config.latent_channels
         self.standardiser = RunningStandardiser(channels)
         self.mapper = Mapper(
-            config.mapper, channels=channels, teacher_width=stage.teacher.widths[-1]
+            config.mapper, channels=channels, teacher_width=context.teacher.widths[-1]
         )
 
     def extra_terms(self, z: Tensor, inputs: Mapping[str, Any], draws: Draws) -> dict[str, Term]:
@@ -194,19 +195,19 @@ class SendVAEPlayer(AutoencoderPlayer):
 class SendVAEObjective(VAEObjective):
     """The VAE's objective with the alignment term."""
 
-    player_class = SendVAEPlayer
+    learner_class = SendVAELearner
 
-    def __init__(self, config: SendVAEConfig, stage: Stage) -> None:
-        super().__init__(config, stage)
+    def __init__(self, config: SendVAEConfig, context: MethodContext) -> None:
+        super().__init__(config, context)
         patch = config.mapper.patch_size
-        grid = self.tokenizer(self.averaged_module()).spec.shape("texture", stage.image_size)[1:]
+        grid = self.tokenizer(self.averaged_module()).spec.shape("texture", context.image_size)[1:]
         if grid[0] % patch or grid[1] % patch:
             raise ValueError(
                 f"method.mapper.patch_size: {patch} does not divide the latent grid {grid[0]}x{grid[1]}"
             )
 
     def compiled_modules(self) -> list[nn.Module]:
-        return [*super().compiled_modules(), self.players["autoencoder"].mapper]
+        return [*super().compiled_modules(), self.learners["autoencoder"].mapper]
 
 
 register_method(

@@ -12,67 +12,151 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from semtok.config import Config
 from semtok.errors import UserError
-from semtok.latents import Latents, LatentSpec, PartSpec, Posterior
+from semtok.methods.adversarial import AdversarialConfig, DiscriminatorLearner, adaptive_ratio
 from semtok.metrics import psnr, ssim
-from semtok.nets.autoencoder import (
-    PRESETS,
-    Architecture,
-    autoencoder_stride,
-    build_autoencoder,
-    load_autoencoder,
-)
-from semtok.nets.discriminator import PatchDiscriminator
-from semtok.nets.perceptual import LPIPS, teacher_distance
 from semtok.objective import (
     Batch,
-    Draws,
-    OptimiserConfig,
-    Reference,
+    MethodContext,
     StepOutput,
     Term,
     TokenizerObjective,
-    frozen,
+    Unregistered,
+    without_gradients,
 )
+from semtok.optimiser import OptimiserConfig
+from semtok.perceptual import LPIPS, teacher_distance
 from semtok.pictures import principal_components, rows_of_images
-from semtok.registry import MethodConfig, Stage, register_method
+from semtok.registry import MethodConfig, register_method
+from semtok.sampler.draws import Draws
+from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
+from semtok.storage import DAMAGE, first_line
 from semtok.teachers import TeacherFeatures
 from semtok.tokenizer import Tokenizer
 
-# Settings ----------------------------------------------------------------------------------------
+# The network -------------------------------------------------------------------------------------
 
 
-class AdversarialConfig(Config):
-    """The patch discriminator and its loss.
+class Architecture(Config):
+    """Shape of an AutoencoderKL. Its stride is 2 to the power of (number of blocks - 1)."""
 
-    Healthy training keeps the discriminator's real and fake logits apart but within a few units
-    (both are logged); fake logits that stay at the real ones mean that it learns nothing.
+    block_channels: tuple[int, ...]
+    """Channels per resolution, finest first."""
+    layers_per_block: int = Field(2, ge=1)
+    latent_channels: int = Field(ge=1)
+    norm_groups: int = Field(32, ge=1)
+    attention: tuple[bool, ...] | None = None
+    """Which resolutions have self-attention, beside the middle one; None: none of them."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Architecture":
+        channels = self.block_channels
+        if not channels or any(c < 1 or c % self.norm_groups for c in channels):
+            raise ValueError(
+                f"block_channels {self.block_channels} must be multiples of norm_groups {self.norm_groups}"
+            )
+        if self.attention is not None and len(self.attention) != len(self.block_channels):
+            raise ValueError("attention and block_channels must have the same length")
+        return self
+
+
+PRESETS: dict[str, Architecture] = {
+    # For the embedded recipes: 32x32 images to 8x8x8 latents.
+    "tiny": Architecture(
+        block_channels=(16, 32, 64), layers_per_block=1, latent_channels=8, norm_groups=8
+    ),
+    # Stable Diffusion's VAE (Rombach et al. 2022): 256x256 to 32x32x4.
+    "f8d4": Architecture(block_channels=(128, 256, 512, 512), latent_channels=4),
+    # LightningDiT's f16d32 (Yao et al. 2025), an LDM autoencoder: ch 128, mult 1,1,2,2,4,
+    # attention at the coarsest resolution: 256x256 to 16x16x32.
+    "f16d32": Architecture(
+        block_channels=(128, 128, 256, 256, 512),
+        latent_channels=32,
+        attention=(False, False, False, False, True),
+    ),
+}
+
+
+def build_autoencoder(architecture: Architecture) -> AutoencoderKL:
+    """A randomly initialised AutoencoderKL."""
+    attention = architecture.attention or (False,) * len(architecture.block_channels)
+    return AutoencoderKL(
+        down_block_types=tuple(
+            "AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attention
+        ),
+        up_block_types=tuple(
+            "AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attention)
+        ),
+        block_out_channels=architecture.block_channels,
+        layers_per_block=architecture.layers_per_block,
+        latent_channels=architecture.latent_channels,
+        norm_num_groups=architecture.norm_groups,
+    )
+
+
+def load_autoencoder(reference: str) -> AutoencoderKL:
+    """Loads a VAE's weights from a folder that diffusers can read, or from a Hub id.
+
+    A folder may be a diffusers VAE, a diffusers pipeline (its ``vae`` is taken), a tokenizer that
+    this library exported, or one of its run folders.
+
+    Raises:
+        UserError: nothing there that AutoencoderKL can load, or the weights are damaged.
     """
+    folder = Path(reference)
+    if folder.is_dir():
+        candidates = [folder, folder / "vae", folder / "export" / "vae"]
+        found = next(
+            (c for c in candidates if list(c.glob("diffusion_pytorch_model*.safetensors"))), None
+        )
+        if found is None:
+            raise UserError(
+                f"{folder}: holds no diffusers VAE (config.json with diffusion_pytorch_model.safetensors)"
+            )
+        source, subfolder = str(found), None
+    elif reference.count("/") == 1 and not reference.startswith((".", "/")):
+        source, subfolder = reference, None
+    else:
+        raise UserError(
+            f"'{reference}' is neither a preset ({', '.join(PRESETS)}), a folder with a VAE, nor a Hub id (org/name)"
+        )
+    try:
+        autoencoder, report = AutoencoderKL.from_pretrained(
+            source, subfolder=subfolder, use_safetensors=True, output_loading_info=True
+        )
+    except DAMAGE as error:
+        raise UserError(f"VAE '{reference}' can't be loaded: {first_line(error)}") from None
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if wrong:
+        raise UserError(
+            f"VAE '{reference}': its weights do not fit its config.json ({len(wrong)} tensors, such as {wrong[0]})"
+        )
+    return autoencoder
 
-    weight: float = Field(0.5, ge=0)
-    start_step: int = Field(ge=0)
-    """Step from which the generator is paid for fooling the discriminator."""
-    discriminator_start_step: int | None = Field(None, ge=0)
-    """Step from which the discriminator trains; None: together with ``start_step``."""
-    ramp_steps: int = Field(0, ge=0)
-    """Steps over which the generator's weight rises from 0."""
-    adaptive: bool = True
-    """Scale the weight by the ratio of gradient norms at the decoder's last layer."""
-    max_adaptive: float = Field(1e4, gt=0)
-    """Cap of that ratio."""
-    width: int = Field(64, ge=8, multiple_of=8)
-    num_layers: int = Field(3, ge=1)
-    norm: Literal["batch", "group", "none"] = "group"
-    optimiser: OptimiserConfig | None = None
-    """None: the same as ``train.optimiser``."""
+
+def autoencoder_stride(autoencoder: AutoencoderKL) -> int:
+    """Image pixels per latent cell along each side."""
+    return 2 ** (len(autoencoder.config.block_out_channels) - 1)
+
+
+def make_autoencoder(source: str | Architecture) -> AutoencoderKL:
+    """From scratch by preset or architecture, or with the weights that a reference names.
+
+    Raises:
+        UserError: the reference leads to no VAE.
+    """
+    if isinstance(source, Architecture):
+        return build_autoencoder(source)
+    return build_autoencoder(PRESETS[source]) if source in PRESETS else load_autoencoder(source)
+
+
+# Settings ----------------------------------------------------------------------------------------
 
 
 class VAEConfig(MethodConfig):
@@ -171,53 +255,25 @@ def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
 
 
-def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """The discriminator's hinge loss (Lim and Ye 2017), (B,)."""
-    real, fake = F.relu(1 - real_logits.float()), F.relu(1 + fake_logits.float())
-    return 0.5 * (real.mean(dim=(1, 2, 3)) + fake.mean(dim=(1, 2, 3)))
+# The objective: two learners ----------------------------------------------------------------------
 
 
-def adaptive_ratio(
-    reconstruction_term: Tensor, adversarial_term: Tensor, last_layer: Tensor, cap: float
-) -> Tensor:
-    """Ratio of both terms' gradient norms at the decoder's last layer (Esser et al. 2021, eq. 7).
-
-    Several processes average the gradients first, so that they agree with one process on the
-    whole batch.
-
-    Args:
-        reconstruction_term, adversarial_term: scalars of which ``last_layer`` is an ancestor.
-        cap: largest ratio.
-    """
-    gradients = [
-        torch.autograd.grad(term, last_layer, retain_graph=True)[0].float()
-        for term in (reconstruction_term, adversarial_term)
-    ]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        for gradient in gradients:
-            dist.all_reduce(gradient)
-            gradient /= dist.get_world_size()
-    wanted, adversarial = (gradient.norm() for gradient in gradients)
-    return (wanted / (adversarial + 1e-4)).clamp(0, cap).detach()
-
-
-# The objective: two players ----------------------------------------------------------------------
-
-
-class AutoencoderPlayer(nn.Module):
+class AutoencoderLearner(nn.Module):
     """Trains encoder and decoder. Methods that align the latents add their terms in ``extra_terms``."""
 
-    def __init__(self, config: VAEConfig, stage: Stage, discriminator: nn.Module | None) -> None:
+    def __init__(
+        self, config: VAEConfig, context: MethodContext, discriminator: nn.Module | None
+    ) -> None:
         super().__init__()
         self.config = config
         self.autoencoder = make_autoencoder(config.vae)
         if config.gradient_checkpointing:
             self.autoencoder.enable_gradient_checkpointing()
         self._perceptual = (
-            Reference(LPIPS(config.lpips_net)) if config.perceptual == "lpips" else None
+            Unregistered(LPIPS(config.lpips_net)) if config.perceptual == "lpips" else None
         )
-        self._teacher = Reference(stage.teacher) if stage.teacher is not None else None
-        self._discriminator = Reference(discriminator) if discriminator is not None else None
+        self._teacher = Unregistered(context.teacher) if context.teacher is not None else None
+        self._discriminator = Unregistered(discriminator) if discriminator is not None else None
 
     def forward(
         self, inputs: Mapping[str, Any], draws: Draws, step: int, carry: Mapping[str, Tensor]
@@ -226,7 +282,7 @@ class AutoencoderPlayer(nn.Module):
 
         Args:
             inputs: ``pixels`` (B, 3, H, W) and ``features``, the teacher's or None.
-            carry: unused, this player is first.
+            carry: unused, this learner is first.
         """
         config, pixels = self.config, inputs["pixels"]
         posterior = self.autoencoder.encode(pixels).latent_dist
@@ -251,7 +307,7 @@ class AutoencoderPlayer(nn.Module):
         return StepOutput(terms, carry={"reconstruction": reconstruction.detach()})
 
     def frozen_modules(self) -> list[nn.Module]:
-        """What this player reads and nobody trains."""
+        """What this learner reads and nobody trains."""
         return [held.module for held in (self._teacher, self._perceptual) if held is not None]
 
     def extra_terms(self, z: Tensor, inputs: Mapping[str, Any], draws: Draws) -> dict[str, Term]:
@@ -275,7 +331,7 @@ class AutoencoderPlayer(nn.Module):
     ) -> Term:
         config = self.config.adversarial
         assert config is not None and self._discriminator is not None
-        with frozen(self._discriminator.module):
+        with without_gradients(self._discriminator.module):
             value = -self._discriminator.module(reconstruction).float().mean(dim=(1, 2, 3))
         weight = config.weight * min(
             1.0, (step - config.start_step + 1) / max(1, config.ramp_steps)
@@ -293,69 +349,45 @@ class AutoencoderPlayer(nn.Module):
         )
 
 
-class DiscriminatorPlayer(nn.Module):
-    """Trains the discriminator on images and the reconstructions that the first player left."""
-
-    def __init__(self, config: AdversarialConfig) -> None:
-        super().__init__()
-        self.discriminator = PatchDiscriminator(
-            width=config.width, num_layers=config.num_layers, norm=config.norm
-        )
-
-    def forward(
-        self, inputs: Mapping[str, Any], draws: Draws, step: int, carry: Mapping[str, Tensor]
-    ) -> StepOutput:
-        """Hinge loss of ``inputs['pixels']`` against ``carry['reconstruction']``."""
-        real, fake = (
-            self.discriminator(inputs["pixels"]),
-            self.discriminator(carry["reconstruction"]),
-        )
-        return StepOutput(
-            {"discriminator": Term(hinge_loss(real, fake), 1.0)},
-            metrics={
-                "logits_real": real.detach().float().mean(),
-                "logits_fake": fake.detach().float().mean(),
-            },
-        )
-
-
 class VAEObjective(TokenizerObjective):
     """The autoencoder and, where the recipe has an adversarial loss, the discriminator."""
 
-    player_class: type[AutoencoderPlayer] = AutoencoderPlayer
+    learner_class: type[AutoencoderLearner] = AutoencoderLearner
 
-    def __init__(self, config: VAEConfig, stage: Stage) -> None:
+    def __init__(self, config: VAEConfig, context: MethodContext) -> None:
         super().__init__()
-        self.config, self.stage = config, stage
-        self.teacher = Reference(stage.teacher) if stage.teacher is not None else None
-        players: dict[str, nn.Module] = {}
+        self.config, self.context = config, context
+        self.teacher = Unregistered(context.teacher) if context.teacher is not None else None
+        learners: dict[str, nn.Module] = {}
         if config.adversarial is not None:
-            players["discriminator"] = DiscriminatorPlayer(config.adversarial)
-        discriminator = players["discriminator"].discriminator if players else None
-        players = {"autoencoder": self.player_class(config, stage, discriminator), **players}
-        self.players = nn.ModuleDict(players)
-        if min(stage.image_size) < 8:
+            learners["discriminator"] = DiscriminatorLearner(config.adversarial)
+        discriminator = learners["discriminator"].discriminator if learners else None
+        learners = {"autoencoder": self.learner_class(config, context, discriminator), **learners}
+        self.learners = nn.ModuleDict(learners)
+        if min(context.image_size) < 8:
             raise ValueError(
-                f"image size {stage.image_size} is too small to measure SSIM; at least 8"
+                f"image size {context.image_size} is too small to measure SSIM; at least 8"
             )
-        self.tokenizer(self.averaged_module()).spec.check_image_size(stage.image_size)
+        self.tokenizer(self.averaged_module()).spec.check_image_size(context.image_size)
         self._check_discriminator()
 
     def _check_discriminator(self) -> None:
         """It may start late; that its kernels fit the image is known now."""
-        if "discriminator" not in self.players:
+        if "discriminator" not in self.learners:
             return
-        height, width = self.stage.image_size
+        height, width = self.context.image_size
         try:
             with torch.no_grad():
-                self.players["discriminator"].discriminator.eval()(torch.zeros(1, 3, height, width))
+                self.learners["discriminator"].discriminator.eval()(
+                    torch.zeros(1, 3, height, width)
+                )
         except RuntimeError:
             raise ValueError(
                 f"method.adversarial.num_layers: too many for images of {height}x{width}"
             ) from None
-        self.players["discriminator"].train()
+        self.learners["discriminator"].train()
 
-    def active_players(self, step: int) -> list[str]:
+    def active_learners(self, step: int) -> list[str]:
         config = self.config.adversarial
         if config is None:
             return ["autoencoder"]
@@ -366,10 +398,10 @@ class VAEObjective(TokenizerObjective):
         )
         return ["autoencoder", "discriminator"] if step >= start else ["autoencoder"]
 
-    def optimiser_config(self, player: str, default: OptimiserConfig) -> OptimiserConfig:
+    def optimiser_config(self, learner: str, default: OptimiserConfig) -> OptimiserConfig:
         own = (
             self.config.adversarial.optimiser
-            if player == "discriminator" and self.config.adversarial
+            if learner == "discriminator" and self.config.adversarial
             else None
         )
         return own or default
@@ -378,16 +410,16 @@ class VAEObjective(TokenizerObjective):
         autoencoder = self.averaged_module()
         nets = [autoencoder.encoder, autoencoder.decoder]
         return (
-            nets + [self.players["discriminator"].discriminator]
-            if "discriminator" in self.players
+            nets + [self.learners["discriminator"].discriminator]
+            if "discriminator" in self.learners
             else nets
         )
 
     def frozen_modules(self) -> list[nn.Module]:
-        return self.players["autoencoder"].frozen_modules()
+        return self.learners["autoencoder"].frozen_modules()
 
     def averaged_module(self) -> nn.Module:
-        return self.players["autoencoder"].autoencoder
+        return self.learners["autoencoder"].autoencoder
 
     def prepare(self, batch: Batch) -> dict[str, Any]:
         features = self.teacher.module.features(batch.pixels) if self.teacher is not None else None
@@ -405,7 +437,7 @@ class VAEObjective(TokenizerObjective):
             "psnr": psnr(reconstruction, pixels),
             "ssim": ssim(reconstruction, pixels),
             "kl_per_dim": kl_loss(mean, posterior.logvar) / mean[0].numel(),
-            **self.players["autoencoder"].extra_metrics(mean, inputs),
+            **self.learners["autoencoder"].extra_metrics(mean, inputs),
         }
 
     def picture(self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
@@ -423,17 +455,6 @@ def _reconstruct(
     """The posterior, and the decoding of its mean, clamped to [-1, 1]."""
     posterior = autoencoder.encode(pixels).latent_dist
     return posterior, autoencoder.decode(posterior.mode()).sample.clamp(-1, 1)
-
-
-def make_autoencoder(source: str | Architecture) -> AutoencoderKL:
-    """From scratch by preset or architecture, or with the weights that a reference names.
-
-    Raises:
-        UserError: the reference leads to no VAE.
-    """
-    if isinstance(source, Architecture):
-        return build_autoencoder(source)
-    return build_autoencoder(PRESETS[source]) if source in PRESETS else load_autoencoder(source)
 
 
 register_method(

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from semtok.config import Config
-from semtok.objective import OptimiserConfig
+from semtok.optimiser import OptimiserConfig
 from semtok.speed import Compiler, Precision
 
 

@@ -13,12 +13,13 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from semtok.data.loading import BatchSlice, DataOrder, chosen_batches, training_batches
+from semtok.data.order import BatchSlice, DataOrder, chosen_batches, training_batches
 from semtok.data.source import ImageBatch, ImageSource
 from semtok.errors import Interrupted
 from semtok.images import to_pixels
-from semtok.objective import Batch, Draws, Objective, StepOutput
+from semtok.objective import Batch, Objective, StepOutput
 from semtok.pictures import write_png
+from semtok.sampler.draws import Draws
 from semtok.speed import compile_networks
 from semtok.training.checkpoint import (
     list_checkpoints,
@@ -83,7 +84,7 @@ class Trainer:
             accelerator.process_index,
             accelerator.num_processes,
         )
-        for module in (objective.players, *objective.frozen_modules()):
+        for module in (objective.learners, *objective.frozen_modules()):
             module.to(self.device)
         self.ema = (
             ModelEMA(objective.averaged_module(), config.ema_decay)
@@ -91,9 +92,11 @@ class Trainer:
             else None
         )
         compile_networks(objective.compiled_modules(), config.compile)
-        self.players = {name: accelerator.prepare_model(p) for name, p in objective.players.items()}
+        self.learners = {
+            name: accelerator.prepare_model(p) for name, p in objective.learners.items()
+        }
         self.optimisers = {
-            name: self._optimiser(name, player) for name, player in objective.players.items()
+            name: self._optimiser(name, learner) for name, learner in objective.learners.items()
         }
         self.schedules = {
             name: torch.optim.lr_scheduler.LambdaLR(
@@ -107,11 +110,11 @@ class Trainer:
         self._signals = StopSignals()
         self._mark()
 
-    def _optimiser(self, name: str, player: nn.Module) -> Any:
+    def _optimiser(self, name: str, learner: nn.Module) -> Any:
         assert self.config.optimiser is not None, "TrainConfig asks for one where there are steps"
         settings = self.objective.optimiser_config(name, self.config.optimiser)
         optimiser = torch.optim.AdamW(
-            player.parameters(),
+            learner.parameters(),
             lr=settings.learning_rate,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
@@ -126,7 +129,7 @@ class Trainer:
         return self.folder / "checkpoints"
 
     def _modules(self) -> dict[str, nn.Module]:
-        return {"players": self.objective.players} | (
+        return {"learners": self.objective.learners} | (
             {"ema": self.ema.module} if self.ema is not None else {}
         )
 
@@ -208,7 +211,7 @@ class Trainer:
         if self.ema is not None and not self.step:
             self.ema.restart(self.objective.averaged_module())
         batches = self._batches()
-        self.objective.players.train()
+        self.objective.learners.train()
         self._mark()
         try:
             with self._signals:
@@ -237,8 +240,8 @@ class Trainer:
                 self._pause(self.save)
 
     def train_step(self, batches: Iterator[ImageBatch]) -> None:
-        """One optimiser step of every active player. Nothing here waits for the device."""
-        active = self.objective.active_players(self.step)
+        """One optimiser step of every active learner. Nothing here waits for the device."""
+        active = self.objective.active_learners(self.step)
         for micro_step in range(self.config.accumulate):
             _, inputs = self._prepared(next(batches))
             draws = Draws(
@@ -251,10 +254,10 @@ class Trainer:
             )
             carry: dict[str, Tensor] = {}
             for name in active:
-                player = self.players[name]
+                learner = self.learners[name]
                 is_last = micro_step == self.config.accumulate - 1
-                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(player):
-                    output = player(inputs, draws, self.step, carry)
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(learner):
+                    output = learner(inputs, draws, self.step, carry)
                     self.accelerator.backward(self._total(output) / self.config.accumulate)
                 carry = {**carry, **output.carry}
 
@@ -271,14 +274,14 @@ class Trainer:
                 scaler.unscale_(optimiser.optimizer)
             if self.config.clip_norm is not None:
                 norm = nn.utils.clip_grad_norm_(
-                    self.players[name].parameters(), self.config.clip_norm
+                    self.learners[name].parameters(), self.config.clip_norm
                 )
                 # With fp16 the loss scale is found by letting gradients overflow; that is no failure.
                 if scaler is None:
                     self._note({f"grad_norm/{name}": norm})
             if scaler is None:
                 optimiser.step()
-            else:  # accelerate's step would move the scale between one player and the next
+            else:  # accelerate's step would move the scale between one learner and the next
                 scaler.step(optimiser.optimizer)
             self.schedules[name].step()
             optimiser.zero_grad()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from semtok.commands.around_training import errors_at
 from semtok.commands.evaluation.options import (
     add_data_options,
     add_teacher_options,
@@ -15,7 +16,6 @@ from semtok.commands.evaluation.options import (
     open_data,
 )
 from semtok.commands.sampler_options import add_sampler_options, sampler_from, sped_up
-from semtok.commands.stage import errors_at
 from semtok.commands.table import print_table
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError

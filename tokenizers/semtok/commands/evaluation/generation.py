@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from semtok.commands.around_training import errors_at
 from semtok.commands.evaluation.options import (
     add_output_options,
     add_teacher_options,
@@ -16,7 +17,6 @@ from semtok.commands.evaluation.options import (
     load_teacher,
 )
 from semtok.commands.sampler_options import add_sampler_options, sampler_from, sped_up
-from semtok.commands.stage import errors_at
 from semtok.commands.table import print_table
 from semtok.diffusion.config import check_guidance
 from semtok.diffusion.generator import Generator

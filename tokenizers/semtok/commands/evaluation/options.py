@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from semtok.commands.stage import errors_at
+from semtok.commands.around_training import errors_at
 from semtok.commands.train_tokenizer import tokenizer_from_reference
+from semtok.data.images.kinds import open_sources
 from semtok.data.source import ImageSource
-from semtok.data.sources import open_sources
 from semtok.errors import UserError
 from semtok.recipe import parse_data
 from semtok.teachers import Teacher, TeacherConfig

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from semtok.commands.around_training import errors_at
 from semtok.commands.evaluation.options import (
     SHAPES,
     add_data_options,
@@ -17,7 +18,6 @@ from semtok.commands.evaluation.options import (
     load_tokenizer,
     open_data,
 )
-from semtok.commands.stage import errors_at
 from semtok.commands.table import print_table
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
@@ -28,7 +28,7 @@ from semtok.evaluation.reconstruction import (
     evaluate_reconstruction,
 )
 from semtok.images import to_pixels
-from semtok.nets.perceptual import LPIPS, backbone_file
+from semtok.perceptual import LPIPS, backbone_file
 from semtok.pictures import rows_of_images, write_png
 from semtok.storage import write_json
 from semtok.tokenizer import Tokenizer

@@ -9,15 +9,10 @@ from diffusers.configuration_utils import register_to_config
 from pydantic import ValidationError
 from torch import Tensor
 
-from semtok.diffusion.sampling import (
-    SampleNoise,
-    SamplerConfig,
-    Watch,
-    clock_readings,
-    sample_latents,
-)
-from semtok.diffusion.transport import PathName, Schedule
-from semtok.latents import Latents
+from semtok.sampler.draws import SampleNoise
+from semtok.sampler.latents import Latents
+from semtok.sampler.sampling import SamplerConfig, Watch, clock_readings, sample_latents
+from semtok.sampler.transport import PathName, Schedule
 
 
 class SemtokScheduler(SchedulerMixin, ConfigMixin):

@@ -9,8 +9,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from semtok.diffusion.dit import DiT, DiTArchitecture, DiTOutput
-from semtok.latents import LatentSpec
+from semtok.sampler.dit import DiT, DiTArchitecture, DiTOutput
+from semtok.sampler.latents import LatentSpec
 
 
 class SemtokTransformer(ModelMixin, ConfigMixin):

@@ -1,0 +1,292 @@
+"""A tokenizer's latents of a whole image source, computed once: diffusion training without images.
+
+Kept per image: mean and, where the part is sampled, standard deviation of every part's posterior,
+standardised, so that each step still draws anew; labels; and, where REPA is to see exactly what the
+teacher saw, its tokens in eight bits. Mirrored images have rows of their own. A second folder holds the
+held-out images' latents, so that a finished cache trains without any image at hand.
+"""
+
+import glob
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from semtok.data.caches.remote_shards import RemoteShards, is_url, read_remote_json
+from semtok.data.caches.shards import INDEX, Compute, Shards, ensure_shards
+from semtok.data.source import DataConfig, ImageBatch, ImageSource, Key
+from semtok.errors import UserError
+from semtok.images import to_pixels
+from semtok.sampler.latents import Latents, Posterior
+from semtok.storage import read_json, write_json
+from semtok.teachers import Teacher, TeacherFeatures
+from semtok.tokenizer import Tokenizer
+
+DTypeName = Literal["fp16", "bf16"]
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_TRAIN, _VALIDATION, _ABOUT = "train", "validation", "latents.json"
+_PLACE = "data.cache"
+_NUM_VALIDATION = 2048  # at most; more than training looks at
+
+
+class CachedLatents(ImageSource):
+    """A source whose batches hold posteriors of latents, and REPA's targets where they were kept.
+
+    Args:
+        shards: see ``ensure_latent_cache``.
+        about: of the images.
+    """
+
+    is_cheap = True  # measured: two workers read latents at a fifth of the speed
+
+    def __init__(self, shards: Shards, about: Mapping[str, Any]) -> None:
+        self.shards = shards
+        self.image_size = (int(about["image_size"][0]), int(about["image_size"][1]))
+        self.class_names = tuple(about["class_names"])
+        self.attributes: dict[str, tuple[str, ...]] = {}
+        self.flip, self.name = bool(shards.about["flip"]), str(about["name"])
+        self.block_size = shards.shard_size if isinstance(shards, RemoteShards) else None
+
+    def __len__(self) -> int:
+        return self.shards.num_images
+
+    def load(self, indices: Sequence[int]) -> ImageBatch:
+        return self.load_keys([(index, False) for index in indices])
+
+    def load_keys(self, keys: Sequence[Key]) -> ImageBatch:
+        rows = self.shards.rows(keys)
+        features = _unpack_features(rows)
+        means = {n.removesuffix("/mean"): v for n, v in rows.items() if n.endswith("/mean")}
+        stds = {n: rows.get(f"{n}/std", torch.zeros_like(means[n])) for n in means}
+        ordered = {name: means[name] for name in self._parts}
+        return ImageBatch(
+            None,
+            self.shards.labels(keys),
+            skipped=self.shards.skipped_among(keys),
+            features=features,
+            latents=Posterior(Latents(ordered), Latents({n: stds[n] for n in ordered})),
+        )
+
+    @property
+    def _parts(self) -> list[str]:
+        return list(self.shards.about["parts"])
+
+    @property
+    def target_width(self) -> int | None:
+        """D of the targets of REPA that are kept; None: there are none."""
+        column = self.shards.columns.get("targets/patches")
+        return column[1][0] if column is not None else None
+
+    @property
+    def target_teacher(self) -> str | None:
+        """Name of the teacher whose features those are."""
+        targets = self.shards.about["targets"]
+        return targets["teacher"] if targets is not None else None
+
+
+def ensure_latent_cache(
+    sources: tuple[ImageSource, ImageSource],
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    data: DataConfig,
+    targets: Teacher | None = None,
+    dtype: DTypeName = "fp16",
+    accelerator: Accelerator,
+    batch_size: int = 64,
+    shard_size: int = 1024,
+) -> tuple[CachedLatents, CachedLatents]:
+    """Opens the caches of training and held-out images; where there are none, writes them first.
+
+    Args:
+        sources: training and held-out images.
+        tokenizer: measured, in eval mode.
+        data: the settings of these images, by which the cache knows them where the images are not at hand.
+        targets: the teacher whose tokens of its last layer are kept for REPA; None: none are.
+        dtype: of the latents on disk.
+
+    Raises:
+        UserError: the folder holds something else, or the disk has too little room.
+    """
+    tokenizer.to(accelerator.device)
+    if targets is not None:
+        targets.to(accelerator.device)
+    train, validation = sources
+    about = {
+        "tokenizer": fingerprint(tokenizer),
+        "parts": list(tokenizer.spec.names),
+        "targets": _targets_about(targets),
+        "dtype": dtype,
+        "image_size": list(train.image_size),
+    }
+    compute = _latents_of(tokenizer, targets, _DTYPES[dtype], accelerator)
+    held_out = _Unmirrored(validation, validation.chosen(_NUM_VALIDATION))
+    seen = {
+        "image_size": list(train.image_size),
+        "class_names": list(train.class_names),
+        "name": train.name,
+        "data": _data_about(data),
+    }
+    cached = []
+    for name, source, images in ((_TRAIN, train, train), (_VALIDATION, held_out, validation)):
+        shards = ensure_shards(
+            source,
+            folder / name,
+            compute,
+            about={**about, "source": images.identity},
+            what=f"latents of the {'training' if name == _TRAIN else 'held-out'} images",
+            place=_PLACE,
+            accelerator=accelerator,
+            batch_size=batch_size,
+            shard_size=shard_size,
+        )
+        cached.append(CachedLatents(shards, seen))
+    if accelerator.is_main_process and not (folder / _ABOUT).is_file():
+        write_json(folder / _ABOUT, seen)
+    accelerator.wait_for_everyone()
+    return cached[0], cached[1]
+
+
+def is_latent_cache(place: str) -> bool:
+    """Whether a folder holds a finished cache; of a URL it is taken for granted."""
+    files = (_ABOUT, f"{_TRAIN}/{INDEX}", f"{_VALIDATION}/{INDEX}")
+    return is_url(place) or all((Path(place) / file).is_file() for file in files)
+
+
+def open_latent_cache(
+    place: str | Path, tokenizer: Tokenizer, *, data: DataConfig
+) -> tuple[CachedLatents, CachedLatents]:
+    """The caches of training and held-out images; no image is asked for.
+
+    Args:
+        place: a folder, or a URL that fsspec knows.
+        data: the images that they are to be of.
+
+    Raises:
+        UserError: no finished cache, damaged, or of another tokenizer or other images.
+    """
+    if is_url(place):
+        url = str(place).rstrip("/")
+        about = read_remote_json(f"{url}/{_ABOUT}", _PLACE)
+        train, validation = (RemoteShards(f"{url}/{n}", _PLACE) for n in (_TRAIN, _VALIDATION))
+    else:
+        folder = Path(place)
+        about = read_json(folder / _ABOUT)
+        train, validation = (Shards(folder / name, _PLACE) for name in (_TRAIN, _VALIDATION))
+    if train.about.get("tokenizer") != fingerprint(tokenizer):
+        raise UserError(
+            f"{_PLACE}: {place} holds latents of another tokenizer; choose another folder"
+        )
+    if not isinstance(about, dict) or not isinstance(about.get("data"), dict):
+        raise UserError(
+            f"{_PLACE}: {place}/{_ABOUT} is damaged; remove it, and it is written again"
+        )
+    for key, value in _data_about(data).items():
+        # Where the images are not at hand, their path means nothing.
+        if not _same_setting(about["data"].get(key), value) and (key != "path" or _at_hand(value)):
+            raise UserError(
+                f"{_PLACE}: {place} holds latents of other images (data.{key}: {about['data'].get(key)}, "
+                f"here {value}); choose another folder"
+            )
+    return CachedLatents(train, about), CachedLatents(validation, about)
+
+
+def _same_setting(ours: Any, theirs: Any) -> bool:
+    """A path may be written in several ways."""
+    both = isinstance(ours, str) and isinstance(theirs, str) and Path(theirs).exists()
+    return ours == theirs or (both and Path(ours).resolve() == Path(theirs).resolve())
+
+
+def _at_hand(path: Any) -> bool:
+    """Whether images are where a setting says: a path, a URL, a pattern with ``*``, ``?`` or braces, or several."""
+    if not isinstance(path, str):
+        return any(map(_at_hand, path or ()))
+    return is_url(path) or bool(glob.glob(re.sub(r"\{[^}]*\}", "*", path)))
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """A digest of all that decides what a tokenizer's latents are."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(tokenizer.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(str(getattr(tokenizer, "teacher_fingerprint", None)).encode())
+    return digest.hexdigest()
+
+
+# What is kept ------------------------------------------------------------------------------------
+
+
+def _latents_of(
+    tokenizer: Tokenizer, targets: Teacher | None, dtype: torch.dtype, accelerator: Accelerator
+) -> Compute:
+    own = tokenizer.teacher_config
+    shared = targets is not None and own is not None and targets.config == own
+    largest = torch.finfo(dtype).max
+
+    @torch.no_grad()
+    def compute(batch: ImageBatch) -> dict[str, Tensor]:
+        assert batch.images is not None
+        pixels = to_pixels(batch.images.to(accelerator.device))
+        features = tokenizer.features(pixels)
+        posterior = tokenizer.posterior(pixels, features)
+        columns = {f"{name}/mean": part for name, part in posterior.mean.items()}
+        columns |= {
+            f"{name}/std": part for name, part in posterior.std.items() if bool((part > 0).any())
+        }
+        columns = {n: v.clamp(-largest, largest).to(dtype) for n, v in columns.items()}
+        if targets is not None:
+            columns |= _pack_features(features if shared else targets.features(pixels))
+        return columns
+
+    return compute
+
+
+def _pack_features(features: TeacherFeatures | None) -> dict[str, Tensor]:
+    """The last layer's tokens in int8 with a scale for each, the pooled token in float16."""
+    assert features is not None
+    patches = features.patches[-1].float()
+    scale = patches.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+    return {
+        "targets/patches": (patches / scale).round().to(torch.int8),
+        "targets/scale": scale.float(),
+        "targets/pooled": features.pooled.float(),
+    }
+
+
+def _unpack_features(rows: Mapping[str, Tensor]) -> TeacherFeatures | None:
+    if "targets/patches" not in rows:
+        return None
+    patches = rows["targets/patches"].float() * rows["targets/scale"]
+    return TeacherFeatures((patches,), rows["targets/pooled"])
+
+
+def _targets_about(teacher: Teacher | None) -> dict[str, Any] | None:
+    if teacher is None:
+        return None
+    return {"teacher": teacher.config.name, "weights": teacher.fingerprint()}
+
+
+def _data_about(data: DataConfig) -> dict[str, Any]:
+    """The settings that decide which images there are."""
+    return data.model_dump(mode="json", exclude={"cache", "num_workers", "streaming"})
+
+
+class _Unmirrored(ImageSource):
+    """A part of a source, unflipped, as a source."""
+
+    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
+        self.source, self.indices = source, list(indices)
+        self.image_size, self.class_names = source.image_size, source.class_names
+        self.attributes, self.flip, self.name = source.attributes, False, source.name
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, indices: Sequence[int]) -> ImageBatch:
+        return self.source.load([self.indices[i] for i in indices])

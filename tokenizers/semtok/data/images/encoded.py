@@ -1,0 +1,200 @@
+"""Images that are stored encoded: decoding, cropping, holding some out, replacing what can't be read."""
+
+import io
+import os
+import warnings
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import Field
+from torch import Tensor
+
+from semtok.data.images.attributes import ImageAttributes
+from semtok.data.source import DataConfig, ImageBatch, ImageSource
+from semtok.errors import UserError
+
+VALIDATION_NAMES = ("val", "validation", "valid", "test")
+"""What held-out parts are called, the likeliest first."""
+
+_UNREADABLE = (
+    OSError,
+    UnidentifiedImageError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+)
+
+
+class StoredConfig(DataConfig):
+    """Settings that all stored images share."""
+
+    flip: bool = True
+    """Mirror training images at random."""
+    validation_fraction: float = Field(0.05, gt=0, lt=1)
+    """Share of the images that is held out where there is no part of its own for that."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Chooses the held-out images where there is no part of its own for that."""
+
+
+class StoredImages(ImageSource):
+    """Encoded images of one store. Unreadable ones are replaced by the next readable one.
+
+    Args:
+        labels: int64 (N,), class of each image.
+        place: the store, for messages.
+        title: the store in a few words, for logs and cards.
+        attributes: of these images, in their order; None where nothing is known.
+    """
+
+    expected: str
+    """What images are expected to lie in, for messages."""
+
+    def __init__(
+        self,
+        labels: Tensor,
+        *,
+        place: str,
+        title: str,
+        class_names: tuple[str, ...],
+        image_size: tuple[int, int],
+        flip: bool,
+        attributes: ImageAttributes | None = None,
+    ) -> None:
+        self.labels, self.place = labels, place
+        self.class_names, self.image_size, self.flip = class_names, image_size, flip
+        self.attributes = attributes.categories if attributes is not None else {}
+        self._values = attributes.values if attributes is not None else None
+        self.name = f"{title} ({len(labels)} images)"
+        self._unreadable: set[int] = set()
+
+    @abstractmethod
+    def contents(self, indices: Sequence[int]) -> Sequence[Path | bytes]:
+        """Files, or what they would hold; the images at these indices.
+
+        Raises:
+            UserError: the store itself can't be read (an unreadable image is no such case).
+        """
+
+    @abstractmethod
+    def image_name(self, index: int) -> str:
+        """Where the image at ``index`` lies, for messages."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def chosen(self, num_images: int) -> list[int]:
+        # Often sorted by class: the first images would be of few classes.
+        generator = torch.Generator().manual_seed(0)
+        return torch.randperm(len(self), generator=generator)[:num_images].tolist()
+
+    def load(self, indices: Sequence[int]) -> ImageBatch:
+        wanted = [index for index in dict.fromkeys(indices) if index not in self._unreadable]
+        found = self.contents(wanted) if wanted else []  # a server is asked for all at once
+        contents = dict(zip(wanted, found, strict=True))
+        images, rows, skipped = [], [], []
+        for index in indices:
+            image, used = self._read(index, contents, skipped)
+            images.append(torch.from_numpy(image).permute(2, 0, 1))
+            rows.append(used)
+        attributes = {}
+        if self._values is not None:
+            columns = self._values[rows].unbind(1)
+            attributes = dict(zip(self.attributes, columns, strict=True))
+        return ImageBatch(torch.stack(images), self.labels[rows], attributes, tuple(skipped))
+
+    def check_readable(self) -> None:
+        """Raises UserError where no image can be read; stops at the first that can."""
+        if not len(self):
+            raise UserError(
+                f"data.path: no images in '{self.place}' (or too few to hold some out); "
+                f"expected {self.expected}"
+            )
+        self._read(0, {}, [])
+
+    def _read(
+        self, index: int, contents: dict[int, Path | bytes], skipped: list[str]
+    ) -> tuple[np.ndarray, int]:
+        """The image at ``index``, or the next readable one, as uint8 (H, W, 3), and whose it is."""
+        for offset in range(len(self)):
+            candidate = (index + offset) % len(self)
+            if candidate not in self._unreadable:
+                if candidate not in contents:
+                    contents[candidate] = self.contents([candidate])[0]
+                try:
+                    return decode(contents[candidate], self.image_size), candidate
+                except _UNREADABLE:
+                    self._unreadable.add(candidate)
+            skipped.append(self.image_name(candidate))
+        raise UserError(f"data.path: none of the {len(self)} images in '{self.place}' can be read")
+
+
+def announce(message: str) -> None:
+    """Prints what is about to take long, in the first of the processes that a launcher has started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+
+
+def held_out_split(num_images: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of the images to train on and of those held out, each sorted; at least one of both, if any two are."""
+    num_held_out = round(num_images * fraction) or min(1, num_images - 1)
+    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[num_held_out:]), sorted(order[:num_held_out])
+
+
+def split_rows(
+    num_images: int, num_train: int | None, config: StoredConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a store to train on, and rows held out.
+
+    Args:
+        num_train: behind so many rows the held-out part begins; None: the settings choose one.
+    """
+    if num_train is not None:
+        return np.arange(num_train), np.arange(num_train, num_images)
+    train, held_out = held_out_split(num_images, config.validation_fraction, config.seed)
+    return np.array(train, dtype=np.int64), np.array(held_out, dtype=np.int64)
+
+
+def decode(content: Path | bytes, image_size: tuple[int, int]) -> np.ndarray:
+    """Reads an image as the camera held it, transparency on white, cropped as ADM does.
+
+    Args:
+        content: a file, or what a file holds.
+        image_size: (height, width) in pixels.
+
+    Returns:
+        uint8 (H, W, 3).
+
+    Raises:
+        OSError, SyntaxError, ValueError, DecompressionBombError: it is no image, or cut short.
+    """
+    file = io.BytesIO(content) if isinstance(content, bytes) else content
+    with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # odd but readable
+        image = ImageOps.exif_transpose(image)  # cameras store which way is up beside the pixels
+        if image.mode.startswith("I;16"):  # Pillow would clip where 8 bits need the upper byte
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("P", "LA", "PA", "RGBA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            ground = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(ground, image)
+        return np.array(adm_center_crop(image.convert("RGB"), image_size))
+
+
+def adm_center_crop(image: Image.Image, image_size: tuple[int, int]) -> Image.Image:
+    """The crop of ADM (Dhariwal and Nichol 2021), for any target (height, width).
+
+    Halved with a box filter while both sides are at least twice the target, resized bicubically so
+    that it just covers the target, then cropped at the centre with offsets rounded down.
+    """
+    height, width = image_size
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    image = image.resize(size, resample=Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

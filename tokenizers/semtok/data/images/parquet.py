@@ -1,0 +1,272 @@
+"""Images in Parquet files or in a dataset of the Hugging Face Hub, converted once or read where they are."""
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from semtok.data.images.attributes import ImageAttributes, image_attributes
+from semtok.data.images.encoded import StoredConfig, StoredImages, split_rows
+from semtok.data.images.labels import UNLABELLED, Labels, number_classes
+from semtok.data.images.parquet_files import find_store
+from semtok.data.images.parquet_store import Cells, ParquetStore
+from semtok.data.order import permutation
+from semtok.errors import UserError
+from semtok.extras import need
+
+
+class ParquetConfig(StoredConfig):
+    """Settings of images in Parquet files, or of a dataset on the Hugging Face Hub.
+
+    The library ``datasets`` turns them once into an Arrow table in its own cache (``HF_HOME``), as large as the
+    files, of which any row can be read at any time. Or they stay where they are, see ``streaming``.
+    """
+
+    kind: Literal["parquet"] = "parquet"
+    path: str
+    """A file, a pattern of files (``*``, ``?``, ``[a-z]``), a folder, or a Hub id; where it streams, also a URL or
+    several, named with ``{000..012}``, ``{a,b}``, ``*``, ``[a-z]``."""
+    streaming: bool = False
+    """Leave the files where they are and fetch row groups when they are needed. Training then takes them in random
+    order and shuffles the images of 16 of them together; each process holds those 16, and a loader process its own."""
+    subset: str | None = None
+    """Which configuration of a dataset on the Hub."""
+    revision: str | None = None
+    """Branch, tag or commit of a dataset on the Hub."""
+    split: str = "train"
+    """Images to train on; files of a folder are told apart by their names."""
+    validation: str | None = None
+    """Held-out images: another split, or for local files other files; None: a split with a usual name (``validation``,
+    ``test``), or else some images of the training split."""
+    image_column: str | None = None
+    """None: the only column of images, or ``image``."""
+    label_column: str | None = None
+    """Numbers or text; None: ``label``, where there is such a column."""
+    attributes: tuple[str, ...] = ()
+    """Columns of what the images show, for probes: numbers, truth values or text."""
+
+
+class Parquet(StoredImages):
+    """Rows of Parquet files.
+
+    Args:
+        store: the files.
+        cells: the undecoded images of all their rows.
+        rows: which of them these are, sorted.
+    """
+
+    expected = "rows with images"
+
+    def __init__(
+        self,
+        store: ParquetStore,
+        cells: Cells,
+        rows: np.ndarray,
+        labels: torch.Tensor,
+        *,
+        class_names: tuple[str, ...],
+        image_size: tuple[int, int],
+        flip: bool,
+        attributes: ImageAttributes | None = None,
+    ) -> None:
+        super().__init__(
+            labels,
+            place=store.place,
+            title=store.title,
+            class_names=class_names,
+            image_size=image_size,
+            flip=flip,
+            attributes=attributes,
+        )
+        self.store, self.cells, self.rows = store, cells, rows
+        self.block_size = cells.block_sizes(rows)
+
+    @property
+    def identity(self) -> str:
+        digest = hashlib.blake2b(self.rows.tobytes(), digest_size=8)
+        digest.update("\n".join(self.store.states).encode())
+        return f"{self.name} {digest.hexdigest()}"
+
+    @property
+    def file_states(self) -> dict[str, str]:
+        return self.store.file_states
+
+    @classmethod
+    def open(cls, config: ParquetConfig) -> tuple["Parquet", "Parquet"]:
+        """The training and the held-out images.
+
+        Raises:
+            UserError: a file or dataset is missing or damaged, a column is missing or of another type, there is no
+                readable image in either part, or some images have no label.
+        """
+        need("datasets", "datasets", extra="data", place="data.kind: parquet ")
+        store = find_store(
+            config.path,
+            split=config.split,
+            validation=config.validation,
+            subset=config.subset,
+            revision=config.revision,
+            streaming=config.streaming,
+        )
+        if store.features is not None:  # else they are known only after the download
+            _check_columns(store.features, config)
+        num_rows = store.prepare()
+        image, label = _check_columns(store.features, config)
+        parts = split_rows(sum(num_rows), num_rows[0] if len(num_rows) > 1 else None, config)
+        known = parts[0] if len(num_rows) > 1 else None
+        columns = store.columns([*([label] if label is not None else []), *config.attributes])
+        class_names, labels = _classes(columns, store, label, known, sum(num_rows))
+        attributes = _attributes(columns, store, config.attributes) if config.attributes else None
+        sources = [
+            cls(
+                store,
+                store.images(image),
+                rows,
+                labels[rows],
+                class_names=class_names,
+                image_size=config.image_size,
+                flip=config.flip,
+                attributes=attributes.rows(rows) if attributes is not None else None,
+            )
+            for rows in parts
+        ]
+        for source in sources:
+            source.check_readable()
+        return sources[0], sources[1]
+
+    def contents(self, indices: Sequence[int]) -> list[Path | bytes]:
+        return [_content(value or {}) for value in self.cells.read(self.rows[list(indices)])]
+
+    def image_name(self, index: int) -> str:
+        return self.store.row_name(int(self.rows[index]))
+
+    def chosen(self, num_images: int) -> list[int]:
+        if self.block_size is None:
+            return super().chosen(num_images)
+        # As training takes them: of images from everywhere, each would cost its whole block.
+        generator = torch.Generator().manual_seed(0)
+        return permutation(len(self), self.block_size, generator)[:num_images].tolist()
+
+
+def _content(value: dict[str, Any]) -> Path | bytes:
+    """Of a cell: bytes, or on the Hub also a file in the cache; an empty cell is no image."""
+    if value.get("bytes") is None and value.get("path"):
+        return Path(value["path"])
+    return value.get("bytes") or b""
+
+
+def _check_columns(features: Any, config: ParquetConfig) -> tuple[str, str | None]:
+    """The names of the column of images and, where there is one, of labels."""
+    import datasets
+
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if config.image_column is not None:
+        image = _known(config.image_column, features, "image_column")
+    elif len(images) == 1 or "image" in features:
+        image = images[0] if len(images) == 1 else "image"
+    else:
+        raise UserError(
+            f"data.image_column: {'several columns' if images else 'no column'} of images in '{config.path}'; "
+            f"choose of {_listing(images or features)}"
+        )
+    kind = features.arrow_schema.field(image).type
+    if not (_is_binary(kind) or "bytes" in getattr(kind, "names", ())):
+        raise UserError(
+            f"data.image_column: '{image}' of '{config.path}' holds {kind}, not images; "
+            f"choose of {_listing(features)}"
+        )
+    if config.label_column is not None:
+        label = _known(config.label_column, features, "label_column")
+    else:
+        label = "label" if "label" in features else None
+    for name in config.attributes:
+        _known(name, features, "attributes")
+    for key, name in (("label_column", label), *(("attributes", n) for n in config.attributes)):
+        if name is not None and not _is_categorical(features.arrow_schema.field(name).type):
+            raise UserError(
+                f"data.{key}: '{name}' of '{config.path}' holds {features.arrow_schema.field(name).type}; "
+                "expected whole numbers, truth values or text"
+            )
+    return image, label
+
+
+def _known(name: str, features: Any, key: str) -> str:
+    if name not in features:
+        near = difflib.get_close_matches(name, features, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"choose of {_listing(features)}"
+        raise UserError(f"data.{key}: no column '{name}'; {hint}")
+    return name
+
+
+def _listing(names: Any) -> str:
+    return ", ".join(names)
+
+
+def _is_binary(kind: Any) -> bool:
+    import pyarrow.types
+
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+
+
+def _is_categorical(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    tests = (types.is_integer, types.is_boolean, types.is_string, types.is_large_string)
+    return any(test(kind) for test in tests)
+
+
+def _classes(
+    columns: Any, store: ParquetStore, name: str | None, known: np.ndarray | None, num_rows: int
+) -> tuple[tuple[str, ...], torch.Tensor]:
+    """Class names, and the class of each row."""
+    import datasets
+
+    if name is None:
+        return UNLABELLED, torch.zeros(num_rows, dtype=torch.int64)
+    labels, feature = _categories(columns, name, "label_column"), store.features[name]
+    if not isinstance(feature, datasets.ClassLabel):
+        return number_classes(labels, known, place=store.place)
+    if "-1" in labels.values:
+        raise UserError(
+            f"data.label_column: '{name}' of '{store.place}' holds -1, which stands for unknown; choose another split"
+        )
+    numbers = np.array([int(value) for value in labels.values], dtype=np.int64)
+    return tuple(feature.names), torch.from_numpy(numbers[labels.codes])
+
+
+def _attributes(columns: Any, store: ParquetStore, names: Sequence[str]) -> ImageAttributes:
+    import datasets
+
+    texts = []
+    for name in names:
+        labels, feature = _categories(columns, name, "attributes"), store.features[name]
+        named = isinstance(feature, datasets.ClassLabel)
+        values = [feature.int2str(int(v)) for v in labels.values] if named else labels.values
+        texts.append([values[code] for code in labels.codes])
+    known = image_attributes(names, texts)
+    if known is None:
+        raise UserError(
+            "data.attributes: each column is the same in all images; give one that differs"
+        )
+    return known
+
+
+def _categories(columns: Any, name: str, key: str) -> Labels:
+    """The values of a column, as text."""
+    import pyarrow
+
+    values = columns.column(name).cast(pyarrow.string())
+    if values.null_count:
+        raise UserError(
+            f"data.{key}: '{name}' is empty in {values.null_count} of {len(values)} rows"
+        )
+    if not len(values):
+        return Labels((), np.zeros(0, dtype=np.int64))
+    encoded = values.combine_chunks().dictionary_encode()
+    return Labels(
+        tuple(encoded.dictionary.to_pylist()), encoded.indices.to_numpy().astype(np.int64)
+    )

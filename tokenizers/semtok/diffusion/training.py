@@ -1,0 +1,318 @@
+"""What the diffusion transformer learns: the velocity of every part of the latents."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from semtok.diffusion.config import (
+    DiffusionConfig,
+    build_network,
+    check_guidance,
+    resolve_defaults,
+)
+from semtok.diffusion.generator import Generator
+from semtok.objective import Batch, Objective, StepOutput, Term, Unregistered
+from semtok.pictures import principal_components, rows_of_images
+from semtok.sampler.dit import DiT, architecture
+from semtok.sampler.draws import Draws, SampleNoise
+from semtok.sampler.latents import Latents, on_texture_grid
+from semtok.sampler.sampling import SamplerConfig
+from semtok.sampler.transport import interpolate
+from semtok.teachers import Teacher, TeacherFeatures, alignment_loss, silu_mlp
+from semtok.tokenizer import Tokenizer
+
+_BINS = 4  # of time, in which the loss is told apart
+_BIN_NAMES = [f"velocity_at_{(i + 0.5) / _BINS:.3f}" for i in range(_BINS)]
+
+
+# Losses ------------------------------------------------------------------------------------------
+
+
+def squared_error(predicted: Tensor, velocity: Tensor) -> Tensor:
+    """Mean over everything but the batch, (B,), in float32."""
+    return (predicted.float() - velocity.float()).square().flatten(1).mean(dim=1)
+
+
+def cosine_loss(predicted: Tensor, velocity: Tensor) -> Tensor:
+    """1 - cosine over channels, averaged over positions: (B, C, H, W) or (B, D) to (B,)."""
+    cosine = F.cosine_similarity(predicted.float(), velocity.float(), dim=1)
+    return 1 - cosine.flatten(1).mean(dim=1) if cosine.ndim > 1 else 1 - cosine
+
+
+# The learner --------------------------------------------------------------------------------------
+
+
+class DiTLearner(nn.Module):
+    """The network, with REPA's projector where the settings have it.
+
+    Args:
+        config: resolved.
+        target_width: D of REPA's targets, where there are any.
+    """
+
+    def __init__(self, config: DiffusionConfig, network: DiT, target_width: int | None) -> None:
+        super().__init__()
+        self.config, self.schedule, self.network = config, config.schedule, network
+        self.projector = self._depth = None
+        if config.repa:
+            assert target_width is not None, "REPA needs targets"
+            width = network.config.width
+            hidden = config.repa.projector_width_for(width)
+            self.projector = silu_mlp(width, hidden, target_width)
+            self._depth = config.repa.depth_in(network.config.depth)
+
+    def forward(
+        self, inputs: Mapping[str, Any], draws: Draws, step: int, carry: Mapping[str, Tensor]
+    ) -> StepOutput:
+        """Losses of one micro-batch.
+
+        Args:
+            inputs: ``posterior`` of the latents, ``labels`` (B,), ``features`` or None.
+            carry: unused, there is one learner.
+        """
+        config, posterior = self.config, inputs["posterior"]
+        shapes = {name: tuple(part.shape[1:]) for name, part in posterior.mean.items()}
+        latents = posterior.sample_with(
+            {name: draws.normal(f"posterior/{name}", shape) for name, shape in shapes.items()}
+        )
+        data = on_texture_grid(latents)
+        dropped = draws.uniform("class_dropout") < config.class_dropout
+        labels = torch.where(dropped, self.network.num_classes, inputs["labels"])
+        dimension = sum(part[0].numel() for part in data.values())
+        t = config.time.draw(draws, dimension)
+        times = self.schedule.times(t * self.schedule.length)
+
+        x, velocity = {}, {}
+        for name, part in data.items():
+            noise = draws.normal(f"noise/{name}", tuple(part.shape[1:]))
+            x[name], velocity[name] = interpolate(config.path, part, noise, times[name])
+        output = self.network(x, times, labels, hidden_after=self._depth)
+        terms = self._velocity_terms(output.velocity, velocity, step)
+        if config.repa:
+            value = self._alignment(output.hidden, inputs["features"], data)
+            terms["alignment"] = Term(value, config.repa.weight)
+        return StepOutput(terms, metrics=_by_time(t, terms["velocity/texture"].value))
+
+    def _velocity_terms(
+        self, predicted: Latents, velocity: Mapping[str, Tensor], step: int
+    ) -> dict[str, Term]:
+        weights = {name: self.config.loss_weight(name, step) for name in velocity}
+        terms = {
+            f"velocity/{name}": Term(squared_error(predicted[name], target), weights[name])
+            for name, target in velocity.items()
+        }
+        # A part that has no weight is not to be learned by way of the cosine either.
+        names = [name for name in self.network.spatial if weights[name]]
+        if self.config.cosine_weight and names:
+            value = cosine_loss(
+                torch.cat([predicted[name] for name in names], dim=1),
+                torch.cat([velocity[name] for name in names], dim=1),
+            )
+            terms["cosine"] = Term(value, self.config.cosine_weight)
+        return terms
+
+    def _alignment(
+        self, hidden: Tensor, features: TeacherFeatures, data: Mapping[str, Tensor]
+    ) -> Tensor:
+        """REPA's loss (B,): the mean over all aligned tokens."""
+        repa, num_vectors = self.config.repa, len(self.network.vectors)
+        height = data["texture"].shape[-2] // self.network.config.patch_size
+        tokens = self.projector(hidden)
+        patches = rearrange(tokens[:, num_vectors:], "b (h w) d -> b d h w", h=height)
+        value = alignment_loss(patches, features.patches[-1], repa.loss)
+        if not repa.with_global:
+            return value
+        place = list(self.network.vectors).index("global")
+        own = alignment_loss(
+            tokens[:, place, :, None, None], features.pooled[:, :, None, None], repa.loss
+        )
+        num_patches = patches.shape[-2] * patches.shape[-1]
+        return (num_patches * value + own) / (num_patches + 1)
+
+
+def _by_time(t: Tensor, loss: Tensor) -> dict[str, Tensor]:
+    """Sum and count of the loss in each quarter of the time axis, for means over steps."""
+    bins = (t.detach() * _BINS).long().clamp_max(_BINS - 1)
+    chosen = F.one_hot(bins, _BINS).to(loss.dtype)  # (B, bins)
+    sums, counts = (loss.detach()[:, None] * chosen).sum(dim=0), chosen.sum(dim=0)
+    return {name: torch.stack([sums[i], counts[i]]) for i, name in enumerate(_BIN_NAMES)}
+
+
+# The objective -----------------------------------------------------------------------------------
+
+
+class DiffusionObjective(Objective):
+    """Trains a diffusion transformer on a frozen tokenizer's latents.
+
+    Args:
+        tokenizer: whose latents; its spec shapes the network, its defaults fill in what the
+            settings leave open.
+        sampler: how the pictures on the way are drawn.
+        teacher: whose features REPA's targets are; None: the tokenizer's own.
+        cached_width: D of REPA's targets where batches come with them, and no teacher is asked.
+
+    Raises:
+        ValueError: settings that fit neither the tokenizer's parts nor its grid.
+        UserError: an unknown preset.
+    """
+
+    def __init__(
+        self,
+        config: DiffusionConfig,
+        tokenizer: Tokenizer,
+        *,
+        class_names: Sequence[str],
+        image_size: tuple[int, int],
+        sampler: SamplerConfig,
+        teacher: Teacher | None = None,
+        cached_width: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = resolve_defaults(config, tokenizer)
+        self.sampler, self.image_size = sampler, image_size
+        self.class_names = () if config.unconditional else tuple(class_names)
+        self.schedule = self.config.schedule
+        check_guidance(self.config, sampler, tokenizer.spec)
+        self._tokenizer = Unregistered(tokenizer.eval().requires_grad_(False))
+        self._teacher: Unregistered | None = None
+        self._shared_teacher = False
+        repa, shape = self.config.repa, architecture(config.network)
+        if repa and repa.depth_in(shape.depth) > shape.depth:
+            raise ValueError(
+                f"diffusion.repa.depth: {repa.depth} is more than the network's {shape.depth} blocks"
+            )
+        target_width = None
+        if repa:
+            target_width = self._find_targets(tokenizer, teacher, cached_width)
+        rows, columns = tokenizer.spec.shape("texture", image_size)[1:]
+        if rows % shape.patch_size or columns % shape.patch_size:
+            raise ValueError(
+                f"diffusion.network: patch size {shape.patch_size} does not divide the latent grid "
+                f"{rows}x{columns}"
+            )
+        network = build_network(self.config, tokenizer.spec, num_classes=len(self.class_names))
+        network.checkpointing = config.checkpointing
+        learner = DiTLearner(self.config, network, target_width)
+        self.learners = nn.ModuleDict({"dit": learner})
+
+    def _find_targets(
+        self, tokenizer: Tokenizer, teacher: Teacher | None, cached_width: int | None
+    ) -> int:
+        """Decides where REPA's targets come from; gives their width."""
+        if self.config.repa.targets == "decoded":
+            widths = getattr(tokenizer, "feature_widths", None)
+            if widths is None:
+                raise ValueError(
+                    "diffusion.repa.targets: this tokenizer's latents have no semantic part to decode; "
+                    "pass diffusion.repa.targets=teacher"
+                )
+            return widths[-1]
+        if cached_width is not None:
+            return cached_width
+        own = tokenizer.teacher_config
+        # One forward pass serves the tokenizer and REPA where both mean the same teacher.
+        shared = own is not None and (teacher is None or teacher.config == own)
+        teacher = tokenizer.teacher if shared else teacher
+        if teacher is None:
+            raise ValueError("diffusion.repa needs a teacher; give teacher.name=…")
+        self._teacher, self._shared_teacher = Unregistered(teacher), shared
+        return teacher.widths[-1]
+
+    @property
+    def target_teacher(self) -> Teacher | None:
+        """The teacher whose features of the images REPA's targets are, where there is one."""
+        return self._teacher.module if self._teacher is not None else None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer.module
+
+    def compiled_modules(self) -> list[nn.Module]:
+        return list(self.learners["dit"].network.blocks)
+
+    def frozen_modules(self) -> list[nn.Module]:
+        held = (self._tokenizer, self._teacher)
+        return [reference.module for reference in held if reference is not None]
+
+    def averaged_module(self) -> nn.Module:
+        return self.learners["dit"].network
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> dict[str, Any]:
+        posterior, features = batch.latents, batch.features
+        if posterior is None:
+            assert batch.pixels is not None
+            features = self.tokenizer.features(batch.pixels)
+            posterior = self.tokenizer.posterior(batch.pixels, features)
+            if self._teacher is not None and not self._shared_teacher:
+                features = self._teacher.module.features(batch.pixels)
+        if self.config.repa and self.config.repa.targets == "decoded":
+            features = self._decoded(posterior.mean)
+        # The null label is the only one of an unconditional model.
+        labels = torch.zeros_like(batch.labels) if self.config.unconditional else batch.labels
+        return {"posterior": posterior, "labels": labels, "features": features}
+
+    def _decoded(self, latents: Latents) -> TeacherFeatures:
+        """The features that the semantic part stands for; the global part is a pooled token as it is."""
+        patches = self.tokenizer.decode_features(latents)
+        last = patches[:, -self.tokenizer.feature_widths[-1] :]
+        raw = self.tokenizer.destandardise(latents)
+        return TeacherFeatures((last,), raw["global"] if "global" in raw else last.mean(dim=(2, 3)))
+
+    def validate(
+        self, averaged: nn.Module, pixels: Tensor | None, inputs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Squared error of each part's velocity at fixed times, with noise that belongs to the batch:
+        ``velocity``, the texture's, also for each time; ``velocity_<part>`` for the others."""
+        data = on_texture_grid(inputs["posterior"].mean)
+        num, device = len(inputs["labels"]), inputs["labels"].device
+        by_time: list[dict[str, Tensor]] = []
+        for i in range(_BINS):
+            t = torch.full((num,), (i + 0.5) / _BINS, device=device)
+            times = self.schedule.times(t * self.schedule.length)
+            noise = SampleNoise(i, range(num), device)
+            x, velocity = {}, {}
+            for name, part in data.items():
+                own = noise(tuple(part.shape[1:]))
+                x[name], velocity[name] = interpolate(self.config.path, part, own, times[name])
+            predicted = averaged(x, times, inputs["labels"]).velocity
+            by_time.append({n: squared_error(predicted[n], velocity[n]) for n in data})
+        means = {n: torch.stack([errors[n] for errors in by_time]).mean(dim=0) for n in data}
+        return {
+            "velocity": means.pop("texture"),
+            **dict(zip(_BIN_NAMES, (errors["texture"] for errors in by_time), strict=True)),
+            **{f"velocity_{name}": value for name, value in means.items()},
+        }
+
+    def picture(
+        self, averaged: nn.Module, pixels: Tensor | None, inputs: Mapping[str, Any]
+    ) -> Tensor:
+        """Samples of the validation images' classes, always from the same noise; below, the images, or
+        what their cached latents decode to.
+
+        Under each, where there is one, the semantic part, in the same colours.
+        """
+        latents = self.generator(averaged).sample_latents(inputs["labels"].tolist())
+        samples = self.tokenizer.decode(latents)
+        if pixels is None:
+            pixels = self.tokenizer.decode(inputs["posterior"].mean)
+        if "semantic" not in latents:
+            return rows_of_images([samples, pixels])
+        real = on_texture_grid(inputs["posterior"].mean)["semantic"]
+        maps = [principal_components(x, of=real) for x in (latents["semantic"], real)]
+        return rows_of_images([samples, maps[0], pixels, maps[1]])
+
+    def generator(self, averaged: nn.Module) -> Generator:
+        """The generator to export, on the given weights of ``averaged_module``."""
+        return Generator(
+            averaged,
+            self.tokenizer,
+            self.config,
+            self.sampler,
+            class_names=self.class_names,
+            image_size=self.image_size,
+        )

@@ -1,0 +1,111 @@
+"""Networks without what surrounds them in use, as published checkpoints hold them: a diffusion
+transformer without a tokenizer (a *network*), or a feature coder without image latents (a *coder*).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from semtok.card import provenance, write_readme
+from semtok.config import parse
+from semtok.errors import UserError
+from semtok.methods.composite import CompositeTokenizer, FeatureCoder
+from semtok.references import locate_export
+from semtok.registry import get_method, papers_of
+from semtok.sampler.dit import DiT, DiTArchitecture
+from semtok.sampler.latents import LatentSpec
+from semtok.storage import (
+    DAMAGE,
+    first_line,
+    new_folder,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from semtok.tokenizer import FORMAT_VERSION, check_format_version, library_version
+
+_CONFIG_FILE, _TENSORS_FILE = "config.json", "part.safetensors"
+_CODERS = ("reglue", "semvae")
+
+
+def save_part(
+    part: DiT | FeatureCoder, folder: str | Path, *, trained: Mapping[str, Any] | None = None
+) -> None:
+    """Writes config.json, the weights and a card; an existing export is replaced whole.
+
+    Args:
+        trained: what it comes from; for readers.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    config: dict[str, Any] = {
+        "library": "semtok",
+        "library_version": library_version(),
+        "format_version": FORMAT_VERSION,
+    }
+    if isinstance(part, DiT):
+        config |= {
+            "kind": "network",
+            "latents": part.spec.to_dict(),
+            "architecture": part.config.model_dump(mode="json"),
+            "num_classes": part.num_classes,
+            "timed_parts": list(part.timed_parts),
+        }
+        papers: tuple[str, ...] = ("SiT, arXiv 2401.08740",)
+    else:
+        method = next(name for name in _CODERS if isinstance(part, _coder_class(name)))
+        config |= {"kind": "coder", "method": method, "settings": part.settings()}
+        papers = papers_of(method)
+    config["trained"] = dict(trained or {})
+    with new_folder(Path(folder), replaces=_CONFIG_FILE) as temporary:
+        write_tensors(temporary / _TENSORS_FILE, part.state_dict(), provenance(config))
+        write_json(temporary / _CONFIG_FILE, config)
+        write_readme(temporary, config, {}, papers)
+
+
+def load_part(reference: str | Path) -> DiT | FeatureCoder:
+    """What ``save_part`` wrote, in eval mode.
+
+    Args:
+        reference: a folder or a Hub id.
+
+    Raises:
+        UserError: nothing found, something else, a damaged file, or a newer format.
+    """
+    folder = locate_export(str(reference), "model")
+    place = folder / _CONFIG_FILE
+    config = read_json(place)
+    kind = config.get("kind") if isinstance(config, dict) else None
+    if kind not in ("network", "coder") or config.get("library") != "semtok":
+        raise UserError(f"{place}: neither a network nor a coder alone, but {kind or 'foreign'}")
+    check_format_version(config, place)
+    try:
+        part = _network(config, str(place)) if kind == "network" else _coder(config)
+        part.load_state_dict(read_tensors(folder / _TENSORS_FILE))
+    except UserError:
+        raise
+    except (TypeError, AttributeError, *DAMAGE) as error:
+        raise UserError(f"{folder}: damaged or of another version ({first_line(error)})") from None
+    return part.eval()
+
+
+def _network(config: Mapping[str, Any], place: str) -> DiT:
+    return DiT(
+        parse(DiTArchitecture, config["architecture"], f"{place}: architecture"),
+        LatentSpec.from_dict(config["latents"]),
+        num_classes=config["num_classes"],
+        timed_parts=tuple(config["timed_parts"]),
+    )
+
+
+def _coder(config: Mapping[str, Any]) -> FeatureCoder:
+    return _coder_class(config["method"])(**config["settings"])
+
+
+def _coder_class(method: str) -> type[FeatureCoder]:
+    tokenizer = get_method(method, place="coder").tokenizer
+    if not issubclass(tokenizer, CompositeTokenizer) or tokenizer.coder_class is None:
+        raise UserError(f"method '{method}' has no coder")
+    return tokenizer.coder_class

@@ -1,0 +1,168 @@
+"""The adversarial part of a VAE's training: the patch discriminator, its losses, its learner."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from semtok.config import Config
+from semtok.objective import StepOutput, Term
+from semtok.optimiser import OptimiserConfig
+from semtok.sampler.draws import Draws
+
+# Settings ----------------------------------------------------------------------------------------
+
+
+class AdversarialConfig(Config):
+    """The patch discriminator and its loss.
+
+    Healthy training keeps the discriminator's real and fake logits apart but within a few units
+    (both are logged); fake logits that stay at the real ones mean that it learns nothing.
+    """
+
+    weight: float = Field(0.5, ge=0)
+    start_step: int = Field(ge=0)
+    """Step from which the generator is paid for fooling the discriminator."""
+    discriminator_start_step: int | None = Field(None, ge=0)
+    """Step from which the discriminator trains; None: together with ``start_step``."""
+    ramp_steps: int = Field(0, ge=0)
+    """Steps over which the generator's weight rises from 0."""
+    adaptive: bool = True
+    """Scale the weight by the ratio of gradient norms at the decoder's last layer."""
+    max_adaptive: float = Field(1e4, gt=0)
+    """Cap of that ratio."""
+    width: int = Field(64, ge=8, multiple_of=8)
+    num_layers: int = Field(3, ge=1)
+    norm: Literal["batch", "group", "none"] = "group"
+    optimiser: OptimiserConfig | None = None
+    """None: the same as ``train.optimiser``."""
+
+
+# The network -------------------------------------------------------------------------------------
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (Isola et al. 2017, section 3.2.2): judges overlapping patches of an image.
+
+    Convolutions 4x4, LeakyReLU 0.2, weights N(0, 0.02) as there and in taming-transformers.
+
+    Args:
+        width: channels of the first layer; they double per layer up to eight times as many.
+        num_layers: strided layers; 3 gives patches of 70x70 pixels.
+        norm: ``batch`` is the papers'; ``group`` does not depend on what else is in the batch, so
+            several processes compute what one would.
+    """
+
+    def __init__(
+        self, *, width: int, num_layers: int, norm: Literal["batch", "group", "none"]
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        channels = width
+        for layer in range(1, num_layers + 1):
+            following = width * min(2**layer, 8)
+            layers += [
+                nn.Conv2d(
+                    channels,
+                    following,
+                    4,
+                    stride=2 if layer < num_layers else 1,
+                    padding=1,
+                    bias=norm == "none",
+                ),
+                _norm(norm, following),
+                nn.LeakyReLU(0.2),
+            ]
+            channels = following
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 4, padding=1))
+        self.apply(_init)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits (B, 1, h, w), above 0 for real, of pixels (B, 3, H, W) in [-1, 1]."""
+        return self.layers(pixels)
+
+
+def _norm(kind: str, channels: int) -> nn.Module:
+    match kind:
+        case "batch":
+            return nn.BatchNorm2d(channels)
+        case "group":
+            return nn.GroupNorm(min(32, channels // 4), channels)
+        case _:
+            return nn.Identity()
+
+
+def _init(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.zeros_(module.bias)
+
+
+# Losses ------------------------------------------------------------------------------------------
+
+
+def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """The discriminator's hinge loss (Lim and Ye 2017), (B,)."""
+    real, fake = F.relu(1 - real_logits.float()), F.relu(1 + fake_logits.float())
+    return 0.5 * (real.mean(dim=(1, 2, 3)) + fake.mean(dim=(1, 2, 3)))
+
+
+def adaptive_ratio(
+    reconstruction_term: Tensor, adversarial_term: Tensor, last_layer: Tensor, cap: float
+) -> Tensor:
+    """Ratio of both terms' gradient norms at the decoder's last layer (Esser et al. 2021, eq. 7).
+
+    Several processes average the gradients first, so that they agree with one process on the
+    whole batch.
+
+    Args:
+        reconstruction_term, adversarial_term: scalars of which ``last_layer`` is an ancestor.
+        cap: largest ratio.
+    """
+    gradients = [
+        torch.autograd.grad(term, last_layer, retain_graph=True)[0].float()
+        for term in (reconstruction_term, adversarial_term)
+    ]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
+    wanted, adversarial = (gradient.norm() for gradient in gradients)
+    return (wanted / (adversarial + 1e-4)).clamp(0, cap).detach()
+
+
+# The learner -------------------------------------------------------------------------------------
+
+
+class DiscriminatorLearner(nn.Module):
+    """Trains the discriminator on images and the reconstructions that the first learner left."""
+
+    def __init__(self, config: AdversarialConfig) -> None:
+        super().__init__()
+        self.discriminator = PatchDiscriminator(
+            width=config.width, num_layers=config.num_layers, norm=config.norm
+        )
+
+    def forward(
+        self, inputs: Mapping[str, Any], draws: Draws, step: int, carry: Mapping[str, Tensor]
+    ) -> StepOutput:
+        """Hinge loss of ``inputs['pixels']`` against ``carry['reconstruction']``."""
+        real, fake = (
+            self.discriminator(inputs["pixels"]),
+            self.discriminator(carry["reconstruction"]),
+        )
+        return StepOutput(
+            {"discriminator": Term(hinge_loss(real, fake), 1.0)},
+            metrics={
+                "logits_real": real.detach().float().mean(),
+                "logits_fake": fake.detach().float().mean(),
+            },
+        )

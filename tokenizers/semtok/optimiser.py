@@ -1,0 +1,17 @@
+"""Settings of an optimiser."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from semtok.config import Config
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimiserConfig(Config):
+    """AdamW. The learning rate is used as it stands, whatever the batch or the number of GPUs."""
+
+    learning_rate: float = Field(gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)

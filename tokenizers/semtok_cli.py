@@ -1,0 +1,45 @@
+"""``semtok <command>``, outside of the package: help and slips are answered without importing torch."""
+
+import difflib
+import sys
+from importlib.metadata import version
+
+COMMANDS = {
+    "train_tokenizer": "train a tokenizer from a recipe",
+    "train_dit": "train a diffusion transformer on a tokenizer's latents",
+    "cache_latents": "compute a tokenizer's latents of all images once",
+    "sample": "draw images from a trained generator",
+    "evaluate": "measure what a tokenizer's latents hold",
+    "hub": "to and from the Hugging Face Hub, published checkpoints and diffusers",
+}
+
+
+def main() -> int:
+    """``semtok <command> …``; the command's name may be written with - or _."""
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    name = word.replace("-", "_")
+    if name in COMMANDS:
+        from semtok.commands.cli import launch
+
+        sys.argv = [f"semtok {name}", *sys.argv[2:]]
+        return launch(name)
+    if word in ("--version", "version"):
+        print(f"semtok {version('semtok')}")
+        return 0
+    if word and word not in ("--help", "-h", "help"):
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "see semtok --help"
+        print(f"error: no command '{word}'; {hint}", file=sys.stderr)
+        return 2
+    width = max(map(len, COMMANDS))
+    lines = [f"  {command:<{width}}  {text}" for command, text in COMMANDS.items()]
+    print(
+        "usage: semtok COMMAND …\n\n"
+        + "\n".join(lines)
+        + "\n\nsemtok COMMAND --help tells more; semtok --version"
+    )
+    return 0 if word else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Random images and weights: what a step costs does not depend on their values, and nothing is fetched."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+
+from semtok.data.source import ImageBatch, ImageSource
+from semtok.perceptual import backbone_file
+from semtok.recipe import TokenizerRecipe
+from semtok.storage import write_tensors
+from semtok.teachers import TeacherConfig
+
+_POOL = 64  # different images; more would only take memory
+_BACKBONES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
+
+
+class RandomImages(ImageSource):
+    """Noise in the size that a recipe asks for, as uint8, as every source gives it."""
+
+    class_names = tuple(map(str, range(1000)))
+    flip = False
+    name = "random images"
+
+    def __init__(self, image_size: tuple[int, int]) -> None:
+        self.attributes, self.image_size = {}, image_size
+        generator = torch.Generator().manual_seed(0)
+        shape = (_POOL, 3, *image_size)
+        self._images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def load(self, indices: Sequence[int]) -> ImageBatch:
+        rows = torch.tensor([index % _POOL for index in indices])
+        return ImageBatch(self._images[rows], rows % 1000)
+
+
+def random_teacher(config: TeacherConfig, folder: Path) -> TeacherConfig:
+    """The same teacher with random weights, which are written to the folder; the embedded one is at hand anyway."""
+    if config.name == "demo" or config.checkpoint is not None:
+        return config
+    weights = folder / f"{config.name}.safetensors"
+    if not weights.is_file():
+        network = timm.create_model(config.name, pretrained=False, num_classes=0)
+        write_tensors(weights, network.state_dict())
+    return config.model_copy(update={"checkpoint": str(weights)})
+
+
+@contextmanager
+def random_weights(
+    recipe: TokenizerRecipe[Any, Any], folder: Path
+) -> Iterator[TokenizerRecipe[Any, Any]]:
+    """Within this context the recipe's networks are built without fetching weights.
+
+    Args:
+        folder: for the random ones.
+    """
+    teacher = recipe.teacher and random_teacher(recipe.teacher, folder)
+    hub = torch.hub.get_dir()
+    if getattr(recipe.method, "perceptual", None) == "lpips":
+        torch.hub.set_dir(str(folder / "hub"))
+        net = recipe.method.lpips_net
+        file = backbone_file(net)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        backbone = getattr(torchvision.models, _BACKBONES[net])(weights=None)
+        torch.save(backbone.state_dict(), file)
+    try:
+        yield recipe.model_copy(update={"teacher": teacher})
+    finally:
+        torch.hub.set_dir(hub)

@@ -1,0 +1,256 @@
+"""``compare``: which tokenizer is better to generate in, and by how much.
+
+Trains what is missing, scores every tokenizer, trains the same small diffusion transformer on each,
+and reports. The same command goes on where it stopped.
+"""
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from comparison.jobs import Job, Stopped, only_one_in, run_jobs
+from comparison.plan import (
+    BUDGETS,
+    SEEDS,
+    TEXTURE,
+    Comparison,
+    ComparisonSettings,
+    Row,
+    diffusion_recipe,
+)
+from comparison.report import generation_table, tokenizer_table, write_report
+from comparison.results import collect
+from semtok.commands.cli import Parser
+from semtok.commands.table import print_table
+from semtok.config import parse
+from semtok.errors import UserError
+from semtok.references import RUNS, find_recipe
+from semtok.storage import read_json
+
+_DEFAULT = "vae,send_vae,reglue,semvae,redi"
+_SCORES = "comparison.scores"
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="compare", description=__doc__)
+    parser.add_argument(
+        "--tokenizers",
+        default=_DEFAULT,
+        metavar="REF,REF",
+        help="recipes of embedded tokenizers, runs, folders, Hub ids, or NAME=REF; the first is the baseline; "
+        f"default: {_DEFAULT}",
+    )
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="one more row: NAME REF key=value …, the transformer's settings on that tokenizer",
+    )
+    parser.add_argument(
+        "--seeds", type=int, help="default: 1 of a quick comparison, 3 of a full one"
+    )
+    parser.add_argument("--budget", choices=BUDGETS, default="full")
+    parser.add_argument("--steps", type=int, help="of the transformer; default: the budget's")
+    parser.add_argument("--num-checkpoints", type=int, help="evenly spaced over the steps")
+    parser.add_argument("--num-images", type=int, help="generated at each checkpoint")
+    parser.add_argument("--data", nargs="+", default=[], metavar="key=value", help="other images")
+    parser.add_argument(
+        "--teacher", nargs="+", default=[], metavar="key=value", help="another teacher: name=…"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="key=value",
+        help="settings of every transformer, as diffusion.network=…",
+    )
+    parser.add_argument(
+        "--jobs", type=int, help="processes at once; default: one for each GPU, or each CPU core"
+    )
+    parser.add_argument("--output", type=Path, default=RUNS / "compare")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code."""
+    args = _parser().parse_args(arguments)
+    budget = BUDGETS[args.budget].model_dump()
+    given = {
+        "data": args.data,
+        "teacher": args.teacher,
+        "settings": [*budget["settings"], *args.set],
+        "steps": args.steps,
+        "num_checkpoints": args.num_checkpoints,
+        "num_images": args.num_images,
+    }
+    content = budget | {key: value for key, value in given.items() if value not in (None, [])}
+    settings = parse(ComparisonSettings, content, "compare")
+    names = [name for name in args.tokenizers.split(",") if name]
+    rows = [_row(name) for name in names]
+    named = {row.name: row.tokenizer for row in rows}
+    rows += [_variant(words, named) for words in args.variant]
+    num_seeds = args.seeds if args.seeds is not None else SEEDS[args.budget]
+    if not rows or num_seeds < 1 or (args.jobs is not None and args.jobs < 1):
+        raise UserError("compare needs at least one tokenizer, one seed and one job")
+    comparison = Comparison(args.output, settings, tuple(rows), num_seeds)
+    comparison.check_folder()
+    comparison.check()
+
+    start = time.perf_counter()
+    environments = _environments(args.jobs)
+    jobs = _jobs(comparison)
+    try:
+        with only_one_in(comparison.folder) as held:
+            comparison.claim()
+            print(f"{len(rows)} rows, {num_seeds} seeds; output: {comparison.folder}", flush=True)
+            run_jobs(
+                jobs,
+                at_once=len(environments),
+                held=held,
+                environments=environments,
+                say=lambda line: print(line, flush=True),
+            )
+    except Stopped as stopped:
+        print(f"stopped by {stopped}; the same command goes on", file=sys.stderr)
+        return 128 + stopped.number
+    results = collect(comparison)
+    _print("tokenizers, on held-out images", *tokenizer_table(results))
+    _print("generation", *generation_table(results))
+    places = write_report(
+        comparison,
+        results,
+        command="python tools/compare.py " + shlex.join(arguments),
+        about=_about(comparison, len(environments)),
+    )
+    print(f"{time.perf_counter() - start:.0f} s; report: " + "   ".join(map(str, places)))
+    return 0
+
+
+def _print(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """A report's table with its rows as columns, which a terminal is not too narrow for."""
+    first, *others = (list(column) for column in zip(header, *rows, strict=True))
+    print_table(title, others, first)
+
+
+def _row(word: str) -> Row:
+    """The row of REF, or of NAME=REF."""
+    name, equals, reference = word.partition("=")
+    if not equals:
+        path = Path(word)
+        name, reference = (path.parent if path.name == "export" else path).name, word
+    content = {"name": name, "tokenizer": reference}
+    return parse(Row, content, f"--tokenizers {word} (or NAME=REF)")
+
+
+def _variant(words: list[str], named: dict[str, str]) -> Row:
+    """One more row; its REF may be the name that a row of ``--tokenizers`` has."""
+    if len(words) < 2 or any("=" not in word for word in words[2:]):
+        raise UserError(f"--variant {' '.join(words)}: expected NAME REF key=value …")
+    content = {"name": words[0], "tokenizer": named.get(words[1], words[1]), "settings": words[2:]}
+    return parse(Row, content, "--variant")
+
+
+def _environments(jobs: int | None) -> list[dict[str, str]]:
+    """Variables of each process that runs at once: a GPU of its own, or a share of the cores."""
+    if torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs or len(gpus))]
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    count = jobs or cores
+    return [{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count
+
+
+def _jobs(comparison: Comparison) -> list[Job]:
+    """All the work, in an order that lets each begin as soon as what it needs is there."""
+    jobs = []
+    for seed in comparison.seeds:
+        scores = []
+        for reference in comparison.tokenizers:
+            if find_recipe(reference) is not None:
+                jobs.append(_tokenizer_job(comparison, reference, seed))
+            after = (f"tokenizer {reference}, seed {seed}",)
+            is_row = any(row.tokenizer == reference for row in comparison.rows)
+            if is_row and (seed == 0 or find_recipe(reference) is not None):
+                scores.append(_score_job(comparison, "tokenizer", reference, seed, after))
+        for row in comparison.rows:
+            name = f"transformer on {row.name}, seed {seed}"
+            jobs.append(_generator_job(comparison, row, seed, name))
+            jobs.append(_score_job(comparison, "generator", row.name, seed, (name,)))
+        jobs += scores
+    return jobs
+
+
+def _tokenizer_job(comparison: Comparison, reference: str, seed: int) -> Job:
+    folder, recipe = comparison.tokenizer_folder(reference, seed), find_recipe(reference)
+    overrides = comparison.tokenizer_overrides(reference, seed)
+    built_on = any(word.startswith("method.texture=") for word in overrides)
+    return Job(
+        f"tokenizer {reference}, seed {seed}",
+        lambda: _training("train_tokenizer", [str(recipe), *overrides], folder),
+        (folder / "export" / "config.json").is_file,
+        comparison.folder / "logs" / f"tokenizer_{reference}-{seed}.log",
+        (f"tokenizer {TEXTURE}, seed {seed}",) if built_on else (),
+    )
+
+
+def _generator_job(comparison: Comparison, row: Row, seed: int, name: str) -> Job:
+    folder = comparison.generator_folder(row, seed)
+    reference = comparison.tokenizer_reference(row.tokenizer, seed)
+    words = ["--tokenizer", reference, "--recipe", str(diffusion_recipe())]
+    words += comparison.generator_overrides(row, seed)
+    return Job(
+        name,
+        lambda: _training("train_dit", words, folder),
+        (folder / "export" / "config.json").is_file,
+        comparison.folder / "logs" / f"generator_{row.name}-{seed}.log",
+        (f"tokenizer {row.tokenizer}, seed {seed}",),
+    )
+
+
+def _training(command: str, words: list[str], folder: Path) -> list[str]:
+    resume = ["--resume"] if (folder / "recipe.yaml").is_file() else []
+    cli = [sys.executable, "-m", "semtok_cli", command]
+    return [*cli, *words, "--output", str(folder), *resume]
+
+
+def _score_job(
+    comparison: Comparison, kind: str, name: str, seed: int, after: tuple[str, ...]
+) -> Job:
+    if kind == "tokenizer":
+        file = comparison.tokenizer_scores(name, seed)
+    else:
+        row = next(row for row in comparison.rows if row.name == name)
+        file = comparison.generator_scores(row, seed)
+    return Job(
+        f"scores of {kind} {name}, seed {seed}",
+        lambda: [sys.executable, "-m", _SCORES, str(comparison.folder), kind, name, str(seed)],
+        lambda: file.is_file() and file.with_suffix(".png").is_file() and bool(read_json(file)),
+        comparison.folder / "logs" / f"scores_{kind}_{file.stem}.log",
+        after,
+    )
+
+
+def _about(comparison: Comparison, at_once: int) -> list[str]:
+    settings = comparison.settings
+    data = " ".join(settings.data) or "the embedded shapes at 32x32"
+    teacher = " ".join(settings.teacher) or "the embedded teacher"
+    return [
+        f"Data: {data}. Teacher: {teacher}. Tokenizers are trained for {settings.recipe_share:.0%} of their recipes' "
+        f"steps, and those with several parts are built on the '{TEXTURE}' of the same seed; one that was trained "
+        "before is the same for every seed. On each the transformer of recipes/dit.yaml is trained for "
+        f"{settings.steps} steps at a constant rate and sampled without guidance.",
+        f"Generated images: {settings.num_images}, the classes in turn, by averaged weights, compared with "
+        f"{settings.num_reference} training images in the features of the teacher. A teacher that tokenizers or "
+        "transformers were aligned to is no impartial judge of them.",
+        f"Seconds are of {at_once} processes at a time on this machine; they depend on both.",
+    ]

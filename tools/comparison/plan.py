@@ -1,0 +1,360 @@
+"""What a comparison consists of: settings that all rows share, the rows, and the work that they need."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from comparison.jobs import LOCK
+from semtok.commands.around_training import errors_at
+from semtok.commands.train_tokenizer import build_objective
+from semtok.config import Config, apply_overrides, parse, read_yaml
+from semtok.data.images.kinds import open_sources
+from semtok.data.source import DataConfig
+from semtok.errors import UserError
+from semtok.evaluation.inception import check_torch_fidelity
+from semtok.recipe import load_diffusion_recipe, load_recipe, write_recipe
+from semtok.references import DEMO, find_recipe, locate_export, recipe_folder
+from semtok.teachers import Teacher, TeacherConfig
+from semtok.tokenizer import Tokenizer
+
+SETTINGS_FILE = "comparison.yaml"
+TEXTURE = "vae"
+"""The recipe that every composite's image latents come from, so that rows differ in one thing."""
+
+
+_RESERVED = (
+    "tokenizer",
+    "data.",
+    "train.seed",
+    "train.steps",
+    "train.schedule",
+    "train.warmup_steps",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.sample_every",
+    "train.log_every",
+)
+
+
+class ComparisonSettings(Config):
+    """What is the same for every row, and so may not change once there are results."""
+
+    data: tuple[str, ...] = ()
+    """Data settings, as ``kind=folder``; none: each recipe's own, the embedded shapes."""
+    teacher: tuple[str, ...] = ()
+    """Teacher settings, as ``name=…``; none: each recipe's own, the embedded teacher."""
+    recipe_share: float = Field(gt=0, le=1)
+    """Tokenizers are trained for this share of their recipes' steps."""
+    steps: int = Field(ge=1)
+    """Of the diffusion transformer."""
+    num_checkpoints: int = Field(5, ge=1)
+    """Evenly spaced over the steps; images are generated at each."""
+    settings: tuple[str, ...] = ()
+    """Further settings of every diffusion transformer."""
+    num_images: int = Field(ge=10)
+    """Generated at each checkpoint."""
+    num_held_out: int = Field(ge=20)
+    """Real images that tokenizers are scored on."""
+    num_train: int = Field(ge=20)
+    """Real images that the probe is fitted on."""
+    num_reference: int = Field(5000, ge=10, le=10_000)
+    """Real training images that generated ones are compared with."""
+
+    @model_validator(mode="after")
+    def _even(self) -> "ComparisonSettings":
+        if self.steps % self.num_checkpoints:
+            raise ValueError(
+                f"steps: {self.steps} is not a multiple of num_checkpoints {self.num_checkpoints}"
+            )
+        return self
+
+
+BUDGETS = {
+    "quick": ComparisonSettings(
+        recipe_share=1 / 3,
+        steps=480,
+        num_checkpoints=3,
+        settings=("sampler.steps=15",),
+        num_images=270,
+        num_held_out=400,
+        num_train=1500,
+    ),
+    "full": ComparisonSettings(
+        recipe_share=1.0, steps=2000, num_images=2000, num_held_out=1000, num_train=4000
+    ),
+}
+SEEDS = {"quick": 1, "full": 3}
+
+
+class Row(Config):
+    """A tokenizer with the settings of the transformer on it.
+
+    Attributes:
+        tokenizer: an embedded recipe's name, or a reference to a trained tokenizer.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")
+    tokenizer: str
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison in its folder.
+
+    Attributes:
+        rows: the first is the one that others are measured against.
+    """
+
+    folder: Path
+    settings: ComparisonSettings
+    rows: tuple[Row, ...]
+    num_seeds: int
+
+    @property
+    def seeds(self) -> range:
+        return range(self.num_seeds)
+
+    @property
+    def tokenizers(self) -> list[str]:
+        """References of all rows, each once, those that others are built on first."""
+        names = list(dict.fromkeys(row.tokenizer for row in self.rows))
+        needed = any(is_composite(name) for name in names)
+        return [TEXTURE, *(n for n in names if n != TEXTURE)] if needed else names
+
+    @property
+    def steps(self) -> list[int]:
+        """At which images are generated."""
+        every = self.settings.steps // self.settings.num_checkpoints
+        return list(range(every, self.settings.steps + 1, every))
+
+    def tokenizer_folder(self, reference: str, seed: int) -> Path:
+        """Of a tokenizer that the comparison trains."""
+        return self.folder / "tokenizers" / f"{reference}-{seed}"
+
+    def tokenizer_reference(self, reference: str, seed: int) -> str:
+        """What to load: one that was trained before is the same for each seed."""
+        if find_recipe(reference) is None:
+            return reference
+        return str(self.tokenizer_folder(reference, seed))
+
+    def generator_folder(self, row: Row, seed: int) -> Path:
+        return self.folder / "generators" / f"{row.name}-{seed}"
+
+    def tokenizer_scores(self, reference: str, seed: int) -> Path:
+        """One file for all seeds of a tokenizer that was trained before."""
+        if find_recipe(reference) is not None:
+            return self.folder / "scores" / f"tokenizer_{reference}-{seed}.json"
+        digest = hashlib.blake2b(reference.encode(), digest_size=4).hexdigest()
+        return self.folder / "scores" / f"tokenizer_{Path(reference).name}-{digest}.json"
+
+    def generator_scores(self, row: Row, seed: int) -> Path:
+        return self.folder / "scores" / f"generator_{row.name}-{seed}.json"
+
+    def tokenizer_overrides(self, reference: str, seed: int) -> list[str]:
+        """Settings beside the recipe's own."""
+        path = find_recipe(reference)
+        assert path is not None
+        content = read_yaml(path)
+        words = [f"train.seed={seed}", *_prefixed("data", self.settings.data)]
+        if "teacher" in content:
+            words += _prefixed("teacher", self.settings.teacher)
+        if is_composite(reference):
+            words.append(f"method.texture={self.tokenizer_folder(TEXTURE, seed)}")
+        train = content["train"]
+        if train["steps"] and self.settings.recipe_share < 1:
+            steps = max(1, round(train["steps"] * self.settings.recipe_share))
+            warmup = min(train.get("warmup_steps", 0), steps)
+            words += [f"train.steps={steps}", f"train.warmup_steps={warmup}"]
+        return words
+
+    def generator_overrides(self, row: Row, seed: int) -> list[str]:
+        """Settings beside those of the embedded recipe: a constant rate, so that every step is the end of
+        a training of that length, and no guidance, as in the papers' main tables."""
+        steps = self.steps
+        words = [
+            f"train.seed={seed}",
+            *_prefixed("data", self.settings.data),
+            f"train.steps={self.settings.steps}",
+            f"train.warmup_steps={min(100, self.settings.steps)}",
+            "train.schedule=constant",
+            f"train.checkpoint_every={steps[0]}",
+            "train.keep_last=100000",  # whatever interruptions add, all are there to be scored
+            f"train.sample_every={self.settings.steps}",
+            f"train.log_every={_divisor_near(steps[0], 50)}",
+            "sampler.guidance.scale=1",
+            "data.cache=none",  # seconds are to hold the same work in every row
+            *self.settings.settings,
+            *row.settings,
+        ]
+        own = (*self.settings.settings, *row.settings)
+        aligned = any(word.startswith("diffusion.repa") for word in own)
+        named = any(word.startswith("teacher.") for word in own)
+        if aligned and not named and not _has_teacher(row.tokenizer):
+            words += _prefixed("teacher", self.settings.teacher or ("name=demo",))
+        return words
+
+    def data(self) -> DataConfig:
+        """The images of every row: the transformer's recipe's, with the data settings applied."""
+        words = _prefixed("data", self.settings.data)
+        return load_diffusion_recipe(diffusion_recipe(), words, tokenizer=TEXTURE).data
+
+    def teacher(self) -> Teacher:
+        """The teacher that scores see by: its last layer."""
+        content = apply_overrides({}, list(self.settings.teacher))
+        return Teacher(parse(TeacherConfig, content, "--teacher"))
+
+    def check(self) -> None:
+        """Reads every recipe with its settings, the data and the teacher, so that nothing is found wrong
+        after hours.
+
+        Raises:
+            UserError: names used twice, references to nothing, settings that can't be, or that would make
+                rows differ in more than they say.
+        """
+        check_torch_fidelity()
+        names = [row.name for row in self.rows]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"two rows are called '{name}'; name one by NAME=REF")
+        _check_words("--set", self.settings.settings, _RESERVED)
+        for row in self.rows:
+            _check_words(f"--variant {row.name}", row.settings, ("train.", "data.", "tokenizer"))
+        train, _ = open_sources(self.data())
+        self.teacher()
+        for reference in self.tokenizers:
+            recipe = find_recipe(reference)
+            if recipe is None:
+                tokenizer = Tokenizer.from_pretrained(reference)
+                with errors_at(f"--data with {reference}"):
+                    tokenizer.spec.check_image_size(train.image_size)
+            else:
+                texture = Tokenizer.from_pretrained(DEMO) if is_composite(reference) else None
+                parsed = load_recipe(recipe, self.tokenizer_overrides(reference, 0))
+                build_objective(parsed, texture, place=str(recipe))
+        for row in self.rows:
+            load_diffusion_recipe(
+                diffusion_recipe(), self.generator_overrides(row, 0), tokenizer=row.tokenizer
+            )
+
+    def claim(self) -> None:
+        """Takes the folder, or goes on in it: rows and seeds may be added, nothing else may change. Only
+        who holds the folder may ask for it, see ``jobs.only_one_in``.
+
+        Raises:
+            UserError: the folder holds another comparison.
+        """
+        file = self.folder / SETTINGS_FILE
+        mine = _Record(
+            settings=self.settings,
+            rows=self.rows,
+            tokenizers={reference: _fingerprint(reference) for reference in self.tokenizers},
+        )
+        if file.exists():
+            before = parse(_Record, read_yaml(file), str(file))
+            self._check_unchanged(before, mine)
+            rows = {row.name: row for row in (*before.rows, *mine.rows)}
+            mine = mine.model_copy(
+                update={
+                    "rows": tuple(rows.values()),
+                    "tokenizers": before.tokenizers | mine.tokenizers,
+                }
+            )
+        write_recipe(mine, file)
+
+    def check_folder(self) -> None:
+        """Raises UserError where the folder holds something else than a comparison."""
+        folder = self.folder
+        others = [p for p in folder.iterdir() if p.name != LOCK] if folder.is_dir() else []
+        taken = others or folder.is_file()
+        if taken and not (folder / SETTINGS_FILE).is_file():
+            raise UserError(f"{folder}: is not empty and no comparison; choose --output")
+
+    def _check_unchanged(self, before: "_Record", mine: "_Record") -> None:
+        for key, value in before.settings.model_dump().items():
+            if value != getattr(self.settings, key):
+                raise UserError(
+                    f"{self.folder}: begun with {key}={value}, now {getattr(self.settings, key)}; "
+                    "choose another --output"
+                )
+        rows = {row.name: row for row in before.rows}
+        for row in mine.rows:
+            if rows.get(row.name, row) != row:
+                raise UserError(
+                    f"{self.folder}: row '{row.name}' meant something else; choose another name"
+                )
+        for reference, fingerprint in mine.tokenizers.items():
+            if before.tokenizers.get(reference, fingerprint) != fingerprint:
+                raise UserError(
+                    f"{self.folder}: tokenizer '{reference}' has changed since; choose another --output"
+                )
+
+
+class _Record(Config):
+    """What a comparison's folder remembers of it."""
+
+    settings: ComparisonSettings
+    rows: tuple[Row, ...]
+    tokenizers: dict[str, str]
+    """Fingerprints, by reference."""
+
+
+def read_comparison(folder: Path, num_seeds: int) -> Comparison:
+    """The comparison that was begun in a folder."""
+    file = folder / SETTINGS_FILE
+    record = parse(_Record, read_yaml(file), str(file))
+    return Comparison(folder, record.settings, record.rows, num_seeds)
+
+
+def diffusion_recipe() -> Path:
+    """The embedded recipe of the transformer."""
+    folder = recipe_folder()
+    if folder is None:
+        raise UserError("no recipes folder beside the library; run from a checkout")
+    return folder / "dit.yaml"
+
+
+def is_composite(reference: str) -> bool:
+    """Whether a recipe of that name builds its tokenizer on another one."""
+    path = find_recipe(reference)
+    return path is not None and "texture" in read_yaml(path)["method"]
+
+
+def _has_teacher(reference: str) -> bool:
+    """Whether a tokenizer brings a teacher of its own to the transformer's training."""
+    if find_recipe(reference) is not None:
+        return is_composite(reference)
+    return Tokenizer.from_pretrained(reference).teacher_config is not None
+
+
+def _fingerprint(reference: str) -> str:
+    """A digest of what a reference means: a recipe's text, or the files of a trained tokenizer."""
+    recipe = find_recipe(reference)
+    digest = hashlib.blake2b(digest_size=8)
+    if recipe is not None:
+        digest.update(recipe.read_bytes())
+        return digest.hexdigest()
+    folder = locate_export(reference, "tokenizer")
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(file.relative_to(folder).as_posix().encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _check_words(place: str, words: tuple[str, ...], reserved: tuple[str, ...]) -> None:
+    for word in words:
+        if word.startswith(reserved):
+            raise UserError(
+                f"{place}: {word.split('=')[0]} is the same for every row, as the comparison's own options say"
+            )
+
+
+def _prefixed(section: str, words: tuple[str, ...]) -> list[str]:
+    return [f"{section}.{word}" for word in words]
+
+
+def _divisor_near(number: int, wanted: int) -> int:
+    """The largest divisor that is at most ``wanted``: logs then fall on every checkpoint."""
+    return max(d for d in range(1, min(number, wanted) + 1) if number % d == 0)

@@ -1,0 +1,126 @@
+"""What the scores of a comparison come to: means and spreads over seeds, and who is how much faster."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from comparison.plan import Comparison, Row
+from semtok.evaluation.predictors import PREDICTORS
+from semtok.storage import read_json
+
+CLASS_SHARE = "shown class"
+"""Share of generated images that a classifier of the teacher's features reads as their class."""
+TOKENIZER_COLUMNS = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "reconstruction_fd": "FD of reconstructions",
+    "probe_accuracy": "attribute probe, mean balanced accuracy",
+    **{name: predictor.label for name, predictor in PREDICTORS.items()},
+    "seconds": "training, s (with the VAE's)",
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One number of each seed."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def std(self) -> float:
+        """Of the seeds, n - 1 in the denominator; 0 of a single one."""
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
+
+    def __str__(self) -> str:
+        spread = f" ± {self.std:.2g}" if len(self.values) > 1 else ""
+        return f"{self.mean:.4g}{spread}"
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """All that is known of a row.
+
+    Attributes:
+        tokenizer: by the keys of ``TOKENIZER_COLUMNS``, those that are known.
+        generation: per score and step.
+        seconds: of training up to each step.
+        steps_to_baseline: per main score, after how many steps it first is as good as the baseline's last, one
+            number for each seed that gets there.
+    """
+
+    row: Row
+    tokenizer: dict[str, Spread]
+    steps: list[int]
+    generation: dict[str, list[Spread]]
+    seconds: list[Spread]
+    steps_to_baseline: dict[str, tuple[float, ...]]
+
+
+def collect(comparison: Comparison) -> list[RowResult]:
+    """Reads every score file of a finished comparison; the first row is the baseline."""
+    results: list[RowResult] = []
+    for row in comparison.rows:
+        files = [comparison.tokenizer_scores(row.tokenizer, s) for s in comparison.seeds]
+        tokenizer = [read_json(file) for file in dict.fromkeys(files)]
+        curves = [read_json(comparison.generator_scores(row, s)) for s in comparison.seeds]
+        names = [n for n in curves[0][0] if n not in ("step", "seconds")]
+        generation = {
+            n: [Spread(tuple(e[n] for e in at)) for at in zip(*curves, strict=True)] for n in names
+        }
+        steps = [entry["step"] for entry in curves[0]]
+        baseline = results[0].generation if results else generation
+        results.append(
+            RowResult(
+                row,
+                _tokenizer_spreads(tokenizer),
+                steps,
+                generation,
+                [Spread(tuple(e["seconds"] for e in at)) for at in zip(*curves, strict=True)],
+                {n: _reached(steps, generation[n], baseline[n], n) for n in main_scores(names)},
+            )
+        )
+    return results
+
+
+def main_scores(names: Iterable[str]) -> list[str]:
+    """The scores that rows are followed by over the steps: the Fréchet distance, and the share of images
+    that show their class where there are classes."""
+    distance, *others = names
+    return [distance, *(n for n in others if n == CLASS_SHARE)]
+
+
+def steps_to_reach(steps: list[int], scores: Sequence[float], target: float) -> float:
+    """After how many steps a falling score first is at most the target: interpolated linearly between
+    checkpoints; infinity where it never is; the first checkpoint's where that is good enough."""
+    for i, (step, score) in enumerate(zip(steps, scores, strict=True)):
+        if score <= target:
+            if i == 0:
+                return float(step)
+            share = (scores[i - 1] - target) / (scores[i - 1] - score)
+            return steps[i - 1] + share * (step - steps[i - 1])
+    return math.inf
+
+
+def _reached(
+    steps: list[int], scores: list[Spread], baseline: list[Spread], name: str
+) -> tuple[float, ...]:
+    sign = -1 if name == CLASS_SHARE else 1  # of the share, more is better
+    reached = [
+        steps_to_reach(steps, [sign * at.values[seed] for at in scores], sign * target)
+        for seed, target in enumerate(baseline[-1].values)
+    ]
+    return tuple(number for number in reached if math.isfinite(number))
+
+
+def _tokenizer_spreads(scores: list[dict[str, float]]) -> dict[str, Spread]:
+    renamed = [
+        {("reconstruction_fd" if n.startswith("FD-") else n): v for n, v in s.items()}
+        for s in scores
+    ]
+    return {n: Spread(tuple(s[n] for s in renamed)) for n in TOKENIZER_COLUMNS if n in renamed[0]}

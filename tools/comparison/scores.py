@@ -1,0 +1,168 @@
+"""The scores of one tokenizer or of one generator of a comparison, as a process of its own.
+
+``python -m comparison.scores FOLDER tokenizer|generator NAME SEED``
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from comparison.plan import (
+    TEXTURE,
+    Comparison,
+    Row,
+    is_composite,
+    read_comparison,
+)
+from comparison.results import CLASS_SHARE
+from semtok.commands.cli import Parser, run
+from semtok.commands.evaluation.options import device
+from semtok.data.images.kinds import open_sources
+from semtok.data.order import chosen_batches
+from semtok.data.source import ImageSource
+from semtok.diffusion.generator import Generator
+from semtok.evaluation.classes import ClassReader, accuracy
+from semtok.evaluation.generation import (
+    SetFeatures,
+    generation_scores,
+    see,
+    see_reference,
+    teacher_network,
+)
+from semtok.evaluation.image_sets import (
+    ImageSet,
+    images_of_generator,
+    images_of_source,
+    labels_for,
+)
+from semtok.evaluation.predictors import PROBE, evaluate_latents
+from semtok.evaluation.probe import probed
+from semtok.evaluation.reconstruction import evaluate_reconstruction
+from semtok.images import to_pixels, to_uint8
+from semtok.pictures import write_png
+from semtok.storage import read_json, read_tensors, write_json
+from semtok.tokenizer import Tokenizer
+from semtok.training.checkpoint import MODEL_FILE, checkpoint_path, list_checkpoints
+
+NUM_SHOWN = 18
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code."""
+    parser = Parser(prog="comparison.scores", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("kind", choices=("tokenizer", "generator"))
+    parser.add_argument("name")
+    parser.add_argument("seed", type=int)
+    args = parser.parse_args(arguments)
+    comparison = read_comparison(args.folder, args.seed + 1)
+    if args.kind == "tokenizer":
+        score_tokenizer(comparison, args.name, args.seed)
+    else:
+        row = next(row for row in comparison.rows if row.name == args.name)
+        score_generator(comparison, row, args.seed)
+    return 0
+
+
+@torch.no_grad()
+def score_tokenizer(comparison: Comparison, reference: str, seed: int) -> None:
+    """Reconstruction, probe and predictors on held-out images, and a picture of reconstructions."""
+    settings = comparison.settings
+    train, held_out = open_sources(comparison.data())
+    tokenizer = Tokenizer.from_pretrained(comparison.tokenizer_reference(reference, seed))
+    tokenizer.to(device())
+    teacher = comparison.teacher().to(device())
+    network = teacher_network(teacher)
+    report = evaluate_reconstruction(
+        tokenizer,
+        held_out,
+        settings.num_held_out,
+        extractors={f"FD-{network.name}": lambda images: network.see(images)["pooled"]},
+    )
+    scores: dict[str, float] = dict(report.scores)
+    scores |= evaluate_latents(tokenizer, held_out, settings.num_held_out, teacher)
+    mean = probed(tokenizer, train, held_out, settings.num_train, settings.num_held_out)
+    if mean is not None:
+        scores |= {PROBE: mean.f1, "probe_accuracy": mean.balanced_accuracy}
+    trained = [reference, TEXTURE] if is_composite(reference) else [reference]
+    summaries = [comparison.tokenizer_folder(name, seed) / "summary.json" for name in trained]
+    if summaries[0].is_file():
+        scores["seconds"] = sum(read_json(file)["training_seconds"] for file in summaries)
+    shown = held_out.load(held_out.chosen(NUM_SHOWN)).images
+    pixels = to_pixels(shown, device=device())
+    file = comparison.tokenizer_scores(reference, seed)
+    _write_pictures(file.with_suffix(".png"), pixels, tokenizer.decode(tokenizer.encode(pixels)))
+    write_json(file, scores)
+
+
+@torch.no_grad()
+def score_generator(comparison: Comparison, row: Row, seed: int) -> None:
+    """Scores of images from each of a run's checkpoints, and a picture from the last; goes on after
+    the last checkpoint that is scored."""
+    file = comparison.generator_scores(row, seed)
+    scores: list[dict[str, float]] = read_json(file) if file.is_file() else []
+    run_folder = comparison.generator_folder(row, seed)
+    generator = Generator.from_pretrained(run_folder).to(device())
+    train, _ = open_sources(comparison.data())
+    network = teacher_network(comparison.teacher().to(device()))
+    real = images_of_source(train, comparison.settings.num_reference)
+    reference = see_reference(real, network, comparison.folder / "references")
+    num_classes = generator.network.num_classes
+    labels = labels_for(comparison.settings.num_images, max(1, num_classes), balanced=True, seed=0)
+    reader = _class_reader(train, real, reference) if num_classes > 1 else None
+    seconds = training_seconds(run_folder)
+    for step in comparison.steps[len(scores) :]:
+        generator.network.load_state_dict(averaged_weights(run_folder, step))
+        # The same noise for each row of a seed.
+        images = images_of_generator(generator, labels, seed=seed)
+        seen = see(images, [network])[network.name]
+        entry = {"step": step, "seconds": seconds[step], **generation_scores(seen, reference)}
+        if reader is not None:
+            entry[CLASS_SHARE], _ = accuracy(reader.read(seen.features.numpy()), np.array(labels))
+        scores.append(entry)
+        write_json(file, scores)
+    shown = [i * max(1, num_classes) // NUM_SHOWN for i in range(NUM_SHOWN)]
+    _write_pictures(file.with_suffix(".png"), generator.sample(shown, seed=seed))
+    for checkpoint in list_checkpoints(run_folder / "checkpoints")[:-1]:
+        shutil.rmtree(checkpoint)  # scored, and large; the run can go on from the last
+
+
+def _class_reader(
+    source: ImageSource, real: ImageSet, reference: SetFeatures
+) -> ClassReader | None:
+    """Fitted on the reference's own features, which are of ``source.chosen`` in that order."""
+    labels = np.concatenate(
+        [batch.labels.numpy() for batch in chosen_batches(source, 64, real.num_images)]
+    )
+    return ClassReader.fit(reference.features.numpy(), labels) if len(set(labels)) > 1 else None
+
+
+def averaged_weights(run_folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """The weights that a run would have exported after a step: averaged where it averages."""
+    tensors = read_tensors(checkpoint_path(run_folder / "checkpoints", step) / MODEL_FILE)
+    for prefix in ("ema.", "learners.dit.network."):
+        own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        if own:
+            return own
+    raise AssertionError(f"{run_folder}: a checkpoint without a network")
+
+
+def training_seconds(run_folder: Path) -> dict[int, float]:
+    """Seconds of training, by the steps that were logged."""
+    lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {entry["step"]: entry["seconds"] for entry in map(json.loads, lines)}
+
+
+def _write_pictures(path: Path, *rows: torch.Tensor) -> None:
+    """Images side by side, without any border: the report lays them out."""
+    strip = torch.cat([torch.cat(list(to_uint8(pixels).cpu()), dim=2) for pixels in rows], dim=1)
+    write_png(path, strip)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
