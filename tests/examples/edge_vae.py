@@ -10,7 +10,7 @@ from torch import Tensor
 
 from semtok import register_method
 from semtok.methods.vae import AutoencoderLearner, KLTokenizer, VAEConfig, VAEObjective
-from semtok.objective import Term
+from semtok.objective import MethodContext, StepOutput, Term
 from semtok.sampler.draws import Draws
 
 
@@ -24,14 +24,20 @@ class EdgeVAEConfig(VAEConfig):
 class EdgeVAELearner(AutoencoderLearner):
     """Adds one named loss; the loop, the log and the gradient clipping need no change."""
 
-    def extra_terms(self, z: Tensor, inputs: Mapping[str, Any], draws: Draws) -> dict[str, Term]:
-        difference = self.autoencoder.decode(z).sample - inputs["pixels"]
-        edges = difference.diff(dim=2).square().mean(dim=(1, 2, 3))
-        return {"edges": Term(edges, self.config.edge_weight)}
+    def forward(
+        self, inputs: Mapping[str, Any], draws: Draws, step: int, carry: Mapping[str, Tensor]
+    ) -> StepOutput:
+        q, _, x_hat = self.autoencode(inputs["pixels"], draws)
+        terms = self.vae_terms(q, x_hat, inputs)
+        edges = (x_hat - inputs["pixels"]).diff(dim=2).square().mean(dim=(1, 2, 3))
+        terms["edges"] = Term(edges, self.config.edge_weight)
+        terms |= self.adversarial_terms(x_hat, terms, step)
+        return StepOutput(terms, carry={"reconstruction": x_hat.detach()})
 
 
 class EdgeVAEObjective(VAEObjective):
-    learner_class = EdgeVAELearner
+    def __init__(self, config: EdgeVAEConfig, context: MethodContext) -> None:
+        super().__init__(config, context, EdgeVAELearner)
 
 
 register_method("edge_vae", config=EdgeVAEConfig, objective=EdgeVAEObjective, tokenizer=KLTokenizer)

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from semtok.config import Config
-from semtok.objective import StepOutput, Term
+from semtok.objective import StepOutput, Term, without_gradients
 from semtok.optimiser import OptimiserConfig
 from semtok.sampler.draws import Draws
 
@@ -40,6 +40,12 @@ class AdversarialConfig(Config):
     norm: Literal["batch", "group", "none"] = "group"
     optimiser: OptimiserConfig | None = None
     """None: the same as ``train.optimiser``."""
+
+    @property
+    def first_step(self) -> int:
+        """From which the discriminator trains."""
+        own = self.discriminator_start_step
+        return self.start_step if own is None else own
 
 
 # The network -------------------------------------------------------------------------------------
@@ -139,11 +145,37 @@ def adaptive_ratio(
     return (wanted / (adversarial + 1e-4)).clamp(0, cap).detach()
 
 
+def generator_term(
+    config: AdversarialConfig,
+    discriminator: nn.Module,
+    x_hat: Tensor,
+    wanted: Tensor,
+    last_layer: Tensor,
+    step: int,
+) -> Term:
+    """What a decoder minimises to fool the discriminator: -D(x̂), with its ramped, adapted weight.
+
+    Args:
+        x_hat: reconstructions (B, 3, H, W).
+        wanted: the sum of the other losses on them, a scalar.
+        last_layer: of the decoder; see ``adaptive_ratio``.
+        step: 0-based.
+    """
+    with without_gradients(discriminator):
+        value = -discriminator(x_hat).float().mean(dim=(1, 2, 3))
+    ramp = min(1.0, (step - config.start_step + 1) / max(1, config.ramp_steps))
+    weight = config.weight * ramp
+    if not config.adaptive:
+        return Term(value, weight)
+    ratio = adaptive_ratio(wanted, value.mean(), last_layer, config.max_adaptive)
+    return Term(value, weight * ratio)
+
+
 # The learner -------------------------------------------------------------------------------------
 
 
 class DiscriminatorLearner(nn.Module):
-    """Trains the discriminator on images and the reconstructions that the first learner left."""
+    """Trains the discriminator on images and the reconstructions that the autoencoder's learner left."""
 
     def __init__(self, config: AdversarialConfig) -> None:
         super().__init__()
@@ -151,14 +183,24 @@ class DiscriminatorLearner(nn.Module):
             width=config.width, num_layers=config.num_layers, norm=config.norm
         )
 
+    @torch.no_grad()
+    def check_image_size(self, image_size: tuple[int, int]) -> None:
+        """Raises ValueError where images of (height, width) are too small for its kernels: it may start late."""
+        self.discriminator.eval()
+        try:
+            self.discriminator(torch.zeros(1, 3, *image_size))
+        except RuntimeError:
+            raise ValueError(
+                f"method.adversarial.num_layers: too many for images of {image_size[0]}x{image_size[1]}"
+            ) from None
+        self.discriminator.train()
+
     def forward(
         self, inputs: Mapping[str, Any], draws: Draws, step: int, carry: Mapping[str, Tensor]
     ) -> StepOutput:
-        """Hinge loss of ``inputs['pixels']`` against ``carry['reconstruction']``."""
-        real, fake = (
-            self.discriminator(inputs["pixels"]),
-            self.discriminator(carry["reconstruction"]),
-        )
+        """What is minimised: the hinge loss of ``inputs['pixels']`` against ``carry['reconstruction']``."""
+        real = self.discriminator(inputs["pixels"])
+        fake = self.discriminator(carry["reconstruction"])
         return StepOutput(
             {"discriminator": Term(hinge_loss(real, fake), 1.0)},
             metrics={

@@ -19,8 +19,15 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from semtok.config import Config
-from semtok.methods.vae import AutoencoderLearner, KLTokenizer, VAEConfig, VAEObjective
-from semtok.objective import MethodContext, Term
+from semtok.methods.vae import (
+    AutoencoderLearner,
+    KLTokenizer,
+    VAEConfig,
+    VAEObjective,
+    reconstruct,
+    reconstruction_metrics,
+)
+from semtok.objective import MethodContext, StepOutput, Term
 from semtok.registry import register_method
 from semtok.sampler.dit import init_xavier, sincos_positions
 from semtok.sampler.draws import Draws
@@ -175,36 +182,49 @@ class SendVAELearner(AutoencoderLearner):
             config.mapper, channels=channels, teacher_width=context.teacher.widths[-1]
         )
 
-    def extra_terms(self, z: Tensor, inputs: Mapping[str, Any], draws: Draws) -> dict[str, Term]:
-        alignment = self.config.alignment
-        predicted = self.mapper(noise_latents(self.standardiser(z), alignment, draws))
-        return {
-            "alignment": Term(
-                alignment_loss(predicted, inputs["features"].patches[-1]), alignment.weight
-            )
-        }
+    def forward(
+        self, inputs: Mapping[str, Any], draws: Draws, step: int, carry: Mapping[str, Tensor]
+    ) -> StepOutput:
+        """What is minimised (section 3.2):
 
-    def extra_metrics(self, z: Tensor, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The cosine between mapped latents, without noise, and the teacher's tokens."""
-        cosine = 1 - alignment_loss(
-            self.mapper(self.standardiser(z)), inputs["features"].patches[-1]
-        )
-        return {"alignment_cosine": cosine}
+            L = L_VAE + λ E[1 - cos(m(z_t), f(x))],  z_t = (1 - t) z + t ε,  z ~ q(z|x)
+
+        with L_VAE that of ``vae``, m the mapper, f(x) the teacher's patch tokens; z is standardised before the noise.
+
+        Args:
+            inputs: ``pixels`` (B, 3, H, W) and the teacher's ``features``.
+            carry: unused, this learner is first.
+        """
+        alignment, f = self.config.alignment, inputs["features"].patches[-1]
+        q, z, x_hat = self.autoencode(inputs["pixels"], draws)
+        terms = self.vae_terms(q, x_hat, inputs)
+        z_t = noise_latents(self.standardiser(z), alignment, draws)
+        terms["alignment"] = Term(alignment_loss(self.mapper(z_t), f), alignment.weight)
+        terms |= self.adversarial_terms(x_hat, terms, step)
+        return StepOutput(terms, carry={"reconstruction": x_hat.detach()})
 
 
 class SendVAEObjective(VAEObjective):
-    """The VAE's objective with the alignment term."""
-
-    learner_class = SendVAELearner
+    """The VAE's objective with Send-VAE's learner."""
 
     def __init__(self, config: SendVAEConfig, context: MethodContext) -> None:
-        super().__init__(config, context)
+        super().__init__(config, context, SendVAELearner)
         patch = config.mapper.patch_size
         grid = self.tokenizer(self.averaged_module()).spec.shape("texture", context.image_size)[1:]
         if grid[0] % patch or grid[1] % patch:
             raise ValueError(
                 f"method.mapper.patch_size: {patch} does not divide the latent grid {grid[0]}x{grid[1]}"
             )
+
+    def validate(
+        self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """The VAE's metrics, and the cosine between mapped latents, without noise, and the teacher's tokens."""
+        q, x_hat = reconstruct(averaged, pixels)
+        learner = self.learners["autoencoder"]
+        mapped = learner.mapper(learner.standardiser(q.mean))
+        cosine = 1 - alignment_loss(mapped, inputs["features"].patches[-1])
+        return {**reconstruction_metrics(q, x_hat, pixels), "alignment_cosine": cosine}
 
     def compiled_modules(self) -> list[nn.Module]:
         return [*super().compiled_modules(), self.learners["autoencoder"].mapper]

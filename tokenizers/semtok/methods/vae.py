@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from semtok.config import Config
 from semtok.errors import UserError
-from semtok.methods.adversarial import AdversarialConfig, DiscriminatorLearner, adaptive_ratio
+from semtok.methods.adversarial import AdversarialConfig, DiscriminatorLearner, generator_term
 from semtok.metrics import psnr, ssim
 from semtok.objective import (
     Batch,
@@ -28,7 +28,6 @@ from semtok.objective import (
     Term,
     TokenizerObjective,
     Unregistered,
-    without_gradients,
 )
 from semtok.optimiser import OptimiserConfig
 from semtok.perceptual import LPIPS, teacher_distance
@@ -259,7 +258,11 @@ def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 class AutoencoderLearner(nn.Module):
-    """Trains encoder and decoder. Methods that align the latents add their terms in ``extra_terms``."""
+    """Trains encoder and decoder.
+
+    A method that adds a loss to the VAE's subclasses this with a ``forward`` of its own, made of the same three calls
+    and its own terms between them: see ``send_vae``.
+    """
 
     def __init__(
         self, config: VAEConfig, context: MethodContext, discriminator: nn.Module | None
@@ -269,7 +272,7 @@ class AutoencoderLearner(nn.Module):
         self.autoencoder = make_autoencoder(config.vae)
         if config.gradient_checkpointing:
             self.autoencoder.enable_gradient_checkpointing()
-        self._perceptual = (
+        self._lpips = (
             Unregistered(LPIPS(config.lpips_net)) if config.perceptual == "lpips" else None
         )
         self._teacher = Unregistered(context.teacher) if context.teacher is not None else None
@@ -284,136 +287,114 @@ class AutoencoderLearner(nn.Module):
             inputs: ``pixels`` (B, 3, H, W) and ``features``, the teacher's or None.
             carry: unused, this learner is first.
         """
-        config, pixels = self.config, inputs["pixels"]
-        posterior = self.autoencoder.encode(pixels).latent_dist
-        mean, std = posterior.mean.float(), posterior.std.float()
-        z = mean + std * draws.normal("posterior", tuple(mean.shape[1:]))
-        reconstruction = self.autoencoder.decode(z).sample
+        q, z, x_hat = self.autoencode(inputs["pixels"], draws)
+        terms = self.vae_terms(q, x_hat, inputs)
+        terms |= self.adversarial_terms(x_hat, terms, step)
+        return StepOutput(terms, carry={"reconstruction": x_hat.detach()})
 
+    def autoencode(
+        self, x: Tensor, draws: Draws
+    ) -> tuple[DiagonalGaussianDistribution, Tensor, Tensor]:
+        """The posterior q(z|x), a draw z from it (B, C, h, w), and the image x̂ that it decodes to."""
+        q = self.autoencoder.encode(x).latent_dist
+        z = q.mean.float() + q.std.float() * draws.normal("posterior", tuple(q.mean.shape[1:]))
+        return q, z, self.autoencoder.decode(z).sample
+
+    def vae_terms(
+        self, q: DiagonalGaussianDistribution, x_hat: Tensor, inputs: Mapping[str, Any]
+    ) -> dict[str, Term]:
+        """What is minimised, but for the adversarial part (Rombach et al. 2022, eq. 25):
+
+            L = L_rec(x, x̂) + λ KL(q(z|x) ‖ N(0, I)) + λ_p d(x, x̂),  x̂ = decode(z),  z ~ q(z|x)
+
+        with L_rec the mean absolute or squared error, d LPIPS or a distance in the teacher's features.
+        """
+        config, x = self.config, inputs["pixels"]
         terms = {
             config.reconstruction: Term(
-                reconstruction_loss(reconstruction, pixels, config.reconstruction),
-                config.reconstruction_weight,
+                reconstruction_loss(x_hat, x, config.reconstruction), config.reconstruction_weight
             ),
-            "kl": Term(kl_loss(mean, posterior.logvar), config.kl_weight),
+            "kl": Term(kl_loss(q.mean, q.logvar), config.kl_weight),
         }
-        if config.perceptual != "none":
-            terms["perceptual"] = Term(
-                self._perceptual_loss(reconstruction, pixels, inputs), config.perceptual_weight
-            )
-        terms |= self.extra_terms(z, inputs, draws)
-        if config.adversarial is not None and step >= config.adversarial.start_step:
-            terms["adversarial"] = self._adversarial_term(reconstruction, terms, step)
-        return StepOutput(terms, carry={"reconstruction": reconstruction.detach()})
+        if config.perceptual == "lpips":
+            terms["perceptual"] = Term(self._lpips.module(x_hat, x), config.perceptual_weight)
+        elif config.perceptual == "teacher":
+            distance = teacher_distance(self._teacher.module, x_hat, inputs["features"])
+            terms["perceptual"] = Term(distance, config.perceptual_weight)
+        return terms
+
+    def adversarial_terms(
+        self, x_hat: Tensor, terms: Mapping[str, Term], step: int
+    ) -> dict[str, Term]:
+        """The generator's side of the adversarial part, from its first step on.
+
+        Args:
+            terms: the others; the weight adapts to those that compare images.
+        """
+        config = self.config.adversarial
+        if config is None or step < config.start_step:
+            return {}
+        compared = [terms[n] for n in (self.config.reconstruction, "perceptual") if n in terms]
+        wanted = sum(term.weight * term.value.mean() for term in compared)
+        last_layer = self.autoencoder.decoder.conv_out.weight
+        discriminator = self._discriminator.module
+        return {
+            "adversarial": generator_term(config, discriminator, x_hat, wanted, last_layer, step)
+        }
 
     def frozen_modules(self) -> list[nn.Module]:
         """What this learner reads and nobody trains."""
-        return [held.module for held in (self._teacher, self._perceptual) if held is not None]
-
-    def extra_terms(self, z: Tensor, inputs: Mapping[str, Any], draws: Draws) -> dict[str, Term]:
-        """Further losses on the sampled raw latents z (B, C, h, w)."""
-        return {}
-
-    def extra_metrics(self, z: Tensor, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Further held-out metrics, one value per sample, of the posterior's mean z (B, C, h, w)."""
-        return {}
-
-    def _perceptual_loss(
-        self, reconstruction: Tensor, pixels: Tensor, inputs: Mapping[str, Any]
-    ) -> Tensor:
-        if self._perceptual is not None:
-            return self._perceptual.module(reconstruction, pixels)
-        assert self._teacher is not None, "perceptual: teacher needs a teacher"
-        return teacher_distance(self._teacher.module, reconstruction, inputs["features"])
-
-    def _adversarial_term(
-        self, reconstruction: Tensor, terms: Mapping[str, Term], step: int
-    ) -> Term:
-        config = self.config.adversarial
-        assert config is not None and self._discriminator is not None
-        with without_gradients(self._discriminator.module):
-            value = -self._discriminator.module(reconstruction).float().mean(dim=(1, 2, 3))
-        weight = config.weight * min(
-            1.0, (step - config.start_step + 1) / max(1, config.ramp_steps)
-        )
-        if not config.adaptive:
-            return Term(value, weight)
-        wanted = sum(
-            terms[name].weight * terms[name].value.mean()
-            for name in (self.config.reconstruction, "perceptual")
-            if name in terms
-        )
-        last_layer = self.autoencoder.decoder.conv_out.weight
-        return Term(
-            value, weight * adaptive_ratio(wanted, value.mean(), last_layer, config.max_adaptive)
-        )
+        return [held.module for held in (self._teacher, self._lpips) if held is not None]
 
 
 class VAEObjective(TokenizerObjective):
-    """The autoencoder and, where the recipe has an adversarial loss, the discriminator."""
+    """The autoencoder and, where the recipe has an adversarial loss, the discriminator.
 
-    learner_class: type[AutoencoderLearner] = AutoencoderLearner
+    Args:
+        learner_class: trains the autoencoder.
 
-    def __init__(self, config: VAEConfig, context: MethodContext) -> None:
+    Raises:
+        ValueError: images that the networks do not fit.
+    """
+
+    def __init__(
+        self,
+        config: VAEConfig,
+        context: MethodContext,
+        learner_class: type[AutoencoderLearner] = AutoencoderLearner,
+    ) -> None:
         super().__init__()
         self.config, self.context = config, context
         self.teacher = Unregistered(context.teacher) if context.teacher is not None else None
-        learners: dict[str, nn.Module] = {}
+        adversary = None
         if config.adversarial is not None:
-            learners["discriminator"] = DiscriminatorLearner(config.adversarial)
-        discriminator = learners["discriminator"].discriminator if learners else None
-        learners = {"autoencoder": self.learner_class(config, context, discriminator), **learners}
-        self.learners = nn.ModuleDict(learners)
+            adversary = DiscriminatorLearner(config.adversarial)
+            adversary.check_image_size(context.image_size)
+        autoencoder = learner_class(config, context, adversary and adversary.discriminator)
+        self.learners = nn.ModuleDict({"autoencoder": autoencoder})
+        if adversary is not None:
+            self.learners["discriminator"] = adversary
         if min(context.image_size) < 8:
             raise ValueError(
                 f"image size {context.image_size} is too small to measure SSIM; at least 8"
             )
         self.tokenizer(self.averaged_module()).spec.check_image_size(context.image_size)
-        self._check_discriminator()
-
-    def _check_discriminator(self) -> None:
-        """It may start late; that its kernels fit the image is known now."""
-        if "discriminator" not in self.learners:
-            return
-        height, width = self.context.image_size
-        try:
-            with torch.no_grad():
-                self.learners["discriminator"].discriminator.eval()(
-                    torch.zeros(1, 3, height, width)
-                )
-        except RuntimeError:
-            raise ValueError(
-                f"method.adversarial.num_layers: too many for images of {height}x{width}"
-            ) from None
-        self.learners["discriminator"].train()
 
     def active_learners(self, step: int) -> list[str]:
         config = self.config.adversarial
-        if config is None:
+        if config is None or step < config.first_step:
             return ["autoencoder"]
-        start = (
-            config.start_step
-            if config.discriminator_start_step is None
-            else config.discriminator_start_step
-        )
-        return ["autoencoder", "discriminator"] if step >= start else ["autoencoder"]
+        return ["autoencoder", "discriminator"]
 
     def optimiser_config(self, learner: str, default: OptimiserConfig) -> OptimiserConfig:
-        own = (
-            self.config.adversarial.optimiser
-            if learner == "discriminator" and self.config.adversarial
-            else None
-        )
+        config = self.config.adversarial
+        own = config.optimiser if config is not None and learner == "discriminator" else None
         return own or default
 
     def compiled_modules(self) -> list[nn.Module]:
         autoencoder = self.averaged_module()
-        nets = [autoencoder.encoder, autoencoder.decoder]
-        return (
-            nets + [self.learners["discriminator"].discriminator]
-            if "discriminator" in self.learners
-            else nets
-        )
+        adversary = [n.discriminator for name, n in self.learners.items() if name != "autoencoder"]
+        return [autoencoder.encoder, autoencoder.decoder, *adversary]
 
     def frozen_modules(self) -> list[nn.Module]:
         return self.learners["autoencoder"].frozen_modules()
@@ -431,30 +412,34 @@ class VAEObjective(TokenizerObjective):
     def validate(
         self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        posterior, reconstruction = _reconstruct(averaged, pixels)
-        mean = posterior.mean
-        return {
-            "psnr": psnr(reconstruction, pixels),
-            "ssim": ssim(reconstruction, pixels),
-            "kl_per_dim": kl_loss(mean, posterior.logvar) / mean[0].numel(),
-            **self.learners["autoencoder"].extra_metrics(mean, inputs),
-        }
+        return reconstruction_metrics(*reconstruct(averaged, pixels), pixels)
 
     def picture(self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        posterior, reconstruction = _reconstruct(averaged, pixels)
-        rows = [pixels, reconstruction, principal_components(posterior.mean)]
+        q, x_hat = reconstruct(averaged, pixels)
+        rows = [pixels, x_hat, principal_components(q.mean)]
         features: TeacherFeatures | None = inputs["features"]
         if features is not None:
             rows.append(principal_components(features.patches[-1]))
         return rows_of_images(rows)
 
 
-def _reconstruct(
-    autoencoder: AutoencoderKL, pixels: Tensor
+def reconstruct(
+    autoencoder: AutoencoderKL, x: Tensor
 ) -> tuple[DiagonalGaussianDistribution, Tensor]:
-    """The posterior, and the decoding of its mean, clamped to [-1, 1]."""
-    posterior = autoencoder.encode(pixels).latent_dist
-    return posterior, autoencoder.decode(posterior.mode()).sample.clamp(-1, 1)
+    """The posterior q(z|x), and the image x̂ that its mean decodes to, clamped to [-1, 1]."""
+    q = autoencoder.encode(x).latent_dist
+    return q, autoencoder.decode(q.mode()).sample.clamp(-1, 1)
+
+
+def reconstruction_metrics(
+    q: DiagonalGaussianDistribution, x_hat: Tensor, x: Tensor
+) -> dict[str, Tensor]:
+    """PSNR in dB, SSIM, and the KL in nats per number of the latent, one value per sample."""
+    return {
+        "psnr": psnr(x_hat, x),
+        "ssim": ssim(x_hat, x),
+        "kl_per_dim": kl_loss(q.mean, q.logvar) / q.mean[0].numel(),
+    }
 
 
 register_method(
