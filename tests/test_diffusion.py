@@ -475,7 +475,7 @@ def test_damaged_exports_are_told_in_one_line(model, tmp_path):
             Generator.from_pretrained(export)
     for change in ({"latents": [{"name": "texture"}]}, {"image_size": [33, 33]}):
         (export / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(UserError, match=r"config.json: damaged \("):
+        with pytest.raises(UserError, match=r"config.json: "):
             Generator.from_pretrained(export)
     (export / "config.json").write_text(json.dumps(config))
     (export / "network.safetensors").write_bytes(b"short")

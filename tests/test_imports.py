@@ -24,8 +24,8 @@ from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.hub.formats import open_checkpoint
 from semtok.hub.imports import ImportOptions, import_checkpoint
 from semtok.hub.modules import load_part, save_part
-from semtok.methods.reglue import Compressor
-from semtok.methods.semvae import SemVAE
+from semtok.methods.reglue import Compressor, CompressorShape
+from semtok.methods.semvae import SemVAE, SemVAEShape
 from semtok.methods.vae import Architecture, build_autoencoder
 from semtok.publish import export_files
 from semtok.sampler.dit import DiT
@@ -213,7 +213,9 @@ def compressor_file(folder: Path, coder: Compressor) -> Path:
 def test_a_compressor_with_image_latents_and_teacher_is_a_tokenizer(texture, tmp_path, capsys):
     torch.manual_seed(0)
     teacher = Teacher(TeacherConfig(layers=(-2, -1)))
-    coder = Compressor(sum(teacher.widths), [24], 6)
+    coder = Compressor(
+        CompressorShape(feature_channels=sum(teacher.widths), hidden=(24,), channels=6)
+    )
     coder.feature_mean.normal_()
     file = compressor_file(tmp_path, coder.eval())
     words = ["auto", file, "--tokenizer", texture, "--image-size", 32, "--output", tmp_path / "out"]
@@ -237,7 +239,9 @@ def test_a_compressor_with_image_latents_and_teacher_is_a_tokenizer(texture, tmp
 
 def test_a_semvae_is_standardised_by_its_own_file(texture, tmp_path, capsys):
     torch.manual_seed(0)
-    coder = SemVAE(128, 6, 24, 2, 1).eval()
+    coder = SemVAE(
+        SemVAEShape(feature_channels=128, channels=6, width=24, heads=2, blocks=1)
+    ).eval()
     settings = "model: {params: {transformer_heads: 2}}"
     content = {"iteration": 9, "model_state_dict": coder.state_dict(), "config": settings}
     torch.save(content, tmp_path / "final.pt")
@@ -248,7 +252,7 @@ def test_a_semvae_is_standardised_by_its_own_file(texture, tmp_path, capsys):
     torch.save(statistics, tmp_path / "latents_sv_stats.pt")
     assert command(*words, "--statistics", tmp_path / "latents_sv_stats.pt") == 0
     tokenizer = Tokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer.method == "semvae" and tokenizer.coder.heads == 2
+    assert tokenizer.method == "semvae" and tokenizer.coder.shape.heads == 2
     assert tokenizer.semantic_mean.tolist() == [1] * 6 and tokenizer.is_measured
     assert equal(tokenizer.coder, coder)
 
@@ -446,7 +450,9 @@ def test_options_that_say_nothing_to_a_file_are_refused(transformer, texture, tm
     torch.save({"ema": open_checkpoint(transformer).state}, tmp_path / "x.pt")
     message = refused(capsys, "repa", tmp_path / "x.pt", "--weights", "model", *output)
     assert "holds no 'model' beside 'ema'" in message
-    file = compressor_file(tmp_path, Compressor(8, [4], 2).eval())
+    file = compressor_file(
+        tmp_path, Compressor(CompressorShape(feature_channels=8, hidden=(4,), channels=2)).eval()
+    )
     message = refused(capsys, "auto", file, "--tokenizer", texture, *output)
     assert "give both --tokenizer and --teacher, or neither" in message
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from semtok.errors import UserError
 
@@ -118,6 +118,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such file") from None
     except DAMAGE as error:
         raise UserError(f"{path}: cut short or damaged ({first_line(error)})") from None
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Reads a safetensors file into a module, strictly.
+
+    Raises:
+        UserError: see ``read_tensors``; or tensors that do not fit the module.
+    """
+    tensors = read_tensors(path)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:  # of names and shapes
+        raise UserError(f"{path}: does not fit the network ({first_line(error)})") from None
 
 
 def write_tensors(

@@ -1,6 +1,5 @@
 """Tokenizer: images to standardised latents and back, and the files it lives in."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from semtok.card import provenance, write_readme
-from semtok.config import Config
+from semtok.config import Config, parse
 from semtok.errors import UserError
 from semtok.images import Images, to_pixels
 from semtok.publish import PushToHub
@@ -320,13 +319,15 @@ class Tokenizer(PushToHub, nn.Module, ABC):
             )
         for name, buffer in expected.items():
             buffer.copy_(state[name])
+        place = folder / _CONFIG_FILE
+        key = "diffusion_defaults"
+        defaults = parse(DiffusionDefaults, config[key], f"{place}: {key}")
         try:
-            defaults = json.dumps(config["diffusion_defaults"])
-            tokenizer.diffusion_defaults = DiffusionDefaults.model_validate_json(defaults)
-            tokenizer.diffusion_defaults.check_parts(tokenizer.spec)
+            defaults.check_parts(tokenizer.spec)
             same = tokenizer.spec == LatentSpec.from_dict(config["latents"])
-        except (TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"{folder / _CONFIG_FILE}: damaged ({first_line(error)})") from None
+        except ValueError as error:
+            raise UserError(f"{place}: {first_line(error)}") from None
+        tokenizer.diffusion_defaults = defaults
         if not same:
             raise UserError(
                 f"{folder / _CONFIG_FILE}: latents are {config['latents']}, but the networks' are "

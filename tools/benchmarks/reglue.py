@@ -25,7 +25,7 @@ from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.data.order import DataOrder
 from semtok.errors import UserError
 from semtok.images import to_pixels
-from semtok.methods.reglue import Compressor, REGLUETokenizer
+from semtok.methods.reglue import Compressor, CompressorShape, REGLUETokenizer
 from semtok.methods.vae import PRESETS, KLTokenizer, build_autoencoder
 from semtok.recipe import DiffusionRecipe, parse_diffusion_recipe
 from semtok.sampler.dit import architecture
@@ -158,7 +158,9 @@ def random_reglue(folder: Path) -> REGLUETokenizer:
     )
     texture = KLTokenizer(build_autoencoder(PRESETS["f8d4"]), method="vae")
     texture.num_measured_images.fill_(1)
-    coder = Compressor(sum(teacher.widths), [256], 16)
+    coder = Compressor(
+        CompressorShape(feature_channels=sum(teacher.widths), hidden=(256,), channels=16)
+    )
     tokenizer = REGLUETokenizer(
         texture,
         coder,

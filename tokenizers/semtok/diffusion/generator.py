@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from semtok.card import provenance, write_readme
-from semtok.config import parse
+from semtok.config import Config, parse
 from semtok.diffusion.config import DiffusionConfig, build_network, check_guidance
 from semtok.errors import UserError
 from semtok.pictures import principal_components, rows_of_images
@@ -21,11 +22,10 @@ from semtok.sampler.latents import Latents, LatentSpec
 from semtok.sampler.sampling import SamplerConfig, Watch, sample_latents
 from semtok.speed import Compiler, Precision, compile_networks, computing
 from semtok.storage import (
-    DAMAGE,
     first_line,
+    load_weights,
     new_folder,
     read_json,
-    read_tensors,
     write_json,
     write_tensors,
 )
@@ -34,15 +34,20 @@ from semtok.tokenizer import FORMAT_VERSION, Tokenizer, check_format_version, li
 KIND = "generator"
 _CONFIG_FILE = "config.json"
 _NETWORK_FILE = "network.safetensors"
-_KEYS = {
-    "format_version",
-    "latents",
-    "image_size",
-    "class_names",
-    "diffusion",
-    "sampler",
-    "trained",
-}
+
+
+class _Saved(Config):
+    """What an export's config.json says of a generator, beside its kind and versions."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    format_version: Any
+    latents: list[Any]
+    image_size: tuple[int, int]
+    class_names: tuple[str, ...]
+    diffusion: DiffusionConfig
+    sampler: SamplerConfig
+    trained: dict[str, Any]
 
 
 class Generator(PushToHub, nn.Module):
@@ -305,37 +310,31 @@ class Generator(PushToHub, nn.Module):
         content = read_json(place)
         if not isinstance(content, dict) or content.get("kind") != KIND:
             raise UserError(f"{place}: not a semtok generator (made by tools/train_dit.py)")
-        missing = sorted(_KEYS - content.keys())
+        missing = sorted(_Saved.model_fields.keys() - content.keys())
         if missing:
             raise UserError(f"{place}: {', '.join(missing)} missing; export again")
         check_format_version(content, place)
+        saved = parse(_Saved, content, str(place))
         tokenizer = Tokenizer.from_pretrained((folder / "tokenizer").absolute())
         try:
-            spec = LatentSpec.from_dict(content["latents"])
-            image_size = (int(content["image_size"][0]), int(content["image_size"][1]))
-            tokenizer.spec.check_image_size(image_size)
-        except (TypeError, ValueError, LookupError) as error:
-            raise UserError(f"{place}: damaged ({first_line(error)})") from None
+            spec = LatentSpec.from_dict(saved.latents)
+            tokenizer.spec.check_image_size(saved.image_size)
+        except ValueError as error:
+            raise UserError(f"{place}: {first_line(error)}") from None
         if spec != tokenizer.spec:
             raise UserError(
                 f"{folder}: the model generates {describe(spec)}, its tokenizer has {describe(tokenizer.spec)}"
             )
-        config = parse(DiffusionConfig, content["diffusion"], f"{place}: diffusion")
         generator = cls(
-            build_network(config, spec, num_classes=len(content["class_names"])),
+            build_network(saved.diffusion, spec, num_classes=len(saved.class_names)),
             tokenizer,
-            config,
-            parse(SamplerConfig, content["sampler"], f"{place}: sampler"),
-            class_names=content["class_names"],
-            image_size=image_size,
-            training_info=content["trained"],
+            saved.diffusion,
+            saved.sampler,
+            class_names=saved.class_names,
+            image_size=saved.image_size,
+            training_info=saved.trained,
         )
-        try:
-            generator.network.load_state_dict(read_tensors(folder / _NETWORK_FILE))
-        except DAMAGE as error:
-            raise UserError(
-                f"{folder / _NETWORK_FILE}: does not fit config.json ({first_line(error)})"
-            ) from None
+        load_weights(generator.network, folder / _NETWORK_FILE)
         return generator.eval()
 
 

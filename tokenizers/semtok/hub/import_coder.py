@@ -8,8 +8,8 @@ from torch import Tensor
 
 from semtok.errors import UserError
 from semtok.hub.checkpoints import MALFORMED, check_names_and_shapes, count_numbered
-from semtok.methods.reglue import Compressor
-from semtok.methods.semvae import SemVAE
+from semtok.methods.reglue import Compressor, CompressorShape
+from semtok.methods.semvae import SemVAE, SemVAEShape
 from semtok.storage import first_line
 
 
@@ -34,7 +34,11 @@ def import_compressor(
         convolutions = [state[f"encoder.{i}.weight"] for i in range(0, layers, 2)]
         feature_channels = convolutions[0].shape[1]
         *hidden, channels = (len(weight) for weight in convolutions)
-        compressor = Compressor(feature_channels, hidden, channels)
+        compressor = Compressor(
+            CompressorShape(
+                feature_channels=feature_channels, hidden=tuple(hidden), channels=channels
+            )
+        )
     except MALFORMED as error:
         raise UserError(f"{place}: not a REGLUE compressor ({first_line(error)})") from None
     if not (statistics[1] > 0).all():
@@ -62,7 +66,15 @@ def import_semvae(state: Mapping[str, Tensor], *, place: str, heads: int | None 
             name.startswith("encoder.") and name.endswith("norm1.weight") for name in state
         )
         channels = len(state[f"encoder.{blocks + 2}.weight"]) // 2
-        coder = SemVAE(feature_channels, channels, width, heads or 6, blocks)
+        coder = SemVAE(
+            SemVAEShape(
+                feature_channels=feature_channels,
+                channels=channels,
+                width=width,
+                heads=heads or 6,
+                blocks=blocks,
+            )
+        )
     except MALFORMED as error:
         raise UserError(f"{place}: not a SemVAE checkpoint ({first_line(error)})") from None
     check_names_and_shapes(state, coder.state_dict(), place)

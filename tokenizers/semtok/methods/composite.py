@@ -6,7 +6,6 @@ of the last two may be left out (REG has the global part alone). Only the textur
 the image. The methods differ in their coder and in how it is learned.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from semtok.config import Config, parse
 from semtok.data.caches.feature_cache import ensure_feature_cache
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
@@ -26,7 +26,7 @@ from semtok.pictures import principal_components, rows_of_images
 from semtok.registry import MethodConfig
 from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
 from semtok.statistics import StreamingMoments
-from semtok.storage import DAMAGE, first_line, read_tensors, write_tensors
+from semtok.storage import first_line, load_weights, write_tensors
 from semtok.teachers import Teacher, TeacherConfig, TeacherFeatures
 from semtok.tokenizer import DiffusionDefaults, Tokenizer
 
@@ -71,16 +71,30 @@ class CompositeConfig(MethodConfig):
 # Coders ------------------------------------------------------------------------------------------
 
 
+class CoderShape(Config):
+    """What builds a coder of the same shape: the arguments of its class."""
+
+    feature_channels: int = Field(ge=1)
+    """D of the features."""
+    channels: int = Field(ge=1)
+    """C of the code, the semantic part."""
+
+
 class FeatureCoder(nn.Module, ABC):
-    """Compresses a teacher's patch tokens, all layers on one channel axis, and restores them.
+    """Compresses a teacher's patch tokens, all layers on one channel axis, and restores them."""
 
-    Attributes:
-        feature_channels: D of the features.
-        channels: C of the code, the semantic part.
-    """
+    shape_class: ClassVar[type[CoderShape]] = CoderShape
+    shape: CoderShape
 
-    feature_channels: int
-    channels: int
+    @property
+    def feature_channels(self) -> int:
+        """D of the features."""
+        return self.shape.feature_channels
+
+    @property
+    def channels(self) -> int:
+        """C of the code."""
+        return self.shape.channels
 
     @abstractmethod
     def encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,24 +105,37 @@ class FeatureCoder(nn.Module, ABC):
     def decode(self, code: Tensor) -> Tensor:
         """Codes (B, C, h, w) to features (B, D, h, w)."""
 
-    @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Arguments that build a coder of this shape, as JSON."""
+        """Its shape as JSON, for ``coder_of``."""
+        return self.shape.model_dump(mode="json")
+
+
+def coder_of(kind: type[FeatureCoder], settings: Any, weights: Path, *, place: str) -> FeatureCoder:
+    """The coder that was saved with these settings and in this file.
+
+    Raises:
+        UserError: settings that can't be, or weights that are damaged or of another shape; ``place`` starts the
+            message.
+    """
+    if not isinstance(settings, dict):
+        raise UserError(f"{place}: expected the shape of a coder, got {settings!r}")
+    shape = parse(kind.shape_class, settings, place)
+    try:
+        coder = kind(shape)
+    except ValueError as error:  # sizes that don't go together
+        raise UserError(f"{place}: {first_line(error)}") from None
+    load_weights(coder, weights)
+    return coder
 
 
 class StandardisedCoder(FeatureCoder):
-    """A coder of features that are standardised per channel, by statistics measured on training data.
+    """A coder of features that are standardised per channel, by statistics measured on training data."""
 
-    Args:
-        feature_channels: D of the features.
-        channels: C of the code.
-    """
-
-    def __init__(self, feature_channels: int, channels: int) -> None:
+    def __init__(self, shape: CoderShape) -> None:
         super().__init__()
-        self.feature_channels, self.channels = feature_channels, channels
-        self.register_buffer("feature_mean", torch.zeros(feature_channels))
-        self.register_buffer("feature_std", torch.ones(feature_channels))
+        self.shape = shape
+        self.register_buffer("feature_mean", torch.zeros(shape.feature_channels))
+        self.register_buffer("feature_std", torch.ones(shape.feature_channels))
 
     def take_statistics(self, moments: StreamingMoments) -> None:
         """Standardises by these moments from now on; channels that never vary are only centred."""
@@ -278,33 +305,42 @@ class CompositeTokenizer(Tokenizer):
 
     @classmethod
     def load_networks(cls, folder: Path, config: Mapping[str, Any]) -> "CompositeTokenizer":
-        settings = config["settings"]
-        texture = Tokenizer.from_pretrained((folder / "texture").absolute())
-        try:
-            teacher = TeacherConfig.model_validate_json(json.dumps(settings["teacher"]))
-            if teacher.checkpoint is not None:
-                teacher = teacher.model_copy(update={"checkpoint": str(folder / _TEACHER_FILE)})
-            coder = None
-            if settings["coder"] is not None:
-                assert cls.coder_class is not None
-                coder = cls.coder_class(**settings["coder"])
-                coder.load_state_dict(read_tensors(folder / _CODER_FILE))
-            return cls(
-                texture,
-                coder,
-                (teacher, settings["teacher_fingerprint"]),
-                feature_stride=settings["feature_stride"],
-                global_width=settings["global_width"],
-                scaled=settings["scaled"],
-                method=config["method"],
-                training_info=config["trained"],
+        place = f"{folder / 'config.json'}: settings"
+        settings = parse(_Saved, config["settings"], place)
+        teacher = settings.teacher
+        if teacher.checkpoint is not None:
+            teacher = teacher.model_copy(update={"checkpoint": str(folder / _TEACHER_FILE)})
+        coder = None
+        if settings.coder is not None:
+            if cls.coder_class is None:
+                raise UserError(f"{place}.coder: a '{config['method']}' tokenizer has none")
+            coder = coder_of(
+                cls.coder_class, settings.coder, folder / _CODER_FILE, place=f"{place}.coder"
             )
-        except UserError:
-            raise
-        except (TypeError, AssertionError, ArithmeticError, *DAMAGE) as error:
-            raise UserError(
-                f"{folder}: damaged or of another version ({first_line(error)})"
-            ) from None
+        texture = Tokenizer.from_pretrained((folder / "texture").absolute())
+        if texture.spec.names != ("texture",):
+            raise UserError(f"{folder / 'texture'}: has parts beside the texture")
+        return cls(
+            texture,
+            coder,
+            (teacher, settings.teacher_fingerprint),
+            feature_stride=settings.feature_stride,
+            global_width=settings.global_width,
+            scaled=settings.scaled,
+            method=config["method"],
+            training_info=config["trained"],
+        )
+
+
+class _Saved(Config):
+    """What ``save_networks`` notes of a composite."""
+
+    coder: dict[str, Any] | None
+    teacher: TeacherConfig
+    teacher_fingerprint: str
+    feature_stride: int = Field(ge=1)
+    global_width: int | None = Field(ge=1)
+    scaled: bool
 
 
 # The objective -----------------------------------------------------------------------------------
@@ -338,8 +374,8 @@ class CompositeObjective(TokenizerObjective):
         self.feature_stride = feature_stride(context.teacher, context.image_size)
         self._check_maps()
         self.learners = nn.ModuleDict()
-        self._coder = Unregistered(coder if coder is not None else nn.Identity())
-        self.tokenizer(self.averaged_module()).spec.check_image_size(context.image_size)
+        self._coder = Unregistered(coder)
+        self.tokenizer(coder).spec.check_image_size(context.image_size)
 
     @torch.no_grad()
     def _check_maps(self) -> None:
@@ -355,11 +391,16 @@ class CompositeObjective(TokenizerObjective):
             )
 
     def frozen_modules(self) -> list[nn.Module]:
-        held = [self.teacher.module, self.texture.module]
-        return held if len(self.learners) else [*held, self._coder.module]
+        fitted = [] if self.learners or self.coder is None else [self.coder]
+        return [self.teacher.module, self.texture.module, *fitted]
 
-    def averaged_module(self) -> nn.Module:
+    @property
+    def coder(self) -> FeatureCoder | None:
+        """The semantic part's, where there is one."""
         return self._coder.module
+
+    def averaged_module(self) -> FeatureCoder | None:
+        return self.coder
 
     def feature_moments(
         self, batches: Iterable[Batch], *, covariance: bool = False
@@ -389,11 +430,11 @@ class CompositeObjective(TokenizerObjective):
             features = self.teacher.module.features(batch.pixels, grid=grid)
         return {"features": features}
 
-    def tokenizer(self, averaged: nn.Module) -> CompositeTokenizer:
+    def tokenizer(self, averaged: FeatureCoder | None) -> CompositeTokenizer:
         config, teacher = self.config, self.teacher.module
         tokenizer = self.tokenizer_class(
             self.texture.module,
-            averaged if isinstance(averaged, FeatureCoder) else None,
+            averaged,
             teacher,
             feature_stride=self.feature_stride,
             global_width=teacher.pooled_width if config.global_token else None,
@@ -408,20 +449,20 @@ class CompositeObjective(TokenizerObjective):
         """How the paper diffuses these latents."""
 
     def validate(
-        self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]
+        self, averaged: FeatureCoder | None, pixels: Tensor, inputs: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        if not isinstance(averaged, FeatureCoder):
+        if averaged is None:
             return {}
         features = inputs["features"].joined
         decoded = averaged.decode(averaged.encode(features)[0])
         return {"feature_cosine": feature_cosine(decoded, features)}
 
     def picture(
-        self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]
+        self, averaged: FeatureCoder | None, pixels: Tensor, inputs: Mapping[str, Any]
     ) -> Tensor | None:
         """The images; principal components of the features, of their reconstruction, in the same
         colours, and of the code."""
-        if not isinstance(averaged, FeatureCoder):
+        if averaged is None:
             return None
         features = inputs["features"].joined
         code = averaged.encode(features)[0]

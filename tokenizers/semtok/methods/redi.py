@@ -7,7 +7,7 @@ from one streaming pass over training images, exactly; nothing is learned by ste
 """
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from einops import einsum
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from semtok.methods.composite import (
     GLOBAL_WEIGHT,
+    CoderShape,
     CompositeConfig,
     CompositeObjective,
     CompositeTokenizer,
@@ -43,21 +44,25 @@ class ReDiConfig(CompositeConfig):
 class PrincipalComponents(StandardisedCoder):
     """Standardised features on their first principal components.
 
-    Args:
-        feature_channels: D.
-        channels: components kept, at most D.
+    Raises:
+        ValueError: more components than features.
     """
 
-    def __init__(self, feature_channels: int, channels: int) -> None:
-        super().__init__(feature_channels, channels)
-        if channels > feature_channels:
+    def __init__(self, shape: CoderShape) -> None:
+        super().__init__(shape)
+        if shape.channels > shape.feature_channels:
             raise ValueError(
-                f"method.channels: {channels} components of features with {feature_channels} channels"
+                f"method.channels: {shape.channels} components of features with "
+                f"{shape.feature_channels} channels"
             )
-        self.register_buffer("components", torch.eye(channels, feature_channels))  # rows
+        eye = torch.eye(shape.channels, shape.feature_channels)
+        self.register_buffer("components", eye)  # rows
 
     def fit(self, moments: StreamingMoments) -> None:
-        """Takes the components of the features whose mean and covariance these are."""
+        """What is minimised, in closed form: E‖s - WᵀW s‖² over orthonormal W (C, D), of standardised features s.
+
+        The rows of W are the first eigenvectors of the correlation matrix, which ``moments`` hold.
+        """
         self.take_statistics(moments)
         std = self.feature_std.double()
         correlation = moments.matrix / torch.outer(std, std)
@@ -74,9 +79,6 @@ class PrincipalComponents(StandardisedCoder):
     def decode(self, code: Tensor) -> Tensor:
         return self.destandardise(einsum(self.components, code, "c d, b c h w -> b d h w"))
 
-    def settings(self) -> dict[str, Any]:
-        return {"feature_channels": self.feature_channels, "channels": self.channels}
-
 
 class ReDiTokenizer(CompositeTokenizer):
     """Image latents and principal components."""
@@ -91,11 +93,11 @@ class ReDiObjective(CompositeObjective):
 
     def __init__(self, config: ReDiConfig, context: MethodContext) -> None:
         assert context.teacher is not None
-        coder = PrincipalComponents(sum(context.teacher.widths), config.channels)
-        super().__init__(config, context, coder)
+        shape = CoderShape(feature_channels=sum(context.teacher.widths), channels=config.channels)
+        super().__init__(config, context, PrincipalComponents(shape))
 
     def measure(self, batches: Iterable[Batch]) -> None:
-        self.averaged_module().fit(self.feature_moments(batches, covariance=True))
+        self.coder.fit(self.feature_moments(batches, covariance=True))
 
     def diffusion_defaults(self, spec: LatentSpec) -> DiffusionDefaults:
         # Both spatial parts weigh the same; REPA is an option of the paper, not its default.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from semtok.config import Config
 from semtok.methods.composite import (
     GLOBAL_WEIGHT,
+    CoderShape,
     CompositeConfig,
     CompositeObjective,
     CompositeTokenizer,
@@ -68,18 +69,21 @@ class ResidualBlock(nn.Module):
         return F.relu(x + y)
 
 
+class CompressorShape(CoderShape):
+    """Shape of a compressor of features of D channels, of all layers together."""
+
+    hidden: tuple[Annotated[int, Field(ge=1)], ...]
+    """See ``CompressorConfig``."""
+
+
 class Compressor(StandardisedCoder):
-    """Standardised features to a few channels and back, at one resolution, without sampling.
+    """Standardised features to a few channels and back, at one resolution, without sampling."""
 
-    Args:
-        feature_channels: D, of all layers together.
-        hidden, channels: see ``CompressorConfig``.
-    """
+    shape_class = CompressorShape
 
-    def __init__(self, feature_channels: int, hidden: list[int], channels: int) -> None:
-        super().__init__(feature_channels, channels)
-        self.hidden = hidden
-        widths = [feature_channels, *hidden, channels]
+    def __init__(self, shape: CompressorShape) -> None:
+        super().__init__(shape)
+        widths = [shape.feature_channels, *shape.hidden, shape.channels]
         self.encoder, self.decoder = _stack(widths), _stack(widths[::-1])
 
     def encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,13 +92,6 @@ class Compressor(StandardisedCoder):
 
     def decode(self, code: Tensor) -> Tensor:
         return self.destandardise(self.decoder(code))
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            "feature_channels": self.feature_channels,
-            "hidden": list(self.hidden),
-            "channels": self.channels,
-        }
 
 
 def _conv(channels_in: int, channels_out: int) -> nn.Conv2d:
@@ -131,11 +128,15 @@ class CompressorLearner(nn.Module):
     def forward(
         self, inputs: Mapping[str, Any], draws: Draws, step: int, carry: Mapping[str, Tensor]
     ) -> StepOutput:
-        """Loss of ``inputs['features']``."""
-        compressor = self.compressor
-        target = compressor.standardise(inputs["features"].joined)
-        restored = compressor.decoder(compressor.encoder(target))
-        error = (restored.float() - target.float()).square().mean(dim=(1, 2, 3))
+        """What is minimised (appendix B.1): L = ‖decoder(encoder(s)) - s‖² / (D h w), s the standardised features.
+
+        Args:
+            inputs: the teacher's ``features``.
+            draws, step, carry: unused.
+        """
+        s = self.compressor.standardise(inputs["features"].joined)
+        restored = self.compressor.decoder(self.compressor.encoder(s))
+        error = (restored.float() - s.float()).square().mean(dim=(1, 2, 3))
         return StepOutput({"mse": Term(error, 1.0)})
 
 
@@ -148,8 +149,12 @@ class REGLUEObjective(CompositeObjective):
         assert context.teacher is not None
         compressor = None
         if config.compressor is not None:
-            shape = config.compressor
-            compressor = Compressor(sum(context.teacher.widths), list(shape.hidden), shape.channels)
+            features, shape = sum(context.teacher.widths), config.compressor
+            compressor = Compressor(
+                CompressorShape(
+                    feature_channels=features, hidden=shape.hidden, channels=shape.channels
+                )
+            )
         super().__init__(config, context, compressor)
         if compressor is not None:
             self.learners["compressor"] = CompressorLearner(compressor)
@@ -157,15 +162,11 @@ class REGLUEObjective(CompositeObjective):
             raise ValueError("method: with neither compressor nor global_token nothing is added")
 
     def measure(self, batches: Iterable[Batch]) -> None:
-        compressor = self.averaged_module()
-        if isinstance(compressor, Compressor):
-            compressor.take_statistics(self.feature_moments(batches))
+        if self.coder is not None:
+            self.coder.take_statistics(self.feature_moments(batches))
 
     def compiled_modules(self) -> list[nn.Module]:
-        compressor = self.averaged_module()
-        if not isinstance(compressor, Compressor):
-            return []
-        return [compressor.encoder, compressor.decoder]
+        return [] if self.coder is None else [self.coder.encoder, self.coder.decoder]
 
     def diffusion_defaults(self, spec: LatentSpec) -> DiffusionDefaults:
         # As published: both spatial parts weigh the same, each by the mean over its own channels, and

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from semtok.methods.composite import (
     GLOBAL_WEIGHT,
+    CoderShape,
     CompositeConfig,
     CompositeObjective,
     CompositeTokenizer,
@@ -80,32 +81,30 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class SemVAEShape(CoderShape):
+    """Shape of a SemVAE of tokens of D channels; see ``SemVAEConfig``."""
+
+    width: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    blocks: int = Field(ge=1)
+
+
 class SemVAE(FeatureCoder):
     """Patch tokens to a Gaussian of a few channels and back; no position codes, so any grid.
 
-    Args:
-        feature_channels: D of the tokens.
-        channels, width, heads, blocks: see ``SemVAEConfig``.
+    Raises:
+        ValueError: a width that the heads do not divide.
     """
 
-    def __init__(
-        self, feature_channels: int, channels: int, width: int, heads: int, blocks: int
-    ) -> None:
-        super().__init__()
-        if width % heads:
-            raise ValueError(f"method.heads: {heads} does not divide the width {width}")
-        self.feature_channels, self.channels = feature_channels, channels
-        self.width, self.heads, self.blocks = width, heads, blocks
-        self.encoder = self._transformer(feature_channels, 2 * channels)
-        self.decoder = self._transformer(channels, feature_channels)
+    shape_class = SemVAEShape
 
-    def _transformer(self, channels_in: int, channels_out: int) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Linear(channels_in, self.width),
-            *(TransformerBlock(self.width, self.heads) for _ in range(self.blocks)),
-            nn.LayerNorm(self.width),
-            nn.Linear(self.width, channels_out),
-        )
+    def __init__(self, shape: SemVAEShape) -> None:
+        super().__init__()
+        if shape.width % shape.heads:
+            raise ValueError(f"method.heads: {shape.heads} does not divide the width {shape.width}")
+        self.shape = shape
+        self.encoder = _transformer(shape, shape.feature_channels, 2 * shape.channels)
+        self.decoder = _transformer(shape, shape.channels, shape.feature_channels)
 
     def moments(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, D, h, w) to mean and log-variance of the code (B, C, h, w)."""
@@ -120,9 +119,14 @@ class SemVAE(FeatureCoder):
     def decode(self, code: Tensor) -> Tensor:
         return _on_tokens(self.decoder, code)
 
-    def settings(self) -> dict[str, Any]:
-        names = ("feature_channels", "channels", "width", "heads", "blocks")
-        return {name: getattr(self, name) for name in names}
+
+def _transformer(shape: SemVAEShape, channels_in: int, channels_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(channels_in, shape.width),
+        *(TransformerBlock(shape.width, shape.heads) for _ in range(shape.blocks)),
+        nn.LayerNorm(shape.width),
+        nn.Linear(shape.width, channels_out),
+    )
 
 
 def _on_tokens(network: nn.Module, maps: Tensor) -> Tensor:
@@ -163,18 +167,23 @@ class SemVAELearner(nn.Module):
     def forward(
         self, inputs: Mapping[str, Any], draws: Draws, step: int, carry: Mapping[str, Tensor]
     ) -> StepOutput:
-        """Losses of ``inputs['features']``."""
-        config, features = self.config, inputs["features"].joined
-        mean, logvar = self.coder.moments(features)
+        """What is minimised (eq. 8): L = ‖f - f̂‖² + λ_c (1 - cos(f, f̂)) + λ_KL KL(q(z|f) ‖ N(0, I)),
+
+            f̂ = decoder(z),  z ~ q(z|f) = N(μ, σ²)
+
+        Args:
+            inputs: the teacher's ``features`` f.
+            step, carry: unused.
+        """
+        config, f = self.config, inputs["features"].joined
+        mean, logvar = self.coder.moments(f)
         noise = draws.normal("posterior", tuple(mean.shape[1:]))
         restored = self.coder.decode(mean + (0.5 * logvar).exp() * noise)
-        error = (restored.float() - features.float()).square().mean(dim=(1, 2, 3))
+        error = (restored.float() - f.float()).square().mean(dim=(1, 2, 3))
         return StepOutput(
             {
                 "mse": Term(error, config.mse_weight),
-                "cosine": Term(
-                    cosine_loss(restored, features, config.cosine_axis), config.cosine_weight
-                ),
+                "cosine": Term(cosine_loss(restored, f, config.cosine_axis), config.cosine_weight),
                 "kl": Term(kl_loss(mean, logvar), config.kl_weight),
             }
         )
@@ -188,14 +197,19 @@ class SemVAEObjective(CompositeObjective):
     def __init__(self, config: SemVAEConfig, context: MethodContext) -> None:
         assert context.teacher is not None
         features = sum(context.teacher.widths)
-        width = config.width or features
-        coder = SemVAE(features, config.channels, width, config.heads, config.blocks)
+        shape = SemVAEShape(
+            feature_channels=features,
+            channels=config.channels,
+            width=config.width or features,
+            heads=config.heads,
+            blocks=config.blocks,
+        )
+        coder = SemVAE(shape)
         super().__init__(config, context, coder)
         self.learners["semvae"] = SemVAELearner(config, coder)
 
     def compiled_modules(self) -> list[nn.Module]:
-        coder = self.averaged_module()
-        return [coder.encoder, coder.decoder]
+        return [self.coder.encoder, self.coder.decoder]
 
     def validate(
         self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]

@@ -175,4 +175,18 @@ class LatentSpec:
 
     @classmethod
     def from_dict(cls, parts: list[dict[str, Any]]) -> "LatentSpec":
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ValueError: it did not come from there.
+        """
+        if not isinstance(parts, list) or not all(_is_part(part) for part in parts):
+            raise ValueError(f"expected a list of name, channels and stride, got {parts!r}")
         return cls(tuple(PartSpec(**part) for part in parts))
+
+
+def _is_part(content: Any) -> bool:
+    if not isinstance(content, dict) or content.keys() != {"name", "channels", "stride"}:
+        return False
+    numbers = [content["channels"], *([content["stride"]] if content["stride"] is not None else [])]
+    return isinstance(content["name"], str) and all(type(n) is int and n > 0 for n in numbers)

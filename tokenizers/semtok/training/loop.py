@@ -88,7 +88,7 @@ class Trainer:
             module.to(self.device)
         self.ema = (
             ModelEMA(objective.averaged_module(), config.ema_decay)
-            if config.ema_decay is not None
+            if config.ema_decay is not None and objective.learners
             else None
         )
         compile_networks(objective.compiled_modules(), config.compile)
