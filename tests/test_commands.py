@@ -109,7 +109,12 @@ def test_the_commands_list_themselves(monkeypatch, capsys):
 
 def test_every_command_has_a_launcher():
     tools = {path.stem for path in (Path(__file__).parents[1] / "tools").glob("*.py")}
-    assert tools == set(semtok_cli.COMMANDS) | {"benchmark", "compare", "train_teacher"}
+    assert tools == set(semtok_cli.COMMANDS) | {
+        "architecture",
+        "benchmark",
+        "compare",
+        "train_teacher",
+    }
 
 
 @pytest.mark.parametrize("word", ["--help", "--version", "trian_dit"])

@@ -68,7 +68,11 @@ class DiTLearner(nn.Module):
     def forward(
         self, inputs: Mapping[str, Any], draws: Draws, step: int, carry: Mapping[str, Tensor]
     ) -> StepOutput:
-        """Losses of one micro-batch.
+        """What is minimised (SiT, eq. 5; for each part k of the latents, at its own time t_k):
+
+            L = Σ_k λ_k ‖v_k(x_t, t, y) - (α'(t_k) x1_k + σ'(t_k) x0_k)‖² + λ_c L_cos + λ_repa L_REPA,
+
+            x_t,k = α(t_k) x1_k + σ(t_k) x0_k,  x1 ~ q(latents|image),  x0 ~ N(0, I)
 
         Args:
             inputs: ``posterior`` of the latents, ``labels`` (B,), ``features`` or None.
