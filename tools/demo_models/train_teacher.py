@@ -9,7 +9,7 @@ import torch
 
 from demo_models.teacher import DemoTeacherObjective
 from semtok.commands.cli import Parser
-from semtok.commands.run_folder import claim_run_folder, record_recipe
+from semtok.commands.run_folder import check_run_folder, record_recipe
 from semtok.commands.table import print_table
 from semtok.config import Config
 from semtok.data.images.shapes import Shapes, ShapesConfig
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
             checkpoint_every=500,
         )
     )
-    claim_run_folder(args.output, recipe, resume=args.resume)
+    check_run_folder(args.output, recipe, resume=args.resume)
     torch.manual_seed(recipe.train.seed)
     trainer = Trainer(
         DemoTeacherObjective(),

@@ -33,7 +33,7 @@ def run_folder(name: str, output: str | None) -> Path:
     return Path(output) if output else RUNS / name
 
 
-def claim_run_folder(folder: Path, recipe: Config, *, resume: bool) -> None:
+def check_run_folder(folder: Path, recipe: Config, *, resume: bool) -> None:
     """Checks that this run may write into the folder, and that ``--resume`` goes on with the same recipe.
 
     Raises:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ from semtok.commands.around_training import (
     summarise,
 )
 from semtok.commands.cli import Parser
-from semtok.commands.run_folder import claim_run_folder, run_folder
-from semtok.commands.train_tokenizer import keep_tokenizer, tokenizer_of_run
+from semtok.commands.run_folder import check_run_folder, run_folder
+from semtok.commands.train_tokenizer import (
+    TokenizerPlan,
+    check_tokenizer_of_run,
+    keep_tokenizer,
+    run_first,
+)
 from semtok.commands.when_to_cache import (
     cached_latents,
     check_targets,
@@ -36,7 +42,9 @@ from semtok.recipe import DiffusionRecipe, load_diffusion_recipe, recipe_text
 from semtok.references import recipe_folder
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
-from semtok.training.process import make_accelerator
+from semtok.training.process import check_launch, make_accelerator
+
+_TOKENIZER = "tokenizer"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -70,6 +78,29 @@ def _default_recipe() -> Path:
     return folder / "dit.yaml"
 
 
+@dataclass(frozen=True)
+class GeneratorPlan:
+    """A run of which everything was checked and nothing begun: no file written, no process joined.
+
+    Attributes:
+        images: of training and held out; None: a finished cache of latents stands for them.
+        tokenizer: whose latents, or the run that makes it first.
+        teacher: that the recipe names for REPA.
+        latents: of that cache.
+        objective: built on the tokenizer; where it is still to be made, on what it is before its training.
+    """
+
+    recipe: DiffusionRecipe[Any]
+    folder: Path
+    place: str
+    resume: bool
+    images: tuple[ImageSource, ImageSource] | None
+    tokenizer: Tokenizer | TokenizerPlan
+    teacher: Teacher | None
+    latents: tuple[CachedLatents, CachedLatents] | None
+    objective: DiffusionObjective
+
+
 def train_dit(
     recipe: DiffusionRecipe[Any], folder: Path, *, resume: bool = False, place: str = "recipe"
 ) -> Generator:
@@ -79,26 +110,59 @@ def train_dit(
     what the reference names may change meanwhile.
 
     Raises:
-        UserError: anything about the recipe, the data or the folder that can't work, before training.
+        UserError: see ``check_dit``.
         Interrupted, NonFiniteLoss: see ``Trainer.run``.
     """
-    start = time.perf_counter()
-    claim_run_folder(folder, recipe, resume=resume)
+    return run_dit(check_dit(recipe, folder, resume=resume, place=place))
+
+
+def check_dit(
+    recipe: DiffusionRecipe[Any], folder: Path, *, resume: bool = False, place: str = "recipe"
+) -> GeneratorPlan:
+    """Checks a run and those that come before it.
+
+    Raises:
+        UserError: anything about the recipe, the images, the machine or the folder that can't work.
+    """
+    check_run_folder(folder, recipe, resume=resume)
+    check_launch(recipe.train)
     stored = stored_latents(recipe.data)
     images = open_sources(recipe.data) if stored is None else None
-    make_accelerator(recipe.train, folder)  # what it refuses should not wait for the tokenizer
     teacher = Teacher(recipe.teacher) if _needs_teacher(recipe) and stored is None else None
-    copy = folder / "tokenizer"
-    tokenizer = tokenizer_of_run(recipe.tokenizer, copy, resume=resume)
-    accelerator = make_accelerator(recipe.train, folder)
-    sources = images or open_latent_cache(stored, tokenizer, data=recipe.data)
-    objective = build_diffusion_objective(recipe, tokenizer, sources[0], teacher, place=place)
-    if images is not None:
+    tokenizer = check_tokenizer_of_run(recipe.tokenizer, folder / _TOKENIZER, resume=resume)
+    is_made = isinstance(tokenizer, Tokenizer)
+    built_on, latents = tokenizer if is_made else tokenizer.stand_in, None
+    if stored is not None:
+        if not is_made:
+            raise UserError(
+                f"data.cache: {stored} holds latents of a trained tokenizer, and '{recipe.tokenizer}' is not trained "
+                "yet; train it first, or pass data.cache=auto"
+            )
+        latents = open_latent_cache(stored, tokenizer, data=recipe.data)
+    source = (latents or images)[0]
+    objective = build_diffusion_objective(recipe, built_on, source, teacher, place=place)
+    if is_made and images is not None:
         _check_latents(tokenizer, images[0], recipe.tokenizer)
-        sources = cached_latents(recipe, images, objective, accelerator) or images
+    return GeneratorPlan(
+        recipe, folder, place, resume, images, tokenizer, teacher, latents, objective
+    )
+
+
+def run_dit(plan: GeneratorPlan) -> Generator:
+    """Executes a plan: see ``train_dit``."""
+    start = time.perf_counter()
+    recipe, folder, images = plan.recipe, plan.folder, plan.images
+    tokenizer, objective = plan.tokenizer, plan.objective
+    if isinstance(tokenizer, TokenizerPlan):
+        tokenizer = run_first(tokenizer)
+        objective = build_diffusion_objective(
+            recipe, tokenizer, images[0], plan.teacher, place=plan.place
+        )
+    accelerator = make_accelerator(recipe.train, folder)
+    sources = plan.latents or cached_latents(recipe, images, objective, accelerator) or images
     if accelerator.is_main_process:
         _warn_of_size(tokenizer, recipe)
-        if stored is not None:
+        if plan.latents is not None:
             warn_of_other_images(sources[0], recipe.data)
     trainer = start_trainer(
         objective,
@@ -106,11 +170,11 @@ def train_dit(
         accelerator,
         folder,
         sources,
-        resume=resume,
+        resume=plan.resume,
         what=f"a diffusion transformer in the latents of {recipe.tokenizer}",
     )
     if accelerator.is_main_process:
-        keep_tokenizer(tokenizer, copy)
+        keep_tokenizer(tokenizer, folder / _TOKENIZER)
 
     averaged = trainer.run()
     metrics = trainer.validate()

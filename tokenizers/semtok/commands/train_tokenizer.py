@@ -1,8 +1,10 @@
 """``train_tokenizer RECIPE [key=value …]``: from images to a usable tokenizer."""
 
+import copy
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from semtok.commands.around_training import (
     summarise,
 )
 from semtok.commands.cli import Parser
-from semtok.commands.run_folder import claim_run_folder, run_folder
+from semtok.commands.run_folder import check_run_folder, run_folder
 from semtok.data.images.kinds import open_sources
 from semtok.data.order import DataOrder
 from semtok.data.source import ImageSource
@@ -25,12 +27,12 @@ from semtok.errors import Interrupted
 from semtok.images import to_pixels
 from semtok.objective import Batch, MethodContext, TokenizerObjective
 from semtok.recipe import TokenizerRecipe, load_recipe, recipe_text
-from semtok.references import DEMO, RUNS, find_recipe
+from semtok.references import RUNS, find_recipe
 from semtok.registry import get_method
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 from semtok.training.loop import on_device
-from semtok.training.process import make_accelerator
+from semtok.training.process import check_launch, make_accelerator
 
 _TEXTURE = "texture"
 
@@ -53,31 +55,83 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+# The plan, and its execution ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenizerPlan:
+    """A run of which everything was checked and nothing begun: no file written, no process joined.
+
+    Attributes:
+        sources: training and held-out images.
+        texture: the tokenizer that the method is built on, or the run that makes it first; None: it is on none.
+        objective: built on that tokenizer; where it is still to be made, on what it is before its training.
+    """
+
+    recipe: TokenizerRecipe[Any, Any]
+    folder: Path
+    place: str
+    resume: bool
+    sources: tuple[ImageSource, ImageSource]
+    texture: "Tokenizer | TokenizerPlan | None"
+    objective: TokenizerObjective
+
+    @property
+    def stand_in(self) -> Tokenizer:
+        """The tokenizer before its training: of the same parts, not measured. For checks of what is built on it, which
+        may freeze it; so it is a copy."""
+        return copy.deepcopy(self.objective.tokenizer(self.objective.averaged_module()))
+
+
 def train_tokenizer(
     recipe: TokenizerRecipe[Any, Any], folder: Path, *, resume: bool = False, place: str = "recipe"
 ) -> Tokenizer:
     """Trains, evaluates and exports a tokenizer into a run folder.
 
     Raises:
-        UserError: anything about the recipe, the data or the folder that can't work, before training.
+        UserError: see ``check_tokenizer``.
         Interrupted, NonFiniteLoss: see ``Trainer.run``.
     """
-    start = time.perf_counter()
-    claim_run_folder(folder, recipe, resume=resume)
+    return run_tokenizer(check_tokenizer(recipe, folder, resume=resume, place=place))
+
+
+def check_tokenizer(
+    recipe: TokenizerRecipe[Any, Any], folder: Path, *, resume: bool = False, place: str = "recipe"
+) -> TokenizerPlan:
+    """Checks a run and the runs that come before it.
+
+    Raises:
+        UserError: anything about the recipe, the images, the machine or the folder that can't work.
+    """
+    check_run_folder(folder, recipe, resume=resume)
+    check_launch(recipe.train)
     sources = open_sources(recipe.data)
-    make_accelerator(recipe.train, folder)  # what it refuses should not wait for another tokenizer
-    texture = _texture(recipe, folder, resume=resume, place=place)
+    texture, reference = None, recipe.method.texture_reference()
+    if reference is not None:
+        texture = check_tokenizer_of_run(reference, folder / _TEXTURE, resume=resume)
+    built_on = texture.stand_in if isinstance(texture, TokenizerPlan) else texture
+    objective = build_objective(recipe, built_on, place=place)
+    return TokenizerPlan(recipe, folder, place, resume, sources, texture, objective)
+
+
+def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
+    """Executes a plan: see ``train_tokenizer``."""
+    start = time.perf_counter()
+    recipe, folder, objective = plan.recipe, plan.folder, plan.objective
+    texture = plan.texture
+    if isinstance(texture, TokenizerPlan):
+        texture = run_first(texture)
+        objective = build_objective(recipe, texture, place=plan.place)
     accelerator = make_accelerator(recipe.train, folder)
-    objective = build_objective(recipe, texture, place=place)
-    with errors_at(place):
-        read = objective.training_source(sources[0], accelerator)
+    with errors_at(plan.place):
+        read = objective.training_source(plan.sources[0], accelerator)
     trainer = start_trainer(
         objective,
         recipe,
         accelerator,
         folder,
-        (read, sources[1]),
-        resume=resume,
+        (read, plan.sources[1]),
+        resume=plan.resume,
         what=recipe.method.name,
     )
     if texture is not None and accelerator.is_main_process:
@@ -89,11 +143,14 @@ def train_tokenizer(
     metrics = trainer.validate()
     tokenizer = objective.tokenizer(averaged)
     if accelerator.is_main_process:
-        _export(tokenizer, recipe, sources[0], folder, metrics)
+        _export(tokenizer, recipe, plan.sources[0], folder, metrics)
         summarise(trainer, metrics, folder, total_seconds=time.perf_counter() - start)
         print_places(folder, "tokenizer")
     accelerator.wait_for_everyone()  # other processes may read the export next
     return tokenizer
+
+
+# Tokenizers that others are built on -------------------------------------------------------------
 
 
 def tokenizer_from_reference(reference: str) -> Tokenizer:
@@ -104,54 +161,54 @@ def tokenizer_from_reference(reference: str) -> Tokenizer:
     Raises:
         UserError: the reference names nothing.
     """
-    recipe, folder = _untrained(reference), RUNS / reference
+    found = check_reference(reference)
+    return run_first(found) if isinstance(found, TokenizerPlan) else found
+
+
+def check_reference(reference: str) -> Tokenizer | TokenizerPlan:
+    """The tokenizer that a reference names, or the plan of the run that makes it: of an embedded recipe without a
+    finished run.
+
+    Raises:
+        UserError: the reference names nothing.
+    """
+    folder = RUNS / reference
+    finished = (folder / "export" / "config.json").is_file()
+    recipe = None if finished or Path(reference).is_dir() else find_recipe(reference)
     if recipe is None:
         return Tokenizer.from_pretrained(reference)
-    unfinished = (folder / "recipe.yaml").is_file()
+    resume = (folder / "recipe.yaml").is_file()
+    return check_tokenizer(load_recipe(recipe, []), folder, resume=resume, place=str(recipe))
+
+
+def check_tokenizer_of_run(
+    reference: str, kept: Path, *, resume: bool
+) -> Tokenizer | TokenizerPlan:
+    """The tokenizer that a run is built on: a resumed one reads the copy that it kept."""
+    if resume and kept.is_dir():
+        return Tokenizer.from_pretrained(kept)
+    return check_reference(reference)
+
+
+def run_first(plan: TokenizerPlan) -> Tokenizer:
+    """Executes the plan of a tokenizer that something else waits for; as it is loaded from its export."""
+    doing = "resuming" if plan.resume else "training"
     print(
-        f"tokenizer '{reference}' is not trained yet: {'resuming' if unfinished else 'training'} {recipe} first",
-        flush=True,
+        f"tokenizer '{plan.folder.name}' is not trained yet: {doing} {plan.place} first", flush=True
     )
     try:
-        train_tokenizer(load_recipe(recipe, []), folder, resume=unfinished, place=str(recipe))
+        run_tokenizer(plan)
     except Interrupted as stopped:
         raise Interrupted(
             stopped.signal_number, stopped.checkpoint, way_on="the same command goes on"
         ) from None
-    return Tokenizer.from_pretrained(folder)
+    return Tokenizer.from_pretrained(plan.folder)
 
 
-def _untrained(reference: str) -> Path | None:
-    """The embedded recipe that a reference names, where neither a folder nor a finished run does."""
-    finished = (RUNS / reference / "export" / "config.json").is_file()
-    return None if finished or Path(reference).is_dir() else find_recipe(reference)
-
-
-def tokenizer_of_run(reference: str, copy: Path, *, resume: bool) -> Tokenizer:
-    """The tokenizer that a run is built on: a resumed one reads the copy that it kept."""
-    if resume and copy.is_dir():
-        return Tokenizer.from_pretrained(copy)
-    return tokenizer_from_reference(reference)
-
-
-def keep_tokenizer(tokenizer: Tokenizer, copy: Path) -> None:
+def keep_tokenizer(tokenizer: Tokenizer, kept: Path) -> None:
     """Copies into a run the tokenizer that it is built on: what a reference names may change meanwhile."""
-    if not copy.is_dir():
-        tokenizer.save_pretrained(copy)
-
-
-def _texture(
-    recipe: TokenizerRecipe[Any, Any], folder: Path, *, resume: bool, place: str
-) -> Tokenizer | None:
-    reference = recipe.method.texture_reference()
-    if reference is None:
-        return None
-    copy = folder / _TEXTURE
-    kept = resume and copy.is_dir()
-    if not kept and _untrained(reference) is not None:
-        # Whatever else is wrong should not wait for the other tokenizer's training.
-        build_objective(recipe, Tokenizer.from_pretrained(DEMO), place=place)
-    return tokenizer_of_run(reference, copy, resume=resume)
+    if not kept.is_dir():
+        tokenizer.save_pretrained(kept)
 
 
 def build_objective(

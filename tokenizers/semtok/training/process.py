@@ -1,5 +1,7 @@
 """Devices, processes, and the signals that ask a run to stop."""
 
+import importlib.util
+import os
 import signal
 from datetime import timedelta
 from pathlib import Path
@@ -15,47 +17,47 @@ from semtok.speed import allow_tf32, autocast_dtype
 from semtok.training.config import TrainConfig
 
 
-def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
-    """Devices and processes as the launcher set them up; one process on what there is otherwise.
+def check_launch(config: TrainConfig) -> None:
+    """Checks that this machine and the processes that a launcher has started can train so; joins no process.
 
     Raises:
         UserError: a precision or a tracker that this machine can't give, or sizes that don't divide.
     """
-    gpu = torch.cuda.is_available()
-    if config.precision == "fp16" and not gpu:
+    if config.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs a GPU; use fp32 or bf16 here")
-    allow_tf32(config.precision)
-    # accelerate keeps one precision per process; a second run in this process may have another.
-    AcceleratorState._reset_state()
-    try:
-        accelerator = Accelerator(
-            cpu=not gpu,
-            mixed_precision="no" if autocast_dtype(config.precision) is None else config.precision,
-            log_with=None if config.tracker == "none" else config.tracker,
-            project_dir=str(folder),
-            kwargs_handlers=[
-                # Running statistics agree over processes by themselves; nothing needs broadcasting.
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=timedelta(hours=2)),
-            ],
-        )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"train: {error}") from None
-    if config.tracker not in (
-        "none",
-        *(t.name for t in accelerator.trackers),
-        *map(str, accelerator.log_with),
-    ):
+    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
         raise UserError(
             f"train.tracker: {config.tracker} is not installed; pip install {config.tracker}"
         )
-    parts = accelerator.num_processes * config.accumulate
-    if config.batch_size % parts:
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.batch_size % (num_processes * config.accumulate):
         raise UserError(
-            f"train.batch_size: {config.batch_size} is not divisible by {accelerator.num_processes} processes "
+            f"train.batch_size: {config.batch_size} is not divisible by {num_processes} processes "
             f"times train.accumulate {config.accumulate}"
         )
-    return accelerator
+
+
+def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
+    """Devices and processes as the launcher set them up; one process on what there is otherwise.
+
+    Raises:
+        UserError: see ``check_launch``.
+    """
+    check_launch(config)
+    allow_tf32(config.precision)
+    # accelerate keeps one precision per process; a second run in this process may have another.
+    AcceleratorState._reset_state()
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no" if autocast_dtype(config.precision) is None else config.precision,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=str(folder),
+        kwargs_handlers=[
+            # Running statistics agree over processes by themselves; nothing needs broadcasting.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+        ],
+    )
 
 
 class StopSignals:
