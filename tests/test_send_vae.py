@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import tiny
-from semtok.methods.adversarial import hinge_loss
+from processes import succeed
+from semtok import UserError
+from semtok.methods.adversarial import adaptive_ratio, hinge_loss
 from semtok.methods.send_vae import (
     AlignmentConfig,
     Mapper,
@@ -64,6 +66,47 @@ def test_running_statistics_start_at_the_first_batch_then_follow_with_momentum()
     standardiser.eval()
     standardiser(first + 100)
     torch.testing.assert_close(standardiser.mean, before + 1.0)
+
+
+def test_running_statistics_hold_where_the_mean_is_large_and_the_spread_small():
+    """There the difference of E[z²] and E[z]² is rounding, and may be negative."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(20, 16, 2, 4, 4, generator=generator)
+    standardiser = RunningStandardiser(2)
+    for step, batch in enumerate(spread):
+        means = torch.tensor([100.0, -3000.0])[:, None, None] * (1 + step % 2)
+        standardiser(means + 1e-2 * torch.tensor([1.0, 100.0])[:, None, None] * batch)
+        assert (standardiser.var > 0).all()
+    torch.testing.assert_close(standardiser.var, torch.tensor([1e-4, 1.0]), rtol=0.1, atol=0)
+
+
+def test_running_statistics_of_two_processes_are_those_of_one_on_both_batches(tmp_path):
+    """Where processes see different images, channels of large mean and small spread included."""
+    script = (
+        "import sys, torch\n"
+        "import torch.distributed as dist\n"
+        "from semtok.methods.send_vae import RunningStandardiser\n"
+        "dist.init_process_group('gloo')\n"
+        "z = torch.load(sys.argv[1], weights_only=True)\n"
+        "own = RunningStandardiser(2)\n"
+        "for batch in z:\n"
+        "    own(batch[dist.get_rank() :: 2])\n"
+        "torch.save(own.state_dict(), f'{sys.argv[1]}.{dist.get_rank()}')\n"
+        "dist.destroy_process_group()"
+    )
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3, 8, 2, 4, 4, generator=generator)
+    z = z * torch.tensor([1e-2, 3.0])[:, None, None] + torch.tensor([300.0, 0.5])[:, None, None]
+    z[:, ::2] += 0.02  # the processes' means differ by more than the spread
+    torch.save(z, tmp_path / "z.pt")
+    succeed(["-c", script, str(tmp_path / "z.pt")], tmp_path / "logs")
+    alone = RunningStandardiser(2)
+    for batch in z:
+        alone(batch)
+    ours, theirs = (torch.load(tmp_path / f"z.pt.{rank}", weights_only=True) for rank in range(2))
+    for name, value in alone.state_dict().items():
+        assert torch.equal(ours[name], theirs[name]), "processes agree to the last bit"
+        torch.testing.assert_close(ours[name], value, rtol=2e-3, atol=0)
 
 
 def test_gradients_do_not_pass_through_the_running_statistics():
