@@ -15,6 +15,7 @@ from semtok.methods.send_vae import (
     noise_latents,
 )
 from semtok.methods.vae import kl_loss
+from semtok.recipe import parse_recipe
 from semtok.sampler.dit import sincos_positions
 from semtok.sampler.draws import Draws
 from semtok.teachers import alignment_loss
@@ -188,6 +189,36 @@ def test_hinge_loss_by_hand():
         torch.tensor([-3.0, 0.5]).view(2, 1, 1, 1),
     )
     torch.testing.assert_close(hinge_loss(real, fake), torch.tensor([0.0, 0.5 * (1 + 1.5)]))
+
+
+def test_the_generator_is_not_paid_for_fooling_a_network_that_learns_later():
+    late = tiny.content({"adversarial": {"start_step": 3, "discriminator_start_step": 5}})
+    with pytest.raises(
+        UserError,
+        match="method.adversarial: discriminator_start_step 5 is after start_step 3",
+    ) as error:
+        parse_recipe(late, "tiny")
+    assert "\n" not in str(error.value)
+    for start in (None, 0, 3):
+        settings = {"start_step": 3, "discriminator_start_step": start}
+        parse_recipe(tiny.content({"adversarial": settings}), "tiny")
+
+
+def test_the_ratio_of_gradients_survives_half_precision_at_large_batches():
+    """A mean over 256 images of 256x256 moves each output by 2e-8, which float16 rounds to nothing."""
+    torch.manual_seed(0)
+    layer, x = torch.nn.Conv2d(4, 3, 3, padding=1), torch.randn(2, 4, 8, 8)
+    wanted = torch.randn(2, 3, 8, 8)
+    share = 2 * 3 * 8 * 8 / (256 * 3 * 256**2)
+
+    def ratio(precision: torch.dtype) -> float:
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            out = layer(x)
+            reconstruction = (out.float() - wanted).abs().mean() * share
+            adversarial = out.float().square().mean() * share
+        return adaptive_ratio(reconstruction, adversarial, layer.weight, cap=1e4).item()
+
+    assert ratio(torch.float16) == pytest.approx(ratio(torch.float32), rel=0.02)
 
 
 def test_the_export_leaves_the_mapper_out_and_the_checkpoint_keeps_it():
