@@ -3,8 +3,16 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from semtok.sampler.dit import PRESETS, DiT, DiTArchitecture, architecture, rotary_table
+from semtok.sampler.dit import (
+    PRESETS,
+    DiT,
+    DiTArchitecture,
+    architecture,
+    rotary_table,
+    sincos_positions,
+)
 from semtok.sampler.guidance import GuidanceConfig, guided_velocity
 from semtok.sampler.latents import LatentSpec, PartSpec
 from tiny import awake
@@ -161,6 +169,49 @@ def test_blocks_compile_as_one_graph(name):
     for block in network.blocks:
         block.compile(backend="eager", fullgraph=True)  # a graph break is an error
     torch.testing.assert_close(network(x, same_time(x), labels).velocity.texture, expected)
+
+
+def test_sampling_in_inference_mode_leaves_training_as_it_was():
+    """Position tables are kept from one call to the next, whatever mode the first was in."""
+    network, size = awake(DiT(SMALL["lightning"], COMPOSITE, num_classes=1)), (8, 104)
+    x, labels = inputs(COMPOSITE, size=size), torch.zeros(3, dtype=torch.int64)
+    with torch.inference_mode():
+        sampled = network(x, same_time(x), labels).velocity
+    trained = network(x, same_time(x), labels).velocity
+    sum(part.sum() for part in trained.values()).backward()
+    assert all(torch.equal(sampled[name], part) for name, part in trained.items())
+
+
+def test_tensors_without_contents_are_not_kept():
+    x, labels = inputs(COMPOSITE, size=(8, 112)), torch.zeros(3, dtype=torch.int64)
+    network = awake(DiT(SMALL["lightning"], COMPOSITE, num_classes=1))
+
+    def without_contents() -> None:
+        with FakeTensorMode():
+            fake = DiT(SMALL["lightning"], COMPOSITE, num_classes=1)
+            own = {name: torch.empty(part.shape) for name, part in x.items()}
+            output = fake(own, same_time(own), torch.zeros(3, dtype=torch.int64)).velocity
+        assert output.texture.shape == x["texture"].shape
+
+    without_contents()
+    assert network(x, same_time(x), labels).velocity.texture.isfinite().all()
+    without_contents()  # nor are those with contents of use there
+
+
+def test_tables_are_made_once_and_on_the_host_whatever_the_default_device_is():
+    first = rotary_table((3, 29), 16, 1, torch.device("cpu"))
+    with torch.device("meta"):
+        assert sincos_positions((3, 31), 8).device.type == "cpu"
+        assert rotary_table((3, 29), 16, 1, torch.device("cpu"))[0] is first[0]
+
+
+def test_a_whole_network_compiles_as_one_graph_without_a_warning(recwarn):
+    network, x = awake(DiT(SMALL["lightning"], COMPOSITE, num_classes=1)), inputs(COMPOSITE)
+    labels = torch.zeros(3, dtype=torch.int64)
+    expected = network(x, same_time(x), labels).velocity.texture
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, same_time(x), labels).velocity.texture, expected)
+    assert not [str(w.message) for w in recwarn if "cache" in str(w.message)]
 
 
 # Guidance ----------------------------------------------------------------------------------------
