@@ -1,5 +1,7 @@
 """The diffusion transformer: sizes, parts, positions, and what training it relies on."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -159,6 +161,26 @@ def test_checkpointing_changes_memory_and_no_gradient():
         loss.backward()
         gradients.append([p.grad for p in network.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_norms_compute_in_the_type_of_their_input():
+    """A gain of another type keeps kernels from being fused, and makes queries float32 in half precision."""
+    attention = DiT(SMALL["lightning"], COMPOSITE, num_classes=1).blocks[0].attn
+    torch.nn.init.normal_(attention.q_norm.weight)
+    heads = torch.randn(2, 2, 5, 16)
+    expected = torch.nn.functional.rms_norm(heads, (16,), attention.q_norm.weight, 1e-6)
+    assert torch.equal(attention.q_norm(heads), expected)
+    seen = []
+    attention.k_norm.register_forward_hook(lambda module, given, made: seen.append(made.dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.autocast("cpu", torch.bfloat16):
+            attention(torch.randn(2, 5, 32), None)
+    assert seen == [torch.bfloat16]
+    half = attention.q_norm(heads.bfloat16())
+    torch.testing.assert_close(half.float(), expected, atol=0.03, rtol=0.03)
+    names = set(DiT(SMALL["lightning"], TEXTURE, num_classes=1).blocks[0].state_dict())
+    assert {"norm1.weight", "norm2.weight", "attn.q_norm.weight", "attn.k_norm.weight"} <= names
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -218,6 +218,13 @@ def init_xavier(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+class RMSNorm(nn.RMSNorm):
+    """With the gain in its input's type, without which no fused kernel takes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Self-attention with optional normalised queries and keys, then optional rotary positions."""
 
@@ -225,7 +232,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         head_width = config.width // config.heads
-        norm = partial(nn.RMSNorm, eps=_EPS) if config.rms_norm else nn.LayerNorm
+        norm = partial(RMSNorm, eps=_EPS) if config.rms_norm else nn.LayerNorm
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.q_norm = norm(head_width) if config.qk_norm else nn.Identity()
         self.k_norm = norm(head_width) if config.qk_norm else nn.Identity()
@@ -257,7 +264,7 @@ class SwiGLU(nn.Module):
 
 def _norm(config: DiTArchitecture) -> nn.Module:
     if config.rms_norm:
-        return nn.RMSNorm(config.width, eps=_EPS)
+        return RMSNorm(config.width, eps=_EPS)
     return nn.LayerNorm(config.width, eps=_EPS, elementwise_affine=False)
 
 
