@@ -1,10 +1,20 @@
 """The diffusion transformer: sizes, parts, positions, and what training it relies on."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from semtok.sampler.dit import PRESETS, DiT, DiTArchitecture, architecture, rotary_table
+from semtok.sampler.dit import (
+    PRESETS,
+    DiT,
+    DiTArchitecture,
+    architecture,
+    rotary_table,
+    sincos_positions,
+)
 from semtok.sampler.guidance import GuidanceConfig, guided_velocity
 from semtok.sampler.latents import LatentSpec, PartSpec
 from tiny import awake
@@ -153,6 +163,26 @@ def test_checkpointing_changes_memory_and_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_norms_compute_in_the_type_of_their_input():
+    """A gain of another type keeps kernels from being fused, and makes queries float32 in half precision."""
+    attention = DiT(SMALL["lightning"], COMPOSITE, num_classes=1).blocks[0].attn
+    torch.nn.init.normal_(attention.q_norm.weight)
+    heads = torch.randn(2, 2, 5, 16)
+    expected = torch.nn.functional.rms_norm(heads, (16,), attention.q_norm.weight, 1e-6)
+    assert torch.equal(attention.q_norm(heads), expected)
+    seen = []
+    attention.k_norm.register_forward_hook(lambda module, given, made: seen.append(made.dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.autocast("cpu", torch.bfloat16):
+            attention(torch.randn(2, 5, 32), None)
+    assert seen == [torch.bfloat16]
+    half = attention.q_norm(heads.bfloat16())
+    torch.testing.assert_close(half.float(), expected, atol=0.03, rtol=0.03)
+    names = set(DiT(SMALL["lightning"], TEXTURE, num_classes=1).blocks[0].state_dict())
+    assert {"norm1.weight", "norm2.weight", "attn.q_norm.weight", "attn.k_norm.weight"} <= names
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_blocks_compile_as_one_graph(name):
     network, x = awake(DiT(SMALL[name], COMPOSITE, num_classes=1)), inputs(COMPOSITE)
@@ -161,6 +191,49 @@ def test_blocks_compile_as_one_graph(name):
     for block in network.blocks:
         block.compile(backend="eager", fullgraph=True)  # a graph break is an error
     torch.testing.assert_close(network(x, same_time(x), labels).velocity.texture, expected)
+
+
+def test_sampling_in_inference_mode_leaves_training_as_it_was():
+    """Position tables are kept from one call to the next, whatever mode the first was in."""
+    network, size = awake(DiT(SMALL["lightning"], COMPOSITE, num_classes=1)), (8, 104)
+    x, labels = inputs(COMPOSITE, size=size), torch.zeros(3, dtype=torch.int64)
+    with torch.inference_mode():
+        sampled = network(x, same_time(x), labels).velocity
+    trained = network(x, same_time(x), labels).velocity
+    sum(part.sum() for part in trained.values()).backward()
+    assert all(torch.equal(sampled[name], part) for name, part in trained.items())
+
+
+def test_tensors_without_contents_are_not_kept():
+    x, labels = inputs(COMPOSITE, size=(8, 112)), torch.zeros(3, dtype=torch.int64)
+    network = awake(DiT(SMALL["lightning"], COMPOSITE, num_classes=1))
+
+    def without_contents() -> None:
+        with FakeTensorMode():
+            fake = DiT(SMALL["lightning"], COMPOSITE, num_classes=1)
+            own = {name: torch.empty(part.shape) for name, part in x.items()}
+            output = fake(own, same_time(own), torch.zeros(3, dtype=torch.int64)).velocity
+        assert output.texture.shape == x["texture"].shape
+
+    without_contents()
+    assert network(x, same_time(x), labels).velocity.texture.isfinite().all()
+    without_contents()  # nor are those with contents of use there
+
+
+def test_tables_are_made_once_and_on_the_host_whatever_the_default_device_is():
+    first = rotary_table((3, 29), 16, 1, torch.device("cpu"))
+    with torch.device("meta"):
+        assert sincos_positions((3, 31), 8).device.type == "cpu"
+        assert rotary_table((3, 29), 16, 1, torch.device("cpu"))[0] is first[0]
+
+
+def test_a_whole_network_compiles_as_one_graph_without_a_warning(recwarn):
+    network, x = awake(DiT(SMALL["lightning"], COMPOSITE, num_classes=1)), inputs(COMPOSITE)
+    labels = torch.zeros(3, dtype=torch.int64)
+    expected = network(x, same_time(x), labels).velocity.texture
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, same_time(x), labels).velocity.texture, expected)
+    assert not [str(w.message) for w in recwarn if "cache" in str(w.message)]
 
 
 # Guidance ----------------------------------------------------------------------------------------

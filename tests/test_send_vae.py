@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import tiny
-from semtok.methods.adversarial import hinge_loss
+from processes import succeed
+from semtok import UserError
+from semtok.methods.adversarial import adaptive_ratio, hinge_loss
 from semtok.methods.send_vae import (
     AlignmentConfig,
     Mapper,
@@ -13,6 +15,7 @@ from semtok.methods.send_vae import (
     noise_latents,
 )
 from semtok.methods.vae import kl_loss
+from semtok.recipe import parse_recipe
 from semtok.sampler.dit import sincos_positions
 from semtok.sampler.draws import Draws
 from semtok.teachers import alignment_loss
@@ -64,6 +67,47 @@ def test_running_statistics_start_at_the_first_batch_then_follow_with_momentum()
     standardiser.eval()
     standardiser(first + 100)
     torch.testing.assert_close(standardiser.mean, before + 1.0)
+
+
+def test_running_statistics_hold_where_the_mean_is_large_and_the_spread_small():
+    """There the difference of E[z²] and E[z]² is rounding, and may be negative."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(20, 16, 2, 4, 4, generator=generator)
+    standardiser = RunningStandardiser(2)
+    for step, batch in enumerate(spread):
+        means = torch.tensor([100.0, -3000.0])[:, None, None] * (1 + step % 2)
+        standardiser(means + 1e-2 * torch.tensor([1.0, 100.0])[:, None, None] * batch)
+        assert (standardiser.var > 0).all()
+    torch.testing.assert_close(standardiser.var, torch.tensor([1e-4, 1.0]), rtol=0.1, atol=0)
+
+
+def test_running_statistics_of_two_processes_are_those_of_one_on_both_batches(tmp_path):
+    """Where processes see different images, channels of large mean and small spread included."""
+    script = (
+        "import sys, torch\n"
+        "import torch.distributed as dist\n"
+        "from semtok.methods.send_vae import RunningStandardiser\n"
+        "dist.init_process_group('gloo')\n"
+        "z = torch.load(sys.argv[1], weights_only=True)\n"
+        "own = RunningStandardiser(2)\n"
+        "for batch in z:\n"
+        "    own(batch[dist.get_rank() :: 2])\n"
+        "torch.save(own.state_dict(), f'{sys.argv[1]}.{dist.get_rank()}')\n"
+        "dist.destroy_process_group()"
+    )
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3, 8, 2, 4, 4, generator=generator)
+    z = z * torch.tensor([1e-2, 3.0])[:, None, None] + torch.tensor([300.0, 0.5])[:, None, None]
+    z[:, ::2] += 0.02  # the processes' means differ by more than the spread
+    torch.save(z, tmp_path / "z.pt")
+    succeed(["-c", script, str(tmp_path / "z.pt")], tmp_path / "logs")
+    alone = RunningStandardiser(2)
+    for batch in z:
+        alone(batch)
+    ours, theirs = (torch.load(tmp_path / f"z.pt.{rank}", weights_only=True) for rank in range(2))
+    for name, value in alone.state_dict().items():
+        assert torch.equal(ours[name], theirs[name]), "processes agree to the last bit"
+        torch.testing.assert_close(ours[name], value, rtol=2e-3, atol=0)
 
 
 def test_gradients_do_not_pass_through_the_running_statistics():
@@ -145,6 +189,36 @@ def test_hinge_loss_by_hand():
         torch.tensor([-3.0, 0.5]).view(2, 1, 1, 1),
     )
     torch.testing.assert_close(hinge_loss(real, fake), torch.tensor([0.0, 0.5 * (1 + 1.5)]))
+
+
+def test_the_generator_is_not_paid_for_fooling_a_network_that_learns_later():
+    late = tiny.content({"adversarial": {"start_step": 3, "discriminator_start_step": 5}})
+    with pytest.raises(
+        UserError,
+        match="method.adversarial: discriminator_start_step 5 is after start_step 3",
+    ) as error:
+        parse_recipe(late, "tiny")
+    assert "\n" not in str(error.value)
+    for start in (None, 0, 3):
+        settings = {"start_step": 3, "discriminator_start_step": start}
+        parse_recipe(tiny.content({"adversarial": settings}), "tiny")
+
+
+def test_the_ratio_of_gradients_survives_half_precision_at_large_batches():
+    """A mean over 256 images of 256x256 moves each output by 2e-8, which float16 rounds to nothing."""
+    torch.manual_seed(0)
+    layer, x = torch.nn.Conv2d(4, 3, 3, padding=1), torch.randn(2, 4, 8, 8)
+    wanted = torch.randn(2, 3, 8, 8)
+    share = 2 * 3 * 8 * 8 / (256 * 3 * 256**2)
+
+    def ratio(precision: torch.dtype) -> float:
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            out = layer(x)
+            reconstruction = (out.float() - wanted).abs().mean() * share
+            adversarial = out.float().square().mean() * share
+        return adaptive_ratio(reconstruction, adversarial, layer.weight, cap=1e4).item()
+
+    assert ratio(torch.float16) == pytest.approx(ratio(torch.float32), rel=0.02)
 
 
 def test_the_export_leaves_the_mapper_out_and_the_checkpoint_keeps_it():

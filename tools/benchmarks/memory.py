@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.synthetic import PUBLISHED, transformer_inputs
-from semtok.sampler.dit import DiT, architecture, rotary_table, sincos_positions, time_frequencies
+from semtok.sampler.dit import DiT, architecture
 from semtok.teachers import silu_mlp
 
 
@@ -42,21 +42,6 @@ def estimate_memory(
     Args:
         kind: whose latents, one of ``PUBLISHED``.
     """
-    tables = (rotary_table, time_frequencies, sincos_positions)
-    for (
-        table
-    ) in tables:  # what is kept there is to be without contents inside, and with them outside
-        table.cache_clear()
-    try:
-        return _estimate(kind, network, batch_size, precision, checkpointing)
-    finally:
-        for table in tables:
-            table.cache_clear()
-
-
-def _estimate(
-    kind: str, network: str, batch_size: int, precision: str, checkpointing: bool
-) -> MemoryEstimate:
     published = PUBLISHED[kind]
     spec = published.spec
     with FakeTensorMode():

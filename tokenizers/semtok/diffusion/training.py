@@ -141,7 +141,8 @@ class DiTLearner(nn.Module):
 def _by_time(t: Tensor, loss: Tensor) -> dict[str, Tensor]:
     """Sum and count of the loss in each quarter of the time axis, for means over steps."""
     bins = (t.detach() * _BINS).long().clamp_max(_BINS - 1)
-    chosen = F.one_hot(bins, _BINS).to(loss.dtype)  # (B, bins)
+    # Not F.one_hot, which reads back whether its input is in range. (B, bins).
+    chosen = (bins[:, None] == torch.arange(_BINS, device=t.device)).to(loss.dtype)
     sums, counts = (loss.detach()[:, None] * chosen).sum(dim=0), chosen.sum(dim=0)
     return {name: torch.stack([sums[i], counts[i]]) for i, name in enumerate(_BIN_NAMES)}
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from semtok.config import Config
@@ -28,7 +28,7 @@ class AdversarialConfig(Config):
     start_step: int = Field(ge=0)
     """Step from which the generator is paid for fooling the discriminator."""
     discriminator_start_step: int | None = Field(None, ge=0)
-    """Step from which the discriminator trains; None: together with ``start_step``."""
+    """Step from which the discriminator trains, at most ``start_step``; None: ``start_step``."""
     ramp_steps: int = Field(0, ge=0)
     """Steps over which the generator's weight rises from 0."""
     adaptive: bool = True
@@ -46,6 +46,16 @@ class AdversarialConfig(Config):
         """From which the discriminator trains."""
         own = self.discriminator_start_step
         return self.start_step if own is None else own
+
+    @model_validator(mode="after")
+    def _discriminator_first(self) -> "AdversarialConfig":
+        own = self.discriminator_start_step
+        if own is not None and own > self.start_step:
+            raise ValueError(
+                f"discriminator_start_step {own} is after start_step {self.start_step}: until then the "
+                f"generator would be paid for fooling an untrained network; at most {self.start_step}"
+            )
+        return self
 
 
 # The network -------------------------------------------------------------------------------------
@@ -114,6 +124,10 @@ def _init(module: nn.Module) -> None:
 
 # Losses ------------------------------------------------------------------------------------------
 
+_GRADIENT_SCALE = 2.0**10
+"""A mean over 256 images of 256x256 moves each output by 2e-8, which float16 rounds to 0. Times this it
+keeps its value, and the last layer's gradients may still be 64 before float16 overflows."""
+
 
 def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """The discriminator's hinge loss (Lim and Ye 2017), (B,)."""
@@ -127,16 +141,17 @@ def adaptive_ratio(
     """Ratio of both terms' gradient norms at the decoder's last layer (Esser et al. 2021, eq. 7).
 
     Several processes average the gradients first, so that they agree with one process on the
-    whole batch.
+    whole batch. In half precision gradients are scaled by a power of two on the way.
 
     Args:
         reconstruction_term, adversarial_term: scalars of which ``last_layer`` is an ancestor.
         cap: largest ratio.
     """
-    gradients = [
-        torch.autograd.grad(term, last_layer, retain_graph=True)[0].float()
-        for term in (reconstruction_term, adversarial_term)
-    ]
+    gradients = []
+    for term in (reconstruction_term, adversarial_term):
+        scale = torch.full_like(term, _GRADIENT_SCALE)
+        (gradient,) = torch.autograd.grad(term, last_layer, scale, retain_graph=True)
+        gradients.append(gradient.float() / _GRADIENT_SCALE)
     if dist.is_initialized() and dist.get_world_size() > 1:
         for gradient in gradients:
             dist.all_reduce(gradient)

@@ -102,11 +102,14 @@ class RunningStandardiser(nn.Module):
 
     @torch.no_grad()
     def _update(self, z: Tensor) -> None:
-        moments = torch.stack([z.mean(dim=(0, 2, 3)), z.square().mean(dim=(0, 2, 3))])
+        # Each process centres by its own mean: E[z²] - E[z]² would leave rounding of a large mean alone.
+        own = torch.stack([z.mean(dim=(0, 2, 3)), z.var(dim=(0, 2, 3), correction=0)])
+        every = [own]
         if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(moments)
-            moments /= dist.get_world_size()
-        mean, var = moments[0], moments[1] - moments[0].square()
+            every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+            dist.all_gather(every, own)
+        means, variances = torch.stack(every, dim=1)
+        mean, var = means.mean(dim=0), variances.mean(dim=0) + means.var(dim=0, correction=0)
         # Decided on the device: reading the counter here would make the host wait.
         momentum = torch.where(self.num_updates == 0, 1.0, self.momentum)
         self.mean.lerp_(mean, momentum)

@@ -5,9 +5,10 @@ SiT: Ma et al. 2024 (arXiv 2401.08740), on DiT (Peebles and Xie 2022). Lightning
 on the texture's grid; vector parts are further tokens (REG, Wu et al. 2025).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +104,34 @@ def architecture(network: str | DiTArchitecture) -> DiTArchitecture:
 # Embeddings --------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=16)
+_Build = TypeVar("_Build", bound=Callable[..., Any])
+
+
+def _kept(build: _Build) -> _Build:
+    """Keeps what is built, per arguments, so that no step builds it anew and copies it to the device.
+
+    Kept are tensors that any later computation can use, whatever mode the first to ask is in.
+    """
+    keep = lru_cache(maxsize=16)(build)
+
+    @wraps(build)
+    def table(*args: Any, **kwargs: Any) -> Any:
+        # Compiled code contains the building; tensors of FakeTensorMode and the like are of that mode.
+        if torch.compiler.is_compiling() or type(torch.empty(0, device="cpu")) is not Tensor:
+            return build(*args, **kwargs)
+        with torch.inference_mode(False):
+            return keep(*args, **kwargs)
+
+    return table
+
+
+def _place(device: torch.device | None) -> torch.device | None:
+    """Where to build: on the host, for the same bits everywhere; in compiled code, where a copy in each
+    step would make the host wait, on the device."""
+    return device if torch.compiler.is_compiling() else torch.device("cpu")
+
+
+@_kept
 def sincos_positions(
     grid: tuple[int, int], width: int, *, device: torch.device | None = None
 ) -> Tensor:
@@ -111,7 +139,7 @@ def sincos_positions(
 
     The first half of the width encodes the column, the second the row; each half is [sin | cos]
     with frequencies 10000^(-k / (width/4)) and integer coordinates from 0, as in MAE (He et al.
-    2021) and DiT (Peebles and Xie 2022). Kept per grid, so that no step copies them to the device.
+    2021) and DiT (Peebles and Xie 2022).
 
     Args:
         grid: (rows, columns).
@@ -122,10 +150,9 @@ def sincos_positions(
     """
     if width % 4:
         raise ValueError(f"sine-cosine positions need a width divisible by 4, got {width}")
-    frequency = 10_000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    row, column = torch.meshgrid(
-        *(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij"
-    )
+    count = partial(torch.arange, dtype=torch.float64, device=_place(device))
+    frequency = 10_000 ** (-count(width // 4) / (width / 4))
+    row, column = torch.meshgrid(*(count(n) for n in grid), indexing="ij")
     angle = torch.stack([column.flatten(), row.flatten()], dim=1)[:, :, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1).float().to(device)
 
@@ -146,14 +173,15 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp[0].weight.dtype))
 
 
-@lru_cache(maxsize=8)
+@_kept
 def time_frequencies(device: torch.device) -> Tensor:
-    half = _FREQUENCIES // 2
-    exponent = torch.arange(half, dtype=torch.float32) / half
-    return torch.exp(-torch.log(torch.tensor(10_000.0)) * exponent).to(device)
+    """10000^(-k / 128) for k = 0 ... 127, float32."""
+    half, place = _FREQUENCIES // 2, _place(device)
+    exponent = torch.arange(half, dtype=torch.float32, device=place) / half
+    return torch.exp(-torch.full((), 10_000.0, device=place).log() * exponent).to(device)
 
 
-@lru_cache(maxsize=16)
+@_kept
 def rotary_table(
     grid: tuple[int, int], head_width: int, num_prefix: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -165,8 +193,9 @@ def rotary_table(
     Returns:
         Two float32 tensors (num_prefix + rows * columns, head_width).
     """
-    frequency = 10_000 ** (-torch.arange(0, head_width // 2, 2).float() / (head_width // 2))
-    row, column = torch.meshgrid(*(torch.arange(n).float() for n in grid), indexing="ij")
+    count = partial(torch.arange, dtype=torch.float32, device=_place(device))
+    frequency = 10_000 ** (-count(0, head_width // 2, 2) / (head_width // 2))
+    row, column = torch.meshgrid(*(count(n) for n in grid), indexing="ij")
     angles = [(p.flatten()[:, None] * frequency).repeat_interleave(2, 1) for p in (row, column)]
     angle = F.pad(torch.cat(angles, dim=1), (0, 0, num_prefix, 0))
     return angle.cos().to(device), angle.sin().to(device)
@@ -189,6 +218,13 @@ def init_xavier(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+class RMSNorm(nn.RMSNorm):
+    """With the gain in its input's type, without which no fused kernel takes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Self-attention with optional normalised queries and keys, then optional rotary positions."""
 
@@ -196,7 +232,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         head_width = config.width // config.heads
-        norm = partial(nn.RMSNorm, eps=_EPS) if config.rms_norm else nn.LayerNorm
+        norm = partial(RMSNorm, eps=_EPS) if config.rms_norm else nn.LayerNorm
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.q_norm = norm(head_width) if config.qk_norm else nn.Identity()
         self.k_norm = norm(head_width) if config.qk_norm else nn.Identity()
@@ -228,7 +264,7 @@ class SwiGLU(nn.Module):
 
 def _norm(config: DiTArchitecture) -> nn.Module:
     if config.rms_norm:
-        return nn.RMSNorm(config.width, eps=_EPS)
+        return RMSNorm(config.width, eps=_EPS)
     return nn.LayerNorm(config.width, eps=_EPS, elementwise_affine=False)
 
 

@@ -72,5 +72,8 @@ class SampleNoise:
 
     def __call__(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal numbers (B, *shape)."""
-        draws = [torch.randn(shape, generator=generator) for generator in self._generators]
-        return torch.stack(draws).to(self.device)
+        pinned = self.device.type == "cuda"  # only from there is it copied without waiting
+        rows = torch.empty(len(self._generators), *shape, device="cpu", pin_memory=pinned)
+        for row, generator in zip(rows, self._generators, strict=True):
+            torch.randn(shape, generator=generator, out=row)
+        return rows.to(self.device, non_blocking=pinned)
