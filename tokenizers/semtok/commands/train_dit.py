@@ -32,6 +32,7 @@ from semtok.diffusion.generator import Generator
 from semtok.diffusion.training import DiffusionObjective
 from semtok.errors import UserError
 from semtok.images import to_pixels
+from semtok.processes import together
 from semtok.recipe import DiffusionRecipe, load_diffusion_recipe, recipe_text
 from semtok.references import recipe_folder
 from semtok.teachers import Teacher
@@ -94,7 +95,8 @@ def train_dit(
     sources = images or open_latent_cache(stored, tokenizer, data=recipe.data)
     objective = build_diffusion_objective(recipe, tokenizer, sources[0], teacher, place=place)
     if images is not None:
-        _check_latents(tokenizer, images[0], recipe.tokenizer)
+        with together():
+            _check_latents(tokenizer, images[0], recipe.tokenizer)
         sources = cached_latents(recipe, images, objective, accelerator) or images
     if accelerator.is_main_process:
         _warn_of_size(tokenizer, recipe)
@@ -109,23 +111,24 @@ def train_dit(
         resume=resume,
         what=f"a diffusion transformer in the latents of {recipe.tokenizer}",
     )
-    if accelerator.is_main_process:
-        keep_tokenizer(tokenizer, copy)
+    with together():
+        if accelerator.is_main_process:
+            keep_tokenizer(tokenizer, copy)
 
     averaged = trainer.run()
     metrics = trainer.validate()
     generator = objective.generator(averaged)
-    if accelerator.is_main_process:
-        generator.training_info = {
-            "data": sources[0].name,
-            "metrics": metrics,
-            "steps": trainer.step,
-            "recipe": json.loads(recipe.model_dump_json()),
-        }
-        generator.save_pretrained(folder / "export", pictures=card_pictures(folder))
-        summarise(trainer, metrics, folder, total_seconds=time.perf_counter() - start)
-        print_places(folder, "generator")
-    accelerator.wait_for_everyone()
+    generator.training_info = {
+        "data": sources[0].name,
+        "metrics": metrics,
+        "steps": trainer.step,
+        "recipe": json.loads(recipe.model_dump_json()),
+    }
+    with together():
+        if accelerator.is_main_process:
+            generator.save_pretrained(folder / "export", pictures=card_pictures(folder))
+            summarise(trainer, metrics, folder, total_seconds=time.perf_counter() - start)
+            print_places(folder, "generator")
     return generator
 
 

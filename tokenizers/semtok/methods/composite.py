@@ -8,7 +8,7 @@ the image. The methods differ in their coder and in how it is learned.
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -408,7 +408,12 @@ class CompositeObjective(TokenizerObjective):
         """How the paper diffuses these latents."""
 
     def validate(
-        self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]
+        self,
+        averaged: nn.Module,
+        pixels: Tensor,
+        inputs: Mapping[str, Any],
+        *,
+        indices: Sequence[int],
     ) -> dict[str, Tensor]:
         if not isinstance(averaged, FeatureCoder):
             return {}
