@@ -119,7 +119,9 @@ def training_batches(
 def load_batches(
     source: ImageSource, batches: Iterable[list[Key]], *, num_workers: int, pin_memory: bool
 ) -> Iterator[ImageBatch]:
-    """Loads batches, given as keys, in their order. Loader processes start in this call.
+    """Loads batches, given as keys, in their order; loader processes start in this call, and take them in turn.
+
+    Keys of no image take a turn and give no batch.
 
     Raises:
         UserError: while iterating, where the source raises it, also in a loader process.
@@ -136,13 +138,14 @@ def load_batches(
     return _batches(iter(loader))
 
 
-def _batches(loaded: Iterator[ImageBatch | UserError]) -> Iterator[ImageBatch]:
+def _batches(loaded: Iterator[ImageBatch | UserError | None]) -> Iterator[ImageBatch]:
     for batch in loaded:
         if isinstance(batch, UserError):
             # Loader processes end now, not when the traceback that holds this frame does.
             del loaded
             raise batch
-        yield batch
+        if batch is not None:
+            yield batch
 
 
 class _MicroBatches:
@@ -170,17 +173,17 @@ class _Indexed(Dataset[Any]):
     def __init__(self, source: ImageSource) -> None:
         self.source = source
 
-    def __getitem__(self, key: Key) -> ImageBatch | UserError:
+    def __getitem__(self, key: Key) -> ImageBatch | UserError | None:
         return self.__getitems__([key])
 
-    def __getitems__(self, keys: list[Key]) -> ImageBatch | UserError:
+    def __getitems__(self, keys: list[Key]) -> ImageBatch | UserError | None:
         try:
-            return self.source.load_keys(keys)
+            return self.source.load_keys(keys) if keys else None
         except (
             UserError
         ) as error:  # raised in a loader process, it would become a page of traceback
             return error
 
 
-def _keep(batch: ImageBatch | UserError) -> ImageBatch | UserError:
+def _keep(batch: ImageBatch | UserError | None) -> ImageBatch | UserError | None:
     return batch

@@ -47,14 +47,15 @@ def read_images(
             for lane in _split(groups[share], lanes)
         ]
         # Loader processes take batches in turn, so that each gets a lane for itself.
-        plans.append([b for b in chain.from_iterable(zip_longest(*parts)) if b is not None])
-    own = plans[process_index()]
+        plans.append(list(chain.from_iterable(zip_longest(*parts, fillvalue=[]))))
     loaded = load_batches(
         source,
-        [[keys[i] for i in batch] for batch in own],
-        num_workers=min(workers, len(own)),
+        [[keys[i] for i in batch] for batch in plans[process_index()]],
+        num_workers=min(workers, len(plans[process_index()])),
         pin_memory=torch.cuda.is_available(),
     )
+    plans = [[batch for batch in plan if batch] for plan in plans]
+    own = plans[process_index()]
     with progress(what, len(keys)) as advance:
         for number in range(max(map(len, plans))):
             gather(None)
