@@ -59,8 +59,7 @@ def test_destandardise_undoes_standardise(tokenizer, pixels):
 @torch.no_grad()
 def test_latents_of_the_measured_images_have_zero_mean_and_unit_variance(tokenizer):
     images = tiny.batch(tiny.build({"name": "vae"}), 128)["pixels"]
-    generator = torch.Generator().manual_seed(0)
-    tokenizer.measure_statistics([images[:5], images[5:6], images[6:]], generator)
+    tokenizer.measure_statistics([images[:5], images[5:6], images[6:]])
     latents = tokenizer.encode(images, sample=True, generator=torch.Generator().manual_seed(1))
     texture = latents.texture
     assert texture.mean(dim=(0, 2, 3)).abs().max() < 0.15

@@ -6,7 +6,8 @@ from PIL import Image
 
 from semtok.data.images.folder import Folder, FolderConfig
 from semtok.data.images.shapes import Shapes, ShapesConfig
-from semtok.data.order import BatchSlice, DataOrder, chosen_batches, training_batches
+from semtok.data.order import BatchSlice, DataOrder, training_batches
+from semtok.data.passes import chosen_images
 from semtok.data.source import ImageBatch, ImageSource
 
 ALONE = {"process_index": 0, "num_processes": 1}
@@ -128,7 +129,7 @@ def test_two_loader_processes_give_the_batches_of_none(tmp_path):
 )
 def test_images_in_order_end_where_asked_or_where_the_set_ends(num_images, expected):
     source = shapes()
-    batches = list(chosen_batches(source, 3, num_images))
+    batches = list(chosen_images(source, num_images, batch_size=3))
     assert [len(batch.images) for batch in batches] == expected
     images = torch.cat([batch.images for batch in batches])
     assert torch.equal(images, source.load(range(sum(expected))).images)

@@ -115,11 +115,11 @@ def measured(method: dict[str, Any], texture: Tokenizer | None = None) -> Tokeni
     objective = build_objective(recipe, texture, place="tiny")
     source = Shapes(recipe.data, train=True)
     cpu = torch.device("cpu")
-    objective.measure(statistics_batches(source, recipe, cpu))
+    objective.measure(batch for _, batch in statistics_batches(source, recipe, cpu))
     tokenizer = objective.tokenizer(objective.averaged_module()).eval()
     with torch.no_grad():
         batches = statistics_batches(source, recipe, cpu)
-        tokenizer.measure_statistics((b.pixels for b in batches), torch.Generator().manual_seed(0))
+        tokenizer.measure_statistics((places, b.pixels) for places, b in batches)
     return tokenizer
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,13 +111,20 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def validate(
-        self, averaged: nn.Module, pixels: Tensor | None, inputs: Mapping[str, Any]
+        self,
+        averaged: nn.Module,
+        pixels: Tensor | None,
+        inputs: Mapping[str, Any],
+        *,
+        indices: Sequence[int],
     ) -> dict[str, Tensor]:
         """Held-out metrics, one value per sample (B,), by the given weights of ``averaged_module``.
 
         Args:
             pixels: as ``Batch`` has them.
             inputs: what ``prepare`` made of the batch.
+            indices: which of the held-out images these are, counted in the order that the source's ``chosen``
+                gives: an image's own number, whatever batch and process it is in.
         """
 
     def picture(

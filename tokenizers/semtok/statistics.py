@@ -1,8 +1,9 @@
 """Means, variances and covariances of data that never stands in memory whole."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from semtok.processes import gather, num_processes
 
 
 class StreamingMoments:
@@ -31,13 +32,11 @@ class StreamingMoments:
 
     def over_processes(self) -> "StreamingMoments":
         """The moments of what all processes have seen; the same on each of them."""
-        if not (dist.is_initialized() and dist.get_world_size() > 1):
+        if num_processes() == 1:
             return self
         device = self._mean.device
-        parts: list[tuple[int, Tensor, Tensor]] = [None] * dist.get_world_size()  # type: ignore[list-item]
-        dist.all_gather_object(parts, (self.count, self._mean.cpu(), self._squares.cpu()))
         total = StreamingMoments(covariance=self.covariance)
-        for count, mean, squares in parts:
+        for count, mean, squares in gather((self.count, self._mean.cpu(), self._squares.cpu())):
             total._merge(count, mean.to(device), squares.to(device))
         return total
 

@@ -87,6 +87,32 @@ class TeacherFeatures:
         return TeacherFeatures(tuple(map(function, self.patches)), function(self.pooled))
 
 
+@dataclass(frozen=True)
+class StoredFeatures:
+    """A teacher's features in few bytes, as they are kept on disk and go to the device.
+
+    Attributes:
+        patches, pooled: as ``TeacherFeatures`` has them, of any type.
+        scales: per layer (B, 1, rows, columns), what patch tokens are to be multiplied by; empty: by nothing.
+    """
+
+    patches: tuple[Tensor, ...]
+    pooled: Tensor
+    scales: tuple[Tensor, ...] = ()
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "StoredFeatures":
+        """Applies a function to every tensor."""
+        patches, scales = (tuple(map(function, each)) for each in (self.patches, self.scales))
+        return StoredFeatures(patches, function(self.pooled), scales)
+
+    def restored(self) -> TeacherFeatures:
+        """The features, in float32."""
+        patches = tuple(tokens.float() for tokens in self.patches)
+        if self.scales:
+            patches = tuple(p * scale for p, scale in zip(patches, self.scales, strict=True))
+        return TeacherFeatures(patches, self.pooled.float())
+
+
 class Teacher(nn.Module):
     """A frozen timm network with its own input size and normalisation.
 

@@ -1,7 +1,7 @@
 """Tokenizer: images to standardised latents and back, and the files it lives in."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +14,11 @@ from semtok.card import provenance, write_readme
 from semtok.config import Config, parse
 from semtok.errors import UserError
 from semtok.images import Images, to_pixels
+from semtok.processes import gather, together
 from semtok.publish import PushToHub
 from semtok.references import locate_export
 from semtok.registry import get_method, papers_of
+from semtok.sampler.draws import SampleNoise
 from semtok.sampler.latents import Latents, LatentSpec, Posterior
 from semtok.statistics import StreamingMoments
 from semtok.storage import (
@@ -205,32 +207,42 @@ class Tokenizer(PushToHub, nn.Module, ABC):
 
     @torch.no_grad()
     def measure_statistics(
-        self, batches: Iterable[Tensor], generator: torch.Generator | None = None
+        self, batches: Iterable[Tensor | tuple[Sequence[int], Tensor]], seed: int = 0
     ) -> None:
         """Measures every part's mean and standard deviation per channel, in one pass, in float64.
 
         Posterior draws are measured, since draws are what a generator learns; posterior means have
-        a slightly smaller spread.
+        a slightly smaller spread. Under a launcher all processes call it, each with its share of the images,
+        and get the statistics of all.
 
         Args:
-            batches: pixels (B, 3, H, W) of training images.
-            generator: the source of the posterior draws.
+            batches: pixels (B, 3, H, W) of training images; or with the images' indices before them, to which
+                the draws belong, whatever batch and process an image is in. Without, images are counted.
+            seed: of the draws.
 
         Raises:
             ValueError: no image, or a channel that does not vary or is not finite.
         """
         if not self.measured_parts:
             return
-        num_images = 0
+        num_images, device = 0, self.texture_mean.device
         moments = {name: StreamingMoments() for name in self.measured_parts}
-        for pixels in batches:
-            raw = self.posterior_raw(pixels.to(self.texture_mean.device)).sample(generator)
-            num_images += len(pixels)
-            for name, seen in moments.items():
-                seen.add(raw[name])
+        with together():
+            for batch in batches:
+                counted = range(num_images, num_images + len(batch))
+                indices, pixels = (counted, batch) if isinstance(batch, Tensor) else batch
+                posterior = self.posterior_raw(pixels.to(device))
+                noise = SampleNoise(seed, indices, device)
+                shapes = {name: tuple(part.shape[1:]) for name, part in posterior.mean.items()}
+                raw = posterior.sample_with({name: noise(shape) for name, shape in shapes.items()})
+                num_images += len(pixels)
+                for name, seen in moments.items():
+                    seen.add(raw[name])
+        num_images = sum(gather(num_images))
         if not num_images:
             raise ValueError("no images to measure latent statistics on")
-        for name, seen in moments.items():
+        for name, part in moments.items():
+            seen = part.over_processes()
             mean, std = seen.mean, seen.std
             if not bool(
                 (std > 1e-6).all() & torch.isfinite(mean).all() & torch.isfinite(std).all()

@@ -63,7 +63,6 @@ def cache_rates(num_images: int, folder: Path) -> tuple[Timing, Timing, float]:
         about=about,
         what="rows",
         place="benchmark",
-        accelerator=Accelerator(),
         batch_size=_BATCH,
     )
     written = Timing("writing, models aside", [time.perf_counter() - start], num_images)
@@ -100,10 +99,8 @@ def encoding_rate(num_images: int, folder: Path) -> Timing:
 
     def write(images: tuple[ImageSource, ImageSource], cache: Path) -> float:
         start = time.perf_counter()
-        accelerator = Accelerator()
-        ensure_latent_cache(
-            images, tokenizer, cache, data=config, dtype="bf16", accelerator=accelerator
-        )
+        device = Accelerator().device
+        ensure_latent_cache(images, tokenizer.to(device), cache, data=config, dtype="bf16")
         return time.perf_counter() - start
 
     write((sources[1], sources[1]), folder / "first")  # what is set up once is not counted

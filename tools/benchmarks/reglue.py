@@ -125,11 +125,10 @@ def _images_and_latents(
     images = Shapes(config, train=True)
     cached, _ = ensure_latent_cache(
         (images, images),
-        tokenizer,
+        tokenizer.to(Accelerator().device),
         folder,
         data=config,
         targets=tokenizer.teacher,
-        accelerator=Accelerator(),
     )
     return images, cached
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from semtok.data.source import ImageBatch, ImageSource
 from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
-from semtok.teachers import TeacherFeatures
+from semtok.teachers import StoredFeatures, TeacherFeatures
 from semtok.tokenizer import Tokenizer
 
 _POOL = 64  # different images; more would only take memory
@@ -112,7 +112,7 @@ class SyntheticLatents(ImageSource):
         width = published.target_width
         self._features = None
         if width is not None:
-            self._features = TeacherFeatures((draw(width, _GRID, _GRID),), draw(width))
+            self._features = StoredFeatures((draw(width, _GRID, _GRID),), draw(width))
 
     def __len__(self) -> int:
         return 1_000_000

@@ -23,7 +23,7 @@ from comparison.results import CLASS_SHARE
 from semtok.commands.cli import Parser, run
 from semtok.commands.evaluation.options import device
 from semtok.data.images.kinds import open_sources
-from semtok.data.order import chosen_batches
+from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
 from semtok.diffusion.generator import Generator
 from semtok.evaluation.classes import ClassReader, accuracy
@@ -137,7 +137,7 @@ def _class_reader(
 ) -> ClassReader | None:
     """Fitted on the reference's own features, which are of ``source.chosen`` in that order."""
     labels = np.concatenate(
-        [batch.labels.numpy() for batch in chosen_batches(source, 64, real.num_images)]
+        [batch.labels.numpy() for batch in chosen_images(source, real.num_images, batch_size=64)]
     )
     return ClassReader.fit(reference.features.numpy(), labels) if len(set(labels)) > 1 else None
 

@@ -6,7 +6,7 @@ tell all eight attributes; every patch token also learns to tell its own pixels,
 tokens local. It is trained on scenes of another seed than those that tokenizers see.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -69,7 +69,12 @@ class DemoTeacherObjective(Objective):
         return {"pixels": batch.pixels, "attributes": batch.attributes}
 
     def validate(
-        self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]
+        self,
+        averaged: nn.Module,
+        pixels: Tensor,
+        inputs: Mapping[str, Any],
+        *,
+        indices: Sequence[int],
     ) -> dict[str, Tensor]:
         """Accuracy of the class token's heads, per attribute (the heads are not averaged)."""
         cls = averaged.forward_features(pixels)[:, 0]

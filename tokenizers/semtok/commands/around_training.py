@@ -15,6 +15,7 @@ from semtok.config import Config
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
 from semtok.objective import Objective
+from semtok.processes import together
 from semtok.recipe import DiffusionRecipe, TokenizerRecipe
 from semtok.storage import write_json
 from semtok.tokenizer import library_version
@@ -88,16 +89,19 @@ def start_trainer(
         num_workers=0 if train.is_cheap else recipe.data.num_workers,
         tracked=_for_tracker(recipe),
     )
-    if resume:
-        check_files(folder, train.file_states)
-        trainer.resume()
-    if accelerator.is_main_process:
-        record_recipe(folder, recipe)
-        record_files(folder, train.file_states)
-        height, width = recipe.data.image_size
-        print(f"training {what} on {train.name} at {height}x{width}; output: {folder}", flush=True)
-        if trainer.step:
-            print(f"resuming after step {trainer.step}", flush=True)
+    with together():
+        if resume:
+            check_files(folder, train.file_states)
+            trainer.resume()
+        if accelerator.is_main_process:
+            record_recipe(folder, recipe)
+            record_files(folder, train.file_states)
+            height, width = recipe.data.image_size
+            print(
+                f"training {what} on {train.name} at {height}x{width}; output: {folder}", flush=True
+            )
+            if trainer.step:
+                print(f"resuming after step {trainer.step}", flush=True)
     return trainer
 
 

@@ -84,6 +84,7 @@ def main(arguments: Sequence[str]) -> int:
         else:
             targets = tokenizer.teacher
     accelerator = Accelerator()
+    tokenizer.to(accelerator.device)
     start = time.perf_counter()
     train, validation = ensure_latent_cache(
         sources,
@@ -92,7 +93,6 @@ def main(arguments: Sequence[str]) -> int:
         data=data,
         targets=targets,
         dtype=args.dtype,
-        accelerator=accelerator,
         batch_size=args.batch_size,
         shard_size=args.shard_size,
     )

@@ -1,18 +1,20 @@
 """``sample MODEL``: images from a trained generator, to a grid, a folder or an ADM-style .npz."""
 
 import argparse
+import contextlib
 import math
 import os
-from collections.abc import Sequence
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
 from semtok.commands.cli import Parser
 from semtok.commands.sampler_options import add_sampler_options, sampler_from, sped_up
@@ -20,9 +22,12 @@ from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
 from semtok.images import to_uint8
 from semtok.pictures import write_png
+from semtok.processes import gather, num_processes, process_index, progress, together
 from semtok.registry import load_plugins
 from semtok.sampler.sampling import SamplerConfig
 from semtok.storage import new_file
+
+_AT_A_TIME = 256  # images, where a file is copied
 
 
 def _parser() -> Parser:
@@ -94,38 +99,106 @@ def _draw(
     state = PartialState(cpu=not torch.cuda.is_available())
     generator.to(state.device)
     weak = weak.to(state.device) if weak is not None else None
-    images: dict[int, Tensor] = {}
     num = len(labels)
-    batches = [
-        range(first, min(first + args.batch_size, num)) for first in range(0, num, args.batch_size)
-    ]
-    own = batches[state.process_index :: state.num_processes]
-    for batch in tqdm(own, desc="sampling", unit="batch", disable=not state.is_main_process):
-        try:
-            pixels = generator.sample(
-                [labels[i] for i in batch],
-                seed=args.seed,
-                first=batch[0],
-                sampler=sampler,
-                weak=weak,
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        for i, image in zip(batch, to_uint8(pixels).cpu(), strict=True):
-            if kind == "folder":
-                write_png(args.output / f"{i:06d}.png", image)
-            else:
-                images[i] = image
-    if kind != "folder":
-        images = {k: v for part in gather_object([images]) for k, v in part.items()}
-        if state.is_main_process:
-            ordered = torch.stack([images[i] for i in range(num)])
-            _write(ordered, labels, args.output, kind)
-    state.wait_for_everyone()
+    size = args.batch_size
+    num_batches = math.ceil(math.ceil(num / size) / num_processes())  # of each process
+    share = range(num)[process_index() * num_batches * size :][: num_batches * size]
+    with (
+        together(),
+        _writer(args.output, kind, len(share), labels) as write,
+        progress("sampling", num) as advance,
+    ):
+        for first in range(0, num_batches * size, size):
+            gather(None)
+            batch = share[first : first + size]
+            if batch:
+                own = [labels[i] for i in batch]
+                try:
+                    pixels = generator.sample(
+                        own, seed=args.seed, first=batch[0], sampler=sampler, weak=weak
+                    )
+                except ValueError as error:
+                    raise UserError(str(error)) from None
+                write(batch[0], to_uint8(pixels).cpu())
+            advance(min(size * num_processes(), num - first * num_processes()))
     if state.is_main_process:
         names = [_name(generator, label) for label in dict.fromkeys(labels)]
         shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         print(f"{num} images of {shown}: {args.output}")
+
+
+@contextlib.contextmanager
+def _writer(
+    output: Path, kind: str, num_own: int, labels: list[int]
+) -> Iterator[Callable[[int, Tensor], None]]:
+    """Gives a function that takes uint8 images (B, 3, H, W) and the number of the first; at the end they are in
+    ``output``. All processes write at once, and none holds more than a batch.
+
+    Args:
+        num_own: images that this process writes, in order.
+        labels: of the whole set.
+    """
+    if kind == "folder":
+
+        def write(first: int, images: Tensor) -> None:
+            for i, image in enumerate(images, start=first):
+                write_png(output / f"{i:06d}.png", image)
+
+        yield write
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    is_main = not process_index()
+    made = tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent) if is_main else None
+    parts = Path(gather(made)[0])
+    try:
+        part: np.ndarray | None = None
+        begin = 0
+
+        def write_part(first: int, images: Tensor) -> None:
+            nonlocal part, begin
+            arrays = images.permute(0, 2, 3, 1).numpy()
+            if part is None:
+                file, begin = parts / f"{process_index():06d}.npy", first
+                shape = (num_own, *arrays.shape[1:])
+                part = np.lib.format.open_memmap(file, "w+", dtype=np.uint8, shape=shape)
+            part[first - begin : first - begin + len(arrays)] = arrays
+
+        yield write_part
+        if part is not None:
+            part.flush()
+        gather(None)  # all are written
+        if is_main:
+            arrays = [np.load(file, mmap_mode="r") for file in sorted(parts.iterdir())]
+            _assemble(arrays, labels, output, kind)
+    finally:
+        if is_main:
+            shutil.rmtree(parts, ignore_errors=True)
+
+
+def _assemble(parts: list[np.ndarray], labels: list[int], output: Path, kind: str) -> None:
+    """Writes the output from the processes' parts (N, H, W, 3), which follow one another."""
+    if kind == "npz":
+        shape = (len(labels), *parts[0].shape[1:])
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        with new_file(output) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in parts:
+                    for first in range(0, len(part), _AT_A_TIME):
+                        file.write(part[first : first + _AT_A_TIME].tobytes())
+            with archive.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, np.array(labels, dtype=np.int64))
+        return
+    # In a grid each class stands together, as many classes in a row as make it about square.
+    order = sorted(range(len(labels)), key=lambda i: labels[i])
+    per_class, rest = divmod(len(labels), len(set(labels)))
+    columns = max(1, round(len(labels) ** 0.5 / per_class)) * per_class
+    if rest or len(set(labels)) == 1:
+        columns = math.ceil(len(labels) ** 0.5)
+    images = torch.from_numpy(np.concatenate(parts)).permute(
+        0, 3, 1, 2
+    )  # the grid holds all anyway
+    write_png(output, make_grid(images[order], nrow=columns, padding=2, pad_value=255))
 
 
 def _strip(
@@ -176,18 +249,3 @@ def _classes(words: list[str] | None, generator: Generator) -> list[int]:
 
 def _name(generator: Generator, label: int) -> str:
     return generator.class_names[label] if label < len(generator.class_names) else "any class"
-
-
-def _write(images: Tensor, labels: list[int], output: Path, kind: str) -> None:
-    if kind == "npz":
-        with new_file(output) as temporary:
-            arrays = images.permute(0, 2, 3, 1).numpy()
-            np.savez(temporary, arr_0=arrays, arr_1=np.array(labels, dtype=np.int64))
-        return
-    # In a grid each class stands together, as many classes in a row as make it about square.
-    order = sorted(range(len(labels)), key=lambda i: labels[i])
-    per_class, rest = divmod(len(labels), len(set(labels)))
-    columns = max(1, round(len(labels) ** 0.5 / per_class)) * per_class
-    if rest or len(set(labels)) == 1:
-        columns = math.ceil(len(labels) ** 0.5)
-    write_png(output, make_grid(images[order], nrow=columns, padding=2, pad_value=255))

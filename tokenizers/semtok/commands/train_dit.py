@@ -38,6 +38,7 @@ from semtok.diffusion.generator import Generator
 from semtok.diffusion.training import DiffusionObjective
 from semtok.errors import UserError
 from semtok.images import to_pixels
+from semtok.processes import together
 from semtok.recipe import DiffusionRecipe, load_diffusion_recipe, recipe_text
 from semtok.references import recipe_folder
 from semtok.teachers import Teacher
@@ -173,23 +174,24 @@ def run_dit(plan: GeneratorPlan) -> Generator:
         resume=plan.resume,
         what=f"a diffusion transformer in the latents of {recipe.tokenizer}",
     )
-    if accelerator.is_main_process:
-        keep_tokenizer(tokenizer, folder / _TOKENIZER)
+    with together():
+        if accelerator.is_main_process:
+            keep_tokenizer(tokenizer, folder / _TOKENIZER)
 
     averaged = trainer.run()
     metrics = trainer.validate()
     generator = objective.generator(averaged)
-    if accelerator.is_main_process:
-        generator.training_info = {
-            "data": sources[0].name,
-            "metrics": metrics,
-            "steps": trainer.step,
-            "recipe": json.loads(recipe.model_dump_json()),
-        }
-        generator.save_pretrained(folder / "export", pictures=card_pictures(folder))
-        summarise(trainer, metrics, folder, total_seconds=time.perf_counter() - start)
-        print_places(folder, "generator")
-    accelerator.wait_for_everyone()
+    generator.training_info = {
+        "data": sources[0].name,
+        "metrics": metrics,
+        "steps": trainer.step,
+        "recipe": json.loads(recipe.model_dump_json()),
+    }
+    with together():
+        if accelerator.is_main_process:
+            generator.save_pretrained(folder / "export", pictures=card_pictures(folder))
+            summarise(trainer, metrics, folder, total_seconds=time.perf_counter() - start)
+            print_places(folder, "generator")
     return generator
 
 

@@ -22,10 +22,12 @@ from semtok.commands.cli import Parser
 from semtok.commands.run_folder import check_run_folder, run_folder
 from semtok.data.images.kinds import open_sources
 from semtok.data.order import DataOrder
+from semtok.data.passes import read_images
 from semtok.data.source import ImageSource
 from semtok.errors import Interrupted
 from semtok.images import to_pixels
 from semtok.objective import Batch, MethodContext, TokenizerObjective
+from semtok.processes import process_index, together
 from semtok.recipe import TokenizerRecipe, load_recipe, recipe_text
 from semtok.references import RUNS, find_recipe
 from semtok.registry import get_method
@@ -134,19 +136,21 @@ def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
         resume=plan.resume,
         what=recipe.method.name,
     )
-    if texture is not None and accelerator.is_main_process:
-        keep_tokenizer(texture, folder / _TEXTURE)
+    with together():
+        if texture is not None and accelerator.is_main_process:
+            keep_tokenizer(texture, folder / _TEXTURE)
     if not trainer.step:
-        share = (accelerator.process_index, accelerator.num_processes)
-        objective.measure(statistics_batches(read, recipe, accelerator.device, share))
+        with together():
+            batches = statistics_batches(read, recipe, accelerator.device)
+            objective.measure(batch for _, batch in batches)
     averaged = trainer.run()
     metrics = trainer.validate()
     tokenizer = objective.tokenizer(averaged)
-    if accelerator.is_main_process:
+    with together():  # and other processes may read the export next
         _export(tokenizer, recipe, plan.sources[0], folder, metrics)
-        summarise(trainer, metrics, folder, total_seconds=time.perf_counter() - start)
-        print_places(folder, "tokenizer")
-    accelerator.wait_for_everyone()  # other processes may read the export next
+        if accelerator.is_main_process:
+            summarise(trainer, metrics, folder, total_seconds=time.perf_counter() - start)
+            print_places(folder, "tokenizer")
     return tokenizer
 
 
@@ -237,23 +241,23 @@ def build_objective(
 
 
 def statistics_batches(
-    source: ImageSource,
-    recipe: TokenizerRecipe[Any, Any],
-    device: torch.device,
-    share: tuple[int, int] = (0, 1),
-) -> Iterator[Batch]:
-    """The first training images, in the order and with the mirroring of the first epoch.
+    source: ImageSource, recipe: TokenizerRecipe[Any, Any], device: torch.device
+) -> Iterator[tuple[list[int], Batch]]:
+    """This process's share of the first training images, in the order and with the mirroring of the first epoch.
 
-    Args:
-        share: (index, number) of processes: batches are dealt out in turn.
+    Yields:
+        The images' numbers in that order, and the images.
     """
     train = recipe.train
     num_images = min(train.num_statistics_images, len(source))
-    keys = DataOrder(len(source), num_images, train.seed, source.flip).keys(0)
-    batch_size = min(64, train.batch_size)
-    firsts = range(0, num_images, batch_size)
-    for first in firsts[share[0] :: share[1]]:
-        yield on_device(source.load_keys(keys[first : first + batch_size]), device)
+    order = DataOrder(len(source), num_images, train.seed, source.flip, source.block_size)
+    for places, batch in read_images(
+        source,
+        order.keys(0),
+        batch_size=min(64, train.batch_size),
+        what="images for statistics",
+    ):
+        yield places, on_device(batch, device)
 
 
 def _export(
@@ -263,13 +267,14 @@ def _export(
     folder: Path,
     metrics: dict[str, float],
 ) -> None:
-    """Measures the latents' statistics, writes ``export/`` and checks what a reader of it gets."""
+    """Measures the latents' statistics, in all processes; the first writes ``export/`` and checks what a reader
+    of it gets."""
     tokenizer.eval()
     device = tokenizer.texture_mean.device
-    generator = torch.Generator(device).manual_seed(recipe.train.seed)
     with errors_at(str(folder)):
-        pixels = (batch.pixels for batch in statistics_batches(train, recipe, device))
-        tokenizer.measure_statistics(pixels, generator)
+        batches = statistics_batches(train, recipe, device)
+        pixels = ((places, batch.pixels) for places, batch in batches)
+        tokenizer.measure_statistics(pixels, recipe.train.seed)
     tokenizer.training_info = {
         "data": train.name,
         "image_size": list(recipe.data.image_size),
@@ -277,6 +282,8 @@ def _export(
         "metrics": metrics,
         "recipe": json.loads(recipe.model_dump_json()),
     }
+    if process_index():
+        return
     tokenizer.save_pretrained(folder / "export", pictures=card_pictures(folder))
 
     pixels = to_pixels(train.load([0]).images, device=device)

@@ -86,11 +86,10 @@ def cached_latents(
     try:
         return ensure_latent_cache(
             images,
-            tokenizer,
+            tokenizer.to(accelerator.device),
             folder,
             data=data,
             targets=objective.target_teacher,
-            accelerator=accelerator,
         )
     except UserError as error:
         if data.cache != "auto":

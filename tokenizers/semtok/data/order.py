@@ -1,6 +1,6 @@
 """The order in which training sees the data, and the loader that follows it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,32 +112,40 @@ def training_batches(
     Raises:
         UserError: while iterating, where the source raises it, also in a loader process.
     """
+    batches = _MicroBatches(order, share, first_step, last_step)
+    return load_batches(source, batches, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def load_batches(
+    source: ImageSource, batches: Iterable[list[Key]], *, num_workers: int, pin_memory: bool
+) -> Iterator[ImageBatch]:
+    """Loads batches, given as keys, in their order; loader processes start in this call, and take them in turn.
+
+    Keys of no image take a turn and give no batch.
+
+    Raises:
+        UserError: while iterating, where the source raises it, also in a loader process.
+    """
     loader = DataLoader(
         _Indexed(source),
-        batch_sampler=_MicroBatches(order, share, first_step, last_step),
+        batch_sampler=batches,
         collate_fn=_keep,
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # leaves the global one, which resuming restores, alone
     )
-    return _batches(iter(loader))  # loader processes start here
+    return _batches(iter(loader))
 
 
-def _batches(loaded: Iterator[ImageBatch | UserError]) -> Iterator[ImageBatch]:
+def _batches(loaded: Iterator[ImageBatch | UserError | None]) -> Iterator[ImageBatch]:
     for batch in loaded:
         if isinstance(batch, UserError):
             # Loader processes end now, not when the traceback that holds this frame does.
             del loaded
             raise batch
-        yield batch
-
-
-def chosen_batches(source: ImageSource, batch_size: int, num_images: int) -> Iterator[ImageBatch]:
-    """``source.chosen(num_images)``, unflipped."""
-    chosen = source.chosen(num_images)
-    for first in range(0, len(chosen), batch_size):
-        yield source.load(chosen[first : first + batch_size])
+        if batch is not None:
+            yield batch
 
 
 class _MicroBatches:
@@ -165,17 +173,17 @@ class _Indexed(Dataset[Any]):
     def __init__(self, source: ImageSource) -> None:
         self.source = source
 
-    def __getitem__(self, key: Key) -> ImageBatch | UserError:
+    def __getitem__(self, key: Key) -> ImageBatch | UserError | None:
         return self.__getitems__([key])
 
-    def __getitems__(self, keys: list[Key]) -> ImageBatch | UserError:
+    def __getitems__(self, keys: list[Key]) -> ImageBatch | UserError | None:
         try:
-            return self.source.load_keys(keys)
+            return self.source.load_keys(keys) if keys else None
         except (
             UserError
         ) as error:  # raised in a loader process, it would become a page of traceback
             return error
 
 
-def _keep(batch: ImageBatch | UserError) -> ImageBatch | UserError:
+def _keep(batch: ImageBatch | UserError | None) -> ImageBatch | UserError | None:
     return batch

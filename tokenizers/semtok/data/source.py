@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from pydantic import Field, field_validator
@@ -10,10 +11,22 @@ from torch import Tensor
 
 from semtok.config import Config
 from semtok.sampler.latents import Posterior
-from semtok.teachers import TeacherFeatures
+from semtok.teachers import StoredFeatures
 
 Key = tuple[int, bool]
 """An image's index, and whether it is mirrored."""
+
+
+class Skipped(NamedTuple):
+    """An image that could not be read.
+
+    Attributes:
+        position: in the batch, where another image stands for it.
+        name: where it lies.
+    """
+
+    position: int
+    name: str
 
 
 class DataConfig(Config):
@@ -50,16 +63,17 @@ class ImageBatch:
         images: uint8 (B, 3, H, W); None where cached features or latents stand for them.
         labels: int64 (B,), in ``range(source.num_classes)``.
         attributes: per attribute name int64 (B,), an index into ``source.attributes[name]``.
-        skipped: names of files that could not be read and were replaced by the next readable one.
-        features: what a teacher saw in the images, where it is cached.
+        skipped: images that could not be read and were replaced by the next readable one: at each position
+            first the image that belongs there, then the others on the way to a readable one.
+        features: what a teacher saw in the images, where it is cached, as the cache holds it.
         latents: a tokenizer's posterior of the images, where it is cached; of any floating type.
     """
 
     images: Tensor | None
     labels: Tensor
     attributes: dict[str, Tensor] = field(default_factory=dict)
-    skipped: tuple[str, ...] = ()
-    features: TeacherFeatures | None = None
+    skipped: tuple[Skipped, ...] = ()
+    features: StoredFeatures | None = None
     latents: Posterior | None = None
 
     def pin_memory(self) -> "ImageBatch":
@@ -94,6 +108,8 @@ class ImageSource(ABC):
     order; training then draws from a few blocks at a time. None: any order costs the same."""
     is_cheap: bool = False
     """Whether loading costs less than handing batches from process to process: then no worker helps."""
+    num_workers: int = 0
+    """Loader processes that a pass over the images may use; see ``DataConfig``."""
 
     @property
     def num_classes(self) -> int:

@@ -269,9 +269,14 @@ class DiffusionObjective(Objective):
         return TeacherFeatures((last,), raw["global"] if "global" in raw else last.mean(dim=(2, 3)))
 
     def validate(
-        self, averaged: nn.Module, pixels: Tensor | None, inputs: Mapping[str, Any]
+        self,
+        averaged: nn.Module,
+        pixels: Tensor | None,
+        inputs: Mapping[str, Any],
+        *,
+        indices: Sequence[int],
     ) -> dict[str, Tensor]:
-        """Squared error of each part's velocity at fixed times, with noise that belongs to the batch:
+        """Squared error of each part's velocity at fixed times, with noise that belongs to the image:
         ``velocity``, the texture's, also for each time; ``velocity_<part>`` for the others."""
         data = on_texture_grid(inputs["posterior"].mean)
         num, device = len(inputs["labels"]), inputs["labels"].device
@@ -279,7 +284,7 @@ class DiffusionObjective(Objective):
         for i in range(_BINS):
             t = torch.full((num,), (i + 0.5) / _BINS, device=device)
             times = self.schedule.times(t * self.schedule.length)
-            noise = SampleNoise(i, range(num), device)
+            noise = SampleNoise(i, indices, device)
             x, velocity = {}, {}
             for name, part in data.items():
                 own = noise(tuple(part.shape[1:]))

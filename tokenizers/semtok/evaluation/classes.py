@@ -10,7 +10,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from semtok.data.order import chosen_batches
+from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
 from semtok.images import to_pixels
 from semtok.teachers import Teacher
@@ -78,5 +78,5 @@ def features_and_labels(
 
 def real_batches(source: ImageSource, num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
     """``source.chosen(num_images)`` with their labels."""
-    for batch in chosen_batches(source, 64, num_images):
+    for batch in chosen_images(source, num_images, batch_size=64):
         yield batch.images, batch.labels

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from semtok.data.images.folder import Folder
+from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
@@ -47,10 +48,9 @@ def images_of_source(source: ImageSource, num_images: int, *, batch_size: int = 
     chosen = source.chosen(num_images)
 
     def batches() -> Iterator[Tensor]:
-        for first in range(0, len(chosen), batch_size):
-            batch = source.load(chosen[first : first + batch_size])
+        for batch in chosen_images(source, len(chosen), batch_size=batch_size):
             if batch.skipped:
-                raise UserError(f"{batch.skipped[0]}: can't be read as an image; remove it")
+                raise UserError(f"{batch.skipped[0].name}: can't be read as an image; remove it")
             yield batch.images
 
     size = f"{source.image_size[0]}x{source.image_size[1]}"

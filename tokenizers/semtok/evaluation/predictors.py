@@ -19,7 +19,7 @@ from scipy.fft import dctn
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from semtok.data.order import chosen_batches
+from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
 from semtok.images import to_pixels
@@ -322,7 +322,7 @@ def evaluate_latents(
     pooled: list[Tensor] = []
     by_image: dict[str, list[Tensor]] = {}
     count = 0
-    for batch in chosen_batches(source, batch_size, num_images):
+    for batch in chosen_images(source, num_images, batch_size=batch_size):
         pixels = to_pixels(batch.images, device=device)
         features = teacher.features(pixels)
         noise = SampleNoise(seed, range(count, count + len(pixels)), device)

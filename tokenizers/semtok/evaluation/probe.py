@@ -23,7 +23,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 
-from semtok.data.order import chosen_batches
+from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
 from semtok.images import to_pixels
 from semtok.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ def latent_table(
     if not source.attributes:
         raise ValueError(f"{source.name} has no attributes to probe for")
     features, attributes = [], {name: [] for name in source.attributes}
-    for batch in chosen_batches(source, batch_size, num_images):
+    for batch in chosen_images(source, num_images, batch_size=batch_size):
         latents = tokenizer.encode(to_pixels(batch.images))
         features.append(
             torch.cat([part.flatten(1) for part in latents.values()], dim=1).cpu().numpy()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from semtok.data.order import chosen_batches
+from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
 from semtok.evaluation.frechet import Gaussian, frechet_distance
 from semtok.images import to_pixels, to_uint8
@@ -89,7 +89,7 @@ def evaluate_reconstruction(
     }
     latents = {name: StreamingMoments() for name in tokenizer.spec.names}
     kl_sums: dict[str, tuple[float, int]] = {}
-    for batch in chosen_batches(source, batch_size, num_images):
+    for batch in chosen_images(source, num_images, batch_size=batch_size):
         pixels = to_pixels(batch.images, device=device)
         raw = tokenizer.posterior_raw(pixels)
         posterior = tokenizer.standardise_posterior(raw)

@@ -7,7 +7,7 @@ the image. The methods differ in their coder and in how it is learned.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -449,7 +449,12 @@ class CompositeObjective(TokenizerObjective):
         """How the paper diffuses these latents."""
 
     def validate(
-        self, averaged: FeatureCoder | None, pixels: Tensor, inputs: Mapping[str, Any]
+        self,
+        averaged: FeatureCoder | None,
+        pixels: Tensor,
+        inputs: Mapping[str, Any],
+        *,
+        indices: Sequence[int],
     ) -> dict[str, Tensor]:
         if averaged is None:
             return {}

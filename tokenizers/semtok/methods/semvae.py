@@ -6,7 +6,7 @@ made of transformer blocks (section 3.2, eq. 8). The diffusion transformer then 
 semantics ahead of the texture by a lead of 0.3 (section 3.3): semantics alone, both, texture alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -212,11 +212,16 @@ class SemVAEObjective(CompositeObjective):
         return [self.coder.encoder, self.coder.decoder]
 
     def validate(
-        self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]
+        self,
+        averaged: nn.Module,
+        pixels: Tensor,
+        inputs: Mapping[str, Any],
+        *,
+        indices: Sequence[int],
     ) -> dict[str, Tensor]:
         mean, logvar = averaged.moments(inputs["features"].joined)
         return {
-            **super().validate(averaged, pixels, inputs),
+            **super().validate(averaged, pixels, inputs, indices=indices),
             "kl_per_dim": kl_loss(mean, logvar) / mean[0].numel(),
         }
 

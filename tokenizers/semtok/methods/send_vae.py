@@ -8,7 +8,7 @@ are divided by running statistics, and the projector is REPA's three-layer MLP; 
 choices of the closest published code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -220,7 +220,12 @@ class SendVAEObjective(VAEObjective):
             )
 
     def validate(
-        self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]
+        self,
+        averaged: nn.Module,
+        pixels: Tensor,
+        inputs: Mapping[str, Any],
+        *,
+        indices: Sequence[int],
     ) -> dict[str, Tensor]:
         """The VAE's metrics, and the cosine between mapped latents, without noise, and the teacher's tokens."""
         q, x_hat = reconstruct(averaged, pixels)

@@ -7,7 +7,7 @@ losses are means over pixels, so that weights keep their meaning across image si
 weight can ramp and is capped.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -410,7 +410,12 @@ class VAEObjective(TokenizerObjective):
         return KLTokenizer(averaged, method=self.config.name)
 
     def validate(
-        self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]
+        self,
+        averaged: nn.Module,
+        pixels: Tensor,
+        inputs: Mapping[str, Any],
+        *,
+        indices: Sequence[int],
     ) -> dict[str, Tensor]:
         return reconstruction_metrics(*reconstruct(averaged, pixels), pixels)
 

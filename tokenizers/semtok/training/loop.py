@@ -13,12 +13,14 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from semtok.data.order import BatchSlice, DataOrder, chosen_batches, training_batches
+from semtok.data.order import BatchSlice, DataOrder, training_batches
+from semtok.data.passes import read_images
 from semtok.data.source import ImageBatch, ImageSource
 from semtok.errors import Interrupted
 from semtok.images import to_pixels
 from semtok.objective import Batch, Objective, StepOutput
 from semtok.pictures import write_png
+from semtok.processes import gather, together
 from semtok.sampler.draws import Draws
 from semtok.speed import compile_networks
 from semtok.training.checkpoint import (
@@ -44,8 +46,8 @@ def on_device(batch: ImageBatch, device: torch.device) -> Batch:
         to_pixels(move(batch.images)) if batch.images is not None else None,
         move(batch.labels),
         {name: move(values) for name, values in batch.attributes.items()},
-        batch.features.map(move) if batch.features is not None else None,
-        # In float32 on the device, so that what crosses is half as much.
+        # In float32 only on the device, so that little crosses.
+        batch.features.map(move).restored() if batch.features is not None else None,
         batch.latents.map(lambda part: move(part).float()) if batch.latents is not None else None,
     )
 
@@ -308,7 +310,7 @@ class Trainer:
 
     def _prepared(self, images: ImageBatch) -> tuple[Batch, dict[str, Any]]:
         """What a source loaded, on the device, and what the objective makes of it."""
-        for name in set(images.skipped) - self.skipped:
+        for name in {skipped.name for skipped in images.skipped} - self.skipped:
             self.skipped.add(name)
             say = self.log.say if self.log is not None else print
             say(f"warning: {name} can't be read as an image; another image takes its place")
@@ -388,24 +390,26 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Held-out metrics of the averaged weights, over ``num_validation_images``, shared among processes."""
         sums: dict[str, Tensor] = {}
-        count = torch.zeros((), dtype=torch.float64, device=self.device)
-        batches = chosen_batches(
-            self.validation, self.share.micro_batch_size, self.config.num_validation_images
-        )
-        with self._evaluating():
-            for number, images in enumerate(batches):
-                if number % self.accelerator.num_processes != self.accelerator.process_index:
-                    continue
+        count = 0
+        keys = [(i, False) for i in self.validation.chosen(self.config.num_validation_images)]
+        with together(), self._evaluating():
+            for places, images in read_images(
+                self.validation,
+                keys,
+                batch_size=self.share.micro_batch_size,
+                what="held-out images",
+            ):
                 batch, inputs = self._prepared(images)
-                values = self.objective.validate(self.averaged, batch.pixels, inputs)
+                values = self.objective.validate(
+                    self.averaged, batch.pixels, inputs, indices=places
+                )
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0) + value.double().sum()
                 count += len(batch)
-        # A process without a batch does not know the names; the first always has one.
-        names = self._gather(list(sums))[0]
-        totals = torch.stack([sums.get(name, torch.zeros_like(count)) for name in names] + [count])
-        totals = self.accelerator.reduce(totals, reduction="sum")
-        return dict(zip(names, (totals[:-1] / totals[-1]).tolist(), strict=True))
+        parts = gather((count, {name: float(value) for name, value in sums.items()}))
+        num_images = sum(num for num, _ in parts)
+        names = dict.fromkeys(name for _, part in parts for name in part)
+        return {n: sum(part.get(n, 0.0) for _, part in parts) / num_images for n in names}
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

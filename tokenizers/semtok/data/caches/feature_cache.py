@@ -9,7 +9,7 @@ from torch import Tensor
 from semtok.data.caches.shards import Shards, ensure_shards
 from semtok.data.source import ImageBatch, ImageSource, Key
 from semtok.images import to_pixels
-from semtok.teachers import Teacher, TeacherFeatures
+from semtok.teachers import StoredFeatures, Teacher
 
 _HALF = 65504.0  # the largest float16
 _PLACE = "method.feature_cache"
@@ -37,14 +37,14 @@ class CachedFeatures(ImageSource):
         return self.load_keys([(index, False) for index in indices])
 
     def load_keys(self, keys: Sequence[Key]) -> ImageBatch:
-        rows = {name: values.float() for name, values in self.shards.rows(keys).items()}
+        rows = self.shards.rows(keys)
         pooled = rows.pop("pooled")
         patches = tuple(rows[f"layer_{i}"] for i in range(len(rows)))
         return ImageBatch(
             None,
             self.shards.labels(keys),
             skipped=self.shards.skipped_among(keys),
-            features=TeacherFeatures(patches, pooled),
+            features=StoredFeatures(patches, pooled),
         )
 
 
@@ -90,7 +90,6 @@ def ensure_feature_cache(
         },
         what="the teacher's features",
         place=_PLACE,
-        accelerator=accelerator,
         batch_size=batch_size,
     )
     return CachedFeatures(source, shards)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from semtok.data.caches.remote_shards import RemoteShards, is_url, read_remote_json
@@ -22,9 +21,10 @@ from semtok.data.caches.shards import INDEX, Compute, Shards, ensure_shards
 from semtok.data.source import DataConfig, ImageBatch, ImageSource, Key
 from semtok.errors import UserError
 from semtok.images import to_pixels
+from semtok.processes import process_index, together
 from semtok.sampler.latents import Latents, Posterior
-from semtok.storage import read_json, write_json
-from semtok.teachers import Teacher, TeacherFeatures
+from semtok.storage import first_line, read_json, write_json
+from semtok.teachers import StoredFeatures, Teacher, TeacherFeatures
 from semtok.tokenizer import Tokenizer
 
 DTypeName = Literal["fp16", "bf16"]
@@ -60,7 +60,7 @@ class CachedLatents(ImageSource):
 
     def load_keys(self, keys: Sequence[Key]) -> ImageBatch:
         rows = self.shards.rows(keys)
-        features = _unpack_features(rows)
+        features = _stored_features(rows)
         means = {n.removesuffix("/mean"): v for n, v in rows.items() if n.endswith("/mean")}
         stds = {n: rows.get(f"{n}/std", torch.zeros_like(means[n])) for n in means}
         ordered = {name: means[name] for name in self._parts}
@@ -97,7 +97,6 @@ def ensure_latent_cache(
     data: DataConfig,
     targets: Teacher | None = None,
     dtype: DTypeName = "fp16",
-    accelerator: Accelerator,
     batch_size: int = 64,
     shard_size: int = 1024,
 ) -> tuple[CachedLatents, CachedLatents]:
@@ -105,17 +104,18 @@ def ensure_latent_cache(
 
     Args:
         sources: training and held-out images.
-        tokenizer: measured, in eval mode.
+        tokenizer: measured, in eval mode, on the device that is to compute.
         data: the settings of these images, by which the cache knows them where the images are not at hand.
         targets: the teacher whose tokens of its last layer are kept for REPA; None: none are.
         dtype: of the latents on disk.
 
     Raises:
-        UserError: the folder holds something else, or the disk has too little room.
+        UserError: the folder holds something else, or the disk has too little room; in all processes, where it
+            is raised in one.
     """
-    tokenizer.to(accelerator.device)
+    device = tokenizer.texture_mean.device
     if targets is not None:
-        targets.to(accelerator.device)
+        targets.to(device)
     train, validation = sources
     about = {
         "tokenizer": fingerprint(tokenizer),
@@ -124,7 +124,7 @@ def ensure_latent_cache(
         "dtype": dtype,
         "image_size": list(train.image_size),
     }
-    compute = _latents_of(tokenizer, targets, _DTYPES[dtype], accelerator)
+    compute = _latents_of(tokenizer, targets, _DTYPES[dtype], device)
     held_out = _Unmirrored(validation, validation.chosen(_NUM_VALIDATION))
     seen = {
         "image_size": list(train.image_size),
@@ -133,22 +133,24 @@ def ensure_latent_cache(
         "data": _data_about(data),
     }
     cached = []
-    for name, source, images in ((_TRAIN, train, train), (_VALIDATION, held_out, validation)):
-        shards = ensure_shards(
-            source,
-            folder / name,
-            compute,
-            about={**about, "source": images.identity},
-            what=f"latents of the {'training' if name == _TRAIN else 'held-out'} images",
-            place=_PLACE,
-            accelerator=accelerator,
-            batch_size=batch_size,
-            shard_size=shard_size,
-        )
-        cached.append(CachedLatents(shards, seen))
-    if accelerator.is_main_process and not (folder / _ABOUT).is_file():
-        write_json(folder / _ABOUT, seen)
-    accelerator.wait_for_everyone()
+    with together():
+        for name, source, images in ((_TRAIN, train, train), (_VALIDATION, held_out, validation)):
+            shards = ensure_shards(
+                source,
+                folder / name,
+                compute,
+                about={**about, "source": images.identity},
+                what=f"latents of the {'training' if name == _TRAIN else 'held-out'} images",
+                place=_PLACE,
+                batch_size=batch_size,
+                shard_size=shard_size,
+            )
+            cached.append(CachedLatents(shards, seen))
+        if not process_index() and not (folder / _ABOUT).is_file():
+            try:
+                write_json(folder / _ABOUT, seen)
+            except OSError as error:
+                raise UserError(f"{_PLACE}: {folder}: {first_line(error)}") from None
     return cached[0], cached[1]
 
 
@@ -223,7 +225,7 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def _latents_of(
-    tokenizer: Tokenizer, targets: Teacher | None, dtype: torch.dtype, accelerator: Accelerator
+    tokenizer: Tokenizer, targets: Teacher | None, dtype: torch.dtype, device: torch.device
 ) -> Compute:
     own = tokenizer.teacher_config
     shared = targets is not None and own is not None and targets.config == own
@@ -232,7 +234,7 @@ def _latents_of(
     @torch.no_grad()
     def compute(batch: ImageBatch) -> dict[str, Tensor]:
         assert batch.images is not None
-        pixels = to_pixels(batch.images.to(accelerator.device))
+        pixels = to_pixels(batch.images.to(device))
         features = tokenizer.features(pixels)
         posterior = tokenizer.posterior(pixels, features)
         columns = {f"{name}/mean": part for name, part in posterior.mean.items()}
@@ -259,11 +261,12 @@ def _pack_features(features: TeacherFeatures | None) -> dict[str, Tensor]:
     }
 
 
-def _unpack_features(rows: Mapping[str, Tensor]) -> TeacherFeatures | None:
+def _stored_features(rows: Mapping[str, Tensor]) -> StoredFeatures | None:
     if "targets/patches" not in rows:
         return None
-    patches = rows["targets/patches"].float() * rows["targets/scale"]
-    return TeacherFeatures((patches,), rows["targets/pooled"])
+    return StoredFeatures(
+        (rows["targets/patches"],), rows["targets/pooled"], (rows["targets/scale"],)
+    )
 
 
 def _targets_about(teacher: Teacher | None) -> dict[str, Any] | None:
@@ -284,6 +287,8 @@ class _Unmirrored(ImageSource):
         self.source, self.indices = source, list(indices)
         self.image_size, self.class_names = source.image_size, source.class_names
         self.attributes, self.flip, self.name = source.attributes, False, source.name
+        # Of a choice nobody knows the blocks, and each loader process would fetch them anew.
+        self.num_workers = source.num_workers if source.block_size is None else 0
 
     def __len__(self) -> int:
         return len(self.indices)

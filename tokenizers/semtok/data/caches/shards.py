@@ -9,22 +9,21 @@ read by memory map, so a row costs one copy, in any order, and processes share t
 import hashlib
 import math
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors import safe_open
 from torch import Tensor
-from tqdm import tqdm
 
-from semtok.data.source import ImageBatch, ImageSource, Key
+from semtok.data.passes import read_images
+from semtok.data.source import ImageBatch, ImageSource, Key, Skipped
 from semtok.errors import UserError
+from semtok.processes import gather, num_processes, process_index, together
 from semtok.storage import DAMAGE, first_line, new_file, read_json, write_json, write_tensors
 
 INDEX, _PLAN = "index.json", "plan.json"
@@ -65,6 +64,9 @@ class Shards:
                 raise ValueError(
                     f"{INDEX} names {len(self.entries)} shards instead of {num_shards}"
                 )
+            for number, entry in enumerate(self.entries):
+                if entry["file"] != _shard_name(number):  # a name may lead anywhere
+                    raise ValueError(f"{INDEX} names {entry['file']!r} for {_shard_name(number)}")
             self._open_all()
         except UserError as error:
             raise UserError(self._damaged(error)) from None
@@ -133,9 +135,13 @@ class Shards:
         """int64 (B,)."""
         return self._column(_LABELS, [(index, False) for index, _ in keys], torch.int64, ())
 
-    def skipped_among(self, keys: Sequence[Key]) -> tuple[str, ...]:
-        """Names of files that could not be read when the rows of these images were computed."""
-        return tuple(self.skipped[index] for index, _ in keys if index in self.skipped)
+    def skipped_among(self, keys: Sequence[Key]) -> tuple[Skipped, ...]:
+        """Which of these images could not be read when their rows were computed."""
+        return tuple(
+            Skipped(position, self.skipped[index])
+            for position, (index, _) in enumerate(keys)
+            if index in self.skipped
+        )
 
     def _column(
         self, name: str, keys: Sequence[Key], dtype: torch.dtype, shape: tuple[int, ...]
@@ -156,7 +162,6 @@ def ensure_shards(
     about: Mapping[str, Any],
     what: str,
     place: str,
-    accelerator: Accelerator,
     batch_size: int = 64,
     shard_size: int = 1024,
 ) -> Shards:
@@ -170,28 +175,30 @@ def ensure_shards(
         batch_size: images per call of ``compute``.
 
     Raises:
-        UserError: the folder holds something else, or the disk has too little room.
+        UserError: the folder holds something else, or the disk has too little room; in all processes, where it
+            is raised in one.
     """
     wanted = {**about, "num_images": len(source), "flip": source.flip}
-    if not (folder / INDEX).is_file():
-        try:
-            writer = _Writer(source, folder, compute, wanted, batch_size, shard_size)
-            writer.claim(what, place, accelerator)
-            writer.write(what, accelerator)
-        except OSError as error:
-            raise UserError(f"{place}: {folder}: {first_line(error)}") from None
-    shards = Shards(folder, place)
-    for key, value in wanted.items():
-        if shards.about.get(key) != value:
-            raise UserError(
-                f"{place}: {folder} holds {what} of something else ({key}: {shards.about.get(key)}, "
-                f"here {value}); choose another folder"
-            )
+    with together():
+        if not gather((folder / INDEX).is_file())[0]:
+            try:
+                writer = _Writer(source, folder, compute, wanted, batch_size, shard_size)
+                writer.claim(what, place)
+                writer.write(what)
+            except OSError as error:
+                raise UserError(f"{place}: {folder}: {first_line(error)}") from None
+        shards = Shards(folder, place)
+        for key, value in wanted.items():
+            if shards.about.get(key) != value:
+                raise UserError(
+                    f"{place}: {folder} holds {what} of something else ({key}: {shards.about.get(key)}, "
+                    f"here {value}); choose another folder"
+                )
     return shards
 
 
 class _Writer:
-    """Writes what is missing of a folder of shards."""
+    """Writes what is missing of a folder of shards; all processes call its methods."""
 
     def __init__(
         self,
@@ -205,94 +212,125 @@ class _Writer:
         self.source, self.folder, self.compute = source, folder, compute
         self.about, self.batch_size, self.shard_size = dict(about), batch_size, shard_size
         # Computed ahead, so that what can't work is found before the folder is there.
-        first = self._batch([(0, False)])
+        first = compute(source.load([0]))
         self.bytes = len(source) * sum(t[0].numel() * t.element_size() for t in first.values())
         self.bytes *= 2 if source.flip else 1
 
-    def claim(self, what: str, place: str, accelerator: Accelerator) -> None:
+    def claim(self, what: str, place: str) -> None:
         """Takes the folder, or goes on in it; looks whether the result will have room."""
-        plan = {"about": self.about, "shard_size": self.shard_size}
-        problem = None
-        if accelerator.is_main_process:
-            file = self.folder / _PLAN
-            if file.is_file():
-                if read_json(file) != plan:
-                    problem = "was begun with something else; choose another folder"
-            elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                problem = "holds other files; choose another folder"
-            else:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                free = shutil.disk_usage(self.folder).free
-                if self.bytes > free:
-                    self.folder.rmdir()
-                    problem = (
-                        f"needs {self.bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; "
-                        "leave it out"
-                    )
-                else:
-                    write_json(file, plan)
-            if problem is None:
-                print(
-                    f"computing {what} once: {self.bytes / 1e9:.2f} GB in {self.folder}", flush=True
-                )
-        problem = next((p for p in gather_object([problem]) if p), None)
-        if problem:
-            raise UserError(f"{place}: {self.folder} {problem}")
+        if not process_index():
+            problem = self._take_folder()
+            if problem is not None:
+                raise UserError(f"{place}: {self.folder} {problem}")
+            print(f"computing {what} once: {self.bytes / 1e9:.2f} GB in {self.folder}", flush=True)
+        gather(None)  # nobody writes before
 
-    def write(self, what: str, accelerator: Accelerator) -> None:
-        """Writes each process's share of the shards that are missing, then the index."""
-        num_shards = math.ceil(len(self.source) / self.shard_size)
-        own = range(accelerator.process_index, num_shards, accelerator.num_processes)
-        entries, skipped = [], {}
-        for number in tqdm(own, desc=what, unit="shard", disable=not sys.stderr.isatty()):
-            file = self.folder / f"shard-{number:06d}.safetensors"
-            notes = file.with_suffix(".json")  # written after its shard, which it vouches for
-            if not notes.is_file():
-                write_json(notes, {"skipped": self._write_shard(number, file)})
-            skipped |= read_json(notes)["skipped"]
-            entries.append(
-                {"file": file.name, "bytes": file.stat().st_size, "checksum": shard_checksum(file)}
+    def _take_folder(self) -> str | None:
+        """What stands against it, if anything."""
+        plan = {"about": self.about, "shard_size": self.shard_size}
+        file = self.folder / _PLAN
+        if file.is_file():
+            if read_json(file) != plan:
+                return "was begun with something else; choose another folder"
+            return None
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            return "holds other files; choose another folder"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if self.bytes > free:
+            self.folder.rmdir()
+            return (
+                f"needs {self.bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; "
+                "leave it out"
             )
-        everywhere = [entry for entry in gather_object(entries)]
-        skipped = {k: v for part in gather_object([skipped]) for k, v in part.items()}
-        if accelerator.is_main_process:
+        write_json(file, plan)
+        return None
+
+    def write(self, what: str) -> None:
+        """Writes each process's share of the shards that are missing, then the index."""
+        shards = range(math.ceil(len(self.source) / self.shard_size))
+        # One process says which, as the others may look when some are there.
+        missing = gather([n for n in shards if not self._notes(n).is_file()])[0]
+        self._compute(missing, what)
+        gather(None)  # all are written
+        own = [self._entry(n) for n in shards[process_index() :: num_processes()]]
+        described = sorted((e for part in gather(own) for e in part), key=lambda e: e[0]["file"])
+        if not process_index():
             index = {
                 "format_version": _FORMAT_VERSION,
                 "about": self.about,
                 "num_images": len(self.source),
                 "shard_size": self.shard_size,
-                "shards": sorted(everywhere, key=lambda entry: entry["file"]),
-                "skipped": skipped,
+                "shards": [entry for entry, _ in described],
+                "skipped": {k: v for _, skipped in described for k, v in skipped.items()},
             }
             write_json(self.folder / INDEX, index)
-        accelerator.wait_for_everyone()
+        gather(None)
 
-    def _write_shard(self, number: int, file: Path) -> dict[str, str]:
-        indices = range(
-            number * self.shard_size, min((number + 1) * self.shard_size, len(self.source))
-        )
-        columns: dict[str, list[Tensor]] = {}
-        skipped: dict[str, str] = {}
-        for mirror in (False, True) if self.source.flip else (False,):
-            for first in range(0, len(indices), self.batch_size):
-                keys = [(i, mirror) for i in indices[first : first + self.batch_size]]
-                for name, rows in self._batch(keys, skipped).items():
-                    if not mirror or name != _LABELS:
-                        columns.setdefault(_MIRRORED + name if mirror else name, []).append(rows)
-        with new_file(file) as temporary:
-            write_tensors(temporary, {name: torch.cat(rows) for name, rows in columns.items()})
-        return skipped
+    def _compute(self, shards: Sequence[int], what: str) -> None:
+        begun: dict[int, _Rows] = {}  # several, as loader processes take one each
+        keys = [(i, False) for number in shards for i in self._images(number)]
+        for places, batch in read_images(
+            self.source, keys, batch_size=self.batch_size, what=what, together=self.shard_size
+        ):
+            first, _ = keys[places[0]]
+            number = first // self.shard_size
+            rows = begun.setdefault(number, _Rows())
+            rows.add(self._rows(batch), first, batch.skipped)
+            if rows.num_images == len(self._images(number)):
+                file = self.folder / _shard_name(number)
+                with new_file(file) as temporary:
+                    write_tensors(temporary, begun.pop(number).joined())
+                write_json(self._notes(number), {"skipped": rows.skipped})
 
-    def _batch(
-        self, keys: Sequence[Key], skipped: dict[str, str] | None = None
-    ) -> dict[str, Tensor]:
-        batch = self.source.load_keys(keys)
-        if skipped is not None:
-            # Which of the batch they were, no batch tells; it counts that they are named.
-            indices = (str(index) for index, _ in keys)
-            skipped |= dict(zip(indices, batch.skipped, strict=False))
+    def _images(self, shard: int) -> range:
+        return range(len(self.source))[shard * self.shard_size : (shard + 1) * self.shard_size]
+
+    def _notes(self, shard: int) -> Path:
+        """Written after its shard, which it vouches for."""
+        return (self.folder / _shard_name(shard)).with_suffix(".json")
+
+    def _entry(self, shard: int) -> tuple[dict[str, Any], dict[str, str]]:
+        """What the index says of a shard, and which of its images could not be read."""
+        file = self.folder / _shard_name(shard)
+        entry = {
+            "file": file.name,
+            "bytes": file.stat().st_size,
+            "checksum": shard_checksum(file),
+        }
+        return entry, read_json(self._notes(shard))["skipped"]
+
+    def _rows(self, batch: ImageBatch) -> dict[str, Tensor]:
         rows = {name: value.cpu() for name, value in self.compute(batch).items()}
-        return rows | {_LABELS: batch.labels}
+        rows[_LABELS] = batch.labels
+        if self.source.flip:
+            assert batch.images is not None
+            mirrored = self.compute(replace(batch, images=batch.images.flip(-1)))
+            rows |= {_MIRRORED + name: value.cpu() for name, value in mirrored.items()}
+        return rows
+
+
+class _Rows:
+    """Of one shard, what has been computed so far."""
+
+    def __init__(self) -> None:
+        self.num_images, self.skipped = 0, dict[str, str]()
+        self._columns: dict[str, list[Tensor]] = {}
+
+    def add(self, rows: Mapping[str, Tensor], first: int, skipped: Sequence[Skipped]) -> None:
+        """Takes in the rows of the images from ``first`` on."""
+        for name, values in rows.items():
+            self._columns.setdefault(name, []).append(values)
+        for position, name in skipped:  # the first at a position is the image that belongs there
+            self.skipped.setdefault(str(first + position), name)
+        self.num_images += len(rows[_LABELS])
+
+    def joined(self) -> dict[str, Tensor]:
+        return {name: torch.cat(parts) for name, parts in self._columns.items()}
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:06d}.safetensors"
 
 
 def open_shard(file: Path) -> dict[str, tuple[Tensor, np.ndarray]]:

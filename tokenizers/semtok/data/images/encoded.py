@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from semtok.data.images.attributes import ImageAttributes
-from semtok.data.source import DataConfig, ImageBatch, ImageSource
+from semtok.data.source import DataConfig, ImageBatch, ImageSource, Skipped
 from semtok.errors import UserError
 
 VALIDATION_NAMES = ("val", "validation", "valid", "test")
@@ -96,8 +96,10 @@ class StoredImages(ImageSource):
         found = self.contents(wanted) if wanted else []  # a server is asked for all at once
         contents = dict(zip(wanted, found, strict=True))
         images, rows, skipped = [], [], []
-        for index in indices:
-            image, used = self._read(index, contents, skipped)
+        for position, index in enumerate(indices):
+            unreadable: list[str] = []
+            image, used = self._read(index, contents, unreadable)
+            skipped += [Skipped(position, name) for name in unreadable]
             images.append(torch.from_numpy(image).permute(2, 0, 1))
             rows.append(used)
         attributes = {}

@@ -38,14 +38,18 @@ def open_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
     Raises:
         UserError: images are missing, or none of them is readable.
     """
+    sources: tuple[ImageSource, ImageSource]
     match config:
         case ShapesConfig():
-            return Shapes(config, train=True), Shapes(config, train=False)
+            sources = Shapes(config, train=True), Shapes(config, train=False)
         case FolderConfig():
-            return Folder.open(config)
+            sources = Folder.open(config)
         case ParquetConfig():
-            return Parquet.open(config)
+            sources = Parquet.open(config)
         case TarsConfig():
-            return Tars.open(config)
+            sources = Tars.open(config)
         case _:
             raise AssertionError(f"no source for {type(config).__name__}")
+    for source in sources:
+        source.num_workers = config.num_workers
+    return sources

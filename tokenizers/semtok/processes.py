@@ -1,0 +1,132 @@
+"""What the processes that a launcher started tell each other: values, and that one of them has failed.
+
+Every exchange is the same collective, so a process that fails meets the others wherever they wait next,
+and all end, or go on, together. Outside a launcher there is one process, and nothing is exchanged.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from semtok.errors import UserError
+from semtok.storage import first_line
+
+T = TypeVar("T")
+_LINE_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class _Failure:
+    message: str
+    is_users: bool
+    """Whether it is of those that commands tell in one line."""
+
+
+def num_processes() -> int:
+    """How many there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    """Which one this is, from 0."""
+    return dist.get_rank() if num_processes() > 1 else 0
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, in their order; all have to ask.
+
+    Args:
+        value: small, as it is pickled.
+
+    Raises:
+        UserError: another process failed within ``together`` by what its user can mend.
+        RuntimeError: another process failed otherwise.
+    """
+    if num_processes() == 1:
+        return [value]
+    for index, told in enumerate(values := _exchange(value)):
+        if isinstance(told, _Failure):
+            kind = UserError if told.is_users else RuntimeError
+            raise _known_to_all(kind(f"process {index}: {told.message}"))
+    return values
+
+
+def together() -> contextlib.AbstractContextManager[None]:
+    """Within this context a failure of one process is a failure of all.
+
+    The others notice it at their next ``gather``, or at the end of the context, where all wait for each other.
+    No collective but ``gather`` may stand inside. What they raise, see there.
+    """
+    return _Together()
+
+
+class _Together:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if error is None:
+            gather(None)
+        elif isinstance(error, Exception) and num_processes() > 1 and not _is_known(error):
+            _exchange(_Failure(first_line(error), isinstance(error, UserError | OSError)))
+            _known_to_all(error)
+
+
+def _exchange(value: Any) -> list[Any]:
+    values: list[Any] = [None] * num_processes()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _known_to_all(error: Exception) -> Exception:
+    error.__dict__["_known_to_all"] = True
+    return error
+
+
+def _is_known(error: BaseException | None) -> bool:
+    """Whether all have heard of an error, or of the one that it was made of, as messages are given places."""
+    while error is not None:
+        if "_known_to_all" in error.__dict__:
+            return True
+        error = error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def progress(what: str | None, total: int, unit: str = "image") -> Iterator[Callable[[int], Any]]:
+    """Tells how far something is, in the first process: a bar on a terminal, elsewhere a line every ten seconds.
+
+    Args:
+        what: in a few words; None: nothing is told.
+        total: of units, over all processes.
+
+    Yields:
+        To be called with the number of units that were done.
+    """
+    if what is None or process_index():
+        yield lambda num: None
+    elif sys.stderr.isatty():
+        with tqdm(total=total, desc=what, unit=unit) as bar:
+            yield bar.update
+    else:
+        start = told = time.monotonic()
+        done = 0
+
+        def tell(num: int) -> None:
+            nonlocal done, told
+            done, now = done + num, time.monotonic()
+            if now - told >= _LINE_SECONDS:
+                told, rate = now, f" {unit}"
+                line = tqdm.format_meter(done, total, now - start, 0, prefix=what, unit=rate)
+                print(line, flush=True)
+
+        yield tell
