@@ -31,6 +31,7 @@ from semtok.recipe import load_recipe, parse_diffusion_recipe, parse_recipe, rec
 from semtok.sampler.draws import Draws
 from semtok.speed import use_channels_last
 from semtok.teachers import Teacher
+from semtok.training import loop
 from semtok.training.config import TrainConfig
 from semtok.training.ema import ModelEMA
 from semtok.training.log import MetricSums
@@ -351,8 +352,10 @@ def test_channels_last_reaches_trained_and_frozen_convolutions(method, networks,
         assert all(w.is_contiguous(memory_format=torch.channels_last) for w in kernels)
 
 
-def test_channels_last_without_a_convolution_is_refused():
-    assert not use_channels_last([torch.nn.Linear(2, 2)])
+def test_channels_last_without_a_convolution_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "use_channels_last", lambda networks: use_channels_last([]))
+    with pytest.raises(UserError, match="train.channels_last: no network here has a convolution"):
+        tiny.trainer(tmp_path / "run", {"name": "vae"}, channels_last=True)
 
 
 def test_cudnn_times_its_algorithms_only_where_asked(tmp_path):

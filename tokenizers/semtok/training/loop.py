@@ -33,6 +33,7 @@ from semtok.training.checkpoint import (
 from semtok.training.config import TrainConfig
 from semtok.training.ema import ModelEMA
 from semtok.training.log import MetricSums, RunLog, non_finite
+from semtok.training.optimisers import Optimisers
 
 
 def on_device(batch: ImageBatch, device: torch.device) -> Batch:
@@ -111,34 +112,13 @@ class Trainer:
         self.learners = {
             name: accelerator.prepare_model(p) for name, p in objective.learners.items()
         }
-        self.optimisers = {
-            name: self._optimiser(name, learner) for name, learner in objective.learners.items()
-        }
-        self.schedules = {
-            name: torch.optim.lr_scheduler.LambdaLR(
-                optimiser.optimizer, lambda step: config.learning_rate_factor(step)
-            )
-            for name, optimiser in self.optimisers.items()
-        }
-        self._parameters = {name: list(p.parameters()) for name, p in objective.learners.items()}
+        self.optimisers = Optimisers(objective, config, accelerator)
         self._running_statistics = RunningStatistics(objective.learners)
         self.metrics = MetricSums()
         self.step, self.seconds = 0, 0.0
         self.skipped: set[str] = set()
         self._signals = StopSignals()
         self._mark()
-
-    def _optimiser(self, name: str, learner: nn.Module) -> Any:
-        assert self.config.optimiser is not None, "TrainConfig asks for one where there are steps"
-        settings = self.objective.optimiser_config(name, self.config.optimiser)
-        optimiser = torch.optim.AdamW(
-            learner.parameters(),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-        return self.accelerator.prepare_optimizer(optimiser)
 
     # State that survives ------------------------------------------------------------------------
 
@@ -152,17 +132,12 @@ class Trainer:
         )
 
     def _state(self) -> dict[str, Any]:
-        scaler = self.accelerator.scaler
         return {
             "step": self.step,
             "seconds": self.seconds + time.perf_counter() - self._marked_time,
             "skipped": sorted(self.skipped),
             "ema_updates": self.ema.num_updates if self.ema is not None else 0,
-            "optimisers": {
-                name: optimiser.state_dict() for name, optimiser in self.optimisers.items()
-            },
-            "schedules": {name: schedule.state_dict() for name, schedule in self.schedules.items()},
-            "scaler": scaler.state_dict() if scaler is not None else None,
+            **self.optimisers.state_dict(),
             "metrics": self.metrics.state_dict(self._mean_over_processes),
         }
 
@@ -199,11 +174,7 @@ class Trainer:
         )
         if self.ema is not None:
             self.ema.num_updates = state["ema_updates"]
-        for name, optimiser in self.optimisers.items():
-            optimiser.load_state_dict(state["optimisers"][name])
-            self.schedules[name].load_state_dict(state["schedules"][name])
-        if state["scaler"] is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.optimisers.load_state_dict(state)
         self.metrics.load_state_dict(state["metrics"], self.device)
         if len(state["random"]) == self.accelerator.num_processes:
             restore_random_state(state["random"][self.accelerator.process_index])
@@ -279,31 +250,11 @@ class Trainer:
                     self.accelerator.backward(self._total(output) / self.config.accumulate)
                 carry = {**carry, **output.carry}
 
-        self._step_optimisers(active)
+        self._note(self.optimisers.step(active))
         self._running_statistics.average()
         if self.ema is not None:
             self.ema.update()
         self.step += 1
-
-    def _step_optimisers(self, active: list[str]) -> None:
-        scaler = self.accelerator.scaler
-        for name in active:
-            optimiser = self.optimisers[name]
-            if scaler is not None:
-                scaler.unscale_(optimiser.optimizer)
-            if self.config.clip_norm is not None:
-                norm = nn.utils.clip_grad_norm_(self._parameters[name], self.config.clip_norm)
-                # With fp16 the loss scale is found by letting gradients overflow; that is no failure.
-                if scaler is None:
-                    self._note({f"grad_norm/{name}": norm})
-            if scaler is None:
-                optimiser.step()
-            else:  # accelerate's step would move the scale between one learner and the next
-                scaler.step(optimiser.optimizer)
-            self.schedules[name].step()
-            optimiser.zero_grad()
-        if scaler is not None:
-            scaler.update()
 
     def _batches(self) -> Iterator[ImageBatch]:
         order = DataOrder(
@@ -368,9 +319,7 @@ class Trainer:
         rate = steps * self.config.batch_size / seconds
         self.seconds += seconds
         self._mark()
-        rates = {
-            f"lr/{name}": schedule.get_last_lr()[0] for name, schedule in self.schedules.items()
-        }
+        rates = {f"lr/{name}": lr for name, lr in self.optimisers.learning_rates().items()}
         values = {**values, **rates, "images_per_second": rate, "seconds": self.seconds}
         left = (self.config.steps - self.step) * self.config.batch_size / rate
         self.log.metrics(self.step, values, seconds_left=left)
