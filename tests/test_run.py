@@ -1,27 +1,42 @@
 """What a person finds in a run folder, and what the loop promises on the way."""
 
+import copy
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from semtok import Tokenizer, UserError
 from semtok.commands.cli import run
+from semtok.commands.train_dit import build_diffusion_objective
 from semtok.commands.train_tokenizer import main, train_tokenizer
+from semtok.data.images.kinds import open_sources
+from semtok.data.source import ImageBatch
 from semtok.errors import NonFiniteLoss
-from semtok.recipe import load_recipe, parse_recipe, recipe_text
+from semtok.objective import Batch
+from semtok.recipe import load_recipe, parse_diffusion_recipe, parse_recipe, recipe_text
 from semtok.sampler.draws import Draws
+from semtok.speed import use_channels_last
+from semtok.teachers import Teacher
+from semtok.training import loop
 from semtok.training.config import TrainConfig
 from semtok.training.ema import ModelEMA
+from semtok.training.log import MetricSums
+from semtok.training.loop import Trainer
+from semtok.training.process import make_accelerator
 
 GAN = {"perceptual": "teacher", "adversarial": tiny.ADVERSARIAL}
 
@@ -190,6 +205,234 @@ def test_compile_reaches_every_trained_network(tmp_path):
     assert all(network._compiled_call_impl is not None for network in networks)
 
 
+def test_compile_reaches_the_blocks_of_frozen_teachers(tmp_path):
+    compiled = tiny.trainer(tmp_path / "vae", {"perceptual": "teacher"}, compile="aot_eager")
+    blocks = list(compiled.objective.teacher.module.network.blocks)
+    latents = dit_trainer(tmp_path / "dit", compile="aot_eager")
+    blocks += latents.objective.tokenizer.teacher.network.blocks
+    assert len(blocks) == 8 and all(block._compiled_call_impl is not None for block in blocks)
+
+
+def dit_trainer(folder: Path, **settings: Any) -> Trainer:
+    """Of a transformer in a composite's latents, which asks the tokenizer's teacher, and another for REPA."""
+    content = tiny.content(warmup_steps=0, **settings)
+    content |= {"tokenizer": "tiny", "teacher": {"name": "demo", "layers": [-2]}}
+    content["diffusion"] = {"network": {"depth": 1, "width": 32, "heads": 2}}
+    content["diffusion"]["repa"] = {"depth": 1, "projector_width": 16}
+    del content["method"]
+    recipe = parse_diffusion_recipe(content, "tiny")
+    train, held_out = open_sources(recipe.data)
+    # A copy, as its teacher is compiled and its weights are moved.
+    tokenizer = copy.deepcopy(tiny.tokenizer("vae", "semvae", True))
+    teacher = Teacher(recipe.teacher)
+    objective = build_diffusion_objective(recipe, tokenizer, train, teacher, place="tiny")
+    folder.mkdir()
+    return Trainer(
+        objective,
+        recipe.train,
+        accelerator=make_accelerator(recipe.train, folder),
+        folder=folder,
+        source=train,
+        validation=held_out,
+        num_workers=0,
+        tracked={},
+    )
+
+
+def test_teachers_and_frozen_tokenizers_compute_alike_in_steps_validation_and_pictures(
+    tmp_path, monkeypatch
+):
+    """With bf16 teachers compute in it; their features, frozen tokenizers and averages stay in float32."""
+    made = dit_trainer(tmp_path / "run", precision="bf16", steps=1)
+    objective = made.objective
+    seen: dict[str, list[set[torch.dtype]]] = {}
+
+    def watch(name: str, module: torch.nn.Module) -> None:
+        def hook(_: object, args: tuple[Any, ...], output: Any) -> None:
+            seen.setdefault(name, []).append({output.dtype})
+
+        module.register_forward_hook(hook)
+
+    prepare = objective.prepare
+
+    def spy(batch: Batch) -> dict[str, Any]:
+        inputs = prepare(batch)
+        parts = [*inputs["posterior"].mean.values(), *inputs["posterior"].std.values()]
+        seen.setdefault("posterior", []).append({part.dtype for part in parts})
+        # As a teacher leaves them whose last layer is no norm.
+        return inputs | {"features": inputs["features"].map(torch.Tensor.bfloat16)}
+
+    monkeypatch.setattr(objective, "prepare", spy)
+    total = made._prepared
+
+    def prepared(images: ImageBatch) -> tuple[Batch, dict[str, Any]]:
+        batch, inputs = total(images)
+        features = inputs["features"]
+        seen.setdefault("features", []).append({features.pooled.dtype, features.patches[-1].dtype})
+        return batch, inputs
+
+    monkeypatch.setattr(made, "_prepared", prepared)
+    tokenizer = objective.tokenizer
+    watch("tokenizer's teacher", tokenizer.teacher.network.blocks[0].mlp.fc1)
+    watch("REPA's teacher", objective.target_teacher.network.blocks[0].mlp.fc1)
+    watch("texture", tokenizer.texture.autoencoder.encoder.conv_in)
+    watch("coder", tokenizer.coder.encoder[0])
+    watch("averaged network", made.averaged.blocks[0].mlp)
+    watch("trained network", objective.averaged_module().blocks[0].mlp)
+    made.run()
+    made.validate()
+    bf16, fp32 = {torch.bfloat16}, {torch.float32}
+    # Asked in one step, for one picture, and of one batch of held-out images.
+    assert seen.pop("tokenizer's teacher") == seen.pop("REPA's teacher") == [bf16] * 3
+    assert seen.pop("trained network") == [bf16]
+    assert {"posterior", "features", "texture", "coder", "averaged network"} == seen.keys()
+    assert all(dtypes == fp32 for each in seen.values() for dtypes in each), seen
+
+
+def test_a_teacher_that_is_in_place_is_not_moved_again(monkeypatch):
+    tokenizer = tiny.tokenizer("vae", "semvae", True)
+    teacher = tokenizer.teacher
+    monkeypatch.setattr(Teacher, "to", lambda *_: pytest.fail("moved to where it is"))
+    assert tokenizer.teacher is teacher
+    monkeypatch.undo()
+    moved = copy.deepcopy(tokenizer).double()
+    assert next(moved.teacher.network.parameters()).dtype == torch.float64
+
+
+def test_channels_last_trains_to_the_same_losses_and_the_same_export(tmp_path):
+    settings = {"steps": 3, "log_every": 1, "checkpoint_every": 2}
+    for channels_last in (False, True):
+        content = tiny.content(GAN, channels_last=channels_last, **settings)
+        train_tokenizer(parse_recipe(content, "tiny"), tmp_path / str(channels_last))
+    runs = [tmp_path / "False", tmp_path / "True"]
+    rows = [[json.loads(line) for line in (r / "metrics.jsonl").open()] for r in runs]
+    for plain, last in zip(*rows, strict=True):
+        for name in (n for n in plain if n.startswith(("loss/", "grad_norm/"))):
+            assert last[name] == pytest.approx(plain[name], rel=1e-4), name
+    files = [sorted((run / "export").rglob("*.safetensors")) for run in runs]
+    for plain, last in zip(*files, strict=True):
+        a, b = safetensors.torch.load_file(plain), safetensors.torch.load_file(last)
+        assert [(n, t.shape) for n, t in a.items()] == [(n, t.shape) for n, t in b.items()]
+        assert all(tensor.is_contiguous() for tensor in b.values())
+    tensors = [tiny.final_tensors(run) for run in runs]
+    for name, tensor in tensors[0].items():
+        torch.testing.assert_close(tensors[1][name], tensor, atol=1e-4, rtol=1e-3)
+
+
+def test_a_run_in_channels_last_resumes_to_the_last_bit(tmp_path):
+    settings = {"channels_last": True, "checkpoint_every": 3, "steps": 6}
+    made = tiny.trainer(tmp_path / "run", GAN, **settings)
+    made.run()
+    whole = list(made.objective.learners.parameters())
+    shutil.rmtree(made.checkpoints / "step_00000006")
+    made = tiny.trainer(tmp_path / "run", GAN, **settings)
+    made.resume()
+    assert made.step == 3
+    made.run()
+    resumed = made.objective.learners.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "networks"),
+    [
+        ("vae", lambda o: [o.averaged_module(), o.learners["discriminator"]]),
+        ("reglue", lambda o: [o.averaged_module(), o.texture.module]),
+    ],
+)
+def test_channels_last_reaches_trained_and_frozen_convolutions(method, networks, tmp_path):
+    settings = {"adversarial": tiny.ADVERSARIAL} if method == "vae" else tiny.SEMANTICS[method]
+    texture = tiny.measured({"name": "vae"}) if method == "reglue" else None
+    made = tiny.trainer(
+        tmp_path / "run", {"name": method} | settings, texture=texture, channels_last=True
+    )
+    for network in [*networks(made.objective), made.averaged]:
+        kernels = [m.weight for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
+        assert kernels
+        assert all(w.is_contiguous(memory_format=torch.channels_last) for w in kernels)
+
+
+def test_channels_last_without_a_convolution_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "use_channels_last", lambda networks: use_channels_last([]))
+    with pytest.raises(UserError, match="train.channels_last: no network here has a convolution"):
+        tiny.trainer(tmp_path / "run", {"name": "vae"}, channels_last=True)
+
+
+def test_cudnn_times_its_algorithms_only_where_asked(tmp_path):
+    for asked in (True, False):
+        tiny.trainer(tmp_path / str(asked), {"name": "vae"}, cudnn_benchmark=asked)
+        assert torch.backends.cudnn.benchmark == asked
+
+
+REFUSED = {
+    "ACCELERATE_USE_FSDP": ("true", "FSDP is not supported.*torchrun"),
+    "ACCELERATE_USE_DEEPSPEED": ("true", "DeepSpeed is not supported"),
+    "ACCELERATE_USE_MEGATRON_LM": ("true", "Megatron-LM is not supported"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("true", "tensor, .*parallelism is not supported"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("4", "pass train.accumulate=4"),
+    "ACCELERATE_DYNAMO_BACKEND": ("INDUCTOR", "pass train.compile=inductor"),
+}
+
+
+@pytest.mark.parametrize("variable", REFUSED)
+def test_what_the_launcher_asks_for_and_the_loop_does_not_do_is_refused(
+    variable, tmp_path, monkeypatch
+):
+    value, words = REFUSED[variable]
+    recipe = parse_recipe(tiny.content({"name": "vae"}), "tiny")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"^{variable}: .*{words}") as error:
+        make_accelerator(recipe.train, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_launcher_s_defaults_are_not_refused(tmp_path, monkeypatch):
+    for variable, value in {**dict.fromkeys(REFUSED, "false")}.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    make_accelerator(parse_recipe(tiny.content({"name": "vae"}), "tiny").train, tmp_path)
+
+
+def test_metrics_cost_a_few_operations_a_step_however_many_they_are():
+    class Count(TorchDispatchMode):
+        num = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            self.num += function.overloadpacket.__name__ not in ("detach", "view", "unbind")
+            return function(*arguments, **(options or {}))
+
+    sums = MetricSums()
+    values = {f"loss/{i}": torch.tensor(float(i)) for i in range(30)}
+    sums.add(values, step=1)
+    sums.add(values, step=2)  # takes in step 1
+    with Count() as count:
+        sums.add(values, step=3)
+    assert 0 < count.num <= 20
+
+
+def test_metrics_are_means_of_what_was_seen_whatever_comes_when():
+    def pair(total: float, count: int) -> torch.Tensor:
+        return torch.tensor([total, float(count)])
+
+    sums = MetricSums()
+    assert sums.read() == {} and sums.first_bad_steps() == {}
+    sums.add({"a": torch.tensor(1.0), "p": pair(0, 0)}, step=1)
+    sums.add({"a": torch.tensor(2.0), "p": pair(6, 3)}, step=1)  # another micro-batch
+    sums.add({"b": torch.tensor(5.0), "q": pair(0, 0)}, step=1)
+    sums.add({"a": torch.tensor(6.0)}, step=2)
+    assert sums.read() == {"a": 3.0, "p": 2.0, "b": 5.0}
+    again = MetricSums()
+    again.load_state_dict(sums.state_dict(), torch.device("cpu"))
+    for each in (sums, again):
+        each.add({"late": torch.tensor(float("nan")), "a": torch.tensor(1.0)}, step=3)
+        each.add({"late": torch.tensor(1.0), "b": torch.tensor(float("inf"))}, step=4)
+        assert each.first_bad_steps() == {"late": 3, "b": 4}
+        assert each.read()["a"] == 2.5
+    sums.clear()
+    assert sums.read() == {} and sums.first_bad_steps() == {}
+
+
 def test_the_learning_rate_warms_up_and_follows_its_cosine():
     config = TrainConfig(
         steps=110,
@@ -239,17 +482,54 @@ def test_the_ema_averages_parameters_copies_buffers_and_warms_up():
     with torch.no_grad():
         module.weight.fill_(3.0)
         module.running_mean.fill_(5.0)
-    ema.update(module)
+    ema.update()
     torch.testing.assert_close(ema.module.weight, torch.full((2,), 1 + 2 * 0.9))  # decay 1/10
     assert torch.equal(ema.module.running_mean, module.running_mean)
     for _ in range(200):
-        ema.update(module)
+        ema.update()
     before = ema.module.weight.clone()
     with torch.no_grad():
         module.weight.fill_(103.0)
-    ema.update(module)
+    ema.update()
     torch.testing.assert_close(ema.module.weight - before, torch.full((2,), 10.0))  # decay 0.9
     assert not any(p.requires_grad for p in ema.module.parameters()) and not ema.module.training
+
+
+def test_the_ema_of_a_run_is_the_recursion_of_its_own_weights(tmp_path):
+    """Of BatchNorm's network, in float64: parameters are averaged, running statistics copied."""
+    texture = tiny.measured({"name": "vae"})
+    run = tiny.trainer(tmp_path / "run", tiny.SEMANTICS["reglue"], texture=texture, steps=5)
+    network = run.objective.averaged_module()
+    run.objective.learners.train()
+    expected = {n: p.detach().double().clone() for n, p in network.named_parameters()}
+    batches = run._batches()
+    for n in range(5):
+        run.train_step(batches)
+        decay = min(0.9, (1 + n) / (10 + n))
+        for name, parameter in network.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
+    averaged = run.averaged.state_dict()
+    moved = 0
+    for name, value in network.state_dict().items():
+        wanted = expected[name].float() if name in expected else value
+        torch.testing.assert_close(averaged[name], wanted, atol=1e-7, rtol=1e-5)
+        moved += name in expected and not torch.allclose(wanted, value, atol=1e-5)
+    assert moved, "the average differs from what it follows"
+
+
+def test_the_vae_decodes_a_draw_of_the_posterior_that_each_step_makes_anew():
+    objective = tiny.build({"name": "vae"})
+    learner, decoded = objective.learners["autoencoder"], []
+    learner.autoencoder.decoder.register_forward_pre_hook(lambda _, args: decoded.append(args[0]))
+    inputs = tiny.batch(objective)
+    with torch.no_grad():
+        posterior = learner.autoencoder.encode(inputs["pixels"]).latent_dist
+        for step in (0, 1):
+            learner(inputs, tiny.draws(step), step, {})
+            noise = tiny.draws(step).normal("posterior", tuple(posterior.mean.shape[1:]))
+            z = learner.autoencoder.post_quant_conv(posterior.mean + posterior.std * noise)
+            torch.testing.assert_close(decoded[-1], z)
+    assert (decoded[0] - decoded[1]).std() > 0.1 * posterior.std.mean()
 
 
 def test_without_ema_the_trained_weights_are_exported(tmp_path):

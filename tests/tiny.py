@@ -79,22 +79,24 @@ def trainer(
     folder: Path,
     method: dict[str, Any] | None = None,
     *,
+    texture: Tokenizer | None = None,
     scaler: torch.amp.GradScaler | None = None,
     **settings: Any,
 ) -> Trainer:
     """A trainer of a tiny recipe, in a folder that is made for it.
 
     Args:
+        texture: the tokenizer that the method is built on, where it is on one.
         scaler: of the gradients.
     """
     recipe = parse_recipe(content(method, **settings), "tiny")
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     train, held_out = open_sources(recipe.data)
     accelerator = make_accelerator(recipe.train, folder)
     if scaler is not None:
         accelerator.scaler = scaler
     return Trainer(
-        build(method, **settings),
+        build_objective(recipe, texture, place="tiny"),
         recipe.train,
         accelerator=accelerator,
         folder=folder,

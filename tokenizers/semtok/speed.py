@@ -50,3 +50,16 @@ def compile_networks(networks: Iterable[nn.Module], compiler: Compiler) -> None:
     for network in networks:
         # Training has one shape and sampling has few, so none is made symbolic.
         network.compile(backend=compiler, dynamic=False)
+
+
+def use_channels_last(networks: Iterable[nn.Module]) -> bool:
+    """Keeps the weights of all convolutions in the order NHWC, in place; what passes them follows.
+
+    Returns:
+        whether there was any convolution.
+    """
+    kinds = (nn.Conv2d, nn.ConvTranspose2d)
+    found = [m for network in networks for m in network.modules() if isinstance(m, kinds)]
+    for convolution in found:
+        convolution.to(memory_format=torch.channels_last)
+    return bool(found)

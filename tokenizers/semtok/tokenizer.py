@@ -121,6 +121,11 @@ class Tokenizer(PushToHub, nn.Module, ABC):
         """The teacher by whose features it encodes, or None."""
         return None
 
+    @property
+    def loaded_teacher(self) -> Teacher | None:
+        """That teacher where it is in memory already; it may be loaded when it is first asked for."""
+        return None
+
     def features(self, pixels: Tensor) -> TeacherFeatures | None:
         """What that teacher sees in pixels, or None."""
         return None

@@ -146,6 +146,7 @@ class TrainerStep:
         """A step, for which the device is not waited."""
         self.waits.append(0.0)
         allow_tf32(self.precision)
+        torch.backends.cudnn.benchmark = self.trainer.config.cudnn_benchmark
         self.trainer.train_step(self._batches)
 
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:

@@ -96,7 +96,7 @@ class _Work:
             for mine, theirs in zip(copied.parameters(), network.parameters(), strict=True):
                 mine.mul_(0.9999).add_(theirs, alpha=1 - 0.9999)
 
-        return self._waiting(one_by_one), self._waiting(lambda: follower.update(network))
+        return self._waiting(one_by_one), self._waiting(follower.update)
 
     def attention(self) -> tuple[Step, Step]:
         """Attention of all heads of a block."""

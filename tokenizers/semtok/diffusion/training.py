@@ -240,23 +240,28 @@ class DiffusionObjective(Objective):
         return list(self.learners["dit"].network.blocks)
 
     def frozen_modules(self) -> list[nn.Module]:
-        held = (self._tokenizer, self._teacher)
-        return [reference.module for reference in held if reference is not None]
+        held = [self.tokenizer, self.target_teacher, self.tokenizer.loaded_teacher]
+        return [module for module in dict.fromkeys(held) if module is not None]
 
     def averaged_module(self) -> nn.Module:
         return self.learners["dit"].network
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> dict[str, Any]:
+        """Teachers compute in the caller's autocast, the tokenizer always in float32."""
         posterior, features = batch.latents, batch.features
+        in_float32 = torch.autocast(batch.labels.device.type, enabled=False)
         if posterior is None:
             assert batch.pixels is not None
             features = self.tokenizer.features(batch.pixels)
-            posterior = self.tokenizer.posterior(batch.pixels, features)
+            own = features.map(Tensor.float) if features is not None else None
+            with in_float32:
+                posterior = self.tokenizer.posterior(batch.pixels, own)
             if self._teacher is not None and not self._shared_teacher:
                 features = self._teacher.module.features(batch.pixels)
         if self.config.repa and self.config.repa.targets == "decoded":
-            features = self._decoded(posterior.mean)
+            with in_float32:
+                features = self._decoded(posterior.mean)
         # The null label is the only one of an unconditional model.
         labels = torch.zeros_like(batch.labels) if self.config.unconditional else batch.labels
         return {"posterior": posterior, "labels": labels, "features": features}

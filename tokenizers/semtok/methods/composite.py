@@ -229,7 +229,15 @@ class CompositeTokenizer(Tokenizer):
                     "tokenizer was trained with; encoding would mean something else"
                 )
             self._teacher = Unregistered(teacher)
-        return self._teacher.module.to(self.texture_mean)
+        teacher, place = self._teacher.module, self.texture_mean
+        # Moving nothing takes milliseconds too, and each step would.
+        if (teacher.mean.device, teacher.mean.dtype) != (place.device, place.dtype):
+            teacher.to(place)
+        return teacher
+
+    @property
+    def loaded_teacher(self) -> Teacher | None:
+        return self._teacher.module if self._teacher is not None else None
 
     @property
     def measured_parts(self) -> tuple[str, ...]:

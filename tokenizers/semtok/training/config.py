@@ -30,11 +30,24 @@ class TrainConfig(Config):
     """Where the cosine ends, as a fraction of the learning rate."""
     clip_norm: float | None = Field(1.0, gt=0)
     precision: Precision = "fp32"
-    """See ``semtok.speed.Precision``."""
+    """Of training: see ``semtok.speed.Precision``. Frozen teachers compute in it wherever the loop asks
+    them, in steps, validation and pictures alike, and their features are handed on in float32. Frozen
+    tokenizers encode and decode in float32, and the averaged network is validated and pictured in
+    float32, as its export is used (in TF32 where the precision allows that)."""
     ema_decay: float | None = Field(None, ge=0, lt=1)
     """None: no average; the trained weights are evaluated and exported."""
     compile: Compiler = "none"
-    """torch.compile's backend for the networks."""
+    """torch.compile's backend for the networks, the blocks of frozen teachers among them."""
+    channels_last: bool = False
+    """Keep the weights of convolutions channel by channel (NHWC), as tensor cores read them: cuDNN then
+    need not transpose what goes in and out, which can pay for VAEs, discriminators and compressors,
+    frozen ones too. Weights are saved as ever, and losses differ by rounding. Whether it pays:
+    ``python tools/benchmark.py tokenizer RECIPE --random train.channels_last=true --against
+    train.channels_last=false``. An error where no network has a convolution."""
+    cudnn_benchmark: bool = False
+    """Let cuDNN time its algorithms for each shape of a convolution once and take the fastest; shapes
+    are fixed in training. Which one that is may change from run to run, and with it the last bits.
+    Without effect on a CPU. Whether it pays: as above, with ``train.cudnn_benchmark``."""
     seed: int = Field(0, ge=0, lt=2**32)
     log_every: int = Field(50, ge=1)
     """Steps between readings of the metrics; the host waits for the device at no other step."""

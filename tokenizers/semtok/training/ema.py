@@ -11,6 +11,9 @@ class ModelEMA(nn.Module):
 
     The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that short runs are
     not dominated by the first weights.
+
+    Args:
+        module: is followed; its parameters stay the same objects from now on.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -18,20 +21,30 @@ class ModelEMA(nn.Module):
         self.module = copy.deepcopy(module).requires_grad_(False).eval()
         self.decay = decay
         self.num_updates = 0
+        # Looked up once: to walk through a large network takes milliseconds, and each step would.
+        self._mine, self._theirs = list(self.module.parameters()), list(module.parameters())
+        pairs = zip(self.module.modules(), module.modules(), strict=True)
+        self._buffers_of = [(a._buffers, b._buffers) for a, b in pairs if b._buffers]
 
     def train(self, mode: bool = True) -> "ModelEMA":
         return super().train(False)
 
     @torch.no_grad()
-    def restart(self, module: nn.Module) -> None:
+    def restart(self) -> None:
         """Begins anew from the module as it is: for what was measured into it after this copy was made."""
-        self.module.load_state_dict(module.state_dict())
+        torch._foreach_copy_(self._mine, self._theirs)
+        self._copy_buffers()
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
+    def update(self) -> None:
         """Moves towards the module's present weights; a few fused kernels, no host synchronisation."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
-        for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
-            mine.copy_(theirs, non_blocking=True)
+        torch._foreach_lerp_(self._mine, self._theirs, 1 - decay)
+        self._copy_buffers()
         self.num_updates += 1
+
+    def _copy_buffers(self) -> None:
+        for mine, theirs in self._buffers_of:
+            for name, buffer in theirs.items():
+                if buffer is not None:
+                    mine[name].copy_(buffer, non_blocking=True)

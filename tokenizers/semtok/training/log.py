@@ -25,27 +25,42 @@ class MetricSums:
     """Running means of named values, kept on the device until they are read.
 
     A value is a scalar, or a pair (2,) of a sum and a count where a step may have seen no or many
-    samples of what is measured.
+    samples of what is measured. The values of a step are held until its end and then added in a few
+    kernels, however many they are; nothing may change them in place meanwhile.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
-        self._first_bad: dict[str, Tensor] = {}
+        self._step = 0
+        self.clear()
 
     def add(self, values: dict[str, Tensor], *, step: int) -> None:
         """Adds values and notes the step where one is first not finite; no host synchronisation."""
-        for name, value in values.items():
-            value = value.detach().float()
-            value, count = value if value.ndim else (value, torch.ones_like(value))
-            if name not in self._sums:
-                self._sums[name] = torch.zeros_like(value)
-                self._counts[name] = torch.zeros_like(count)
-                self._first_bad[name] = torch.full_like(value, _NEVER, dtype=torch.int64)
-            self._sums[name] = self._sums[name] + value
-            self._counts[name] = self._counts[name] + count
-            seen = self._first_bad[name]
-            self._first_bad[name] = torch.where(value.isfinite(), seen, seen.clamp_max(step))
+        if step != self._step or values.keys() & self._held.keys():
+            self._add_held()
+        self._step = step
+        self._held |= {name: value.detach().float() for name, value in values.items()}
+
+    def _add_held(self) -> None:
+        held, self._held = self._held, {}
+        if not held:
+            return
+        device = next(iter(held.values())).device
+        self._widen([name for name in held if name not in self._names], device)
+        one, zero = torch.ones((), device=device), torch.zeros((), device=device)
+        pairs = {name: value if value.ndim else (value, one) for name, value in held.items()}
+        sums, counts = zip(*(pairs.get(name, (zero, zero)) for name in self._names), strict=True)
+        added = torch.stack([*sums, *counts]).view(2, -1)
+        self._table = self._table + added
+        seen = self._first_bad
+        self._first_bad = torch.where(added[0].isfinite(), seen, seen.clamp_max(self._step))
+
+    def _widen(self, names: list[str], device: torch.device) -> None:
+        if names:
+            self._names += names
+            zeros = torch.zeros(2, len(names), device=device)
+            self._table = torch.cat([self._table.to(device), zeros], dim=1)
+            never = torch.full((len(names),), _NEVER, device=device)
+            self._first_bad = torch.cat([self._first_bad.to(device), never])
 
     def read(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Means since the last ``clear``, without those that nothing was seen of. This waits for the device.
@@ -53,39 +68,44 @@ class MetricSums:
         Args:
             reduce: averages a tensor over processes.
         """
-        if not self._sums:
-            return {}
-        table = torch.stack(
-            [torch.stack([*self._sums.values()]), torch.stack([*self._counts.values()])]
-        )
-        table = reduce(table) if reduce is not None else table
-        sums, counts = table.tolist()
-        rows = zip(self._sums, sums, counts, strict=True)
+        self._add_held()
+        sums, counts = self._reduced(reduce).tolist()
+        rows = zip(self._names, sums, counts, strict=True)
         return {name: total / count for name, total, count in rows if count}
+
+    def _reduced(self, reduce: Callable[[Tensor], Tensor] | None) -> Tensor:
+        return reduce(self._table) if reduce is not None and self._names else self._table
 
     def first_bad_steps(self) -> dict[str, int]:
         """For each value that was not finite, the first step where it was not. Waits for the device."""
-        steps = {name: int(step) for name, step in self._first_bad.items()}
-        return {name: step for name, step in steps.items() if step != _NEVER}
+        self._add_held()
+        steps = zip(self._names, self._first_bad.tolist(), strict=True)
+        return {name: step for name, step in steps if step != _NEVER}
 
     def clear(self) -> None:
-        self._sums.clear()
-        self._counts.clear()
-        self._first_bad.clear()
+        self._names: list[str] = []
+        self._held: dict[str, Tensor] = {}
+        self._table = torch.zeros(2, 0)  # sums and counts, a column for each name
+        self._first_bad = torch.zeros(0, dtype=torch.int64)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The sums so far; checkpoints are written only where all of them are finite."""
-        sums = {name: value.cpu() for name, value in self._sums.items()}
-        counts = {name: value.cpu() for name, value in self._counts.items()}
+    def state_dict(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, Any]:
+        """The sums so far; checkpoints are written only where all of them are finite.
+
+        Args:
+            reduce: averages a tensor over processes, so that each may go on with what one has written.
+        """
+        self._add_held()
+        sums, counts = (
+            dict(zip(self._names, row, strict=True)) for row in self._reduced(reduce).cpu()
+        )
         return {"sums": sums, "counts": counts}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self._counts = {name: value.to(device) for name, value in state["counts"].items()}
-        self._first_bad = {
-            name: torch.full_like(value, _NEVER, dtype=torch.int64)
-            for name, value in self._sums.items()
-        }
+        self.clear()
+        self._widen(list(state["sums"]), device)
+        for row, values in zip(self._table, (state["sums"], state["counts"]), strict=True):
+            for column, value in enumerate(values.values()):
+                row[column] = value
 
 
 def non_finite(first_bad: dict[str, int], *, last_good: Path | None) -> NonFiniteLoss:

@@ -4,7 +4,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from semtok.data.order import BatchSlice, DataOrder, training_batches
 from semtok.data.passes import read_images
 from semtok.data.source import ImageBatch, ImageSource
-from semtok.errors import Interrupted
+from semtok.errors import Interrupted, UserError
 from semtok.images import to_pixels
 from semtok.objective import Batch, Objective, StepOutput
 from semtok.pictures import write_png
 from semtok.processes import gather, together
 from semtok.sampler.draws import Draws
-from semtok.speed import compile_networks
+from semtok.speed import compile_networks, use_channels_last
+from semtok.teachers import Teacher, TeacherFeatures
+from semtok.training.agreement import RunningStatistics, StopSignals
 from semtok.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -33,7 +35,7 @@ from semtok.training.checkpoint import (
 from semtok.training.config import TrainConfig
 from semtok.training.ema import ModelEMA
 from semtok.training.log import MetricSums, RunLog, non_finite
-from semtok.training.process import StopSignals
+from semtok.training.optimisers import Optimisers
 
 
 def on_device(batch: ImageBatch, device: torch.device) -> Batch:
@@ -50,6 +52,16 @@ def on_device(batch: ImageBatch, device: torch.device) -> Batch:
         batch.features.map(move).restored() if batch.features is not None else None,
         batch.latents.map(lambda part: move(part).float()) if batch.latents is not None else None,
     )
+
+
+def _teacher_blocks(networks: Iterable[nn.Module]) -> list[nn.Module]:
+    """The blocks of the frozen transformers among these networks."""
+    teachers = [network.network for network in networks if isinstance(network, Teacher)]
+    return [block for teacher in teachers for block in getattr(teacher, "blocks", ())]
+
+
+def _in_float32(value: Any) -> Any:
+    return value.map(Tensor.float) if isinstance(value, TeacherFeatures) else value
 
 
 class Trainer:
@@ -86,43 +98,29 @@ class Trainer:
             accelerator.process_index,
             accelerator.num_processes,
         )
-        for module in (objective.learners, *objective.frozen_modules()):
+        networks = [objective.learners, *objective.frozen_modules()]
+        for module in networks:
             module.to(self.device)
+        if config.channels_last and not use_channels_last(networks):
+            raise UserError("train.channels_last: no network here has a convolution; leave it out")
         self.ema = (
             ModelEMA(objective.averaged_module(), config.ema_decay)
             if config.ema_decay is not None and objective.learners
             else None
         )
-        compile_networks(objective.compiled_modules(), config.compile)
+        compile_networks(
+            [*objective.compiled_modules(), *_teacher_blocks(networks)], config.compile
+        )
         self.learners = {
             name: accelerator.prepare_model(p) for name, p in objective.learners.items()
         }
-        self.optimisers = {
-            name: self._optimiser(name, learner) for name, learner in objective.learners.items()
-        }
-        self.schedules = {
-            name: torch.optim.lr_scheduler.LambdaLR(
-                optimiser.optimizer, lambda step: config.learning_rate_factor(step)
-            )
-            for name, optimiser in self.optimisers.items()
-        }
+        self.optimisers = Optimisers(objective, config, accelerator)
+        self._running_statistics = RunningStatistics(objective.learners)
         self.metrics = MetricSums()
         self.step, self.seconds = 0, 0.0
         self.skipped: set[str] = set()
         self._signals = StopSignals()
         self._mark()
-
-    def _optimiser(self, name: str, learner: nn.Module) -> Any:
-        assert self.config.optimiser is not None, "TrainConfig asks for one where there are steps"
-        settings = self.objective.optimiser_config(name, self.config.optimiser)
-        optimiser = torch.optim.AdamW(
-            learner.parameters(),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-        return self.accelerator.prepare_optimizer(optimiser)
 
     # State that survives ------------------------------------------------------------------------
 
@@ -136,26 +134,21 @@ class Trainer:
         )
 
     def _state(self) -> dict[str, Any]:
-        scaler = self.accelerator.scaler
         return {
             "step": self.step,
             "seconds": self.seconds + time.perf_counter() - self._marked_time,
             "skipped": sorted(self.skipped),
             "ema_updates": self.ema.num_updates if self.ema is not None else 0,
-            "optimisers": {
-                name: optimiser.state_dict() for name, optimiser in self.optimisers.items()
-            },
-            "schedules": {name: schedule.state_dict() for name, schedule in self.schedules.items()},
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            "metrics": self.metrics.state_dict(),
+            **self.optimisers.state_dict(),
+            "metrics": self.metrics.state_dict(self._mean_over_processes),
         }
 
     def save(self) -> Path:
         """Writes a checkpoint of this step, after checking that what it holds is finite."""
         self._check_finite(self.metrics.read(self._mean_over_processes))
-        random_states = self._gather(random_state())
+        self._warn_of(*self._gather(self.skipped))
+        state = {**self._state(), "random": self._gather(random_state())}
         if self.accelerator.is_main_process:
-            state = {**self._state(), "random": random_states}
             save_checkpoint(
                 self.checkpoints,
                 step=self.step,
@@ -183,11 +176,7 @@ class Trainer:
         )
         if self.ema is not None:
             self.ema.num_updates = state["ema_updates"]
-        for name, optimiser in self.optimisers.items():
-            optimiser.load_state_dict(state["optimisers"][name])
-            self.schedules[name].load_state_dict(state["schedules"][name])
-        if state["scaler"] is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.optimisers.load_state_dict(state)
         self.metrics.load_state_dict(state["metrics"], self.device)
         if len(state["random"]) == self.accelerator.num_processes:
             restore_random_state(state["random"][self.accelerator.process_index])
@@ -211,7 +200,7 @@ class Trainer:
         if config.tracker != "none":
             self.accelerator.init_trackers("semtok", config=self.tracked)
         if self.ema is not None and not self.step:
-            self.ema.restart(self.objective.averaged_module())
+            self.ema.restart()
         batches = self._batches()
         self.objective.learners.train()
         self._mark()
@@ -233,7 +222,7 @@ class Trainer:
             self.log.step_done()
             if self.step % config.log_every == 0 or self.step == config.steps:
                 self._log()
-            if self._should_stop():
+            if self._signals.should_stop():
                 received = self._signals.received or signal.SIGTERM
                 raise Interrupted(received, self._pause(self.save))
             if self.step % config.sample_every == 0 or self.step == config.steps:
@@ -263,32 +252,11 @@ class Trainer:
                     self.accelerator.backward(self._total(output) / self.config.accumulate)
                 carry = {**carry, **output.carry}
 
-        self._step_optimisers(active)
+        self._note(self.optimisers.step(active))
+        self._running_statistics.average()
         if self.ema is not None:
-            self.ema.update(self.objective.averaged_module())
+            self.ema.update()
         self.step += 1
-
-    def _step_optimisers(self, active: list[str]) -> None:
-        scaler = self.accelerator.scaler
-        for name in active:
-            optimiser = self.optimisers[name]
-            if scaler is not None:
-                scaler.unscale_(optimiser.optimizer)
-            if self.config.clip_norm is not None:
-                norm = nn.utils.clip_grad_norm_(
-                    self.learners[name].parameters(), self.config.clip_norm
-                )
-                # With fp16 the loss scale is found by letting gradients overflow; that is no failure.
-                if scaler is None:
-                    self._note({f"grad_norm/{name}": norm})
-            if scaler is None:
-                optimiser.step()
-            else:  # accelerate's step would move the scale between one learner and the next
-                scaler.step(optimiser.optimizer)
-            self.schedules[name].step()
-            optimiser.zero_grad()
-        if scaler is not None:
-            scaler.update()
 
     def _batches(self) -> Iterator[ImageBatch]:
         order = DataOrder(
@@ -309,13 +277,20 @@ class Trainer:
         )
 
     def _prepared(self, images: ImageBatch) -> tuple[Batch, dict[str, Any]]:
-        """What a source loaded, on the device, and what the objective makes of it."""
-        for name in {skipped.name for skipped in images.skipped} - self.skipped:
+        """What a source loaded, on the device, and what the objective makes of it, in steps and in
+        validation alike: teachers under autocast, their features handed on in float32."""
+        self._warn_of({skipped.name for skipped in images.skipped})
+        batch = on_device(images, self.device)
+        with self.accelerator.autocast():
+            inputs = self.objective.prepare(batch)
+        return batch, {name: _in_float32(value) for name, value in inputs.items()}
+
+    def _warn_of(self, *skipped: set[str]) -> None:
+        """Tells of files that could not be read, once of each."""
+        for name in sorted(set().union(*skipped) - self.skipped):
             self.skipped.add(name)
             say = self.log.say if self.log is not None else print
             say(f"warning: {name} can't be read as an image; another image takes its place")
-        batch = on_device(images, self.device)
-        return batch, self.objective.prepare(batch)
 
     def _total(self, output: StepOutput) -> Tensor:
         means = {name: term.value.mean() for name, term in output.terms.items()}
@@ -346,9 +321,7 @@ class Trainer:
         rate = steps * self.config.batch_size / seconds
         self.seconds += seconds
         self._mark()
-        rates = {
-            f"lr/{name}": schedule.get_last_lr()[0] for name, schedule in self.schedules.items()
-        }
+        rates = {f"lr/{name}": lr for name, lr in self.optimisers.learning_rates().items()}
         values = {**values, **rates, "images_per_second": rate, "seconds": self.seconds}
         left = (self.config.steps - self.step) * self.config.batch_size / rate
         self.log.metrics(self.step, values, seconds_left=left)
@@ -416,20 +389,11 @@ class Trainer:
         modes = [(module, module.training) for module in self.objective.modules()]
         self.objective.eval()
         try:
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad():  # without autocast: in float32, as what is exported is used
                 yield
         finally:
             for module, mode in modes:
                 module.training = mode
-
-    def _should_stop(self) -> bool:
-        if self.accelerator.num_processes == 1:
-            return self._signals.received is not None
-        # Processes must agree; asking each step would make the host wait, so they ask when it does anyway.
-        if self.step % self.config.log_every:
-            return False
-        asked = torch.tensor(float(self._signals.received is not None), device=self.device)
-        return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return (

@@ -1,11 +1,8 @@
-"""Devices, processes, and the signals that ask a run to stop."""
+"""Devices and processes."""
 
 import importlib.util
 import os
-import signal
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,15 +11,48 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from semtok.errors import UserError
 from semtok.speed import allow_tf32, autocast_dtype
+from semtok.training.agreement import PATIENCE
 from semtok.training.config import TrainConfig
+
+# What `accelerate launch` and its configuration file ask for by these variables, and the loop does not do.
+_REFUSED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sharded parallelism",
+}
+
+
+def _check_launcher() -> None:
+    """Refuses what would share out the networks, or change the loss or the networks in silence."""
+    for variable, name in _REFUSED.items():
+        if os.environ.get(variable, "").lower() in ("true", "1", "yes"):
+            raise UserError(
+                f"{variable}: {name} is not supported, each process holds whole networks; launch by "
+                "accelerate launch --multi_gpu or torchrun, or leave it out in accelerate config"
+            )
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps != "1":
+        raise UserError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS: {steps} would divide the loss once more; "
+            f"unset it and pass train.accumulate={steps}"
+        )
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if compiler.lower() not in ("", "no"):
+        raise UserError(
+            f"ACCELERATE_DYNAMO_BACKEND: {compiler} would compile whole learners; unset it (or leave "
+            "--dynamo_backend out) and pass train.compile=inductor"
+        )
 
 
 def check_launch(config: TrainConfig) -> None:
     """Checks that this machine and the processes that a launcher has started can train so; joins no process.
 
     Raises:
-        UserError: a precision or a tracker that this machine can't give, or sizes that don't divide.
+        UserError: a precision or a tracker that this machine can't give, sizes that don't divide, or
+            a launcher that asks for what the loop does not do (FSDP, DeepSpeed and the like).
     """
+    _check_launcher()
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs a GPU; use fp32 or bf16 here")
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
@@ -41,40 +71,24 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     """Devices and processes as the launcher set them up; one process on what there is otherwise.
 
     Raises:
-        UserError: see ``check_launch``.
+        UserError: see ``check_launch``; or a precision that this machine can't give.
     """
     check_launch(config)
     allow_tf32(config.precision)
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
     # accelerate keeps one precision per process; a second run in this process may have another.
     AcceleratorState._reset_state()
-    return Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="no" if autocast_dtype(config.precision) is None else config.precision,
-        log_with=None if config.tracker == "none" else config.tracker,
-        project_dir=str(folder),
-        kwargs_handlers=[
-            # Running statistics agree over processes by themselves; nothing needs broadcasting.
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
-        ],
-    )
-
-
-class StopSignals:
-    """Within this context SIGTERM and SIGINT are remembered; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __enter__(self) -> "StopSignals":
-        self._old = {n: signal.signal(n, self._remember) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, _: Any) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
+    try:
+        return Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="no" if autocast_dtype(config.precision) is None else config.precision,
+            log_with=None if config.tracker == "none" else config.tracker,
+            project_dir=str(folder),
+            kwargs_handlers=[
+                # Buffers are the same everywhere (see agreement.py); nothing needs broadcasting.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"train: {error}") from None

@@ -1,0 +1,87 @@
+"""One of two processes that train together, and tell as JSON what each of them holds.
+
+``python agreement_process.py FOLDER``: a line of what was seen on the way.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tiny
+from semtok.errors import Interrupted
+from semtok.training.loop import Trainer
+
+# BatchNorm in the averaged network and in another learner; no step is logged before the last.
+SETTINGS: dict[str, Any] = {"log_every": 1000, "steps": 1000, "schedule": "constant"}
+REGLUE = tiny.SEMANTICS["reglue"]
+GAN = {"name": "vae", "adversarial": tiny.ADVERSARIAL | {"norm": "batch"}}
+
+
+def started(folder: Path, method: dict[str, Any], **settings: Any) -> Trainer:
+    texture = tiny.measured({"name": "vae"}) if method["name"] in tiny.COMPOSITES else None
+    return tiny.trainer(folder, method, texture=texture, **settings)
+
+
+def running_statistics(trainer: Trainer) -> list[float]:
+    """A digest of each buffer that BatchNorm keeps, of learners and of their average."""
+    networks = [trainer.objective.learners, *([trainer.ema.module] if trainer.ema else [])]
+    buffers = [b for network in networks for n, b in network.named_buffers() if "running_" in n]
+    assert buffers
+    return [buffer.double().sum().item() for buffer in buffers]
+
+
+def train(folder: Path, method: dict[str, Any]) -> Trainer:
+    """Three steps, each process on its own share."""
+    trainer = started(folder, method, **SETTINGS)
+    trainer.objective.learners.train()
+    batches = trainer._batches()
+    for _ in range(3):
+        trainer.train_step(batches)
+    return trainer
+
+
+def stop(folder: Path, rank: int) -> tuple[int, str]:
+    """The second process is asked to stop in its third step; at which step this one did."""
+    trainer = started(folder, {"name": "vae"}, **{**SETTINGS, "steps": 12})
+    step = trainer.train_step
+
+    def spy(batches: Any) -> None:
+        step(batches)
+        if rank == 1 and trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.train_step = spy
+    try:
+        trainer.run()
+    except Interrupted as stopped:
+        return trainer.step, stopped.checkpoint.name
+    return trainer.step, "not stopped"
+
+
+def main() -> None:
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    seen: dict[str, Any] = {}
+    trainer = train(folder / "reglue", REGLUE)
+    seen["compressor"] = running_statistics(trainer)
+    seen["discriminator"] = running_statistics(train(folder / "gan", GAN))
+
+    trainer.skipped.add(f"image {rank}")
+    trainer.save()
+    seen["logged"] = trainer.metrics.read(trainer._mean_over_processes)
+    resumed = started(folder / "reglue", REGLUE, **SETTINGS)
+    resumed.resume()
+    seen["skipped"] = sorted(resumed.skipped)
+    seen["own_after_resuming"] = resumed.metrics.read()
+    seen["logged_after_resuming"] = resumed.metrics.read(resumed._mean_over_processes)
+    seen["stopped"] = stop(folder / "stop", rank)
+    print("seen " + json.dumps(seen), flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

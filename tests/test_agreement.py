@@ -1,0 +1,41 @@
+"""What the processes of one run agree on: running statistics, sums of metrics, unreadable images, when to stop."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from processes import succeed
+
+SCRIPT = Path(__file__).parent / "agreement_process.py"
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two fresh processes saw."""
+    folder = tmp_path_factory.mktemp("two")
+    outputs = succeed([str(SCRIPT), str(folder / "runs")], folder / "logs")
+    lines = [[x for x in output.splitlines() if x.startswith("seen ")] for output in outputs]
+    return [json.loads(line[-1].removeprefix("seen ")) for line in lines]
+
+
+@pytest.mark.parametrize("network", ["compressor", "discriminator"])
+def test_running_statistics_are_the_same_in_every_process(network, ranks):
+    assert ranks[0][network] == ranks[1][network]
+
+
+def test_every_process_goes_on_with_the_sums_of_all(ranks):
+    one, two = ranks
+    assert one["logged"] == two["logged"] == one["logged_after_resuming"]
+    assert one["own_after_resuming"] == two["own_after_resuming"] == one["logged"]
+
+
+def test_all_processes_stop_within_two_steps_of_a_signal_to_one(ranks):
+    assert ranks[0]["stopped"] == ranks[1]["stopped"]
+    step, checkpoint = ranks[0]["stopped"]
+    assert 3 <= step <= 5 and checkpoint == f"step_{step:08d}"
+
+
+def test_a_checkpoint_names_the_unreadable_images_of_every_process(ranks):
+    assert ranks[0]["skipped"] == ranks[1]["skipped"] == ["image 0", "image 1"]

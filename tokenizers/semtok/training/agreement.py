@@ -1,0 +1,88 @@
+"""What the processes of one run agree on beside gradients: running statistics, and when to stop."""
+
+import signal
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+PATIENCE = timedelta(hours=2)
+"""How long a process waits for the others, which may be writing pictures or decoding images."""
+
+
+class RunningStatistics:
+    """Running means and variances of normalisation layers, which each process takes on its own share.
+
+    Training reads none of them, so it is enough to average them once per step: then what is
+    validated, kept in a checkpoint and resumed from is one network.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._layers = [
+            layer
+            for layer in network.modules()
+            if isinstance(layer, _NormBase) and layer.running_mean is not None
+        ]
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Averages them over all processes, in one call. The host does not wait for it on a GPU."""
+        if not self._layers or not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        own = [s for layer in self._layers for s in (layer.running_mean, layer.running_var)]
+        means = torch.cat(own)
+        dist.all_reduce(means)
+        means /= dist.get_world_size()
+        torch._foreach_copy_(own, means.split([len(statistic) for statistic in own]))
+
+
+class StopSignals:
+    """Within this context SIGTERM and SIGINT are remembered; a second one stops at once.
+
+    Several processes have to stop after the same step. So each tells the others after every step
+    whether it was asked to, and hears their answers a step later, when they have long been there.
+    All of that passes between the hosts: no device is waited for.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._asked: tuple[dist.Work, Tensor] | None = None
+
+    def __enter__(self) -> "StopSignals":
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._old = {n: signal.signal(n, self._remember) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        # After an error others may be gone, and would be waited for in vain.
+        if self._group is not None and kind is None:
+            if self._asked is not None:
+                self._asked[0].wait()
+            dist.destroy_process_group(self._group)
+        self._group = self._asked = None
+
+    def should_stop(self) -> bool:
+        """Asked by every process after every step: whether all of them are to stop now."""
+        if self._group is None:
+            return self.received is not None
+        if self._asked is not None:
+            work, answer = self._asked
+            work.wait()
+            if answer.item():
+                self._asked = None
+                return True
+        asked = torch.tensor(self.received is not None, dtype=torch.int32)
+        self._asked = dist.all_reduce(asked, group=self._group, async_op=True), asked
+        return False
+
+    def _remember(self, number: int, _: Any) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number

@@ -1,0 +1,89 @@
+"""Every learner's optimiser: how all of them step, and what a checkpoint keeps of them."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from semtok.objective import Objective
+from semtok.training.config import TrainConfig
+
+
+class Optimisers:
+    """AdamW and a schedule of the learning rate for each learner, and one scale of losses for all in fp16."""
+
+    def __init__(self, objective: Objective, config: TrainConfig, accelerator: Accelerator) -> None:
+        self.objective, self.config, self.accelerator = objective, config, accelerator
+        # Looked up once: to walk through a large network takes milliseconds, and each step would.
+        self._parameters = {name: list(p.parameters()) for name, p in objective.learners.items()}
+        self._optimisers = {name: self._made(name) for name in self._parameters}
+        self._schedules = {
+            name: torch.optim.lr_scheduler.LambdaLR(
+                optimiser.optimizer, lambda step: config.learning_rate_factor(step)
+            )
+            for name, optimiser in self._optimisers.items()
+        }
+
+    def _made(self, name: str) -> Any:
+        assert self.config.optimiser is not None, "TrainConfig asks for one where there are steps"
+        settings = self.objective.optimiser_config(name, self.config.optimiser)
+        optimiser = torch.optim.AdamW(
+            self._parameters[name],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        return self.accelerator.prepare_optimizer(optimiser)
+
+    def __getitem__(self, learner: str) -> Any:
+        return self._optimisers[learner]
+
+    def step(self, learners: Iterable[str]) -> dict[str, Tensor]:
+        """Clips the gradients of these learners, takes a step of each, and drops the gradients.
+
+        Returns:
+            the gradients' norms before clipping, to log.
+        """
+        scaler, norms = self.accelerator.scaler, {}
+        for name in learners:
+            optimiser = self._optimisers[name]
+            if scaler is not None:
+                scaler.unscale_(optimiser.optimizer)
+            if self.config.clip_norm is not None:
+                norm = nn.utils.clip_grad_norm_(self._parameters[name], self.config.clip_norm)
+                # With fp16 the loss scale is found by letting gradients overflow; that is no failure.
+                if scaler is None:
+                    norms[f"grad_norm/{name}"] = norm
+            if scaler is None:
+                optimiser.step()
+            else:  # accelerate's step would move the scale between one learner and the next
+                scaler.step(optimiser.optimizer)
+            self._schedules[name].step()
+            optimiser.zero_grad()
+        if scaler is not None:
+            scaler.update()
+        return norms
+
+    def learning_rates(self) -> dict[str, float]:
+        """Of each learner's next step."""
+        return {name: schedule.get_last_lr()[0] for name, schedule in self._schedules.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, under keys of its own."""
+        scaler = self.accelerator.scaler
+        return {
+            "optimisers": {name: o.state_dict() for name, o in self._optimisers.items()},
+            "schedules": {name: s.state_dict() for name, s in self._schedules.items()},
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes what ``state_dict`` gave; further keys may stand beside."""
+        for name, optimiser in self._optimisers.items():
+            optimiser.load_state_dict(state["optimisers"][name])
+            self._schedules[name].load_state_dict(state["schedules"][name])
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
