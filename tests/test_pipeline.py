@@ -18,7 +18,7 @@ from torch import Tensor
 
 import tiny
 from hub_server import TOKEN, hub_server
-from semtok import Generator, Tokenizer, sampler
+from semtok import Generator, Tokenizer
 from semtok.commands import hub
 from semtok.commands.cli import run
 from semtok.diffusion.config import DiffusionConfig, build_network, resolve_defaults
@@ -31,6 +31,7 @@ from semtok.images import to_uint8
 from semtok.methods.vae import KLTokenizer
 from semtok.pictures import write_png
 from semtok.recipe import load_diffusion_recipe, parse_diffusion_recipe
+from semtok.sampler import latents
 from semtok.sampler.dit import DiTArchitecture
 from semtok.sampler.draws import SampleNoise
 from semtok.sampler.guidance import GuidanceConfig
@@ -333,7 +334,7 @@ def test_models_of_several_versions_run_in_one_process(exports):
 def test_the_samplers_files_fit_into_one():
     """Each name that two of them give means the same in both, and they import nothing else of the library."""
     meanings: dict[str, set[str]] = {}
-    for file in sorted(Path(sampler.__file__).parent.glob("*.py")):
+    for file in sorted(Path(latents.__file__).parent.glob("*.py")):
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 module = getattr(node, "module", None)

@@ -10,6 +10,7 @@ from semtok.card import provenance, write_readme
 from semtok.config import parse
 from semtok.errors import UserError
 from semtok.methods.composite import CompositeTokenizer, FeatureCoder
+from semtok.privacy import fit_to_show
 from semtok.references import locate_export
 from semtok.registry import get_method, papers_of
 from semtok.sampler.dit import DiT, DiTArchitecture
@@ -58,7 +59,7 @@ def save_part(
         method = next(name for name in _CODERS if isinstance(part, _coder_class(name)))
         config |= {"kind": "coder", "method": method, "settings": part.settings()}
         papers = papers_of(method)
-    config["trained"] = dict(trained or {})
+    config["trained"] = fit_to_show(dict(trained or {}))
     with new_folder(Path(folder), replaces=_CONFIG_FILE) as temporary:
         write_tensors(temporary / _TENSORS_FILE, part.state_dict(), provenance(config))
         write_json(temporary / _CONFIG_FILE, config)
