@@ -15,7 +15,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from semtok.card import write_pipeline_readme
+from semtok.card import write_readme
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
 from semtok.hub.diffusers.pipeline import SemtokPipeline
@@ -90,7 +90,7 @@ def export_pipeline(
         write_json(temporary / PIPELINE_FILE, index)
         config, papers = generator.to_dict(), generator.papers()
         packages = _packages(temporary, generator.sampler.method)
-        write_pipeline_readme(temporary, config, pictures or {}, papers, packages)
+        write_readme(temporary, config, pictures or {}, papers, packages=packages)
 
 
 # Networks and settings ---------------------------------------------------------------------------
