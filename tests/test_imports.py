@@ -460,3 +460,72 @@ def test_hidden_files_are_not_uploaded_and_exports_are_open_to_others(texture, t
     names = [name for name, _ in export_files(copy)]
     assert "config.json" in names and not any(name.startswith(".") for name in names)
     assert all(p.stat().st_mode & 0o044 == 0o044 for p in texture.rglob("*") if p.is_file())
+
+
+# Whose fault it is -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_classes": -1}, "num_classes: input should be greater than or equal to 0, got -1"),
+        ({"timed_parts": None}, "timed_parts: input should be a valid "),
+        ({"latents": [{"name": "texture"}]}, "'latents.0.channels' is missing"),
+        ({"latents": [{"name": "x", "channels": 5, "stride": 8}]}, "'texture' first"),
+        ({"latents": [{"name": "texture", "channels": 6, "stride": 8}]}, "tensors do not fit"),
+        ({"num_classes": 10**12}, "tensors do not fit: label_embed.weight"),
+        ({"architecture": {"depth": 1}}, "'architecture.width' is missing"),
+    ],
+)
+def test_a_damaged_network_is_one_line(transformer, tmp_path, change, words):
+    assert command("repa", transformer, "--output", tmp_path / "out") == 0
+    file = tmp_path / "out" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError) as error:
+        load_part(tmp_path / "out")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"settings": {"hidden": [4], "channels": 2}}, "'feature_channels' is missing"),
+        ({"settings": {"feature_channels": 8, "hidden": [-4], "channels": 2}}, "hidden.0: input"),
+        ({"settings": {"feature_channels": 8, "hidden": [5], "channels": 2}}, "do not fit"),
+        ({"settings": None}, "settings: expected settings, got None"),
+        ({"method": "vae"}, "method 'vae' has no coder"),
+        ({"method": None}, "unknown method 'None'"),
+    ],
+)
+def test_a_damaged_coder_is_one_line(tmp_path, change, words):
+    save_part(Compressor(8, [4], 2), tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError) as error:
+        load_part(tmp_path / "out")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fault", [TypeError, AttributeError, RuntimeError, KeyError, IndexError])
+def test_a_fault_of_ours_is_not_told_as_a_damaged_file(transformer, tmp_path, monkeypatch, fault):
+    def broken(*_: object, **__: object) -> None:
+        raise fault("ours")
+
+    assert command("repa", transformer, "--output", tmp_path / "network") == 0
+    save_part(Compressor(8, [4], 2), tmp_path / "coder")
+    compressor = compressor_file(tmp_path, Compressor(8, [4], 2).eval())
+    made = build_autoencoder(
+        Architecture(block_channels=(32, 32), layers_per_block=1, latent_channels=3)
+    )
+    torch.save(official_vae(made), tmp_path / "vae.pt")
+    monkeypatch.setattr(torch.nn.Conv2d, "__init__", broken)  # which all of them are made of
+    for file, format in (
+        (transformer, "repa"),
+        (compressor, "auto"),
+        (tmp_path / "vae.pt", "auto"),
+    ):
+        with pytest.raises(fault, match="ours"):
+            import_checkpoint(file, format, ImportOptions())
+    for name in ("network", "coder"):
+        with pytest.raises(fault, match="ours"):
+            load_part(tmp_path / name)

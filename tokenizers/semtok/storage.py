@@ -130,12 +130,16 @@ def write_tensors(
     """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(contiguous, path, metadata={"format": "pt", **(about or {})})
-    with path.open("r+b") as file:  # safetensors writes metadata in an order that differs from call to call
+    with path.open(
+        "r+b"
+    ) as file:  # safetensors writes metadata in an order that differs from call to call
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length, f"{path}: a header of {len(text)} bytes in the place of {length}"
+        assert len(text) <= length, (
+            f"{path}: a header of {len(text)} bytes in the place of {length}"
+        )
         file.seek(8)
         file.write(text.ljust(length))
 

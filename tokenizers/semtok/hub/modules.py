@@ -2,21 +2,24 @@
 transformer without a tokenizer (a *network*), or a feature coder without image latents (a *coder*).
 """
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import NonNegativeInt, PositiveInt, create_model
+
 from semtok.card import provenance, write_readme
-from semtok.config import parse
+from semtok.config import Config, parse
 from semtok.errors import UserError
+from semtok.hub.checkpoints import built
 from semtok.methods.composite import CompositeTokenizer, FeatureCoder
 from semtok.privacy import fit_to_show
 from semtok.references import locate_export
 from semtok.registry import get_method, papers_of
 from semtok.sampler.dit import DiT, DiTArchitecture
-from semtok.sampler.latents import LatentSpec
+from semtok.sampler.latents import LatentSpec, PartSpec
 from semtok.storage import (
-    DAMAGE,
     first_line,
     new_folder,
     read_json,
@@ -28,6 +31,7 @@ from semtok.tokenizer import FORMAT_VERSION, check_format_version, library_versi
 
 _CONFIG_FILE, _TENSORS_FILE = "config.json", "part.safetensors"
 _CODERS = ("reglue", "semvae")
+_POSITIVE = {int: PositiveInt, list[int]: list[PositiveInt]}  # what coders take
 
 
 def save_part(
@@ -82,27 +86,43 @@ def load_part(reference: str | Path) -> DiT | FeatureCoder:
     if kind not in ("network", "coder") or config.get("library") != "semtok":
         raise UserError(f"{place}: neither a network nor a coder alone, but {kind or 'foreign'}")
     check_format_version(config, place)
+    build = _network(config, str(place)) if kind == "network" else _coder(config, str(place))
+    state, weights = read_tensors(folder / _TENSORS_FILE), str(folder / _TENSORS_FILE)
     try:
-        part = _network(config, str(place)) if kind == "network" else _coder(config)
-        part.load_state_dict(read_tensors(folder / _TENSORS_FILE))
+        return built(build, state, weights)
     except UserError:
         raise
-    except (TypeError, AttributeError, *DAMAGE) as error:
-        raise UserError(f"{folder}: damaged or of another version ({first_line(error)})") from None
-    return part.eval()
+    except ValueError as error:  # a network's own check of its settings
+        raise UserError(f"{place}: {first_line(error)}") from None
 
 
-def _network(config: Mapping[str, Any], place: str) -> DiT:
-    return DiT(
-        parse(DiTArchitecture, config["architecture"], f"{place}: architecture"),
-        LatentSpec.from_dict(config["latents"]),
-        num_classes=config["num_classes"],
-        timed_parts=tuple(config["timed_parts"]),
+class _NetworkSettings(Config):
+    architecture: DiTArchitecture
+    latents: tuple[PartSpec, ...]
+    num_classes: NonNegativeInt
+    timed_parts: tuple[str, ...]
+
+
+def _network(config: Mapping[str, Any], place: str) -> Callable[[], DiT]:
+    told = {name: config[name] for name in _NetworkSettings.model_fields if name in config}
+    settings = parse(_NetworkSettings, told, place)
+    return lambda: DiT(
+        settings.architecture,
+        LatentSpec(settings.latents),
+        num_classes=settings.num_classes,
+        timed_parts=settings.timed_parts,
     )
 
 
-def _coder(config: Mapping[str, Any]) -> FeatureCoder:
-    return _coder_class(config["method"])(**config["settings"])
+def _coder(config: Mapping[str, Any], place: str) -> Callable[[], FeatureCoder]:
+    kind = _coder_class(config.get("method"))
+    fields = {
+        name: (_POSITIVE.get(parameter.annotation, parameter.annotation), ...)
+        for name, parameter in inspect.signature(kind).parameters.items()
+    }
+    model = create_model("settings", __base__=Config, **fields)
+    settings = parse(model, config.get("settings"), f"{place}: settings").model_dump()
+    return lambda: kind(**settings)
 
 
 def _coder_class(method: str) -> type[FeatureCoder]:
