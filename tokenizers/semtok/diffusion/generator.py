@@ -22,7 +22,6 @@ from semtok.sampler.latents import Latents, LatentSpec
 from semtok.sampler.sampling import SamplerConfig, Watch, sample_latents
 from semtok.speed import Compiler, Precision, compile_networks, computing
 from semtok.storage import (
-    DAMAGE,
     first_line,
     new_folder,
     read_json,
@@ -331,9 +330,10 @@ class Generator(PushToHub, nn.Module):
             image_size=image_size,
             training_info=content["trained"],
         )
+        state = read_tensors(folder / _NETWORK_FILE)
         try:
-            generator.network.load_state_dict(read_tensors(folder / _NETWORK_FILE))
-        except DAMAGE as error:
+            generator.network.load_state_dict(state)
+        except RuntimeError as error:  # names or shapes
             raise UserError(
                 f"{folder / _NETWORK_FILE}: does not fit config.json ({first_line(error)})"
             ) from None
