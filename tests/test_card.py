@@ -86,6 +86,20 @@ def test_what_is_loaded_and_saved_again_keeps_its_card_but_for_the_pictures(expo
         ]
 
 
+def test_an_export_is_the_same_byte_for_byte_each_time(exports, tmp_path):
+    model = Generator.from_pretrained(exports["dit"])
+    names = [str(number) for number in range(4)]
+    for name in names:
+        model.save_pretrained(tmp_path / name)
+    first, *others = (contents(tmp_path / name) for name in names)
+    assert len(first) > 8 and all(other == first for other in others)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
 def test_other_peoples_images_are_not_ours_to_license():
     config = {
         "library_version": "1",

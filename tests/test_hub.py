@@ -1,6 +1,8 @@
 """To the Hub and back, over real HTTP to a server on loopback."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,11 +153,22 @@ def test_a_wrong_token_and_a_missing_repository_are_told(server, export, monkeyp
         Tokenizer.from_pretrained("org/nothing")
 
 
-def test_a_dry_run_lists_and_sends_nothing(server, export, capsys):
-    assert push(export, "org/name", "--dry-run") == 0
+def test_a_dry_run_lists_what_a_push_sends_and_sends_nothing(server, export, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(export, copy)
+    (copy / ".env").write_text("SECRET=1")
+    (copy / "vae/.git").mkdir()
+    (copy / "vae/.git/config").write_text("x")
+    (copy / "notes.txt").write_text("of mine")
+    assert push(copy, "org/name", "--dry-run") == 0
     printed = capsys.readouterr().out
     assert "vae/diffusion_pytorch_model.safetensors" in printed and "MB" in printed
     assert not server.repositories
+    assert push(copy, "org/name", "--yes") == 0
+    listed = {
+        name for name in contents(copy) if re.search(rf"^ *{re.escape(name)} ", printed, re.M)
+    }
+    assert server.files("org/name").keys() == listed == {*contents(export), "notes.txt"}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from semtok.commands.cli import run
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.hub.formats import open_checkpoint
 from semtok.hub.imports import ImportOptions, import_checkpoint
-from semtok.hub.modules import load_part, save_part
+from semtok.hub.modules import load_module, save_module
 from semtok.methods.reglue import Compressor, CompressorShape
 from semtok.methods.semvae import SemVAE, SemVAEShape
 from semtok.methods.vae import Architecture, build_autoencoder
@@ -61,14 +61,14 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 def load(folder: Path) -> torch.nn.Module:
     kind = json.loads((folder / "config.json").read_text())["kind"]
     loaders = {"tokenizer": Tokenizer.from_pretrained, "generator": Generator.from_pretrained}
-    return loaders.get(kind, load_part)(folder)
+    return loaders.get(kind, load_module)(folder)
 
 
 def save(model: torch.nn.Module, folder: Path) -> None:
     if isinstance(model, Tokenizer | Generator):
         model.save_pretrained(folder)
     else:
-        save_part(model, folder)
+        save_module(model, folder)
 
 
 def equal(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
@@ -173,10 +173,10 @@ def test_a_transformer_with_a_tokenizer_is_a_generator(texture, transformer, tmp
 
 def test_a_transformer_alone_is_a_part(transformer, tmp_path):
     assert command("repa", transformer, "--output", tmp_path / "out") == 0
-    part = load_part(tmp_path / "out")
+    part = load_module(tmp_path / "out")
     assert isinstance(part, DiT) and part.num_classes == 7
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert "load_part(" in card.text
+    assert "load_module(" in card.text
     assert ModelCardData(**yaml.safe_load(card.data.to_yaml())).to_dict() == card.data.to_dict()
     with pytest.raises(ValueError, match="not a semtok generator"):
         Generator.from_pretrained(tmp_path / "out")
@@ -318,7 +318,7 @@ def test_damaged_safetensors_are_one_line(transformer, tmp_path, capsys, damage)
     part = tmp_path / "part" / "part.safetensors"
     part.write_bytes(damage(part.read_bytes()))
     with pytest.raises(ValueError, match=r"part.safetensors: cut short or damaged") as error:
-        load_part(tmp_path / "part")
+        load_module(tmp_path / "part")
     assert "\n" not in str(error.value)
 
 
@@ -327,7 +327,7 @@ def test_a_newer_part_asks_for_a_newer_library(transformer, tmp_path):
     file = tmp_path / "out" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 99}))
     with pytest.raises(ValueError, match="format version 99 is newer than this semtok reads"):
-        load_part(tmp_path / "out")
+        load_module(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -466,3 +466,72 @@ def test_hidden_files_are_not_uploaded_and_exports_are_open_to_others(texture, t
     names = [name for name, _ in export_files(copy)]
     assert "config.json" in names and not any(name.startswith(".") for name in names)
     assert all(p.stat().st_mode & 0o044 == 0o044 for p in texture.rglob("*") if p.is_file())
+
+
+# Whose fault it is -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_classes": -1}, "num_classes: input should be greater than or equal to 0, got -1"),
+        ({"timed_parts": None}, "timed_parts: input should be a valid "),
+        ({"latents": [{"name": "texture"}]}, "'latents.0.channels' is missing"),
+        ({"latents": [{"name": "x", "channels": 5, "stride": 8}]}, "'texture' first"),
+        ({"latents": [{"name": "texture", "channels": 6, "stride": 8}]}, "tensors do not fit"),
+        ({"num_classes": 10**12}, "tensors do not fit: label_embed.weight"),
+        ({"architecture": {"depth": 1}}, "'architecture.width' is missing"),
+    ],
+)
+def test_a_damaged_network_is_one_line(transformer, tmp_path, change, words):
+    assert command("repa", transformer, "--output", tmp_path / "out") == 0
+    file = tmp_path / "out" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError) as error:
+        load_module(tmp_path / "out")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"settings": {"hidden": [4], "channels": 2}}, "'feature_channels' is missing"),
+        ({"settings": {"feature_channels": 8, "hidden": [-4], "channels": 2}}, "hidden.0: input"),
+        ({"settings": {"feature_channels": 8, "hidden": [5], "channels": 2}}, "do not fit"),
+        ({"settings": None}, "settings: expected settings, got None"),
+        ({"method": "vae"}, "method 'vae' has no coder"),
+        ({"method": None}, "unknown method 'None'"),
+    ],
+)
+def test_a_damaged_coder_is_one_line(tmp_path, change, words):
+    save_module(Compressor(8, [4], 2), tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError) as error:
+        load_module(tmp_path / "out")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fault", [TypeError, AttributeError, RuntimeError, KeyError, IndexError])
+def test_a_fault_of_ours_is_not_told_as_a_damaged_file(transformer, tmp_path, monkeypatch, fault):
+    def broken(*_: object, **__: object) -> None:
+        raise fault("ours")
+
+    assert command("repa", transformer, "--output", tmp_path / "network") == 0
+    save_module(Compressor(8, [4], 2), tmp_path / "coder")
+    compressor = compressor_file(tmp_path, Compressor(8, [4], 2).eval())
+    made = build_autoencoder(
+        Architecture(block_channels=(32, 32), layers_per_block=1, latent_channels=3)
+    )
+    torch.save(official_vae(made), tmp_path / "vae.pt")
+    monkeypatch.setattr(torch.nn.Conv2d, "__init__", broken)  # which all of them are made of
+    for file, format in (
+        (transformer, "repa"),
+        (compressor, "auto"),
+        (tmp_path / "vae.pt", "auto"),
+    ):
+        with pytest.raises(fault, match="ours"):
+            import_checkpoint(file, format, ImportOptions())
+    for name in ("network", "coder"):
+        with pytest.raises(fault, match="ours"):
+            load_module(tmp_path / name)

@@ -23,7 +23,6 @@ from semtok.commands import hub
 from semtok.commands.cli import run
 from semtok.diffusion.config import DiffusionConfig, build_network, resolve_defaults
 from semtok.hub import export_pipeline as code
-from semtok.hub.bundle import bundle
 from semtok.hub.diffusers.pipeline import SemtokPipeline
 from semtok.hub.diffusers.scheduler import SemtokScheduler
 from semtok.hub.diffusers.transformer import SemtokTransformer
@@ -32,6 +31,7 @@ from semtok.images import to_uint8
 from semtok.methods.vae import KLTokenizer
 from semtok.pictures import write_png
 from semtok.recipe import load_diffusion_recipe, parse_diffusion_recipe
+from semtok.sampler import latents
 from semtok.sampler.dit import DiTArchitecture
 from semtok.sampler.draws import SampleNoise
 from semtok.sampler.guidance import GuidanceConfig
@@ -206,7 +206,8 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exports]:
     with pytest.MonkeyPatch.context() as patch:
         # As if another version of semtok had made it.
         other = "\n\ndef time_grid(*_, **__):\n    raise ValueError('another version')\n"
-        patch.setattr(code, "bundle", lambda *a, **k: bundle(*a, **k) + other)
+        code_of = code.code_of
+        patch.setattr(code, "code_of", lambda module: code_of(module) + other)
         export_pipeline(made.models["plain"], root / "other")
     asked["other"] = asked["plain"] | {"folder": str(root / "other")}
     with hub_server() as server, pytest.MonkeyPatch.context() as patch:
@@ -297,7 +298,7 @@ def test_images_come_as_diffusers_gives_them(exports):
     assert difference.abs().max() <= 1 and (difference != 0).float().mean() < 0.01
     ours = exports.models["reglue"].sample_latents([0, 1])
     assert list(latent) == ["texture", "semantic", "global"]
-    assert all(same(latent[name], ours[name]) for name in ours)
+    assert all(torch.equal(latent[name], ours[name]) for name in ours)
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("bfloat16", 0.1), ("float16", 0.02)])
@@ -328,6 +329,28 @@ def test_models_of_several_versions_run_in_one_process(exports):
         n for n in ast.parse(source).body if not isinstance(n, ast.ImportFrom | ast.Import)
     ]
     assert [type(n) for n in definitions] == [ast.Expr, ast.ClassDef]
+
+
+def test_the_samplers_files_fit_into_one():
+    """Each name that two of them give means the same in both, and they import nothing else of the library."""
+    meanings: dict[str, set[str]] = {}
+    for file in sorted(Path(latents.__file__).parent.glob("*.py")):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                module = getattr(node, "module", None)
+                for alias in node.names:
+                    meaning = f"{module or alias.name}.{alias.name if module else ''}"
+                    if module and module.startswith("semtok"):
+                        assert module.startswith("semtok.sampler.") and alias.asname is None
+                        meaning = f"{module.rpartition('.')[2]}.{alias.name}"
+                    meanings.setdefault(alias.asname or alias.name, set()).add(meaning)
+                continue
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            names = [getattr(node, "name", None), *(getattr(t, "id", None) for t in targets)]
+            for name in filter(None, names):
+                meanings.setdefault(name, set()).add(f"{file.stem}.{name}")
+    assert {"DiT", "sample_latents", "torch"} <= meanings.keys()
+    assert not {name: found for name, found in meanings.items() if len(found) > 1}
 
 
 # What is refused ---------------------------------------------------------------------------------

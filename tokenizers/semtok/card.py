@@ -5,11 +5,12 @@ import json
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from semtok.references import is_hub_id
 
@@ -18,31 +19,8 @@ PLACEHOLDER = "ORG/NAME"
 """In a card, where the repository's name will be."""
 PICTURES = "pictures"
 """Their folder in an export."""
+_TEMPLATE = "model_card.md"
 _VAES = ("vae", "texture/vae", "tokenizer/vae", "tokenizer/texture/vae")
-_FROM_PRETRAINED = ("from semtok import {0}", 'model = {0}.from_pretrained("{{reference}}")')
-_PART = ("from semtok.hub.modules import load_part", 'model = load_part("{reference}")')
-_KINDS = {
-    "tokenizer": (
-        "an image tokenizer",
-        *(line.format("Tokenizer") for line in _FROM_PRETRAINED),
-        "latents = model.encode(images)  # PIL images",
-    ),
-    "generator": (
-        "an image generator",
-        *(line.format("Generator") for line in _FROM_PRETRAINED),
-        "pixels = model.sample([0, 1], seed=0)",
-    ),
-    "network": (
-        "the network of an image generator, without a tokenizer,",
-        *_PART,
-        "velocity = model(latents, times, labels).velocity",
-    ),
-    "coder": (
-        "a coder of a vision model's features",
-        *_PART,
-        "mean, std = model.encode(features)  # (B, D, h, w)",
-    ),
-}
 _EMBEDDED = "shapes ("  # data that the library renders itself
 _UNITS = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
 
@@ -53,74 +31,36 @@ def model_card(
     pictures: Sequence[str] = (),
     papers: Sequence[str] = (),
     vae: str | None = None,
-    reference: str = PLACEHOLDER,
+    packages: Sequence[str] | None = None,
 ) -> str:
     """A card in Markdown, with the header that the Hub reads.
 
     Args:
-        config: an export's ``config.json``.
+        config: an export's ``config.json``; of a pipeline, what its generator's would hold.
         pictures: files in the export, by relative path.
         papers: to cite, one line each.
         vae: the folder in it that diffusers can load.
-        reference: what ``from_pretrained`` takes.
+        packages: what the code of a pipeline for diffusers imports, as pip takes it; None: it is no pipeline.
     """
-    what, *code = _KINDS[config.get("kind", "tokenizer")]
-    lines = [
-        f"{what[0].upper()}{what[1:]} made by semtok {config['library_version']}. "
-        f"{_latents(config)}",
-        "",
-        "```python",
-        *(line.replace("{reference}", reference) for line in code),
-        "```",
-        "",
-    ]
-    if vae is not None:
-        lines += [
-            "Its image autoencoder loads in diffusers alone: "
-            f'`AutoencoderKL.from_pretrained("{reference}", subfolder="{vae}")`.',
-            "",
-        ]
-    return _card(config, card_data(config), lines, pictures, papers)
-
-
-def pipeline_card(
-    config: Mapping[str, Any],
-    *,
-    packages: Sequence[str],
-    pictures: Sequence[str] = (),
-    papers: Sequence[str] = (),
-    reference: str = PLACEHOLDER,
-) -> str:
-    """The card of a generator that was exported as a diffusers pipeline.
-
-    Args:
-        config: what a generator's ``config.json`` holds.
-        packages: what the pipeline's code imports, as pip takes it.
-        pictures, papers, reference: see ``model_card``.
-    """
-    names = config["class_names"]
-    if names:
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        labels = f"Classes are named ({shown}) or numbered; `None` is any class."
-    else:
-        labels = "It has no classes; `num_images_per_class` is how many images are drawn."
-    lines = [
-        "An image generator for diffusers, which brings its own code. It was made by semtok "
-        f"{config['library_version']}, and runs without it. {_latents(config)}",
-        "",
-        "```bash",
-        f"pip install {' '.join(shlex.quote(package) for package in packages)}",
-        "```",
-        "",
-        "```python",
-        *loading_lines(reference, names[:2]),
-        "```",
-        "",
-        f"{labels} Image i of a seed is the same in a batch of any size. `num_inference_steps` and "
-        "`guidance_scale` (a number, or one for each part of the latents) are by default the model's own.",
-        "",
-    ]
-    return _card(config, card_data(config, library="diffusers"), lines, pictures, papers)
+    trained, names = config.get("trained") or {}, config.get("class_names") or []
+    card = ModelCard.from_template(
+        card_data(config, library="semtok" if packages is None else "diffusers"),
+        template_str=(files("semtok") / "assets" / _TEMPLATE).read_text(encoding="utf-8"),
+        kind=config.get("kind", "tokenizer"),
+        title=_title(config),
+        version=config["library_version"],
+        latents=_latents(config),
+        reference=PLACEHOLDER,
+        vae=vae,
+        packages=None if packages is None else shlex.join(packages),
+        loading="\n".join(loading_lines(PLACEHOLDER, names[:2])),
+        class_names=names,
+        pictures=pictures,
+        rows=[*_settings(trained), *_figures(trained)],
+        has_recipe="recipe" in trained,
+        papers=papers,
+    )
+    return f"{card}\n"
 
 
 def loading_lines(reference: str, labels: Sequence[str]) -> list[str]:
@@ -133,70 +73,26 @@ def loading_lines(reference: str, labels: Sequence[str]) -> list[str]:
     ]
 
 
-def _card(
-    config: Mapping[str, Any],
-    header: ModelCardData,
-    use: Sequence[str],
-    pictures: Sequence[str],
-    papers: Sequence[str],
-) -> str:
-    trained = config.get("trained") or {}
-    lines = ["---", header.to_yaml().strip(), "---", "", f"# {_title(config)}", "", *use]
-    for picture in pictures:
-        lines += [f"![{picture}]({picture})", ""]
-    rows = [*_settings(trained), *_figures(trained)]
-    if rows:
-        lines += ["| training | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows), ""]
-    if "recipe" in trained:
-        lines += ["All settings are in `recipe.yaml`.", ""]
-    if papers:
-        lines += ["Please cite:", "", *(f"- {paper}" for paper in papers), ""]
-    return "\n".join(lines)
-
-
 def write_readme(
     folder: Path,
     config: Mapping[str, Any],
     pictures: Mapping[str, Path],
     papers: Sequence[str] = (),
+    *,
+    packages: Sequence[str] | None = None,
 ) -> None:
     """Writes an export's card, the pictures on it, and the recipe.
 
     Args:
+        config, papers, packages: see ``model_card``.
         pictures: files by the names that they get.
     """
     vae = next((name for name in _VAES if (folder / name).is_dir()), None)
-    shown = _copy_pictures(folder, pictures)
-    _write_card(folder, config, model_card(config, pictures=shown, papers=papers, vae=vae))
-
-
-def write_pipeline_readme(
-    folder: Path,
-    config: Mapping[str, Any],
-    pictures: Mapping[str, Path],
-    papers: Sequence[str],
-    packages: Sequence[str],
-) -> None:
-    """Writes an exported pipeline's card, the pictures on it, and the recipe.
-
-    Args:
-        packages: see ``pipeline_card``.
-        pictures: files by the names that they get.
-    """
-    shown = _copy_pictures(folder, pictures)
-    card = pipeline_card(config, packages=packages, pictures=shown, papers=papers)
-    _write_card(folder, config, card)
-
-
-def _copy_pictures(folder: Path, pictures: Mapping[str, Path]) -> list[str]:
-    """Their paths in the export."""
-    for name, file in pictures.items():
+    shown = {f"{PICTURES}/{name}{file.suffix}": file for name, file in pictures.items()}
+    for name, file in shown.items():
         (folder / PICTURES).mkdir(exist_ok=True)
-        shutil.copyfile(file, folder / PICTURES / f"{name}{file.suffix}")
-    return [f"{PICTURES}/{name}{file.suffix}" for name, file in pictures.items()]
-
-
-def _write_card(folder: Path, config: Mapping[str, Any], card: str) -> None:
+        shutil.copyfile(file, folder / name)
+    card = model_card(config, pictures=list(shown), papers=papers, vae=vae, packages=packages)
     (folder / README).write_text(card, encoding="utf-8")
     recipe = (config.get("trained") or {}).get("recipe")
     if recipe:

@@ -119,6 +119,8 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(sorted(known))}"
         return f"unknown key '{key}'; {hint}"
+    if not location and problem["type"] == "model_type":  # no mapping at all
+        return f"expected settings, got {problem['input']!r}"
     if problem["type"] == "missing" and location[-1].isdigit():
         return f"{key.removesuffix('.' + location[-1])}: too few values, got {problem['input']!r}"
     if problem["type"] == "missing":
@@ -141,8 +143,8 @@ def _likeliest(error: ValidationError) -> ErrorDetails:
     def rank(problem: ErrorDetails) -> int:
         if problem["type"] == "extra_forbidden":
             return 0
-        other_kind = problem["type"].endswith("_type") and _is_union_member(str(problem["loc"][-1]))
-        return 2 if problem["loc"] and other_kind else 1
+        last = str(problem["loc"][-1]) if problem["loc"] else ""
+        return 2 if last and problem["type"].endswith("_type") and _is_union_member(last) else 1
 
     return min(error.errors(), key=rank)
 

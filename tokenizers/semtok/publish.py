@@ -1,20 +1,25 @@
-"""Exports to the Hugging Face Hub: one commit of all files, or none."""
+"""Exports to the Hugging Face Hub: all files at once, or none."""
 
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+import yaml
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from semtok.card import PLACEHOLDER, README
+from semtok.config import read_yaml
 from semtok.errors import UserError
-from semtok.storage import first_line, read_json
+from semtok.privacy import fit_to_show
+from semtok.storage import first_line, read_json, write_json, write_text
 
 PIPELINE_FILE = "model_index.json"
 """Marks a folder that diffusers loads as a pipeline."""
-_TRANSPORTS = ("httpx2", "httpx", "requests", "urllib3")
+# The Hub's client has changed its HTTP library more than once. Its own error is a child of that library's, or of
+# OSError; a large file that did not arrive is a RuntimeError.
+_CONNECTION_ERRORS = (*HfHubHTTPError.__bases__, OSError, RuntimeError)
 _REASONS = {
     401: "the token is missing or not valid; 'hf auth login', or set HF_TOKEN",
     403: "the token may not write there; use one with write access, or another name",
@@ -61,7 +66,8 @@ def push_export(
     """Uploads an export as one commit and returns its address.
 
     A repository that is missing is created; one that is there keeps its visibility. The card gets the repository's
-    name. The folder is only read, so a failed push leaves it as it was, and may be tried again.
+    name, and what an older semtok has written of private places is left out. The folder is only read, so a failed push
+    leaves it as it was, and may be tried again.
 
     Args:
         repo_id: ``org/name`` or ``name``.
@@ -76,28 +82,23 @@ def push_export(
     files = export_files(folder)
     check_repo_id(repo_id)
     api = HfApi(token=token, library_name="semtok")
-    operations = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=_content(folder, name, repo_id))
-        for name, _ in files
-    ]
     way_on = f"{folder} is as it was, and the same command tries again"
     try:
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.create_commit(
-            repository.repo_id,
-            operations,
-            commit_message=message or "Upload by semtok",
-            revision=branch,
-        )
+        with tempfile.TemporaryDirectory() as copy:
+            for name, _ in files:
+                _stage(folder, name, Path(copy), repo_id)
+            commit = api.upload_folder(
+                repo_id=repository.repo_id,
+                folder_path=copy,
+                commit_message=message or "Upload by semtok",
+                revision=branch,
+            )
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         reason = _REASONS.get(status, f"the Hub answers {status}: {first_line(error)}")
         raise UserError(f"{repo_id}: {reason}; {way_on}") from None
-    except Exception as error:
-        # The Hub's client has changed its HTTP library more than once; their errors share no base.
-        transport = type(error).__module__.split(".")[0] in _TRANSPORTS
-        if not (transport or isinstance(error, OSError | RuntimeError)):
-            raise
+    except _CONNECTION_ERRORS as error:
         raise UserError(
             f"{repo_id}: the connection failed ({first_line(error)}); {way_on}"
         ) from None
@@ -132,7 +133,23 @@ def check_repo_id(repo_id: str) -> None:
         raise UserError(f"'{repo_id}' is no name on the Hub: {first_line(error)}") from None
 
 
-def _content(folder: Path, name: str, repo_id: str) -> Path | bytes:
-    if name != README:
-        return folder / name
-    return (folder / name).read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id).encode()
+def _stage(folder: Path, name: str, stage: Path, repo_id: str) -> None:
+    """Puts a file of an export where it is uploaded from: a link, or what is changed of it."""
+    file, copy = folder / name, stage / name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    if name == README:
+        text = file.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
+        copy.write_text(text, encoding="utf-8")
+        return
+    if file.name == "config.json":
+        content = read_json(file)
+        shown = {k: v for k, v in content.items() if k != "_name_or_path"}
+        shown |= {"trained": fit_to_show(content["trained"])} if "trained" in content else {}
+        if shown != content:
+            return write_json(copy, shown)
+    if file.name == "recipe.yaml":
+        content = read_yaml(file)
+        if fit_to_show(content) != content:
+            text = yaml.safe_dump(fit_to_show(content), sort_keys=False, allow_unicode=True)
+            return write_text(copy, text)
+    copy.symlink_to(file.resolve())

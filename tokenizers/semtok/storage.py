@@ -136,13 +136,25 @@ def load_weights(module: nn.Module, path: Path) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file into a folder that is not in use yet.
+    """Writes a safetensors file into a folder that is not in use yet; the same content gives the same bytes.
 
     Args:
         about: more of its header, for readers.
     """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(contiguous, path, metadata={"format": "pt", **(about or {})})
+    with path.open(
+        "r+b"
+    ) as file:  # safetensors writes metadata in an order that differs from call to call
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, (
+            f"{path}: a header of {len(text)} bytes in the place of {length}"
+        )
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from semtok.card import provenance, write_readme
 from semtok.config import Config, parse
 from semtok.errors import UserError
 from semtok.images import Images, to_pixels
+from semtok.privacy import fit_to_show
 from semtok.processes import gather, together
 from semtok.publish import PushToHub
 from semtok.references import locate_export
@@ -296,7 +297,7 @@ class Tokenizer(PushToHub, nn.Module, ABC):
                 "latents": self.spec.to_dict(),
                 "diffusion_defaults": self.diffusion_defaults.model_dump(mode="json"),
                 "settings": settings,
-                "trained": self.training_info,
+                "trained": fit_to_show(self.training_info),
             }
             state = dict(self.named_buffers(recurse=False))
             write_tensors(temporary / _STATE_FILE, state, provenance(config))

@@ -13,6 +13,7 @@ from semtok.config import Config, parse
 from semtok.diffusion.config import DiffusionConfig, build_network, check_guidance
 from semtok.errors import UserError
 from semtok.pictures import principal_components, rows_of_images
+from semtok.privacy import fit_to_show
 from semtok.publish import PushToHub
 from semtok.references import locate_export
 from semtok.registry import papers_of
@@ -278,7 +279,7 @@ class Generator(PushToHub, nn.Module):
             "class_names": list(self.class_names),
             "diffusion": self.config.model_dump(mode="json"),
             "sampler": self.sampler.model_dump(mode="json"),
-            "trained": self.training_info,
+            "trained": fit_to_show(self.training_info),
         }
 
     def papers(self) -> tuple[str, ...]:

@@ -3,19 +3,18 @@
 import argparse
 import collections
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from semtok.errors import UserError
 from semtok.storage import DAMAGE, first_line, read_tensors
 
-MALFORMED = (LookupError, AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError)
-"""What looking into a state dict can raise that is not what its names promise."""
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class _Inert:
@@ -75,6 +74,35 @@ def read_checkpoint(path: str | Path) -> Any:
                 "tensor nor a known setting, and is refused"
             ) from None
         raise UserError(f"{path}: can't be read as a checkpoint ({first_line(error)})") from None
+
+
+def sizes(state: Mapping[str, Tensor], name: str, num: int) -> tuple[int, ...]:
+    """Of a tensor with so many axes.
+
+    Raises:
+        ValueError: it is missing, has another number of axes, or is empty.
+    """
+    if name not in state:
+        raise ValueError(f"{name} is missing")
+    shape = tuple(state[name].shape)
+    if len(shape) != num or 0 in shape:
+        fault = "is empty" if 0 in shape else f"has {len(shape)} axes instead of {num}"
+        raise ValueError(f"{name} {fault}")
+    return shape
+
+
+def built(build: Callable[[], Network], state: Mapping[str, Tensor], place: str) -> Network:
+    """A network with these weights, in eval mode; nothing is allocated before they are known to fit.
+
+    Raises:
+        UserError: see ``check_names_and_shapes``.
+    """
+    with torch.device("meta"):
+        expected = build().state_dict()
+    check_names_and_shapes(state, expected, place)
+    network = build()
+    network.load_state_dict(state)
+    return network.eval()
 
 
 def check_names_and_shapes(

@@ -1,22 +1,23 @@
 """A trained generator as a diffusers pipeline, which brings its code along and needs no semtok.
 
 ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` loads the folder. Its code is
-``semtok.hub.diffusers``, bundled with those parts of the library that it uses.
+``semtok.hub.diffusers`` and the files of ``semtok.sampler``, as they stand.
 """
 
 import hashlib
 import re
+import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, requires
+from importlib.resources import files
 from pathlib import Path
 
 import diffusers
 import torch
 
-from semtok.card import write_pipeline_readme
+from semtok.card import write_readme
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
-from semtok.hub.bundle import bundle, requirements
 from semtok.hub.diffusers.pipeline import SemtokPipeline
 from semtok.hub.diffusers.scheduler import SemtokScheduler
 from semtok.hub.diffusers.transformer import SemtokTransformer
@@ -36,6 +37,10 @@ _WRITTEN = (
     "recipe.yaml",
     "pictures",
 )
+_SAMPLER_IMPORT = re.compile(
+    r"^from (semtok\.sampler\.\w+) import (?:\([^)]*\)|.*)\n", flags=re.MULTILINE
+)
+_ANY_IMPORT = re.compile(r"^(?:from|import) (\w+)", flags=re.MULTILINE)
 
 
 def export_pipeline(
@@ -85,7 +90,7 @@ def export_pipeline(
         write_json(temporary / PIPELINE_FILE, index)
         config, papers = generator.to_dict(), generator.papers()
         packages = _packages(temporary, generator.sampler.method)
-        write_pipeline_readme(temporary, config, pictures or {}, papers, packages)
+        write_readme(temporary, config, pictures or {}, papers, packages=packages)
 
 
 # Networks and settings ---------------------------------------------------------------------------
@@ -156,8 +161,8 @@ def _write_code(folder: Path, component: str, kind: type) -> list[str]:
     Args:
         component: its folder; empty: the pipeline, which lies beside these.
     """
-    note = f"Generated from the sources of semtok {library_version()} ({kind.__module__})."
-    source = bundle(kind.__module__, note=note)
+    note = f"# Made of the sources of semtok {library_version()}, file by file.\n"
+    source = note + code_of(kind.__module__)
     module = "pipeline"
     if component:
         # diffusers copies the code of all folders into one and runs it from there, so that two models'
@@ -168,16 +173,36 @@ def _write_code(folder: Path, component: str, kind: type) -> list[str]:
     return [module, kind.__name__]
 
 
+def code_of(module: str) -> str:
+    """A module's file, with the sampler's files that it imports in the place of these imports, each once.
+
+    It is one file, as diffusers downloads no other from a folder with weights.
+    """
+    written = set()
+
+    def text_of(name: str) -> str:
+        package, _, stem = name.rpartition(".")
+        text = (files(package) / f"{stem}.py").read_text(encoding="utf-8")
+        return _SAMPLER_IMPORT.sub(lambda found: include(found[1]), text)
+
+    def include(name: str) -> str:
+        if name in written:
+            return ""
+        written.add(name)
+        return f"\n# {name} {'-' * (97 - len(name))}\n\n{text_of(name)}\n"
+
+    return text_of(module)
+
+
 def _packages(folder: Path, method: str) -> list[str]:
     """What the code of a folder imports, with the versions that semtok asks for, as pip takes it."""
-    needed = {"accelerate"} | (
-        {"torchdiffeq"} if method == "dopri5" else set()
-    )  # diffusers loads by it
+    needed = {"accelerate"}  # diffusers loads by it
+    needed |= {"torchdiffeq"} if method == "dopri5" else set()
     for file in folder.rglob("*.py"):
-        needed |= set(requirements(file.read_text(encoding="utf-8")))
+        needed |= set(_ANY_IMPORT.findall(file.read_text(encoding="utf-8")))
     try:
         known = requires("semtok") or []
     except PackageNotFoundError:  # imported from a checkout that was not installed
         known = []
     bounds = {re.split(r"[^\w.-]", line)[0]: line for line in known}
-    return [bounds.get(name, name) for name in sorted(needed)]
+    return [bounds.get(name, name) for name in sorted(needed - sys.stdlib_module_names)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from semtok.errors import UserError
-from semtok.hub.checkpoints import MALFORMED, read_checkpoint
+from semtok.hub.checkpoints import read_checkpoint, sizes
 from semtok.hub.import_dit import learns_sigma
 from semtok.storage import first_line, read_json
 
@@ -121,10 +121,8 @@ def recognise(checkpoint: Checkpoint) -> tuple[Format, ...]:
 def _dits(checkpoint: Checkpoint) -> tuple[Format, ...]:
     try:
         return _dits_of(checkpoint.state)
-    except MALFORMED as error:
-        raise UserError(
-            f"{checkpoint.path}: of no known format ({first_line(error)} is missing or odd)"
-        ) from None
+    except ValueError as error:
+        raise UserError(f"{checkpoint.path}: of no known format ({first_line(error)})") from None
 
 
 def _dits_of(state: Mapping[str, Tensor]) -> tuple[Format, ...]:
@@ -136,7 +134,7 @@ def _dits_of(state: Mapping[str, Tensor]) -> tuple[Format, ...]:
         return ("repa-e",)
     if "cls_projectors2.weight" in state:
         # The published latents: 4 channels alone, or 4 and the 16 of the compressor.
-        return ("reglue",) if state["x_embedder.proj.weight"].shape[1] > 16 else ("reg",)
+        return ("reglue",) if sizes(state, "x_embedder.proj.weight", 4)[1] > 16 else ("reg",)
     if "projectors.0.0.weight" in state:
         return ("repa",)
     return ("sit",) if learns_sigma(state) else ("sit", "repa")

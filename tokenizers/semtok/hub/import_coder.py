@@ -7,7 +7,7 @@ import yaml
 from torch import Tensor
 
 from semtok.errors import UserError
-from semtok.hub.checkpoints import MALFORMED, check_names_and_shapes, count_numbered
+from semtok.hub.checkpoints import built, count_numbered, sizes
 from semtok.methods.reglue import Compressor, CompressorShape
 from semtok.methods.semvae import SemVAE, SemVAEShape
 from semtok.storage import first_line
@@ -31,22 +31,17 @@ def import_compressor(
     try:
         # The layers of a stack alternate: convolution, residual block, …, convolution.
         layers = count_numbered(state, "encoder.")
-        convolutions = [state[f"encoder.{i}.weight"] for i in range(0, layers, 2)]
-        feature_channels = convolutions[0].shape[1]
-        *hidden, channels = (len(weight) for weight in convolutions)
-        compressor = Compressor(
-            CompressorShape(
-                feature_channels=feature_channels, hidden=tuple(hidden), channels=channels
-            )
-        )
-    except MALFORMED as error:
+        convolutions = [sizes(state, f"encoder.{i}.weight", 4) for i in range(0, layers, 2)]
+    except ValueError as error:
         raise UserError(f"{place}: not a REGLUE compressor ({first_line(error)})") from None
     if not (statistics[1] > 0).all():
         raise UserError(f"{place}: a standard deviation in its statistics is not positive")
     state |= dict(zip(("feature_mean", "feature_std"), statistics, strict=True))
-    check_names_and_shapes(state, compressor.state_dict(), place)
-    compressor.load_state_dict(state)
-    return compressor.eval()
+    *hidden, channels = (shape[0] for shape in convolutions)
+    shape = CompressorShape(
+        feature_channels=convolutions[0][1], hidden=tuple(hidden), channels=channels
+    )
+    return built(lambda: Compressor(shape), state, place)
 
 
 def import_semvae(state: Mapping[str, Tensor], *, place: str, heads: int | None = None) -> SemVAE:
@@ -61,30 +56,31 @@ def import_semvae(state: Mapping[str, Tensor], *, place: str, heads: int | None 
         UserError: weights that are not these.
     """
     try:
-        width, feature_channels = state["encoder.0.weight"].shape
+        width, feature_channels = sizes(state, "encoder.0.weight", 2)
         blocks = sum(
             name.startswith("encoder.") and name.endswith("norm1.weight") for name in state
         )
-        channels = len(state[f"encoder.{blocks + 2}.weight"]) // 2
-        coder = SemVAE(
-            SemVAEShape(
-                feature_channels=feature_channels,
-                channels=channels,
-                width=width,
-                heads=heads or 6,
-                blocks=blocks,
-            )
-        )
-    except MALFORMED as error:
+        channels = sizes(state, f"encoder.{blocks + 2}.weight", 2)[0] // 2
+        heads = heads or 6
+        if channels < 1 or heads < 1 or width % heads:
+            raise ValueError(f"width {width}, {heads} heads, {channels} channels")
+    except ValueError as error:
         raise UserError(f"{place}: not a SemVAE checkpoint ({first_line(error)})") from None
-    check_names_and_shapes(state, coder.state_dict(), place)
-    coder.load_state_dict(state)
-    return coder.eval()
+    shape = SemVAEShape(
+        feature_channels=feature_channels,
+        channels=channels,
+        width=width,
+        heads=heads,
+        blocks=blocks,
+    )
+    return built(lambda: SemVAE(shape), state, place)
 
 
 def semvae_heads(content: Mapping[str, Any]) -> int | None:
     """The number of heads, from the YAML text that SemVAE's training script puts beside the weights."""
+    text = content.get("config")
     try:
-        return int(yaml.safe_load(content["config"])["model"]["params"]["transformer_heads"])
-    except (LookupError, TypeError, ValueError, AttributeError, yaml.YAMLError):
+        told = yaml.safe_load(text) if isinstance(text, str) else None
+        return int(told["model"]["params"]["transformer_heads"])
+    except (LookupError, TypeError, ValueError, yaml.YAMLError):
         return None

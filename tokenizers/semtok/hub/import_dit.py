@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from semtok.errors import UserError
-from semtok.hub.checkpoints import MALFORMED, check_names_and_shapes, count_numbered
+from semtok.hub.checkpoints import built, count_numbered, sizes
 from semtok.sampler.dit import (
     DiT,
     DiTArchitecture,
@@ -85,9 +85,13 @@ def what_became_of(name: str) -> str:
 
 
 def learns_sigma(state: Mapping[str, Tensor]) -> bool:
-    """Whether the last layer has SiT's second, unused half of outputs."""
-    _, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    return len(state["final_layer.linear.weight"]) == 2 * patch**2 * channels
+    """Whether the last layer has SiT's second, unused half of outputs.
+
+    Raises:
+        ValueError: there is no first or last layer.
+    """
+    _, channels, patch, _ = sizes(state, "x_embedder.proj.weight", 4)
+    return sizes(state, "final_layer.linear.weight", 2)[0] == 2 * patch**2 * channels
 
 
 def import_dit(
@@ -118,26 +122,22 @@ def import_dit(
         projectors = _projectors(state)
         config = _architecture(state, heads)
         spec = _checked(spec, state) if spec is not None else _published_spec(state)
-        channels = state["x_embedder.proj.weight"].shape[1]
-        num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
-        if num_classes < 0:
-            raise ValueError("y_embedder.embedding_table.weight is empty")
+        num_classes = sizes(state, "y_embedder.embedding_table.weight", 2)[0] - 1
         side = _check_positions(state, config)
         ours = {our_name(n): v for n, v in state.items() if what_became_of(n) == "network"}
         statistics = _statistics(state)
-        for name in ("final.linear.weight", "final.linear.bias"):
-            ours[name] = _velocity_rows(ours[name], config.patch_size, channels)
+        ours |= _velocity_rows(state)
         if family == "repa":
-            _reverse_time(ours)
-        timed_parts = ("semantic", "texture") if _LEADS in state else ()
-        network = DiT(config, spec, num_classes=num_classes, timed_parts=timed_parts)
-    except MALFORMED as error:
+            ours |= _reversed_time(ours)
+    except ValueError as error:
         reason = first_line(error)
         raise UserError(f"{place}: not a SiT, REPA or LightningDiT checkpoint ({reason})") from None
-    check_names_and_shapes(ours, network.state_dict(), place)
-    network.load_state_dict(ours)
+    timed_parts = ("semantic", "texture") if _LEADS in state else ()
+    network = built(
+        lambda: DiT(config, spec, num_classes=num_classes, timed_parts=timed_parts), ours, place
+    )
     grid = (side * config.patch_size, side * config.patch_size)
-    return ImportedDiT(network.eval(), projectors, grid, statistics)
+    return ImportedDiT(network, projectors, grid, statistics)
 
 
 def _with_all_blocks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -155,6 +155,8 @@ def _with_all_blocks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _statistics(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
     if not any(name in state for name in _STATISTICS):
         return None
+    for name in _STATISTICS[:2]:
+        sizes(state, name, 1)
     mean, var = state["bn.running_mean"].float(), state["bn.running_var"].float()
     if not bool((var > 0).all() & var.isfinite().all() & mean.isfinite().all()):
         raise ValueError("bn.running_var is not positive everywhere")
@@ -170,20 +172,20 @@ def _family(state: Mapping[str, Tensor]) -> Family:
 def _published_spec(state: Mapping[str, Tensor]) -> LatentSpec:
     """SFD: 16 semantic channels after the texture, both of stride 16. REGLUE: the same beside a texture of
     stride 8, and the class token. Others: a texture of stride 8."""
-    channels = state["x_embedder.proj.weight"].shape[1]
+    channels = sizes(state, "x_embedder.proj.weight", 4)[1]
     leads, vector = _LEADS in state, _VECTOR in state
     semantic = 16 if leads or (vector and channels > 16) else 0
     if channels <= semantic:
         raise ValueError(f"{semantic} semantic of {channels} channels leave no texture")
     parts = [PartSpec("texture", channels - semantic, 16 if leads else 8)]
     parts += [PartSpec("semantic", semantic, 16)] if semantic else []
-    parts += [PartSpec("global", state[_VECTOR].shape[1], None)] if vector else []
+    parts += [PartSpec("global", sizes(state, _VECTOR, 2)[1], None)] if vector else []
     return LatentSpec(tuple(parts))
 
 
 def _checked(spec: LatentSpec, state: Mapping[str, Tensor]) -> LatentSpec:
-    channels = state["x_embedder.proj.weight"].shape[1]
-    vectors = [state[_VECTOR].shape[1]] if _VECTOR in state else []
+    channels = sizes(state, "x_embedder.proj.weight", 4)[1]
+    vectors = [sizes(state, _VECTOR, 2)[1]] if _VECTOR in state else []
     ours = sum(part.channels for part in spec.parts if part.is_spatial)
     if _LEADS in state and "semantic" not in spec.names:
         raise ValueError(
@@ -198,17 +200,18 @@ def _checked(spec: LatentSpec, state: Mapping[str, Tensor]) -> LatentSpec:
 
 
 def _architecture(state: Mapping[str, Tensor], heads: int | None) -> DiTArchitecture:
-    width, _, patch, _ = state["x_embedder.proj.weight"].shape
+    width, _, patch, _ = sizes(state, "x_embedder.proj.weight", 4)
     depth = count_numbered(state, "blocks.")
     swiglu = "blocks.0.mlp.w12.weight" in state
     if heads is None and "feat_rope.freqs_cos" in state:
-        heads = width // state["feat_rope.freqs_cos"].shape[1]
+        heads = width // sizes(state, "feat_rope.freqs_cos", 2)[1]
     if heads is None and "blocks.0.attn.q_norm.weight" in state:
-        heads = width // len(state["blocks.0.attn.q_norm.weight"])
+        heads = width // sizes(state, "blocks.0.attn.q_norm.weight", 1)[0]
     heads = heads or _PUBLISHED_HEADS.get(width)
     if heads is None:
         raise ValueError(f"width {width} is no published size; give the number of heads")
-    hidden = state["blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight"].shape[1]
+    last = "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight"
+    hidden = sizes(state, last, 2)[1]
     return DiTArchitecture(
         depth=depth,
         width=width,
@@ -226,9 +229,9 @@ def _architecture(state: Mapping[str, Tensor], heads: int | None) -> DiTArchitec
 def _check_positions(state: Mapping[str, Tensor], config: DiTArchitecture) -> int:
     """Our position codes are computed; a checkpoint with others would mean something else. Gives the
     number of tokens along a side."""
-    num_tokens = state["pos_embed"].shape[1] - (_VECTOR in state)
+    num_tokens = sizes(state, "pos_embed", 3)[1] - (_VECTOR in state)
     side = round(num_tokens**0.5)
-    if side**2 != num_tokens:
+    if side**2 != num_tokens or not side:
         raise ValueError(f"pos_embed of {num_tokens} tokens is not a square grid")
     positions = sincos_positions((side, side), config.width)
     if _VECTOR in state:  # the class token, first, has no place
@@ -238,8 +241,8 @@ def _check_positions(state: Mapping[str, Tensor], config: DiTArchitecture) -> in
         table = rotary_table((side, side), config.width // config.heads, 0, torch.device("cpu"))
         expected |= {"feat_rope.freqs_cos": table[0], "feat_rope.freqs_sin": table[1]}
     for name, value in expected.items():
-        own = state[name].float()
-        if own.shape != value.shape or not torch.allclose(own, value, atol=1e-4):
+        own = state[name].float() if name in state else None
+        if own is None or own.shape != value.shape or not torch.allclose(own, value, atol=1e-4):
             raise ValueError(f"{name} is not the fixed code of a {side}x{side} grid")
     return side
 
@@ -251,35 +254,39 @@ def our_name(name: str) -> str:
     return name
 
 
-def _velocity_rows(value: Tensor, patch: int, channels: int) -> Tensor:
-    """Drops the second half of the outputs of each cell, SiT's unused ``learn_sigma``."""
-    by_cell = value.unflatten(0, (patch * patch, -1))
-    if by_cell.shape[1] not in (channels, 2 * channels):
-        raise ValueError(
-            f"final_layer.linear has {by_cell.shape[1]} outputs for {channels} channels"
-        )
-    return by_cell[:, :channels].flatten(0, 1)
+def _velocity_rows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our last layer: without the second half of the outputs of each cell, SiT's unused ``learn_sigma``."""
+    _, channels, patch, _ = sizes(state, "x_embedder.proj.weight", 4)
+    rows = {}
+    for kind, num_axes in (("weight", 2), ("bias", 1)):
+        value, cells = state.get(f"final_layer.linear.{kind}"), patch * patch
+        outputs, rest = divmod(sizes(state, f"final_layer.linear.{kind}", num_axes)[0], cells)
+        if rest or outputs not in (channels, 2 * channels):
+            raise ValueError(f"final_layer.linear has {outputs} outputs for {channels} channels")
+        rows[f"final.linear.{kind}"] = value.unflatten(0, (cells, -1))[:, :channels].flatten(0, 1)
+    return rows
 
 
-def _reverse_time(state: dict[str, Tensor]) -> None:
-    """Folds t -> 1 - t and v -> -v into the weights.
+def _reversed_time(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Folds t -> 1 - t and v -> -v into the weights: those of ours that change.
 
     cos(ω (1 - t)) = cos ω cos ωt + sin ω sin ωt and sin(ω (1 - t)) = sin ω cos ωt - cos ω sin ωt, so
     the first layer of the time embedding takes both up.
     """
-    name = "time_embed.all.mlp.0.weight"
+    name, frequency = "time_embed.all.mlp.0.weight", time_frequencies(torch.device("cpu")).double()
+    if sizes(state, name, 2)[1] != 2 * len(frequency):
+        raise ValueError(f"{name} is of another number of frequencies")
     cos, sin = state[name].double().chunk(2, dim=1)
-    frequency = time_frequencies(torch.device("cpu")).double()
-    state[name] = torch.cat(
-        [
-            cos * frequency.cos() + sin * frequency.sin(),
-            cos * frequency.sin() - sin * frequency.cos(),
-        ],
-        dim=1,
-    ).to(state[name])
-    for name in state:
-        if name.startswith(("final.linear.", "final.vectors.")):
-            state[name] = -state[name]
+    halves = (
+        cos * frequency.cos() + sin * frequency.sin(),
+        cos * frequency.sin() - sin * frequency.cos(),
+    )
+    last = {
+        n: -v
+        for n, v in state.items()
+        if n.startswith(("final.linear.", "final.vectors.")) and v.is_floating_point()
+    }
+    return {name: torch.cat(halves, dim=1).to(state[name]), **last}
 
 
 def _projectors(state: Mapping[str, Any]) -> nn.ModuleList:
@@ -289,8 +296,14 @@ def _projectors(state: Mapping[str, Any]) -> nn.ModuleList:
     while f"projectors.{len(heads)}.0.weight" in named:
         prefix = f"projectors.{len(heads)}."
         own = {n.removeprefix(prefix): v for n, v in named.items() if n.startswith(prefix)}
-        hidden, width = own["0.weight"].shape
-        head = silu_mlp(width, hidden, len(own["4.weight"]))
+        hidden, width = sizes(own, "0.weight", 2)
+        out, _ = sizes(own, "4.weight", 2)
+        if "2.weight" not in own or own["2.weight"].shape != (hidden, hidden):
+            raise ValueError(f"{prefix}2.weight is missing or not square")
+        head = silu_mlp(width, hidden, out)
+        shapes = {name: value.shape for name, value in head.state_dict().items()}
+        if {name: value.shape for name, value in own.items()} != shapes:
+            raise ValueError(f"{prefix[:-1]} is no projector of three layers")
         head.load_state_dict(own)
         heads.append(head)
         used -= {prefix + name for name in own}

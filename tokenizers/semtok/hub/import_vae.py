@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from semtok.errors import UserError
-from semtok.hub.checkpoints import MALFORMED, check_names_and_shapes, count_numbered
+from semtok.hub.checkpoints import built, count_numbered, sizes
 from semtok.methods.vae import Architecture, build_autoencoder
 from semtok.storage import first_line
 
@@ -48,22 +48,19 @@ def import_autoencoder(state: Mapping[str, Tensor], *, place: str) -> Autoencode
     """
     state = {name: value for name, value in state.items() if not name.startswith(_TRAINING_ONLY)}
     try:
-        autoencoder = build_autoencoder(_architecture(state))
-    except MALFORMED as error:
+        architecture = _architecture(state)
+    except ValueError as error:
         raise UserError(
             f"{place}: not an autoencoder in CompVis' layout ({first_line(error)})"
         ) from None
-    levels = len(autoencoder.config.block_out_channels)
+    levels = len(architecture.block_channels)
     ours = {our_name(name, levels): value.float() for name, value in state.items()}
-    expected = autoencoder.state_dict()
     # Attention was written as 1x1 convolutions.
     ours = {
-        name: value[..., 0, 0] if value.ndim == 4 and _ndim(expected, name) == 2 else value
+        name: value[..., 0, 0] if value.ndim == 4 and ".attentions." in name else value
         for name, value in ours.items()
     }
-    check_names_and_shapes(ours, expected, place)
-    autoencoder.load_state_dict(ours)
-    return autoencoder.eval()
+    return built(lambda: build_autoencoder(architecture), ours, place)
 
 
 def what_became_of(name: str) -> str:
@@ -75,13 +72,11 @@ def _architecture(state: Mapping[str, Tensor]) -> Architecture:
     levels = count_numbered(state, "encoder.down.")
     layers = count_numbered(state, "encoder.down.0.block.")
     channels = tuple(
-        len(state[f"encoder.down.{level}.block.{layers - 1}.conv2.weight"])
+        sizes(state, f"encoder.down.{level}.block.{layers - 1}.conv2.weight", 4)[0]
         for level in range(levels)
     )
-    z_channels, latent_channels = (
-        len(state["encoder.conv_out.weight"]) // 2,
-        state["post_quant_conv.weight"].shape[1],
-    )
+    z_channels = sizes(state, "encoder.conv_out.weight", 4)[0] // 2
+    latent_channels = sizes(state, "post_quant_conv.weight", 4)[1]
     if z_channels != latent_channels:
         raise ValueError(
             f"{z_channels} channels inside, {latent_channels} of latents; AutoencoderKL has one number"
@@ -109,7 +104,3 @@ def our_name(name: str, levels: int) -> str:
     for pattern, replacement in _RENAMED:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def _ndim(state: Mapping[str, Tensor], name: str) -> int | None:
-    return state[name].ndim if name in state else None

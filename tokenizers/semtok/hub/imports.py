@@ -27,7 +27,7 @@ from semtok.hub.formats import (
     statistics_beside,
 )
 from semtok.hub.import_coder import import_compressor, import_semvae, semvae_heads
-from semtok.hub.modules import save_part
+from semtok.hub.modules import save_module
 from semtok.methods.composite import CompositeConfig, FeatureCoder
 from semtok.methods.reglue import Compressor
 from semtok.methods.vae import KLTokenizer
@@ -95,7 +95,7 @@ class Imported:
         if isinstance(self.model, Tokenizer | Generator):
             self.model.save_pretrained(folder)
         else:
-            save_part(self.model, folder, trained=self.trained)
+            save_module(self.model, folder, trained=self.trained)
 
 
 def import_checkpoint(

@@ -35,7 +35,7 @@ from semtok.pictures import principal_components, rows_of_images
 from semtok.registry import MethodConfig, register_method
 from semtok.sampler.draws import Draws
 from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
-from semtok.storage import DAMAGE, first_line
+from semtok.storage import DAMAGE, first_line, read_json, write_json
 from semtok.teachers import TeacherFeatures
 from semtok.tokenizer import Tokenizer
 
@@ -213,6 +213,10 @@ class KLTokenizer(Tokenizer):
             scaling_factor=1.0,  # diffusers divides by it as well
         )
         self.autoencoder.save_pretrained(folder / "vae")
+        place = folder / "vae" / "config.json"
+        config = read_json(place)
+        config.pop("_name_or_path", None)  # where diffusers has loaded it from
+        write_json(place, config)
         return {}
 
     @classmethod

@@ -11,6 +11,7 @@ from semtok.commands.around_training import errors_at
 from semtok.commands.evaluation.options import (
     add_data_options,
     add_teacher_options,
+    data_trained_on,
     device,
     load_teacher,
     open_data,
@@ -46,7 +47,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
 
 def _classes(args: argparse.Namespace) -> int:
     generator = sped_up(Generator.from_pretrained(args.model).to(device()), args)
-    train, held_out = open_data(args, generator.training_info.get("recipe", {}).get("data"))
+    train, held_out = open_data(args, data_trained_on(args.model, generator))
     if generator.image_size != train.image_size:
         raise UserError(
             f"--data: images of {train.image_size}, but the model makes {generator.image_size}; pass size=…"

@@ -13,6 +13,7 @@ from semtok.commands.evaluation.options import (
     add_teacher_options,
     check_output,
     data_of,
+    data_trained_on,
     device,
     load_teacher,
 )
@@ -203,7 +204,7 @@ def _generated(
         "precision": args.precision or "fp32",
     }
     images = images_of_generator(generator, labels, seed=args.seed, sampler=sampler)
-    return images, about, generator.training_info.get("recipe", {}).get("data")
+    return images, about, data_trained_on(args.model, generator)
 
 
 def _reference(

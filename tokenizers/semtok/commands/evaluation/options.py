@@ -9,11 +9,16 @@ from typing import Any
 import torch
 
 from semtok.commands.around_training import errors_at
+from semtok.commands.run_folder import RECIPE_FILE
 from semtok.commands.train_tokenizer import tokenizer_from_reference
+from semtok.config import read_yaml
 from semtok.data.images.kinds import open_sources
 from semtok.data.source import ImageSource
+from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
+from semtok.privacy import first_left_out, fit_to_show
 from semtok.recipe import parse_data
+from semtok.references import locate_export
 from semtok.teachers import Teacher, TeacherConfig
 from semtok.tokenizer import Tokenizer
 
@@ -103,14 +108,38 @@ def open_data(
     return train, held_out
 
 
+def data_trained_on(reference: str, model: Generator) -> dict[str, Any] | None:
+    """The data settings that a model was trained on: whole, as its run has them, or as much as its export says.
+
+    Args:
+        reference: what the model was loaded by.
+    """
+    told = model.training_info.get("recipe", {}).get("data")
+    export = locate_export(reference, "model", local_files_only=True).absolute()
+    beside = export.parent / RECIPE_FILE
+    if told is None or not beside.is_file() or export.name != "export":
+        return told
+    whole = read_yaml(beside).get("data")
+    return whole if fit_to_show(whole) == told else told  # else of another run
+
+
 def data_of(
     settings: list[str] | None, trained_on: dict[str, Any] | None, *, place: str
 ) -> tuple[ImageSource, ImageSource]:
-    """Training and held-out images: as the words say, or else what a model was trained on."""
+    """Training and held-out images: as the words say, or else what a model was trained on.
+
+    Raises:
+        UserError: neither says where they are.
+    """
     if settings is None:
         if not trained_on:
             raise UserError(
                 f"{place}: the model does not say what it was trained on; give {place} key=value …"
+            )
+        if (cut := first_left_out(trained_on | {"cache": None})) is not None:
+            raise UserError(
+                f"{place}: the model was trained on '{cut}', of which its export leaves out what is private; "
+                f"give {place} kind={trained_on['kind']} path=… size=…"
             )
         settings = [f"{key}={json.dumps(value)}" for key, value in trained_on.items()]
     return open_sources(parse_data(settings, place=place))
