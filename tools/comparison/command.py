@@ -112,7 +112,6 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{len(rows)} rows, {num_seeds} seeds; output: {comparison.folder}", flush=True)
             run_jobs(
                 jobs,
-                at_once=len(environments),
                 held=held,
                 environments=environments,
                 say=lambda line: print(line, flush=True),
