@@ -83,16 +83,9 @@ def run_jobs(
 
     Raises:
         UserError: a job failed; those that ran beside it were stopped.
-        Stopped: SIGTERM, SIGINT or SIGHUP came. A second SIGINT kills the jobs.
+        Stopped: SIGTERM, SIGINT or SIGHUP came. A second one kills the jobs.
     """
-    received: list[int] = []
-    try:
-        asyncio.run(_run_all(jobs, held, environments, say, received))
-    except (asyncio.CancelledError, ExceptionGroup) as error:
-        if received:
-            raise Stopped(received[0]) from None
-        assert isinstance(error, ExceptionGroup)
-        raise error.exceptions[0] from None
+    asyncio.run(_run_all(jobs, held, environments, say))
 
 
 async def _run_all(
@@ -100,30 +93,14 @@ async def _run_all(
     held: int,
     environments: Sequence[dict[str, str]],
     say: Callable[[str], object],
-    received: list[int],
 ) -> None:
-    """The first signal is noted, and cancels this; the next does what it does by itself."""
-    loop, this = asyncio.get_running_loop(), asyncio.current_task()
-    assert this is not None
-
-    def stop(number: int) -> None:
-        received.append(number)
-        for other in listened:
-            loop.remove_signal_handler(other)
-        this.cancel()
-
-    # One that is ignored, as SIGHUP under nohup, stays so.
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    listened = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
-    for number in listened:
-        loop.add_signal_handler(number, stop, number)
-
     waiting = [job for job in jobs if not job.is_done()]
     tasks: dict[str, asyncio.Task[None]] = {}
     turns = itertools.count(1)
     free: asyncio.Queue[dict[str, str]] = asyncio.Queue()
     for environment in environments:
         free.put_nowait(environment)
+    received: list[int] = []
 
     async def run(job: Job) -> None:
         for name in tasks.keys() & set(job.after):
@@ -135,9 +112,23 @@ async def _run_all(
         say(f"        {job.name}: done in {time.perf_counter() - start:.0f} s")
         free.put_nowait(environment)
 
-    async with asyncio.TaskGroup() as group:
-        for job in waiting:
-            tasks[job.name] = group.create_task(run(job))
+    def stop(number: int) -> None:
+        received.append(number)
+        for task in tasks.values():
+            task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+            asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    try:
+        async with asyncio.TaskGroup() as group:
+            for job in waiting:
+                tasks[job.name] = group.create_task(run(job))
+    except ExceptionGroup as errors:
+        if not received:
+            raise errors.exceptions[0] from None
+    if received:
+        raise Stopped(received[0])
 
 
 async def _run(job: Job, environment: dict[str, str], held: int) -> None:
@@ -154,7 +145,7 @@ async def _run(job: Job, environment: dict[str, str], held: int) -> None:
         )
     try:
         code = await process.wait()
-    except asyncio.CancelledError:
+    except asyncio.CancelledError:  # and once more, where that takes too long
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         with contextlib.suppress(TimeoutError):
