@@ -223,7 +223,9 @@ def test_a_signal_stops_the_running_jobs(tmp_path):
         code = f"{beginning}import os, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(30)"
 
         def interrupt(pid: Path = pid, sent: list[signal.Signals] = sent) -> None:
-            while not (pid.exists() and pid.read_text()):
+            for _ in range(600):
+                if pid.exists() and pid.read_text():
+                    break
                 time.sleep(0.05)
             for number in sent:
                 os.kill(os.getpid(), number)  # not raise_signal, which is of this thread alone
