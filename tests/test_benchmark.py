@@ -25,6 +25,7 @@ from benchmarks.tricks import _Work
 from semtok import Tokenizer
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import build_objective
+from semtok.data.images.kinds import open_sources
 from semtok.images import to_pixels
 from semtok.methods.vae import PRESETS
 from semtok.recipe import parse_diffusion_recipe, parse_recipe
@@ -84,8 +85,6 @@ def test_the_published_step_has_the_librarys_losses(tmp_path):
     content["train"] |= {"schedule": "constant", "warmup_steps": 0}
     content["train"]["optimiser"] = {"learning_rate": 1e-4}
     recipe = parse_diffusion_recipe(content | {"tokenizer": "t"}, "tiny")
-    from semtok.data.images.kinds import open_sources
-
     images, _ = open_sources(recipe.data)
     objective = make_objective(recipe, tokenizer, images, None)
     perturbed(objective.averaged_module())
@@ -171,9 +170,15 @@ def test_what_writing_a_cache_takes_is_told_apart_from_the_networks(tmp_path, mo
     monkeypatch.setattr(caching, "random_reglue", lambda _: tiny.tokenizer("vae", "reglue", True))
     monkeypatch.setattr(caching, "_SIZE", 16)
     file = tmp_path / "x.json"
-    assert bench("cache", "--num-images", 600, "--num-encoded", 3, "--output", file) == 0
+    words = ["cache", "--num-images", 600, "--num-encoded", 3, "--output", file]
+    assert bench(*words, "--targets") == 0
+    with_targets = json.loads(file.read_text())
+    assert "with REPA's targets" in capsys.readouterr().out
+    assert bench(*words) == 0
     figures = json.loads(file.read_text())
     assert 26_000 < figures["bytes_per_image"] < 27_000
+    added = with_targets["bytes_per_image"] - figures["bytes_per_image"]
+    assert added == pytest.approx(768 * 256 + 4 * 256 + 4 * 768, rel=1e-3)
     read, written, encoded = (row["images/s"] for row in figures["rows"])
     assert figures["share_of_writing"] == pytest.approx(encoded / written)
     assert read > 0 and "is writing" in capsys.readouterr().out
