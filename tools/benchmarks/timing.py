@@ -126,10 +126,16 @@ def counted_flops(step: Step) -> float:
 
 
 class TrainerStep:
-    """One optimiser step of a trainer, as the loop does it; knows how long it waited for data."""
+    """One optimiser step of a trainer, as the loop does it; knows how long it waited for data.
+
+    Args:
+        trainer: just built. What that set for the whole process, each step sets again: the steps of another trainer
+            may come between.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.waits = trainer, []
+        self._cudnn_benchmark = torch.backends.cudnn.benchmark
         trainer.objective.learners.train()
         self._batches = self._watched(trainer._batches())
 
@@ -146,6 +152,7 @@ class TrainerStep:
         """A step, for which the device is not waited."""
         self.waits.append(0.0)
         allow_tf32(self.precision)
+        torch.backends.cudnn.benchmark = self._cudnn_benchmark
         self.trainer.train_step(self._batches)
 
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
