@@ -112,6 +112,18 @@ def test_a_variant_may_name_a_row(monkeypatch, capsys):
     assert "some/folder vae some/folder reglue" in capsys.readouterr().err
 
 
+def test_a_setting_of_ones_own_goes_before_the_budgets(monkeypatch, capsys):
+    def refuse(folder: Path, settings: ComparisonSettings, *_: object) -> None:
+        raise UserError(" ".join(settings.settings))
+
+    monkeypatch.setattr(compare, "Comparison", refuse)
+    words = ["--budget", "quick", "--set", "diffusion.network=SiT-T/4", "sampler.steps=1"]
+    assert run(compare.main, words) == 2
+    assert capsys.readouterr().err.split() == ["error:", *words[3:]]
+    assert run(compare.main, words[:-1]) == 2
+    assert "sampler.steps=15 diffusion.network=SiT-T/4" in capsys.readouterr().err
+
+
 def test_rows_and_seeds_may_be_added_but_nothing_else_changed(tmp_path):
     folder = tmp_path / "c"
     comparison(folder, VAE).claim()

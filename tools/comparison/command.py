@@ -70,7 +70,7 @@ def _parser() -> Parser:
         nargs="+",
         default=[],
         metavar="key=value",
-        help="settings of every transformer, as diffusion.network=…",
+        help="settings of every transformer, as diffusion.network=…, which go before the budget's",
     )
     parser.add_argument(
         "--jobs", type=int, help="processes at once; default: one for each GPU, or each CPU core"
@@ -93,10 +93,12 @@ def main(arguments: Sequence[str]) -> int:
         score(args.output, *args.score)
         return 0
     budget = BUDGETS[args.budget].model_dump()
+    named = {word.partition("=")[0] for word in args.set}
+    kept = [word for word in budget["settings"] if word.partition("=")[0] not in named]
     given = {
         "data": args.data,
         "teacher": args.teacher,
-        "settings": [*budget["settings"], *args.set],
+        "settings": [*kept, *args.set],
         "steps": args.steps,
         "num_checkpoints": args.num_checkpoints,
         "num_images": args.num_images,
