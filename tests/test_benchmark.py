@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 
 import tiny
-from benchmarks import caching
+from benchmarks import caching, training
 from benchmarks import command as benchmark
 from benchmarks.memory import estimate_memory
 from benchmarks.plain import PlainREGLUEStep, PlainSiT
@@ -25,11 +26,15 @@ from benchmarks.tricks import _Work
 from semtok import Tokenizer
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import build_objective
+from semtok.data.images.kinds import open_sources
 from semtok.images import to_pixels
 from semtok.methods.vae import PRESETS
 from semtok.recipe import parse_diffusion_recipe, parse_recipe
 from semtok.sampler.dit import DiT, DiTArchitecture
 from semtok.sampler.latents import Latents, Posterior
+from semtok.training.config import TrainConfig
+from semtok.training.loop import Trainer
+from semtok.training.process import make_accelerator
 
 SHAPE = DiTArchitecture(depth=2, width=24, heads=2, patch_size=2)
 
@@ -84,8 +89,6 @@ def test_the_published_step_has_the_librarys_losses(tmp_path):
     content["train"] |= {"schedule": "constant", "warmup_steps": 0}
     content["train"]["optimiser"] = {"learning_rate": 1e-4}
     recipe = parse_diffusion_recipe(content | {"tokenizer": "t"}, "tiny")
-    from semtok.data.images.kinds import open_sources
-
     images, _ = open_sources(recipe.data)
     objective = make_objective(recipe, tokenizer, images, None)
     perturbed(objective.averaged_module())
@@ -171,9 +174,15 @@ def test_what_writing_a_cache_takes_is_told_apart_from_the_networks(tmp_path, mo
     monkeypatch.setattr(caching, "random_reglue", lambda _: tiny.tokenizer("vae", "reglue", True))
     monkeypatch.setattr(caching, "_SIZE", 16)
     file = tmp_path / "x.json"
-    assert bench("cache", "--num-images", 600, "--num-encoded", 3, "--output", file) == 0
+    words = ["cache", "--num-images", 600, "--num-encoded", 3, "--output", file]
+    assert bench(*words, "--targets") == 0
+    with_targets = json.loads(file.read_text())
+    assert "with REPA's targets" in capsys.readouterr().out
+    assert bench(*words) == 0
     figures = json.loads(file.read_text())
     assert 26_000 < figures["bytes_per_image"] < 27_000
+    added = with_targets["bytes_per_image"] - figures["bytes_per_image"]
+    assert added == pytest.approx(768 * 256 + 4 * 256 + 4 * 768, rel=1e-3)
     read, written, encoded = (row["images/s"] for row in figures["rows"])
     assert figures["share_of_writing"] == pytest.approx(encoded / written)
     assert read > 0 and "is writing" in capsys.readouterr().out
@@ -206,6 +215,33 @@ def test_random_weights_stand_in_for_those_that_would_be_fetched(tmp_path):
     (row,) = json.loads(file.read_text())["rows"]
     assert row["GFLOP/s"] > 0 and row["images/s"] == pytest.approx(2e3 / row["ms"])
     assert torch.hub.get_dir() == cache, "later runs find the real weights"
+
+
+def test_both_sides_of_a_tokenizer_keep_their_own_settings_of_the_process(tmp_path, monkeypatch):
+    """What building a trainer sets for the whole process, as cuDNN's search for the fastest kernels."""
+    recipe, file, seen = tmp_path / "recipe.yaml", tmp_path / "x.json", []
+    recipe.write_text(yaml.safe_dump(tiny.content({"name": "vae"}, batch_size=2)))
+    train_step = Trainer.train_step
+
+    def accelerator(config: TrainConfig, folder: Path) -> Accelerator:
+        torch.backends.cudnn.benchmark = config.seed == 1
+        return make_accelerator(config, folder)
+
+    def watched(trainer: Trainer, batches: object) -> None:
+        seen.append((trainer.config.seed, torch.backends.cudnn.benchmark))
+        train_step(trainer, batches)
+
+    monkeypatch.setattr(training, "make_accelerator", accelerator)
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    words = ["tokenizer", recipe, "--random", "--rounds", 2, "--output", file]
+    try:
+        assert bench(*words, "train.seed=1", "--against", "train.seed=2") == 0
+    finally:
+        torch.backends.cudnn.benchmark = False
+    assert set(seen) == {(1, True), (2, False)} and len(seen) == 8
+    figures = json.loads(file.read_text())
+    assert [row["what"] for row in figures["rows"]] == ["train.seed=1", "train.seed=2"]
+    assert "train.seed=2 is" in figures["ratio"] and "as fast as train.seed=1" in figures["ratio"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The probe, and the commands around it."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,9 @@ import torch
 
 import semtok_cli
 import tiny
-from demo_models import train_teacher
+from demo_models import train_teacher, train_vae
 from semtok.commands import cli, evaluate
+from semtok.commands.run_folder import flatten
 from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.data.images.shapes import ATTRIBUTES, Shapes, ShapesConfig
 from semtok.evaluation.probe import LatentTable, latent_table, probe
@@ -90,12 +93,41 @@ def test_probing_images_without_attributes_is_an_error(run, tmp_path, capsys):
     assert "has no attributes to probe for" in capsys.readouterr().err
 
 
-def test_the_teachers_command_trains_and_writes_weights_that_load(tmp_path, capsys):
-    arguments = ["--steps", "2", "--output", str(tmp_path / "teacher")]
+def test_the_embedded_teacher_is_trained_again_and_may_take_its_place(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(train_teacher, "ASSETS", tmp_path)
+    arguments = ["--steps", "2", "--output", str(tmp_path / "teacher"), "--to-assets"]
     assert cli.run(train_teacher.main, arguments) == 0
     assert "accuracy/shape" in capsys.readouterr().out
-    weights = str(tmp_path / "teacher" / DEMO_FILE)
-    assert Teacher(TeacherConfig(checkpoint=weights)).widths == (128,)
+    weights = tmp_path / "teacher" / DEMO_FILE
+    assert Teacher(TeacherConfig(checkpoint=str(weights))).widths == (128,)
+    assert weights.read_bytes() == (tmp_path / DEMO_FILE).read_bytes()
+
+
+def test_the_embedded_vae_is_trained_again_and_may_take_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vae, "ASSETS", tmp_path)
+    embedded = tmp_path / "demo_tokenizer"
+    embedded.mkdir()
+    (embedded / "old").touch()
+    small = [f"train.{name}=2" for name in ("steps", "warmup_steps", "num_validation_images")]
+    small += ["data.size=16", "data.num_images=8", "train.num_statistics_images=8"]
+    folder = tmp_path / "vae"
+    assert cli.run(train_vae.main, ["--output", str(folder), "--to-assets", *small]) == 0
+    made, exported = Tokenizer.from_pretrained(embedded), Tokenizer.from_pretrained(folder)
+    files = {path.relative_to(embedded).as_posix() for path in embedded.rglob("*.*")}
+    wanted = Path(str(train_vae.__file__)).parents[2] / "tokenizers/semtok/assets/demo_tokenizer"
+    assert files == {path.relative_to(wanted).as_posix() for path in wanted.rglob("*.*")}
+    state = exported.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
+
+
+def test_the_embedded_vae_was_trained_with_the_settings_that_train_it_again():
+    recorded = Tokenizer.from_pretrained("demo").training_info["recipe"]
+    now = flatten(train_vae.demo_recipe().model_dump(mode="json"))
+    shared = {key: value for key, value in flatten(recorded).items() if key in now}
+    assert shared["train.steps"] == 6000 and len(shared) > 30
+    assert {key: now[key] for key in shared} == shared
 
 
 def test_the_commands_list_themselves(monkeypatch, capsys):
@@ -107,14 +139,33 @@ def test_the_commands_list_themselves(monkeypatch, capsys):
     assert semtok_cli.main() == 2
 
 
-def test_every_command_has_a_launcher():
-    tools = {path.stem for path in (Path(__file__).parents[1] / "tools").glob("*.py")}
-    assert tools == set(semtok_cli.COMMANDS) | {
-        "architecture",
-        "benchmark",
-        "compare",
-        "train_teacher",
-    }
+def test_every_launcher_says_what_it_does_and_does_nothing_else(tmp_path):
+    """From any working directory, one process for all; and processes that theirs start may import them."""
+    launchers = sorted((Path(__file__).parents[1] / "tools").glob("*.py"))
+    named = {*semtok_cli.COMMANDS, "benchmark", "compare", "train_teacher", "train_demo_vae"}
+    assert named <= {path.stem for path in launchers}
+    script = """
+import runpy, sys
+for launcher in sys.argv[1:]:
+    runpy.run_path(launcher, run_name="__mp_main__")
+    sys.argv = [launcher, "--help"]
+    try:
+        runpy.run_path(launcher, run_name="__main__")
+    except SystemExit as ended:
+        assert ended.code == 0, launcher
+"""
+    paths = [launchers[0].parent, *filter(None, sys.path)]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *launchers],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    said = re.findall(r"^usage: (\w+)", done.stdout, re.MULTILINE)
+    assert set(said) >= named
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("word", ["--help", "--version", "trian_dit"])

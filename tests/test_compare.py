@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -111,6 +112,18 @@ def test_a_variant_may_name_a_row(monkeypatch, capsys):
     assert "some/folder vae some/folder reglue" in capsys.readouterr().err
 
 
+def test_a_setting_of_ones_own_goes_before_the_budgets(monkeypatch, capsys):
+    def refuse(folder: Path, settings: ComparisonSettings, *_: object) -> None:
+        raise UserError(" ".join(settings.settings))
+
+    monkeypatch.setattr(compare, "Comparison", refuse)
+    words = ["--budget", "quick", "--set", "diffusion.network=SiT-T/4", "sampler.steps=1"]
+    assert run(compare.main, words) == 2
+    assert capsys.readouterr().err.split() == ["error:", *words[3:]]
+    assert run(compare.main, words[:-1]) == 2
+    assert "sampler.steps=15 diffusion.network=SiT-T/4" in capsys.readouterr().err
+
+
 def test_rows_and_seeds_may_be_added_but_nothing_else_changed(tmp_path):
     folder = tmp_path / "c"
     comparison(folder, VAE).claim()
@@ -137,6 +150,7 @@ def test_rows_and_seeds_may_be_added_but_nothing_else_changed(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--score", "tokenizer", "vae", "0"], "comparison.yaml: no such file"),
         (["--tokenizers", "nobody"], "tokenizer 'nobody': no such folder, run"),
         (["--tokenizers", "vae,vae"], "two rows are called 'vae'"),
         (["--tokenizers", ","], "at least one tokenizer"),
@@ -188,7 +202,7 @@ def job(folder: Path, name: str, *after: str, code: str = "") -> Job:
 def run_all(jobs: Sequence[Job], at_once: int = 2) -> list[str]:
     said: list[str] = []
     with only_one_in(jobs[0].log.parents[1]) as held:
-        run_jobs(jobs, at_once=at_once, held=held, environments=[{}] * at_once, say=said.append)
+        run_jobs(jobs, held=held, environments=[{}] * at_once, say=said.append)
     return [line.split("] ")[1] for line in said if line.startswith("[")]
 
 
@@ -202,43 +216,104 @@ def test_jobs_wait_for_what_they_need_and_done_ones_are_left_alone(tmp_path):
 
 def test_a_failed_job_ends_it_with_the_last_line_of_its_log(tmp_path):
     bad = job(tmp_path, "bad", code="print('error: no luck'); raise SystemExit(2)")
-    slow = job(tmp_path, "slow", code="import time; time.sleep(0.5)")
+    slow = job(tmp_path, "slow", code="import time; time.sleep(60)")
     with pytest.raises(ValueError, match=r"bad failed: error: no luck \(see .*bad\.log\)"):
         run_all([bad, slow, job(tmp_path, "after", "bad")])
-    assert (tmp_path / "slow.done").exists(), "what ran beside it was let finish"
-    assert not (tmp_path / "after.done").exists()
+    assert [file.name for file in tmp_path.glob("*.done")] == [], "what ran beside it was stopped"
     with pytest.raises(ValueError, match="quiet failed: it said nothing"):
         run_all([job(tmp_path, "quiet", code="raise SystemExit(0)")])
 
 
 def test_a_signal_stops_the_running_jobs(tmp_path):
-    started = tmp_path / "started"
-    code = f"import time; pathlib.Path({str(started)!r}).touch(); time.sleep(60)"
+    """The first asks them to, the second does not ask; one that is ignored, as SIGHUP under nohup, stays so."""
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    for name, beginning, sent in (
+        ("polite", "", [signal.SIGHUP, signal.SIGTERM]),
+        ("deaf", deaf, [signal.SIGINT, signal.SIGTERM]),
+    ):
+        pid = tmp_path / f"{name}.pid"
+        code = f"{beginning}import os, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(30)"
 
-    def interrupt() -> None:
-        while not started.exists():
+        def interrupt(pid: Path = pid, sent: list[signal.Signals] = sent) -> None:
+            for _ in range(600):
+                if pid.exists() and pid.read_text():
+                    break
+                time.sleep(0.05)
+            for number in sent:
+                os.kill(os.getpid(), number)  # not raise_signal, which is of this thread alone
+                time.sleep(1)
+
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        try:
+            with pytest.raises(Stopped, match="SIGTERM" if name == "polite" else "SIGINT"):
+                run_all([job(tmp_path, name, code=code), job(tmp_path, "after", name)])
+        finally:
+            thread.join()
+            signal.signal(signal.SIGHUP, before)
+        assert is_gone(int(pid.read_text())) and not list(tmp_path.glob("*.done"))
+
+
+def is_gone(process: int) -> bool:
+    """Within ten seconds."""
+    for _ in range(200):
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_folder_is_held_as_long_as_a_job_of_a_killed_comparison_lives(tmp_path):
+    orphan = tmp_path / "orphan.pid"
+    code = f"""
+import os, sys
+from pathlib import Path
+from comparison.jobs import Job, only_one_in, run_jobs
+sleep = "import os, time; open({str(orphan)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+folder = Path({str(tmp_path)!r})
+job = Job("long", lambda: [sys.executable, "-c", sleep], lambda: False, folder / "logs" / "long.log")
+with only_one_in(folder) as held:
+    run_jobs([job], held=held, environments=[{{}}])
+"""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    parent = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths})
+    try:
+        while parent.poll() is None and not (orphan.exists() and orphan.read_text()):
             time.sleep(0.05)
-        signal.raise_signal(signal.SIGTERM)
-
-    threading.Thread(target=interrupt).start()
-    start = time.monotonic()
-    with pytest.raises(Stopped, match="SIGTERM"):
-        run_all([job(tmp_path, "long", code=code), job(tmp_path, "after", "long")])
-    assert time.monotonic() - start < 30 and not (tmp_path / "long.done").exists()
-
-
-def test_a_folder_is_held_as_long_as_a_job_of_it_lives(tmp_path):
-    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with only_one_in(tmp_path) as held:
-        orphan = subprocess.Popen(sleep, pass_fds=(held,))
         with pytest.raises(ValueError, match="another comparison"), only_one_in(tmp_path):
             pass
+    finally:
+        parent.kill()
+        parent.wait()
     with pytest.raises(ValueError, match="or a job of it, still runs here"), only_one_in(tmp_path):
         pass
-    orphan.kill()
-    orphan.wait()
-    with only_one_in(tmp_path):
-        pass
+    os.kill(int(orphan.read_text()), signal.SIGKILL)
+    for attempt in range(100):
+        try:
+            with only_one_in(tmp_path):
+                return
+        except UserError:
+            time.sleep(0.05 * (attempt < 99))
+    pytest.fail("the folder is held though nothing runs")
+
+
+def test_jobs_find_their_programs_from_any_working_directory(tmp_path):
+    """And beside other modules of their names."""
+    elsewhere = tmp_path / "elsewhere"
+    for name in ("comparison", "semtok"):
+        (elsewhere / name).mkdir(parents=True)
+        (elsewhere / name / "__init__.py").write_text("raise SystemExit('another one')")
+    planned = comparison(tmp_path / "c", Row(name="demo", tokenizer="demo"))
+    commands = [one.command() for one in compare._jobs(planned)]
+    programs = [Path(program) for _, program, *_ in commands]
+    assert [program.name for program in programs] == ["train_dit.py", "compare.py", "compare.py"]
+    assert all(program.is_absolute() and program.is_file() for program in programs)
+    done = subprocess.run(commands[-1], cwd=elsewhere, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "comparison.yaml: no such file" in done.stderr, "nothing was begun"
 
 
 # Conclusions -------------------------------------------------------------------------------------
@@ -271,13 +346,13 @@ def in_this_process() -> Iterator[list[str]]:
             if one.is_done():
                 continue
             names.append(one.name)
-            _, _, module, *words = one.command()
-            if module == "semtok_cli":
-                with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(sys, "argv", ["semtok", *words])
-                    assert semtok_cli.main() == 0
+            _, launcher, *words = one.command()
+            if Path(launcher).name == "compare.py":
+                assert run(compare.main, words) == 0
             else:
-                assert module == scores.__name__ and run(scores.main, words) == 0
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(sys, "argv", ["semtok", Path(launcher).stem, *words])
+                    assert semtok_cli.main() == 0
             assert one.is_done()
 
     with pytest.MonkeyPatch.context() as patch:

@@ -5,4 +5,5 @@ import sys
 from benchmarks.command import main
 from semtok.commands.cli import run
 
-sys.exit(run(main))
+if __name__ == "__main__":
+    sys.exit(run(main))

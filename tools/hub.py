@@ -4,4 +4,5 @@ import sys
 
 from semtok.commands.cli import launch
 
-sys.exit(launch("hub"))
+if __name__ == "__main__":
+    sys.exit(launch("hub"))

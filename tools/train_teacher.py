@@ -5,4 +5,5 @@ import sys
 from demo_models.train_teacher import main
 from semtok.commands.cli import run
 
-sys.exit(run(main))
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,12 +1,14 @@
 """How fast latents are written and read: images per second, and what of writing is not the models."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from benchmarks.random_inputs import RandomSource
 from benchmarks.reglue import random_reglue
 from benchmarks.timing import Timing
 from semtok.data.caches.latent_cache import CachedLatents, ensure_latent_cache
@@ -19,42 +21,44 @@ _BATCH = 256
 _SIZE = 256  # pixels along a side
 
 
-class _Blank(ImageSource):
+class _Blank(RandomSource):
     """Labels without images: only what is computed from them counts."""
 
-    image_size = (256, 256)
-    class_names = tuple(map(str, range(1000)))
-    flip = False
     name = "blank"
 
-    def __init__(self, num_images: int) -> None:
-        self.attributes, self.num_images = {}, num_images
-
-    def __len__(self) -> int:
-        return self.num_images
-
-    def load(self, indices: list[int]) -> ImageBatch:
-        return ImageBatch(torch.zeros(len(indices), 3, 1, 1), torch.tensor(indices) % 1000)
+    def load(self, indices: Sequence[int]) -> ImageBatch:
+        return ImageBatch(torch.zeros(len(indices), 3, 1, 1), self.labels(indices))
 
 
-def cache_rates(num_images: int, folder: Path) -> tuple[Timing, Timing, float]:
-    """Writing and reading REGLUE's parts of 256x256 images in bfloat16: 4x32x32 twice (mean and standard
-    deviation), 16x16x16, 768. No model runs, so writing is all I/O. Also the bytes of an image.
+def _rows(targets: bool) -> dict[str, Tensor]:
+    """REGLUE's parts of 256x256 images in bfloat16, as a cache keeps them, and DINOv2-B's tokens beside them."""
+    rows = {
+        "texture/mean": torch.randn(_BATCH, 4, 32, 32).bfloat16(),
+        "texture/std": torch.randn(_BATCH, 4, 32, 32).bfloat16(),
+        "semantic/mean": torch.randn(_BATCH, 16, 16, 16).bfloat16(),
+        "global/mean": torch.randn(_BATCH, 768).bfloat16(),
+    }
+    if targets:
+        patches = torch.randint(-127, 128, (_BATCH, 768, 16, 16), dtype=torch.int8)
+        scale, pooled = torch.rand(_BATCH, 1, 16, 16), torch.randn(_BATCH, 768)
+        rows |= {"targets/patches": patches, "targets/scale": scale, "targets/pooled": pooled}
+    return rows
+
+
+def cache_rates(num_images: int, folder: Path, *, targets: bool) -> tuple[Timing, Timing, float]:
+    """Writing and reading REGLUE's parts. No model runs, so writing is all I/O. Also the bytes of an image.
+
+    Args:
+        targets: whether those of REPA lie beside them.
     """
-    pool = torch.randn(_BATCH, 2 * 4 * 32 * 32 + 16 * 16 * 16 + 768).bfloat16()
+    rows = _rows(targets)
 
     def compute(batch: ImageBatch) -> dict[str, Tensor]:
-        rows = pool[: len(batch.labels)]
-        texture, semantic = rows[:, :8192].unflatten(1, (2, 4, 32, 32)), rows[:, 8192:12288]
-        return {
-            "texture/mean": texture[:, 0],
-            "texture/std": texture[:, 1],
-            "semantic/mean": semantic.unflatten(1, (16, 16, 16)),
-            "global/mean": rows[:, 12288:],
-        }
+        return {name: column[: len(batch.labels)] for name, column in rows.items()}
 
-    source = _Blank(num_images)
-    about = {"parts": ["texture", "semantic", "global"], "targets": None}
+    source = _Blank((_SIZE, _SIZE), num_images)
+    kept = {"teacher": "random", "weights": ""} if targets else None
+    about = {"parts": ["texture", "semantic", "global"], "targets": kept}
     start = time.perf_counter()
     shards = ensure_shards(
         source,
@@ -88,8 +92,8 @@ def cache_rates(num_images: int, folder: Path) -> tuple[Timing, Timing, float]:
     return written, read, shards.bytes_per_image
 
 
-def encoding_rate(num_images: int, folder: Path) -> Timing:
-    """Writing the same parts as they come from SD's autoencoder, DINOv2-B and REGLUE's compressor, with random
+def encoding_rate(num_images: int, folder: Path, *, targets: bool) -> Timing:
+    """Writing the same as it comes from SD's autoencoder, DINOv2-B and REGLUE's compressor, with random
     weights, on images of 256x256 pixels.
     """
     config = ShapesConfig(kind="shapes", size=_SIZE, num_images=num_images, num_validation_images=1)
@@ -100,7 +104,14 @@ def encoding_rate(num_images: int, folder: Path) -> Timing:
     def write(images: tuple[ImageSource, ImageSource], cache: Path) -> float:
         start = time.perf_counter()
         device = Accelerator().device
-        ensure_latent_cache(images, tokenizer.to(device), cache, data=config, dtype="bf16")
+        ensure_latent_cache(
+            images,
+            tokenizer.to(device),
+            cache,
+            data=config,
+            targets=tokenizer.teacher if targets else None,
+            dtype="bf16",
+        )
         return time.perf_counter() - start
 
     write((sources[1], sources[1]), folder / "first")  # what is set up once is not counted

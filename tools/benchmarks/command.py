@@ -73,6 +73,9 @@ def _parser() -> Parser:
     task.add_argument(
         "--num-encoded", type=int, default=16, help="images that the networks encode; more on a GPU"
     )
+    task.add_argument(
+        "--targets", action="store_true", help="with targets of REPA, 201 kB an image"
+    )
     _add_shared(task)
     task.set_defaults(command=_cache)
     task = tasks.add_parser("memory", help="what a training step needs, estimated without a GPU")
@@ -225,9 +228,10 @@ def _tricks(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _cache(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    written, read, size = cache_rates(args.num_images, folder / "cache")
-    encoded = encoding_rate(args.num_encoded, folder / "encoded")
-    title = f"cached latents of REGLUE, {size / 1e3:.1f} kB an image"
+    written, read, size = cache_rates(args.num_images, folder / "cache", targets=args.targets)
+    encoded = encoding_rate(args.num_encoded, folder / "encoded", targets=args.targets)
+    with_targets = " with REPA's targets" if args.targets else ""
+    title = f"cached latents of REGLUE{with_targets}, {size / 1e3:.1f} kB an image"
     figures = _report(title, [read, written, encoded], matmul=False)
     share = (written.median / written.images) / (encoded.median / encoded.images)
     print(f"of writing, {100 * share:.2g} % is writing; the rest is networks")

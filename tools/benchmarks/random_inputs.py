@@ -8,6 +8,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from torch import Tensor
 
 from semtok.data.source import ImageBatch, ImageSource
 from semtok.perceptual import backbone_file
@@ -15,29 +16,41 @@ from semtok.recipe import TokenizerRecipe
 from semtok.storage import write_tensors
 from semtok.teachers import TeacherConfig
 
-_POOL = 64  # different images; more would only take memory
+POOL = 64
+"""Different images; more would only take memory."""
 _BACKBONES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
 
 
-class RandomImages(ImageSource):
-    """Noise in the size that a recipe asks for, as uint8, as every source gives it."""
+class RandomSource(ImageSource):
+    """A thousand classes in turn; nothing is read."""
 
     class_names = tuple(map(str, range(1000)))
     flip = False
+
+    def __init__(self, image_size: tuple[int, int], num_images: int = 1_000_000) -> None:
+        self.attributes, self.image_size, self.num_images = {}, image_size, num_images
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def labels(self, indices: Sequence[int]) -> Tensor:
+        """int64 (B,)."""
+        return torch.tensor(indices) % len(self.class_names)
+
+
+class RandomImages(RandomSource):
+    """Noise in the size that a recipe asks for, as uint8, as every source gives it."""
+
     name = "random images"
 
     def __init__(self, image_size: tuple[int, int]) -> None:
-        self.attributes, self.image_size = {}, image_size
+        super().__init__(image_size)
         generator = torch.Generator().manual_seed(0)
-        shape = (_POOL, 3, *image_size)
+        shape = (POOL, 3, *image_size)
         self._images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
-    def __len__(self) -> int:
-        return 1_000_000
-
     def load(self, indices: Sequence[int]) -> ImageBatch:
-        rows = torch.tensor([index % _POOL for index in indices])
-        return ImageBatch(self._images[rows], rows % 1000)
+        return ImageBatch(self._images[torch.tensor(indices) % POOL], self.labels(indices))
 
 
 def random_teacher(config: TeacherConfig, folder: Path) -> TeacherConfig:

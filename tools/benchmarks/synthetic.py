@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from semtok.data.source import ImageBatch, ImageSource
+from benchmarks.random_inputs import POOL, RandomSource
+from semtok.data.source import ImageBatch
 from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
 from semtok.teachers import StoredFeatures, TeacherFeatures
 from semtok.tokenizer import Tokenizer
 
-_POOL = 64  # different images; more would only take memory
 _GRID = 16  # tokens along a side of DINOv2 at 224x224
 
 
@@ -86,20 +86,17 @@ class SpecTokenizer(Tokenizer):
         raise NotImplementedError("there is nothing to load")
 
 
-class SyntheticLatents(ImageSource):
+class SyntheticLatents(RandomSource):
     """Random posteriors, labels and targets, in the types that a cache has them in."""
 
-    image_size = (256, 256)
-    class_names = tuple(map(str, range(1000)))
-    flip = False
     name = "synthetic latents"
 
     def __init__(self, published: Published) -> None:
-        self.attributes = {}
+        super().__init__((256, 256))
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(_POOL, *shape, generator=generator).half()
+            return torch.randn(POOL, *shape, generator=generator).half()
 
         shapes = {
             p.name: published.spec.shape(p.name, self.image_size) for p in published.spec.parts
@@ -114,12 +111,12 @@ class SyntheticLatents(ImageSource):
         if width is not None:
             self._features = StoredFeatures((draw(width, _GRID, _GRID),), draw(width))
 
-    def __len__(self) -> int:
-        return 1_000_000
-
     def load(self, indices: Sequence[int]) -> ImageBatch:
-        rows = torch.tensor([index % _POOL for index in indices])
-        take = lambda part: part[rows]  # noqa: E731
+        rows = torch.tensor(indices) % POOL
+
+        def take(part: Tensor) -> Tensor:
+            return part[rows]
+
         features = self._features.map(take) if self._features is not None else None
         latents = Posterior(Latents(self._mean).map(take), Latents(self._std).map(take))
-        return ImageBatch(None, rows % 1000, features=features, latents=latents)
+        return ImageBatch(None, self.labels(indices), features=features, latents=latents)

@@ -126,7 +126,12 @@ def counted_flops(step: Step) -> float:
 
 
 class TrainerStep:
-    """One optimiser step of a trainer, as the loop does it; knows how long it waited for data."""
+    """One optimiser step of a trainer, as the loop does it; knows how long it waited for data.
+
+    Args:
+        trainer: just built. What that set for the whole process, each step sets again: the steps of another trainer
+            may come between.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.waits = trainer, []

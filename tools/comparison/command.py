@@ -25,6 +25,7 @@ from comparison.plan import (
 )
 from comparison.report import generation_table, tokenizer_table, write_report
 from comparison.results import collect
+from comparison.scores import score
 from semtok.commands.cli import Parser
 from semtok.commands.table import print_table
 from semtok.config import parse
@@ -33,7 +34,7 @@ from semtok.references import RUNS, find_recipe
 from semtok.storage import read_json
 
 _DEFAULT = "vae,send_vae,reglue,semvae,redi"
-_SCORES = "comparison.scores"
+_TOOLS = Path(__file__).parents[1]
 
 
 def _parser() -> Parser:
@@ -69,23 +70,35 @@ def _parser() -> Parser:
         nargs="+",
         default=[],
         metavar="key=value",
-        help="settings of every transformer, as diffusion.network=…",
+        help="settings of every transformer, as diffusion.network=…, which go before the budget's",
     )
     parser.add_argument(
         "--jobs", type=int, help="processes at once; default: one for each GPU, or each CPU core"
     )
     parser.add_argument("--output", type=Path, default=RUNS / "compare")
+    parser.add_argument(
+        "--score",
+        nargs=3,
+        metavar="WORD",
+        help="tokenizer or generator, its NAME and SEED: only this, in a comparison that was begun; "
+        "its processes are started with it",
+    )
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     args = _parser().parse_args(arguments)
+    if args.score is not None:
+        score(args.output, *args.score)
+        return 0
     budget = BUDGETS[args.budget].model_dump()
+    named = {word.partition("=")[0] for word in args.set}
+    kept = [word for word in budget["settings"] if word.partition("=")[0] not in named]
     given = {
         "data": args.data,
         "teacher": args.teacher,
-        "settings": [*budget["settings"], *args.set],
+        "settings": [*kept, *args.set],
         "steps": args.steps,
         "num_checkpoints": args.num_checkpoints,
         "num_images": args.num_images,
@@ -112,7 +125,6 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{len(rows)} rows, {num_seeds} seeds; output: {comparison.folder}", flush=True)
             run_jobs(
                 jobs,
-                at_once=len(environments),
                 held=held,
                 environments=environments,
                 say=lambda line: print(line, flush=True),
@@ -219,8 +231,12 @@ def _generator_job(comparison: Comparison, row: Row, seed: int, name: str) -> Jo
 
 def _training(command: str, words: list[str], folder: Path) -> list[str]:
     resume = ["--resume"] if (folder / "recipe.yaml").is_file() else []
-    cli = [sys.executable, "-m", "semtok_cli", command]
-    return [*cli, *words, "--output", str(folder), *resume]
+    return [*_launcher(command), *words, "--output", str(folder), *resume]
+
+
+def _launcher(name: str) -> list[str]:
+    """A program of tools/, by its path, which no module of the working directory can hide."""
+    return [sys.executable, str(_TOOLS / f"{name}.py")]
 
 
 def _score_job(
@@ -231,9 +247,10 @@ def _score_job(
     else:
         row = next(row for row in comparison.rows if row.name == name)
         file = comparison.generator_scores(row, seed)
+    words = ["--output", str(comparison.folder), "--score", kind, name, str(seed)]
     return Job(
         f"scores of {kind} {name}, seed {seed}",
-        lambda: [sys.executable, "-m", _SCORES, str(comparison.folder), kind, name, str(seed)],
+        lambda: [*_launcher("compare"), *words],
         lambda: file.is_file() and file.with_suffix(".png").is_file() and bool(read_json(file)),
         comparison.folder / "logs" / f"scores_{kind}_{file.stem}.log",
         after,

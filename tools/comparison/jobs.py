@@ -1,10 +1,11 @@
-"""Runs commands as processes, as many at a time as the machine bears, each after those it needs."""
+"""Runs commands as processes, one at a time in each environment, each after those that it needs."""
 
+import asyncio
 import contextlib
 import fcntl
+import itertools
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from semtok.errors import UserError
 
-_POLL_SECONDS = 0.2
+LOCK = ".lock"
 _STOP_SECONDS = 60
 
 
@@ -43,16 +44,12 @@ class Stopped(Exception):
         self.number = number
 
 
-LOCK = ".lock"
-
-
 @contextlib.contextmanager
 def only_one_in(folder: Path) -> Iterator[int]:
-    """Keeps others from working in a folder, made if need be, at the same time; gives a descriptor that
-    holds it.
+    """Locks a folder, made if need be; gives the lock's descriptor.
 
-    Processes that inherit the descriptor hold the folder too, so that jobs whose parent was killed are not joined
-    by the same ones again.
+    Processes that inherit the descriptor hold the lock too, so that jobs whose parent was killed are not joined
+    by the same ones again. (filelock keeps its descriptor to itself.)
 
     Raises:
         UserError: somebody works there.
@@ -71,108 +68,93 @@ def only_one_in(folder: Path) -> Iterator[int]:
 def run_jobs(
     jobs: Sequence[Job],
     *,
-    at_once: int,
     held: int,
     environments: Sequence[dict[str, str]],
     say: Callable[[str], object] = print,
 ) -> None:
-    """Runs what is not done yet.
+    """Runs what is not done yet. However this ends, no job goes on running.
+
+    Jobs that are stopped are sent SIGTERM, at which trainings write a checkpoint, and after a minute SIGKILL.
 
     Args:
-        at_once: processes.
         held: a descriptor that jobs inherit, see ``only_one_in``.
-        environments: variables for each of them; one process has the first, the next the second, and so on.
+        environments: variables; each is of one process at a time, so there are as many processes as these.
         say: is told what begins and ends.
 
     Raises:
-        UserError: a job failed; those that ran beside it were let finish.
-        Stopped: SIGTERM, SIGINT or SIGHUP came.
+        UserError: a job failed; those that ran beside it were stopped.
+        Stopped: SIGTERM, SIGINT or SIGHUP came. A second one kills the jobs.
     """
+    asyncio.run(_run_all(jobs, held, environments, say))
+
+
+async def _run_all(
+    jobs: Sequence[Job],
+    held: int,
+    environments: Sequence[dict[str, str]],
+    say: Callable[[str], object],
+) -> None:
     waiting = [job for job in jobs if not job.is_done()]
-    total, begun = len(waiting), 0
-    pending = {job.name for job in waiting}
-    running: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}
-    failed: UserError | None = None
-    with _signals() as received, _none_left_behind(running, received):
-        while (waiting and failed is None) or running:
-            for slot in range(at_once):
-                ready = next((j for j in waiting if not pending & set(j.after)), None)
-                if slot in running or ready is None or failed is not None:
-                    continue
-                waiting.remove(ready)
-                begun += 1
-                say(f"[{begun}/{total}] {ready.name}")
-                running[slot] = (
-                    ready,
-                    _start(ready, environments[slot], held),
-                    time.perf_counter(),
-                )
-            time.sleep(_POLL_SECONDS)
-            for slot, (job, process, start) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[slot]
-                if process.returncode == 0 and job.is_done():
-                    pending.discard(job.name)
-                    say(f"        {job.name}: done in {time.perf_counter() - start:.0f} s")
-                elif not received:
-                    failed = failed or UserError(f"{job.name} failed: {_last_line(job.log)}")
-                    say(f"        {job.name}: failed; waiting for what runs beside it")
-            if received:
-                raise Stopped(received[0])
-    if failed is not None:
-        raise failed
+    tasks: dict[str, asyncio.Task[None]] = {}
+    turns = itertools.count(1)
+    free: asyncio.Queue[dict[str, str]] = asyncio.Queue()
+    for environment in environments:
+        free.put_nowait(environment)
+    received: list[int] = []
+
+    async def run(job: Job) -> None:
+        for name in tasks.keys() & set(job.after):
+            await tasks[name]
+        environment = await free.get()
+        say(f"[{next(turns)}/{len(waiting)}] {job.name}")
+        start = time.perf_counter()
+        await _run(job, environment, held)
+        say(f"        {job.name}: done in {time.perf_counter() - start:.0f} s")
+        free.put_nowait(environment)
+
+    def stop(number: int) -> None:
+        received.append(number)
+        for task in tasks.values():
+            task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+            asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    try:
+        async with asyncio.TaskGroup() as group:
+            for job in waiting:
+                tasks[job.name] = group.create_task(run(job))
+    except ExceptionGroup as errors:
+        if not received:
+            raise errors.exceptions[0] from None
+    if received:
+        raise Stopped(received[0])
 
 
-def _start(job: Job, environment: dict[str, str], held: int) -> "subprocess.Popen[bytes]":
+async def _run(job: Job, environment: dict[str, str], held: int) -> None:
+    """Raises UserError with the last line of the log where there is no result afterwards."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
-        # A session of its own: Ctrl-C reaches it once, from here.
-        return subprocess.Popen(
-            list(job.command()),
+        process = await asyncio.create_subprocess_exec(
+            *job.command(),
             stdout=log,
-            stderr=subprocess.STDOUT,
+            stderr=asyncio.subprocess.STDOUT,
             env=os.environ | environment,
-            start_new_session=True,
+            start_new_session=True,  # Ctrl-C reaches it once, from here
             pass_fds=(held,),
         )
-
-
-@contextlib.contextmanager
-def _none_left_behind(
-    running: dict[int, tuple[Job, "subprocess.Popen[bytes]", float]], received: list[int]
-) -> Iterator[None]:
-    """However this ends, the jobs end with it: trainings write a checkpoint on SIGTERM; a second signal, or
-    a minute, kills."""
     try:
-        yield
-    finally:
-        processes = [process for _, process, _ in running.values()]
-        for process in processes:
+        code = await process.wait()
+    except asyncio.CancelledError:  # and once more, where that takes too long
+        with contextlib.suppress(ProcessLookupError):
             process.terminate()
-        deadline, asked = time.monotonic() + _STOP_SECONDS, len(received)
-        while any(process.poll() is None for process in processes):
-            if time.monotonic() > deadline or len(received) > asked:
-                for process in processes:
-                    process.kill()
-            time.sleep(_POLL_SECONDS)
-
-
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"{lines[-1] if lines else 'it said nothing'} (see {log})"
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Gives a list that signals which ask to stop are noted in."""
-    received: list[int] = []
-    old = {
-        number: signal.signal(number, lambda n, _: received.append(n))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    }
-    try:
-        yield received
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+        raise
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        if process.returncode is None:
+            process.kill()
+    if code != 0 or not job.is_done():
+        lines = [line.strip() for line in job.log.read_text(errors="replace").splitlines()]
+        last = next(filter(None, reversed(lines)), "it said nothing")
+        raise UserError(f"{job.name} failed: {last} (see {job.log})")

@@ -1,12 +1,7 @@
-"""The scores of one tokenizer or of one generator of a comparison, as a process of its own.
-
-``python -m comparison.scores FOLDER tokenizer|generator NAME SEED``
-"""
+"""The scores of one tokenizer or of one generator of a comparison."""
 
 import json
 import shutil
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +15,12 @@ from comparison.plan import (
     read_comparison,
 )
 from comparison.results import CLASS_SHARE
-from semtok.commands.cli import Parser, run
 from semtok.commands.evaluation.options import device
 from semtok.data.images.kinds import open_sources
 from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
 from semtok.diffusion.generator import Generator
+from semtok.errors import UserError
 from semtok.evaluation.classes import ClassReader, accuracy
 from semtok.evaluation.generation import (
     SetFeatures,
@@ -52,21 +47,25 @@ from semtok.training.checkpoint import MODEL_FILE, checkpoint_path, list_checkpo
 NUM_SHOWN = 18
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Returns the exit code."""
-    parser = Parser(prog="comparison.scores", description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("kind", choices=("tokenizer", "generator"))
-    parser.add_argument("name")
-    parser.add_argument("seed", type=int)
-    args = parser.parse_args(arguments)
-    comparison = read_comparison(args.folder, args.seed + 1)
-    if args.kind == "tokenizer":
-        score_tokenizer(comparison, args.name, args.seed)
+def score(folder: Path, kind: str, name: str, seed: str) -> None:
+    """Writes the scores of one tokenizer, or of one row's generator, of a comparison that was begun.
+
+    Args:
+        kind: ``tokenizer`` or ``generator``.
+        name: a tokenizer's reference, or a row's name.
+
+    Raises:
+        UserError: the comparison has none of that name, or nothing was begun there.
+    """
+    comparison = read_comparison(folder, int(seed) + 1 if seed.isdecimal() else 0)
+    rows = {row.name: row for row in comparison.rows}
+    named = {"tokenizer": comparison.tokenizers, "generator": list(rows)}.get(kind, [])
+    if name not in named or not comparison.num_seeds:
+        raise UserError(f"--score {kind} {name} {seed}: {folder} compares nothing of that name")
+    if kind == "tokenizer":
+        score_tokenizer(comparison, name, int(seed))
     else:
-        row = next(row for row in comparison.rows if row.name == args.name)
-        score_generator(comparison, row, args.seed)
-    return 0
+        score_generator(comparison, rows[name], int(seed))
 
 
 @torch.no_grad()
@@ -162,7 +161,3 @@ def _write_pictures(path: Path, *rows: torch.Tensor) -> None:
     """Images side by side, without any border: the report lays them out."""
     strip = torch.cat([torch.cat(list(to_uint8(pixels).cpu()), dim=2) for pixels in rows], dim=1)
     write_png(path, strip)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

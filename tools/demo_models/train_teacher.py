@@ -7,6 +7,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from demo_models import ASSETS
 from demo_models.teacher import DemoTeacherObjective
 from semtok.commands.cli import Parser
 from semtok.commands.run_folder import check_run_folder, record_recipe
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/demo_teacher"), help="run folder")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument(
+        "--to-assets", action="store_true", help="let it take the embedded one's place"
+    )
     args = parser.parse_args(arguments)
 
     if args.steps < 1:
@@ -70,9 +74,11 @@ def main(arguments: Sequence[str]) -> int:
     record_recipe(args.output, recipe)
     network = trainer.run()
     metrics = trainer.validate()
-    with new_file(args.output / DEMO_FILE) as temporary:
-        safetensors.torch.save_file(network.state_dict(), temporary)
+    places = [args.output / DEMO_FILE, *([ASSETS / DEMO_FILE] if args.to_assets else [])]
+    for place in places:
+        with new_file(place) as temporary:
+            safetensors.torch.save_file(network.state_dict(), temporary)
     write_json(args.output / "summary.json", {"steps": trainer.step, "validation": metrics})
     print_table("held-out accuracy", [(name, f"{value:.3f}") for name, value in metrics.items()])
-    print(f"weights: {args.output / DEMO_FILE}")
+    print("weights: " + "   ".join(map(str, places)))
     return 0
