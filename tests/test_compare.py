@@ -216,15 +216,17 @@ def test_a_signal_stops_the_running_jobs(tmp_path):
     code = f"import time; pathlib.Path({str(started)!r}).touch(); time.sleep(60)"
 
     def interrupt() -> None:
-        while not started.exists():
+        deadline = time.monotonic() + 60
+        while not started.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         signal.raise_signal(signal.SIGTERM)
 
-    threading.Thread(target=interrupt).start()
-    start = time.monotonic()
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     with pytest.raises(Stopped, match="SIGTERM"):
         run_all([job(tmp_path, "long", code=code), job(tmp_path, "after", "long")])
-    assert time.monotonic() - start < 30 and not (tmp_path / "long.done").exists()
+    thread.join()
+    assert started.exists() and not (tmp_path / "long.done").exists()
 
 
 def test_a_folder_is_held_as_long_as_a_job_of_it_lives(tmp_path):
@@ -233,10 +235,13 @@ def test_a_folder_is_held_as_long_as_a_job_of_it_lives(tmp_path):
         orphan = subprocess.Popen(sleep, pass_fds=(held,))
         with pytest.raises(ValueError, match="another comparison"), only_one_in(tmp_path):
             pass
-    with pytest.raises(ValueError, match="or a job of it, still runs here"), only_one_in(tmp_path):
-        pass
-    orphan.kill()
-    orphan.wait()
+    try:
+        message = "or a job of it, still runs here"
+        with pytest.raises(ValueError, match=message), only_one_in(tmp_path):
+            pass
+    finally:
+        orphan.kill()
+        orphan.wait()
     with only_one_in(tmp_path):
         pass
 
