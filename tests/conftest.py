@@ -1,10 +1,15 @@
-"""One thread for tests: their networks are so small that more only wait for each other."""
+"""One thread for tests, as their networks are so small that more only wait for each other; and what tests take, they
+give back."""
 
 import gc
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+from given_back import held, taken_since
+from processes import Ranks
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in processes started here
 
@@ -18,3 +23,35 @@ def pytest_collection() -> Iterator[None]:
     finally:
         gc.collect()
         gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder for all that is made in the system's, so that it is seen what stays there."""
+    tmp_path_factory.getbasetemp()  # pytest's own stays where it is looked for
+    with (
+        tempfile.TemporaryDirectory(prefix="semtok-", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("TMPDIR", folder)
+        patch.setattr("tempfile.tempdir", folder)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_taken_is_given_back(_temporary_files: None) -> Iterator[None]:
+    """Descriptors, threads, processes and temporary files at the end of a module are those of its start."""
+    before = held()
+    yield
+    new = taken_since(before)
+    assert not new, "the tests of this module have not given back:\n" + "\n".join(new)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two processes that the tests of a module share."""
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+    try:
+        yield ranks
+    finally:
+        ranks.close()

@@ -2,13 +2,13 @@
 
 import hashlib
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import AbstractContextManager
+from http.server import BaseHTTPRequestHandler
+
+from loopback import LoopbackServer
 
 
-class FileServer(ThreadingHTTPServer):
+class FileServer(LoopbackServer):
     """Files in memory.
 
     Attributes:
@@ -19,29 +19,16 @@ class FileServer(ThreadingHTTPServer):
         num_parts: answers with a part of a file.
     """
 
-    daemon_threads = True
-
     def __init__(self, files: dict[str, bytes]) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.files = files
         self.gives_parts = True
         self.fails = self.num_bytes = self.num_parts = 0
 
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
 
-
-@contextmanager
-def file_server(files: dict[str, bytes]) -> Iterator[FileServer]:
+def file_server(files: dict[str, bytes]) -> AbstractContextManager[FileServer]:
     """A server that runs in a thread."""
-    server = FileServer(files)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+    return FileServer(files).serving()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -4,18 +4,21 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+
+from loopback import LoopbackServer
 
 TOKEN = "hf_right"
 _LFS_FROM = 1000  # bytes
 
 
-class HubServer(ThreadingHTTPServer):
+class HubServer(LoopbackServer):
     """Repositories in memory.
 
     Attributes:
@@ -26,19 +29,13 @@ class HubServer(ThreadingHTTPServer):
         num_bytes: of files that were sent.
     """
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.repositories: dict[str, dict[str, Any]] = {}
         self.fails: dict[str, int] = {}
         self.cut = False
         self.uploads: dict[str, bytes] = {}
         self.num_bytes = 0
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
 
     def files(self, repo_id: str) -> dict[str, bytes]:
         """Of the newest commit."""
@@ -47,14 +44,10 @@ class HubServer(ThreadingHTTPServer):
 
 @contextmanager
 def hub_server() -> Iterator[HubServer]:
-    """A server that runs in a thread."""
-    server = HubServer()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    """A server that runs in a thread; the client's connections are closed with it."""
+    with HubServer().serving() as server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+    huggingface_hub.close_session()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,15 +1,27 @@
-"""Several fresh processes, as a launcher starts them: nothing of the test process is inherited but its environment."""
+"""Several fresh processes, as a launcher starts them: nothing of the test process is inherited but its environment.
 
+``launch`` and ``succeed`` start some for one piece of work; ``Ranks`` keeps some, as starting takes seconds.
+"""
+
+import contextlib
+import importlib
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.02
+# Killed by the system when the test process ends, however it does.
+_BOUND = (
+    "import ctypes, os, sys; libc = ctypes.CDLL(None); hasattr(libc, 'prctl') and libc.prctl(1, 9);"
+    "parent, *words = sys.argv[1:]; os.getppid() == int(parent) and os.execv(words[0], words)"
+)
 
 
 @dataclass(frozen=True)
@@ -25,64 +37,209 @@ class Rank:
     output: str
 
 
-def launch(words: Sequence[str], logs: Path, *, num: int = 2, seconds: float = 240) -> list[Rank]:
+def launch(words: Sequence[str], logs: Path, *, num: int = 2, seconds: float = 180) -> list[Rank]:
     """Runs ``python WORDS`` in several gloo processes and waits for them.
 
-    When one fails, the others get 20 seconds to notice it. None outlives ``seconds``.
+    When one fails, the others get 20 seconds to notice it. None outlives ``seconds``, or the test process.
 
     Args:
         words: for Python: ``["-m", "semtok_cli", "train_dit", …]``, ``["-c", source, …]``, or a script.
         logs: a folder for what they print.
         num: of processes.
     """
-    logs.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    tests = Path(__file__).parent
-    paths = [str(tests), str(tests.parent / "tools"), *sys.path[1:]]
     files = [logs / f"rank{rank}.log" for rank in range(num)]
-    started = []
-    for rank, file in enumerate(files):
-        environment = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(num),
-            "LOCAL_WORLD_SIZE": str(num),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        }
-        with file.open("wb") as log:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, *words],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=os.environ | environment,
-                )
-            )
-    deadline = time.monotonic() + seconds
-    try:
-        while any(process.poll() is None for process in started):
-            if any(process.poll() for process in started):
+    with contextlib.ExitStack() as stack:
+        meeting = stack.enter_context(_meeting_point(num))
+        running = [
+            stack.enter_context(started(words, file, meeting | _place(rank, num)))
+            for rank, file in enumerate(files)
+        ]
+        deadline = time.monotonic() + seconds
+        while any(process.poll() is None for process in running):
+            if any(process.poll() for process in running):
                 deadline = min(deadline, time.monotonic() + 20)
             if time.monotonic() > deadline:
                 break
             time.sleep(_POLL_SECONDS)
-    finally:
-        for process in started:
-            if process.poll() is None:
-                process.kill()
-        codes = [process.wait() for process in started]
-    return [Rank(c, f.read_text(errors="replace")) for c, f in zip(codes, files, strict=True)]
+    return [
+        Rank(process.returncode, file.read_text(errors="replace"))
+        for process, file in zip(running, files, strict=True)
+    ]
 
 
-def succeed(words: Sequence[str], logs: Path, *, num: int = 2, seconds: float = 240) -> list[str]:
+def succeed(words: Sequence[str], logs: Path, *, num: int = 2, seconds: float = 180) -> list[str]:
     """As ``launch``; every process must end with exit code 0. Returns what they printed."""
     ranks = launch(words, logs, num=num, seconds=seconds)
-    shown = "\n".join(f"--- rank {i}, exit code {r.code}\n{r.output}" for i, r in enumerate(ranks))
-    assert all(rank.code == 0 for rank in ranks), shown
+    assert all(rank.code == 0 for rank in ranks), _shown(ranks)
     return [rank.output for rank in ranks]
+
+
+@contextlib.contextmanager
+def started(
+    words: Sequence[str], log: Path, environment: dict[str, str] | None = None, **options: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """One process, ``python WORDS``, that is killed where it still runs at the end, and waited for.
+
+    Args:
+        log: takes what it prints, both streams.
+        environment: more of it than this process's, and other test modules' and tools' imports.
+        options: of ``Popen``.
+    """
+    tests = Path(__file__).parent
+    paths = [str(tests), str(tests.parent / "tools"), *sys.path[1:]]
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-ISc", _BOUND, str(os.getpid()), sys.executable, *words],
+            **{"stdin": subprocess.DEVNULL} | options,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | own | (environment or {}),
+        )
+    try:
+        yield process
+    finally:
+        if process.stdin is not None:
+            process.stdin.close()
+        process.kill()
+        process.wait()
+
+
+class Ranks:
+    """Fresh gloo processes that wait for work, so that several tests share their start.
+
+    They start with the first work, and anew after one failed.
+    """
+
+    def __init__(self, logs: Path, num: int = 2) -> None:
+        self.logs, self.num = logs, num
+        self._stack = contextlib.ExitStack()
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._works = 0
+
+    def command(self, name: str, words: Sequence[str]) -> list[str]:
+        """Runs ``semtok NAME WORDS`` in each; as ``run``."""
+        return self.run("processes:run_command", name, list(words))
+
+    def run(self, work: str, *arguments: Any, seconds: float = 180) -> list[str]:
+        """Calls a function in each, with this process's environment as it is now.
+
+        What fails or takes longer than ``seconds`` in one process ends all of them, and fails.
+
+        Args:
+            work: ``module:function``; to fail, it raises.
+            arguments: as JSON holds them.
+
+        Returns:
+            what each printed.
+        """
+        if not self._running:
+            self._start()
+        self._works += 1
+        logs = [self.logs / f"rank{rank}.log" for rank in range(self.num)]
+        before = [log.stat().st_size for log in logs]
+        done = [self.logs / f"done.{self._works}.{rank}" for rank in range(self.num)]
+        with _meeting_point(self.num) as meeting:
+            for rank, process in enumerate(self._running):
+                environment = os.environ | meeting | _place(rank, self.num)
+                order = [work, arguments, dict(environment), str(done[rank])]
+                process.stdin.write(json.dumps(order).encode() + b"\n")
+                process.stdin.flush()
+            deadline = time.monotonic() + seconds
+            while (
+                waiting := not all(file.exists() for file in done)
+            ) and time.monotonic() < deadline:
+                if any(process.poll() is not None for process in self._running):
+                    break
+                time.sleep(_POLL_SECONDS)
+        ended = list(self._running)
+        if waiting:
+            self.close()
+        outputs = [
+            log.read_bytes()[start:].decode(errors="replace")
+            for log, start in zip(logs, before, strict=True)
+        ]
+        ranks = [Rank(p.returncode or 0, o) for p, o in zip(ended, outputs, strict=True)]
+        assert not waiting, f"{work} did not end everywhere\n{_shown(ranks)}"
+        return outputs
+
+    def _start(self) -> None:
+        for rank in range(self.num):
+            words, log = ["-m", "processes"], self.logs / f"rank{rank}.log"
+            self._running.append(
+                self._stack.enter_context(started(words, log, stdin=subprocess.PIPE))
+            )
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._running = []
+        self._stack.close()
+
+
+def run_command(name: str, words: Sequence[str]) -> None:
+    """A command of semtok, in this process."""
+    from semtok.commands.cli import run
+
+    code = run(importlib.import_module(f"semtok.commands.{name}").main, words)
+    assert code == 0, f"{name} ended with {code}"
+
+
+def _shown(ranks: Sequence[Rank]) -> str:
+    return "\n".join(f"--- rank {i}, exit code {r.code}\n{r.output}" for i, r in enumerate(ranks))
+
+
+def _place(rank: int, num: int) -> dict[str, str]:
+    sizes = {"WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num)}
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank)} | sizes
+
+
+@contextlib.contextmanager
+def _meeting_point(num: int) -> Iterator[dict[str, str]]:
+    """The environment by which processes find each other: at a store of this process, as torchrun has one.
+
+    A port that was free a moment ago could be taken; this one is held.
+    """
+    from torch.distributed import TCPStore
+
+    # libuv would keep two descriptors.
+    options = {"is_master": True, "wait_for_workers": False, "use_libuv": False}
+    store = TCPStore("127.0.0.1", 0, num, **options)
+    yield {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "GLOO_SOCKET_IFNAME": socket.if_nameindex()[0][1],  # loopback
+    }
+    del store
+
+
+def _serve() -> None:
+    """Does the work that comes line by line, until no more can come."""
+    for line in sys.stdin:
+        work, arguments, environment, done = json.loads(line)
+        os.environ.clear()
+        os.environ.update(environment)
+        module, name = work.split(":")
+        getattr(importlib.import_module(module), name)(*arguments)
+        _forget_processes()
+        sys.stdout.flush()
+        Path(done).touch()
+
+
+def _forget_processes() -> None:
+    """Leaves the group of processes, so that the next work makes one."""
+    if "torch" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(True)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -174,6 +174,8 @@ def test_help_and_slips_need_no_torch(word):
         f"import sys; sys.argv = ['semtok', '{word}']; import semtok_cli; semtok_cli.main(); "
         "sys.exit(any(m in sys.modules for m in ('torch', 'semtok')))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     assert "semtok" in done.stdout or "did you mean 'train_dit'?" in done.stderr

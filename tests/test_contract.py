@@ -166,7 +166,11 @@ def test_a_fresh_process_reads_the_same_and_diffusers_needs_no_semtok(pixels, tm
     )
     words = [str(torch.get_num_threads()), *(str(tmp_path / method) for method in METHODS)]
     done = subprocess.run(
-        [sys.executable, "-c", script, *words], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == METHODS

@@ -168,7 +168,9 @@ def test_a_plugin_that_is_not_python_is_no_better_the_second_time(recipe, capsys
 
 def test_a_missing_recipe_and_no_traceback_in_a_real_process(tmp_path):
     command = [sys.executable, "tools/train_tokenizer.py", "nowhere.yaml"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200
+    )
     assert done.returncode == 2
     assert done.stderr == "error: nowhere.yaml: no such file\n"
 

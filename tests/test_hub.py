@@ -200,6 +200,6 @@ def test_the_environment_names_the_hub(tmp_path, export):
             "assert p.means_the_same(t)"
         )
         words = [sys.executable, "-c", script, str(export)]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         assert running.files("org/name").keys() == contents(export).keys()

@@ -10,18 +10,17 @@ import pytest
 import torch
 import yaml
 
+import processes
 import stored
 import tiny
 from file_server import FileServer, file_server
 from semtok import Tokenizer, UserError
 from semtok.commands import cache_latents, evaluate
 from semtok.commands.cli import run
-from semtok.commands.train_tokenizer import main as train_tokenizer_command
 from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.data.caches.latent_cache import open_latent_cache
 from semtok.data.order import BatchSlice, DataOrder, training_batches
 from semtok.recipe import parse_data, parse_recipe
-from test_distributed import launch
 
 datasets = pytest.importorskip("datasets")
 pyarrow = pytest.importorskip("pyarrow")
@@ -337,19 +336,22 @@ def test_evaluation_takes_files_where_they_are(server, tmp_path, capsys):
     assert "odd" in output.read_text()
 
 
-def test_two_processes_train_to_the_weights_of_one(server, tmp_path):
+def train_in_blocks(words: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("semtok.data.images.parquet_stream.BLOCK_BYTES", 0)
+        processes.run_command("train_tokenizer", words)
+
+
+def test_two_processes_train_to_the_weights_of_one(server, tmp_path, ranks):
     recipe = tmp_path / "recipe.yaml"
     content = tiny.content({"name": "vae"}, steps=3, schedule="constant")
     content["train"]["optimiser"] = {"learning_rate": 1e-4}
     content["data"] = {"kind": "parquet", "path": f"{server.address}/s-0.parquet", "size": 16}
     content["data"] |= {"streaming": True, "num_workers": 1}
     recipe.write_text(yaml.safe_dump(content))
-
-    def train(name: str) -> int:
-        return run(train_tokenizer_command, [str(recipe), "--output", str(tmp_path / name)])
-
-    assert train("one") == 0
-    outputs = launch(lambda: train("two"), tmp_path / "two")
+    words = [str(recipe), "--output"]
+    train_in_blocks([*words, str(tmp_path / "one")])
+    outputs = ranks.run("test_parquet_stream:train_in_blocks", [*words, str(tmp_path / "two")])
     assert "training" in outputs[0] and "training" not in outputs[1]
     one, two = tiny.final_tensors(tmp_path / "one"), tiny.final_tensors(tmp_path / "two")
     for key in (k for k in one if k.startswith(("learners.", "ema."))):

@@ -226,7 +226,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exports]:
         }
         script = Path(__file__).with_name("pipeline_process.py")
         words = [sys.executable, str(script), str(root / "calls.pt"), str(root / "results.pt")]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     for trouble in ("cannot get type annotation", "Expected types", "not expected by", "Error"):
         assert trouble not in done.stderr

@@ -1,11 +1,7 @@
 """An interrupted run ends with the same weights, to the last bit, as an uninterrupted one."""
 
 import json
-import multiprocessing
-import os
-import runpy
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +10,7 @@ import torch
 import yaml
 
 import tiny
+from processes import started
 from semtok.commands.train_tokenizer import main, train_tokenizer
 from semtok.recipe import parse_recipe
 
@@ -64,46 +61,26 @@ def longer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train_apart(arguments: list[str], errors: Path) -> multiprocessing.Process:
-    """Begins the command in a process that can be killed: forked, as one from nothing takes long to start.
-
-    Args:
-        errors: takes what it prints to stderr.
-    """
-
-    def work() -> None:
-        with errors.open("w", buffering=1) as file, open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-            sys.stdout, sys.stderr = nowhere, file
-            sys.argv = ["semtok", "train_tokenizer", *arguments]
-            runpy.run_module("semtok_cli", run_name="__main__")
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    return process
-
-
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_run_resumes_to_the_same_weights(signal_number, tmp_path, longer):
-    recipe, errors, killed = tmp_path / "recipe.yaml", tmp_path / "errors", tmp_path / "killed"
+    recipe, said, killed = tmp_path / "recipe.yaml", tmp_path / "said", tmp_path / "killed"
     recipe.write_text(yaml.safe_dump(tiny.content(METHOD, **LONGER)))
-    process = train_apart([str(recipe), "--output", str(killed)], errors)
+    words = ["-m", "semtok_cli", "train_tokenizer", str(recipe), "--output", str(killed)]
     metrics = killed / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 6:
-        assert process.is_alive() and time.monotonic() < deadline, errors.read_text()
-        time.sleep(0.01)
-    os.kill(process.pid, signal_number)
-    process.join(60)
+    with started(words, said) as process:
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 6:
+            assert process.poll() is None and time.monotonic() < deadline, said.read_text()
+            time.sleep(0.01)
+        process.send_signal(signal_number)
+        code = process.wait(60)
     names = [p.name for p in sorted((killed / "checkpoints").glob("step_*"))]
     if signal_number == signal.SIGTERM:
-        assert process.exitcode == 128 + signal.SIGTERM
-        said = errors.read_text()
-        assert "stopped by SIGTERM" in said and "--resume" in said
+        assert code == 128 + signal.SIGTERM
+        assert "stopped by SIGTERM" in said.read_text() and "--resume" in said.read_text()
         assert names[-1] >= "step_00000006", "the checkpoint is of the step that was interrupted"
     else:
-        assert process.exitcode == -signal.SIGKILL
+        assert code == -signal.SIGKILL
         assert "step_00000005" in names
     assert names[-1] < "step_00000026", "the run was stopped before its end"
 

@@ -1,6 +1,7 @@
 """What a person finds in a run folder, and what the loop promises on the way."""
 
 import copy
+import importlib
 import json
 import math
 import os
@@ -152,6 +153,10 @@ def test_trackers_write_their_files_offline(tracker, tmp_path, monkeypatch):
     recipe = parse_recipe(tiny.content({"name": "vae"}, tracker=tracker, steps=2), "tiny")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     train_tokenizer(recipe, tmp_path / "run")
+    if tracker == "wandb":
+        importlib.import_module(
+            "wandb"
+        ).teardown()  # its service would stay until this process ends
     pattern = "*.wandb" if tracker == "wandb" else "events.out.tfevents*"
     assert list(tmp_path.rglob(pattern))
 
@@ -707,6 +712,7 @@ def fresh(
         capture_output=True,
         text=True,
         check=False,
+        timeout=200,
     )
     return done, folder
 

@@ -1,12 +1,12 @@
 """Images in tar files, on disk and behind a server."""
 
 import json
-import os
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import stored
 import tiny
@@ -407,16 +407,13 @@ def test_without_webdataset_it_is_said_how_to_get_it(monkeypatch, tmp_path):
         open_tars(str(tmp_path / "a.tar"))
 
 
-def test_processes_that_start_together_share_one_index(tmp_path, cache):
+def count_together(path: str) -> None:
+    dist.init_process_group("gloo")
+    dist.barrier()
+    assert len(open_tars(path)[0]) == 22
+
+
+def test_processes_that_start_together_share_one_index(tmp_path, cache, ranks):
     path = write_shards(tmp_path, num_images=23)
-    children = []
-    for _ in range(3):
-        child = os.fork()
-        if child == 0:
-            try:
-                os._exit(0 if len(open_tars(path)[0]) == 22 else 1)
-            finally:
-                os._exit(2)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    ranks.run("test_tars:count_together", path)
     assert len(list(cache.iterdir())) == 6, "an index for each file, and nothing temporary"

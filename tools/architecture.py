@@ -3,9 +3,9 @@
 The table of docs/architecture.md says which room stands on which floor; the code says who imports whom.
 """
 
+import argparse
 import ast
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,9 +148,14 @@ def _direct(rooms: dict[str, int]) -> set[tuple[str, str]]:
     }
 
 
+def main() -> None:
+    """Draws the picture that the page shows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=PICTURE, help="default: the page's picture")
+    output = parser.parse_args().output
+    draw(output)
+    print(output)
+
+
 if __name__ == "__main__":
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print(__doc__)
-    else:
-        draw(PICTURE)
-        print(PICTURE.relative_to(ROOT))
+    main()
