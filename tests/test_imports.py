@@ -504,7 +504,9 @@ def test_a_damaged_network_is_one_line(transformer, tmp_path, change, words):
     ],
 )
 def test_a_damaged_coder_is_one_line(tmp_path, change, words):
-    save_module(Compressor(8, [4], 2), tmp_path / "out")
+    save_module(
+        Compressor(CompressorShape(feature_channels=8, hidden=(4,), channels=2)), tmp_path / "out"
+    )
     file = tmp_path / "out" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError) as error:
@@ -518,8 +520,12 @@ def test_a_fault_of_ours_is_not_told_as_a_damaged_file(transformer, tmp_path, mo
         raise fault("ours")
 
     assert command("repa", transformer, "--output", tmp_path / "network") == 0
-    save_module(Compressor(8, [4], 2), tmp_path / "coder")
-    compressor = compressor_file(tmp_path, Compressor(8, [4], 2).eval())
+    save_module(
+        Compressor(CompressorShape(feature_channels=8, hidden=(4,), channels=2)), tmp_path / "coder"
+    )
+    compressor = compressor_file(
+        tmp_path, Compressor(CompressorShape(feature_channels=8, hidden=(4,), channels=2)).eval()
+    )
     made = build_autoencoder(
         Architecture(block_channels=(32, 32), layers_per_block=1, latent_channels=3)
     )

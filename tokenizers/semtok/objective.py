@@ -167,9 +167,6 @@ class Unregistered:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Unregistered":
-        return Unregistered(self.module)  # it belongs to somebody else, whose it stays
-
 
 @contextlib.contextmanager
 def without_gradients(module: nn.Module) -> Iterator[None]:
