@@ -24,6 +24,10 @@ def open_folder(path: Path, **settings) -> tuple[Folder, Folder]:
     return Folder.open(FolderConfig(**({"path": str(path), "size": 16} | settings)))
 
 
+def files_of(source: Folder) -> list[Path]:
+    return source.contents(range(len(source)))
+
+
 def test_one_folder_per_class(tmp_path):
     for name in ("cat", "dog"):
         for i in range(10):
@@ -33,8 +37,8 @@ def test_one_folder_per_class(tmp_path):
     train, held_out = open_folder(tmp_path, validation_fraction=0.2)
     assert train.class_names == held_out.class_names == ("cat", "dog")
     assert (len(train), len(held_out)) == (16, 4)
-    assert not {p for p, _ in train.files} & {p for p, _ in held_out.files}
-    assert train.files == open_folder(tmp_path, validation_fraction=0.2)[0].files
+    assert not set(files_of(train)) & set(files_of(held_out))
+    assert files_of(train) == files_of(open_folder(tmp_path, validation_fraction=0.2)[0])
     batch = train.load(range(16))
     blue = batch.images[:, 2].float().mean(dim=(1, 2)) > 200
     assert torch.equal(blue, batch.labels == 0)
@@ -127,7 +131,7 @@ def test_transparency_lies_on_white_and_grey_becomes_rgb(tmp_path):
     picture(tmp_path / "1.png", colour=77, mode="L")
     picture(tmp_path / "2.png")
     source = open_folder(tmp_path, validation_fraction=0.4)
-    images = {p.name: s.load([i]).images[0] for s in source for i, (p, _) in enumerate(s.files)}
+    images = {p.name: s.load([i]).images[0] for s in source for i, p in enumerate(files_of(s))}
     assert (images["0.png"] == 255).all()
     assert (images["1.png"] == 77).all()
 
@@ -192,10 +196,10 @@ def test_a_flat_folder_splits_without_loss_and_by_its_seed_alone(tmp_path):
     for seed in (0, 1):
         train, held_out = open_folder(tmp_path, validation_fraction=0.25, seed=seed)
         assert (len(train), len(held_out)) == (30, 10)
-        assert sorted(train.files + held_out.files) == sorted((p, 0) for p in tmp_path.iterdir())
+        assert sorted(files_of(train) + files_of(held_out)) == sorted(tmp_path.iterdir())
         again = open_folder(tmp_path, validation_fraction=0.25, seed=seed)
-        assert [s.files for s in again] == [train.files, held_out.files]
-        names[seed] = held_out.files
+        assert [files_of(s) for s in again] == [files_of(train), files_of(held_out)]
+        names[seed] = files_of(held_out)
     assert names[0] != names[1]
 
 
@@ -216,8 +220,8 @@ def test_the_held_out_folder_may_have_any_usual_name(tmp_path, name):
     picture(tmp_path / name / "a" / "2.png")
     train, held_out = open_folder(tmp_path)
     assert train.class_names == ("a",)
-    assert [p.name for p, _ in train.files] == ["1.png"]
-    assert [p.name for p, _ in held_out.files] == ["2.png"]
+    assert [p.name for p in files_of(train)] == ["1.png"]
+    assert [p.name for p in files_of(held_out)] == ["2.png"]
 
 
 def test_a_text_file_named_jpg_gives_way_to_the_next_image_and_to_its_label(tmp_path):
@@ -259,7 +263,7 @@ def test_every_kind_of_transparency_lies_on_white(tmp_path, mode):
     image.save(path, **({} if mode.endswith("A") else {"transparency": colour}))
     picture(tmp_path / "a" / "2.png")
     source = next(
-        s for s in open_folder(tmp_path, validation_fraction=0.5) if s.files[0][0] == path
+        s for s in open_folder(tmp_path, validation_fraction=0.5) if files_of(s)[0] == path
     )
     assert (source.load([0]).images == 255).all()
 
