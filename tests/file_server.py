@@ -1,14 +1,60 @@
-"""A server on loopback that gives files, or parts of them."""
+"""Servers on loopback: one that gives files, or parts of them."""
 
+import contextlib
 import hashlib
 import re
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 
-class FileServer(ThreadingHTTPServer):
+class LoopbackServer(ThreadingHTTPServer):
+    """A server whose threads end with it, also those that wait on open connections."""
+
+    daemon_threads = False  # then they are joined
+    disable_nagle_algorithm = True
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
+        self._connections: set[socket.socket] = set()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, *_: object) -> None:
+        """Whoever goes away in the middle of an answer is no news."""
+
+    def server_close(self) -> None:
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                connection.shutdown(socket.SHUT_RDWR)
+        super().server_close()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator["LoopbackServer"]:
+        """Serves in a thread."""
+        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield self
+        finally:
+            self.shutdown()
+            self.server_close()
+            thread.join()
+
+
+class FileServer(LoopbackServer):
     """Files in memory.
 
     Attributes:
@@ -19,29 +65,19 @@ class FileServer(ThreadingHTTPServer):
         num_parts: answers with a part of a file.
     """
 
-    daemon_threads = True
-
     def __init__(self, files: dict[str, bytes]) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.files = files
         self.gives_parts = True
         self.fails = self.num_bytes = self.num_parts = 0
 
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
 
-
-@contextmanager
+@contextlib.contextmanager
 def file_server(files: dict[str, bytes]) -> Iterator[FileServer]:
     """A server that runs in a thread."""
     server = FileServer(files)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with server.running():
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):

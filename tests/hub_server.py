@@ -4,18 +4,19 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from file_server import LoopbackServer
 
 TOKEN = "hf_right"
 _LFS_FROM = 1000  # bytes
 
 
-class HubServer(ThreadingHTTPServer):
+class HubServer(LoopbackServer):
     """Repositories in memory.
 
     Attributes:
@@ -26,19 +27,13 @@ class HubServer(ThreadingHTTPServer):
         num_bytes: of files that were sent.
     """
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.repositories: dict[str, dict[str, Any]] = {}
         self.fails: dict[str, int] = {}
         self.cut = False
         self.uploads: dict[str, bytes] = {}
         self.num_bytes = 0
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
 
     def files(self, repo_id: str) -> dict[str, bytes]:
         """Of the newest commit."""
@@ -49,12 +44,8 @@ class HubServer(ThreadingHTTPServer):
 def hub_server() -> Iterator[HubServer]:
     """A server that runs in a thread."""
     server = HubServer()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with server.running():
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):
