@@ -1,4 +1,4 @@
-"""A server on loopback that gives files, or parts of them."""
+"""Servers on loopback: one that gives files, or parts of them."""
 
 import hashlib
 import re

@@ -1,6 +1,11 @@
 """Folders of images, and the order in which training sees any source."""
 
+import errno
+import gc
+import hashlib
+import os
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +18,7 @@ from semtok.data.images.encoded import adm_center_crop
 from semtok.data.images.folder import Folder, FolderConfig
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.data.order import BatchSlice, DataOrder, training_batches
+from semtok.storage import new_file, write_text
 
 
 def picture(path: Path, size=(20, 30), colour=(200, 10, 10), mode="RGB") -> None:
@@ -24,6 +30,10 @@ def open_folder(path: Path, **settings) -> tuple[Folder, Folder]:
     return Folder.open(FolderConfig(**({"path": str(path), "size": 16} | settings)))
 
 
+def files_of(source: Folder) -> list[Path]:
+    return source.contents(range(len(source)))
+
+
 def test_one_folder_per_class(tmp_path):
     for name in ("cat", "dog"):
         for i in range(10):
@@ -33,8 +43,8 @@ def test_one_folder_per_class(tmp_path):
     train, held_out = open_folder(tmp_path, validation_fraction=0.2)
     assert train.class_names == held_out.class_names == ("cat", "dog")
     assert (len(train), len(held_out)) == (16, 4)
-    assert not {p for p, _ in train.files} & {p for p, _ in held_out.files}
-    assert train.files == open_folder(tmp_path, validation_fraction=0.2)[0].files
+    assert not set(files_of(train)) & set(files_of(held_out))
+    assert files_of(train) == files_of(open_folder(tmp_path, validation_fraction=0.2)[0])
     batch = train.load(range(16))
     blue = batch.images[:, 2].float().mean(dim=(1, 2)) > 200
     assert torch.equal(blue, batch.labels == 0)
@@ -130,7 +140,7 @@ def test_transparency_lies_on_white_and_grey_becomes_rgb(tmp_path):
     picture(tmp_path / "1.png", colour=77, mode="L")
     picture(tmp_path / "2.png")
     source = open_folder(tmp_path, validation_fraction=0.4)
-    images = {p.name: s.load([i]).images[0] for s in source for i, (p, _) in enumerate(s.files)}
+    images = {p.name: s.load([i]).images[0] for s in source for i, p in enumerate(files_of(s))}
     assert (images["0.png"] == 255).all()
     assert (images["1.png"] == 77).all()
 
@@ -195,10 +205,10 @@ def test_a_flat_folder_splits_without_loss_and_by_its_seed_alone(tmp_path):
     for seed in (0, 1):
         train, held_out = open_folder(tmp_path, validation_fraction=0.25, seed=seed)
         assert (len(train), len(held_out)) == (30, 10)
-        assert sorted(train.files + held_out.files) == sorted((p, 0) for p in tmp_path.iterdir())
+        assert sorted(files_of(train) + files_of(held_out)) == sorted(tmp_path.iterdir())
         again = open_folder(tmp_path, validation_fraction=0.25, seed=seed)
-        assert [s.files for s in again] == [train.files, held_out.files]
-        names[seed] = held_out.files
+        assert [files_of(s) for s in again] == [files_of(train), files_of(held_out)]
+        names[seed] = files_of(held_out)
     assert names[0] != names[1]
 
 
@@ -219,8 +229,8 @@ def test_the_held_out_folder_may_have_any_usual_name(tmp_path, name):
     picture(tmp_path / name / "a" / "2.png")
     train, held_out = open_folder(tmp_path)
     assert train.class_names == ("a",)
-    assert [p.name for p, _ in train.files] == ["1.png"]
-    assert [p.name for p, _ in held_out.files] == ["2.png"]
+    assert [p.name for p in files_of(train)] == ["1.png"]
+    assert [p.name for p in files_of(held_out)] == ["2.png"]
 
 
 def test_a_text_file_named_jpg_gives_way_to_the_next_image_and_to_its_label(tmp_path):
@@ -262,7 +272,7 @@ def test_every_kind_of_transparency_lies_on_white(tmp_path, mode):
     image.save(path, **({} if mode.endswith("A") else {"transparency": colour}))
     picture(tmp_path / "a" / "2.png")
     source = next(
-        s for s in open_folder(tmp_path, validation_fraction=0.5) if s.files[0][0] == path
+        s for s in open_folder(tmp_path, validation_fraction=0.5) if files_of(s)[0] == path
     )
     assert (source.load([0]).images == 255).all()
 
@@ -273,6 +283,103 @@ def test_sixteen_bit_grey_keeps_its_brightness(tmp_path):
         Image.fromarray(np.full((16, 16), 30_000, dtype=np.uint16)).save(path)
     train, _ = open_folder(tmp_path, validation_fraction=0.5)
     assert (train.load([0]).images == 30_000 // 256).all()
+
+
+# Disks -------------------------------------------------------------------------------------------
+
+
+def failing(monkeypatch, name: str, number: int, times: int) -> list[str]:
+    """Reading a file of that name fails so often; returns what was tried."""
+    tried, read_bytes = [], Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path.name == name:
+            tried.append(path.name)
+            if len(tried) <= times:
+                raise OSError(number, os.strerror(number), str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr("semtok.data.remote._WAITS", (0.0, 0.0))
+    return tried
+
+
+def three(folder: Path) -> Folder:
+    for i in range(4):
+        picture(folder / ("val" if i == 3 else "train") / "a" / f"{i}.png", colour=(60 * i, 0, 0))
+    return open_folder(folder)[0]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE, errno.ENOMEM])
+def test_a_disk_that_fails_is_asked_again_and_no_image_is_replaced(tmp_path, monkeypatch, number):
+    train = three(tmp_path)
+    expected = train.load([1]).images
+    tried = failing(monkeypatch, "1.png", number, times=2)
+    batch = train.load([1])
+    assert torch.equal(batch.images, expected) and not batch.skipped and len(tried) == 3
+
+
+def test_a_disk_that_goes_on_failing_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    train = three(tmp_path)
+    failing(monkeypatch, "1.png", errno.EIO, times=99)
+    with pytest.raises(UserError, match="data.path: .*1.png: Input/output error") as raised:
+        train.load([1])
+    assert "\n" not in str(raised.value)
+    order, share = DataOrder(3, 3, 0, False), BatchSlice(3, 1, 0, 1)
+    settings = {"first_step": 0, "last_step": 1, "num_workers": 0, "pin_memory": False}
+    with pytest.raises(UserError, match="Input/output error"):
+        list(training_batches(train, order, share, **settings))
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES])
+def test_a_file_that_is_gone_or_closed_to_us_is_an_unreadable_image(tmp_path, monkeypatch, number):
+    train = three(tmp_path)
+    tried = failing(monkeypatch, "1.png", number, times=99)
+    batch = train.load([1])
+    assert [Path(name).name for name in batch.skipped] == ["1.png"] and len(tried) == 1
+    assert torch.equal(batch.images, train.load([2]).images)
+
+
+def test_a_million_images_take_little_memory_and_keep_their_identity(tmp_path):
+    names = [f"n{i % 7:08}/n{i % 7:08}_{i:05}.JPEG" for i in range(2000)]
+    for part in ("train", "val"):
+        for name in names:
+            (tmp_path / part / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / part / name).touch()
+    for part in ("train", "val"):
+        picture(tmp_path / part / "n00000000" / "n00000000_00000.JPEG")
+    open_folder(tmp_path)
+    gc.collect()
+    tracemalloc.start()
+    parts = open_folder(tmp_path)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held / sum(map(len, parts)) < 120, "bytes"
+    train, _ = parts
+    files = sorted((tmp_path / "train").rglob("*.JPEG"))
+    assert files_of(train) == files
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        name, state = file.relative_to(tmp_path).as_posix(), file.stat()
+        digest.update(f"{name} {state.st_size} {state.st_mtime_ns}\n".encode())
+    assert train.identity == f"{tmp_path.name} (2000 images) {digest.hexdigest()}"
+
+
+def test_names_of_any_kind_are_found_in_the_order_of_their_parts(tmp_path):
+    names = ["a/x.png", "a-b/x.png", "a/b/y.png", "a/b-c.png", "é/ü x.png", "a/B.PNG", "z/.png.png"]
+    for name in names:
+        picture(tmp_path / "train" / name)
+    (tmp_path / "train" / "z" / "odd\udcff.png").write_bytes(
+        (tmp_path / "train" / "a" / "x.png").read_bytes()
+    )
+    (tmp_path / "train" / "z" / "nowhere.png").symlink_to("missing")
+    (tmp_path / "train" / "link").symlink_to(tmp_path / "train" / "a", target_is_directory=True)
+    picture(tmp_path / "val" / "a" / "1.png")
+    train, _ = open_folder(tmp_path)
+    classes = sorted(folder for folder in (tmp_path / "train").iterdir())
+    expected = [p for c in classes for p in sorted(c.rglob("*")) if p.is_file()]
+    assert files_of(train) == expected and len(expected) == 12
+    assert train.class_names == tuple(folder.name for folder in classes)
 
 
 # The order of the data ---------------------------------------------------------------------------
@@ -345,3 +452,26 @@ def test_loading_draws_nothing_from_global_generators():
     settings = {"first_step": 0, "last_step": 2, "num_workers": 0, "pin_memory": False}
     list(training_batches(source, DataOrder(20, 4, 0, True), BatchSlice(4, 1, 0, 1), **settings))
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+
+
+# Files that are whole or not there ---------------------------------------------------------------
+
+
+def test_writers_of_one_file_never_share_a_temporary(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.getpid", lambda: 1)  # as in two containers
+    with new_file(tmp_path / "a.npy") as one, new_file(tmp_path / "a.npy") as other:
+        assert one != other and one.suffix == other.suffix == ".npy"
+        one.write_text("one")
+        other.write_text("other")
+    assert (tmp_path / "a.npy").read_text() == "one"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npy"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_a_written_file_is_open_to_others_as_the_umask_says(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_text(tmp_path / "a.txt", "hello")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o666 & ~mask

@@ -315,7 +315,7 @@ def test_a_cache_behind_a_url_is_fetched_shard_by_shard(place, cache, tmp_path, 
         assert torch.equal(
             few.labels([(0, False), (9, False), (5, False)]), local.load([0, 9, 5]).labels
         )
-        assert len(list(few.local.glob("shard-*"))) == 1
+        assert [file.name for file in few.local.iterdir()] == [few.local_file(1).name]
         content = bytearray(files["/c/train/shard-000001.safetensors"])
         content[-1] ^= 1
         files["/c/train/shard-000001.safetensors"] = bytes(content)
@@ -349,13 +349,42 @@ def test_local_copies_are_those_of_the_store_as_it_is(place, cache, tmp_path, mo
         before = first.rows([(0, False), (4, False)])
         assert server.fails == 0, "it asked again"
         server.files.update(files(other))
-        RemoteShards(url, "test").rows([(0, False), (4, False)])
-        assert (first.local / shard.name).read_bytes() == shard.read_bytes()
-        flip_a_bit(first.local / "shard-000001.safetensors")
+        again = RemoteShards(url, "test")
+        again.rows([(0, False), (4, False)])
+        assert again.local_file(0).read_bytes() == shard.read_bytes()
+        flip_a_bit(again.local_file(1))
         mended = RemoteShards(url, "test").rows([(4, False)])
         assert all(torch.equal(mended[name], before[name][1:]) for name in mended)
         RemoteShards(url, "test", kept=1).rows([(8, False)])
-        assert [p.name for p in first.local.iterdir()] == ["shard-000002.safetensors"]
+        assert list(first.local.iterdir()) == [first.local_file(2)]
+
+
+@pytest.mark.parametrize(
+    "name", ["../../../victim.safetensors", "ABSOLUTE", "http://127.0.0.1:9/x", "..", "", "a/b", 3]
+)
+def test_an_index_that_names_other_files_is_refused(place, cache, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("SEMTOK_CACHE", str(tmp_path / "deep" / "cache"))
+    victim = tmp_path / "victim.safetensors"
+    victim.write_text("mine")
+    name = str(victim) if name == "ABSOLUTE" else name
+    index = json.loads((cache / "train" / "index.json").read_text())
+    index["shards"][0]["file"] = name
+    content = (cache / "train" / "shard-000000.safetensors").read_bytes()
+    files = {f"/c/train/{file['file']}": content for file in index["shards"]}
+    files |= {"/c/train/index.json": json.dumps(index).encode(), "/victim.safetensors": content}
+    files |= {f"/c/train/{'../' * n}victim.safetensors": content for n in range(4)}
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "index.json").write_text(json.dumps(index))
+    with file_server(files) as server:
+        for opened_ in (
+            lambda: RemoteShards(f"{server.address}/c/train", "test", kept=1),
+            lambda: Shards(tmp_path / "local", "test"),
+        ):
+            with pytest.raises(UserError, match="is damaged") as refused_:
+                opened_().rows([(0, False), (4, False)])
+            assert "\n" not in str(refused_.value)
+    assert victim.read_text() == "mine"
+    assert not list((tmp_path / "deep").rglob("*.safetensors"))
 
 
 def test_a_cache_is_of_the_images_that_are_at_hand(place, cache, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ def new_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
 def new_file(path: Path) -> Iterator[Path]:
     """Gives a temporary file name beside ``path``, of the same ending; on success it is renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    # Of no process number: on a shared disk, containers have equal ones. Whoever writes it makes it, so that it
+    # is open to others as the umask says, which mkstemp's files are not.
+    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
     try:
         yield temporary
         temporary.replace(path)

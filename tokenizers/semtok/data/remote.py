@@ -1,33 +1,74 @@
 """Files on disk or behind a URL, by fsspec: which there are, their state, and parts of them."""
 
+import functools
 import importlib.util
+import json
 import os
 import re
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from semtok.errors import UserError
+from semtok.extras import need
 from semtok.storage import first_line
 
 T = TypeVar("T")
-_WAITS = (1.0, 5.0, 25.0)  # seconds before a server is asked again
+LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""What asking again does not change: no such file, or none that may be read."""
+_WAITS = (1.0, 5.0, 25.0)  # seconds before a disk or a server is asked again
 
 
 def file_system(place: str) -> Any:
-    """The fsspec file system of a path or URL; each process and thread has its own.
+    """The fsspec file system of a path or URL; each process has its own, also a forked one.
 
     Raises:
         UserError: no such protocol, or what it needs is not installed.
     """
     import fsspec
 
+    _make_forks_safe()
     try:
         return fsspec.core.url_to_fs(place)[0]
     except (ImportError, ValueError) as error:
         raise UserError(f"data.path: {place}: {first_line(error)}") from None
+
+
+@functools.cache
+def _make_forks_safe() -> None:
+    """From now on, a forked process forgets the connections that it inherits, and closes none of them.
+
+    They are its parent's, and so is the epoll descriptor of fsspec's thread, in which both see the same sockets:
+    where a child closes an inherited connection, its parent no longer hears of it and waits for ever.
+    """
+    os.register_at_fork(before=_hold, after_in_parent=_HELD.clear, after_in_child=_forget)
+
+
+_HELD: list[Any] = []  # while a process forks
+_FORGOTTEN: list[Any] = []  # of parents, for good
+
+
+def _hold() -> None:
+    """Keeps alive what fsspec drops in a child, which would close it."""
+    from fsspec import AbstractFileSystem, asyn
+
+    kinds: list[Any] = [AbstractFileSystem]
+    for kind in kinds:  # grows meanwhile
+        kinds += kind.__subclasses__()
+        _HELD.extend(list(kind._cache.values()))
+    _HELD.extend((asyn.loop[0], asyn.iothread[0]))
+
+
+def _forget() -> None:
+    _FORGOTTEN.extend(_HELD)
+    _HELD.clear()
+    for finalizer in list(weakref.finalize._registry):  # they close sessions at a process's end
+        about = finalizer.peek()
+        if about is not None and any(about[0] is held for held in _FORGOTTEN):
+            _FORGOTTEN.append(finalizer.detach())
 
 
 def reading_errors(place: str) -> tuple[type[Exception], ...]:
@@ -156,28 +197,60 @@ def stored_files(places: Sequence[str], *, key: str, kind: str) -> list[StoredFi
         return list(pool.map(look_up, places))
 
 
-def answered(ask: Callable[[], T], url: str, *, place: str) -> T:
-    """What a store answers; it is asked again where it does not.
+def persist(ask: Callable[[], T], place: str) -> T:
+    """What a disk or a server answers; it is asked again where it does not.
 
     Args:
-        ask: for something at the URL.
-        place: starts the message.
+        ask: for something of a path or URL.
+        place: that path or URL.
+
+    Raises:
+        Exception: the last of ``reading_errors``; one of ``LASTING`` at once.
+    """
+    for wait in _WAITS:
+        try:
+            return ask()
+        except LASTING:
+            raise
+        except reading_errors(place):
+            time.sleep(wait)
+    return ask()
+
+
+def answered(ask: Callable[[], T], url: str, *, place: str) -> T:
+    """As ``persist``; the error is a line that starts with ``place``.
 
     Raises:
         UserError: there is nothing, or no answer.
     """
-    for wait in (*_WAITS, None):
-        try:
-            return ask()
-        except reading_errors(url) as error:
-            if wait is None or isinstance(error, FileNotFoundError):
-                raise UserError(f"{place}: {reason(error)}") from None
-        time.sleep(wait)
-    raise AssertionError("the last turn answers or raises")
+    try:
+        return persist(ask, url)
+    except reading_errors(url) as error:
+        raise UserError(f"{place}: {reason(error)}") from None
+
+
+def is_url(place: object) -> bool:
+    """Whether a place is not on this machine's disks."""
+    return "://" in str(place)
+
+
+def read_remote_json(url: str, place: str) -> Any:
+    """What a JSON file at a URL holds.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    need("fsspec", "fsspec", extra="data", place=f"{place}: {url} ")
+    system = file_system(url)
+    content = answered(lambda: system.cat_file(url), url, place=f"{place}: {url}")
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{place}: {url}: {first_line(error)}") from None
 
 
 def read_ranges(places: Sequence[str], offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
-    """Reads a part of each file; a server is asked for all parts at once, and again where it does not answer.
+    """Reads a part of each file; a server is asked for all parts at once, and as a disk again where it does not answer.
 
     Args:
         places: paths or URLs; one may stand there several times.
@@ -204,7 +277,7 @@ def read_ranges(places: Sequence[str], offsets: Sequence[int], sizes: Sequence[i
             for i, part in zip(own, parts, strict=True):
                 contents[i] = part
         missing = [i for i in missing if isinstance(contents[i], Exception)]
-        if wait is None or not any(protocol(places[i]) for i in missing):
+        if wait is None or not missing or any(isinstance(contents[i], LASTING) for i in missing):
             break
         time.sleep(wait)
     for place, size, content in zip(places, sizes, contents, strict=True):

@@ -33,8 +33,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     task.add_argument(
         "--attributes",
         metavar="FILE",
-        help="table of attributes of a folder of images, short for --data attributes=FILE: CSV, "
-        "CelebA's list_attr_celeba.txt, or predicate-matrix-binary.txt of AwA2",
+        help="CSV table of attributes of a folder of images, short for --data attributes=FILE",
     )
     task.add_argument("--only", nargs="+", metavar="NAME", help="probe for these attributes alone")
     task.set_defaults(command=_probe)

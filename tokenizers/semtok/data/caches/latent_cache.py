@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from semtok.data.caches.remote_shards import RemoteShards, is_url, read_remote_json
+from semtok.data.caches.remote_shards import RemoteShards
 from semtok.data.caches.shards import INDEX, Compute, Shards, ensure_shards
+from semtok.data.remote import is_url, read_remote_json
 from semtok.data.source import DataConfig, ImageBatch, ImageSource, Key
 from semtok.errors import UserError
 from semtok.images import to_pixels

@@ -5,19 +5,14 @@ those few and no more, whatever the size of the store.
 """
 
 import hashlib
-import json
 import shutil
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
-from semtok.data.caches.shards import INDEX, Shards, open_shard, shard_checksum
-from semtok.data.remote import answered, file_system
+from semtok.data.caches.shards import INDEX, Shard, Shards, open_shard, shard_checksum
+from semtok.data.remote import answered, file_system, read_remote_json
 from semtok.errors import UserError
-from semtok.extras import need
 from semtok.storage import cache_folder, first_line, new_file
 
 KEPT = 40
@@ -40,8 +35,11 @@ class RemoteShards(Shards):
         self.url, self.kept, self._user_place = url.rstrip("/"), kept, place
         digest = hashlib.blake2b(self.url.encode(), digest_size=8).hexdigest()
         self.local = cache_folder("shards") / digest
-        self._held: OrderedDict[int, dict[str, tuple[Tensor, np.ndarray]]] = OrderedDict()
+        self._held: OrderedDict[int, Shard] = OrderedDict()
         super().__init__(Path(self.url), place)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_held": OrderedDict()}
 
     def _named(self) -> str:
         return self.url
@@ -49,20 +47,28 @@ class RemoteShards(Shards):
     def _read_index(self) -> Any:
         return read_remote_json(f"{self.url}/{INDEX}", self._user_place)
 
-    def _open_all(self) -> None:
+    def _check_files(self) -> None:
         """Nothing is there yet."""
 
-    def _shard(self, number: int) -> dict[str, tuple[Tensor, np.ndarray]]:
+    def local_file(self, number: int) -> Path:
+        """Where a shard lies once it was fetched; another content has another name."""
+        entry = self.entries[number]
+        key = f"{entry['file']} {entry['checksum']}"
+        return (
+            self.local / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
+        )
+
+    def _shard(self, number: int) -> Shard:
         if number not in self._held:
             self._held[number] = self._opened(number)
         self._held.move_to_end(number)
         while len(self._held) > self.kept:
             old, _ = self._held.popitem(last=False)
             # What is mapped stays readable; another process that wants it fetches it again.
-            (self.local / self.entries[old]["file"]).unlink(missing_ok=True)
+            self.local_file(old).unlink(missing_ok=True)
         return self._held[number]
 
-    def _opened(self, number: int) -> dict[str, tuple[Tensor, np.ndarray]]:
+    def _opened(self, number: int) -> Shard:
         for _ in range(3):
             try:
                 return open_shard(self._fetched(number))
@@ -71,33 +77,28 @@ class RemoteShards(Shards):
         return open_shard(self._fetched(number))
 
     def _fetched(self, number: int) -> Path:
-        entry = self.entries[number]
-        file = self.local / entry["file"]
+        entry, file = self.entries[number], self.local_file(number)
         if file.is_file() and shard_checksum(file) == entry["checksum"]:
             return file
         self.local.mkdir(parents=True, exist_ok=True)
-        self._remove_old()
+        self._make_room()
         if entry["bytes"] > shutil.disk_usage(self.local).free:
             raise UserError(f"{self._place}: no room for a shard in {self.local}; set SEMTOK_CACHE")
-        url = f"{self.url}/{entry['file']}"
+        url, place = f"{self.url}/{entry['file']}", f"{self._place}: {entry['file']}"
+        system = file_system(url)
+        # fsspec's own caches write in place, where another process would read half a file.
         with new_file(file) as temporary:
-            system = file_system(url)
-            answered(
-                lambda: system.get_file(url, str(temporary)),
-                url,
-                place=f"{self._place}: {entry['file']}",
-            )
+            answered(lambda: system.get_file(url, str(temporary)), url, place=place)
             if shard_checksum(temporary) != entry["checksum"]:
-                raise UserError(f"{self._place}: {entry['file']} came with another checksum")
+                raise UserError(f"{place} came with another checksum")
         return file
 
-    def _remove_old(self) -> None:
-        """Removes what earlier runs left, so that no more than ``kept`` lie there."""
-        held = {self.entries[number]["file"] for number in self._held}
-        others = [file for file in self.local.glob("*.safetensors") if file.name not in held]
-        room = max(0, self.kept - len(held) - 1)
-        newest = sorted(others, key=lambda file: (_changed(file), file.name), reverse=True)
-        for file in newest[room:]:
+    def _make_room(self) -> None:
+        """For one more, among what earlier runs left."""
+        held = {self.local_file(number) for number in self._held}
+        others = [file for file in self.local.glob("[!.]*.safetensors") if file not in held]
+        others.sort(key=lambda file: (_changed(file), file.name))
+        for file in others[: max(0, len(held) + len(others) + 1 - self.kept)]:
             file.unlink(missing_ok=True)
 
     def _damaged(self, error: BaseException) -> str:
@@ -114,23 +115,3 @@ def _changed(file: Path) -> float:
         return file.stat().st_mtime
     except FileNotFoundError:  # another process was faster
         return 0.0
-
-
-def is_url(place: object) -> bool:
-    """Whether a place is not on this machine's disks."""
-    return "://" in str(place)
-
-
-def read_remote_json(url: str, place: str) -> Any:
-    """What a JSON file at a URL holds.
-
-    Raises:
-        UserError: it can't be read.
-    """
-    need("fsspec", "fsspec", extra="data", place=f"{place}: {url} ")
-    system = file_system(url)
-    content = answered(lambda: system.cat_file(url), url, place=f"{place}: {url}")
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{place}: {url}: {first_line(error)}") from None

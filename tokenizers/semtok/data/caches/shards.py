@@ -8,6 +8,7 @@ read by memory map, so a row costs one copy, in any order, and processes share t
 
 import hashlib
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +33,10 @@ _FORMAT_VERSION = 1
 _HASHED_ON_OPENING = 1 << 30
 """Bytes: caches up to this size are compared with their checksums whenever they are opened."""
 
+_PLAIN_NAME = re.compile(r"\w[\w.-]*")
+
+Shard = dict[str, tuple[Tensor, np.ndarray]]
+"""Tensors by name, and as arrays that they share memory with."""
 Compute = Callable[[ImageBatch], Mapping[str, Tensor]]
 """From a batch of images to a row of each column for each."""
 
@@ -64,10 +69,10 @@ class Shards:
                 raise ValueError(
                     f"{INDEX} names {len(self.entries)} shards instead of {num_shards}"
                 )
-            for number, entry in enumerate(self.entries):
-                if entry["file"] != _shard_name(number):  # a name may lead anywhere
-                    raise ValueError(f"{INDEX} names {entry['file']!r} for {_shard_name(number)}")
-            self._open_all()
+            for entry in self.entries:
+                if not _PLAIN_NAME.fullmatch(entry["file"]):  # it becomes a path
+                    raise ValueError(f"{INDEX} names {entry['file']!r}, which is no file's name")
+            self._check_files()
         except UserError as error:
             raise UserError(self._damaged(error)) from None
         except (*DAMAGE, TypeError, AttributeError, ZeroDivisionError) as error:
@@ -81,16 +86,23 @@ class Shards:
     def _read_index(self) -> Any:
         return read_json(self.folder / INDEX)
 
-    def _open_all(self) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_shards": None}  # another process maps its own
+
+    def _check_files(self) -> None:
         for entry in self.entries:
             file = self.folder / entry["file"]
             size = file.stat().st_size
             if size != entry["bytes"]:
                 raise ValueError(f"{file.name} has {size} bytes instead of {entry['bytes']}")
-        self._shards = [open_shard(self.folder / entry["file"]) for entry in self.entries]
+        self._open_all()
 
-    def _shard(self, number: int) -> dict[str, tuple[Tensor, np.ndarray]]:
-        return self._shards[number]
+    def _open_all(self) -> list[Shard]:
+        self._shards = [open_shard(self.folder / entry["file"]) for entry in self.entries]
+        return self._shards
+
+    def _shard(self, number: int) -> Shard:
+        return (self._shards or self._open_all())[number]
 
     def _damaged(self, error: BaseException) -> str:
         if str(error).startswith(self._place):
@@ -333,7 +345,7 @@ def _shard_name(number: int) -> str:
     return f"shard-{number:06d}.safetensors"
 
 
-def open_shard(file: Path) -> dict[str, tuple[Tensor, np.ndarray]]:
+def open_shard(file: Path) -> Shard:
     """Each tensor of a file, mapped into memory, and as an array that it shares memory with."""
     with safe_open(file, "pt") as content:
         tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118

@@ -9,24 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from pydantic import Field
 from torch import Tensor
 
 from semtok.data.images.attributes import ImageAttributes
+from semtok.data.remote import LASTING, persist
 from semtok.data.source import DataConfig, ImageBatch, ImageSource, Skipped
 from semtok.errors import UserError
 
 VALIDATION_NAMES = ("val", "validation", "valid", "test")
 """What held-out parts are called, the likeliest first."""
 
-_UNREADABLE = (
-    OSError,
-    UnidentifiedImageError,
+_NO_IMAGE = (
+    OSError,  # Pillow's own, UnidentifiedImageError among them: what is decoded is in memory
     SyntaxError,
     ValueError,
     Image.DecompressionBombError,
 )
+"""What decoding raises where a file is no image, or cut short."""
 
 
 class StoredConfig(DataConfig):
@@ -42,6 +43,9 @@ class StoredConfig(DataConfig):
 
 class StoredImages(ImageSource):
     """Encoded images of one store. Unreadable ones are replaced by the next readable one.
+
+    Unreadable is what can't be decoded, is not there, or may not be read. Where a disk or a server fails, it is
+    asked again, and then the error ends the run: an image must not differ from process to process.
 
     Args:
         labels: int64 (N,), class of each image.
@@ -126,10 +130,10 @@ class StoredImages(ImageSource):
             if candidate not in self._unreadable:
                 if candidate not in contents:
                     contents[candidate] = self.contents([candidate])[0]
-                try:
-                    return decode(contents[candidate], self.image_size), candidate
-                except _UNREADABLE:
-                    self._unreadable.add(candidate)
+                image = _decoded(contents[candidate], self.image_size)
+                if image is not None:
+                    return image, candidate
+                self._unreadable.add(candidate)
             skipped.append(self.image_name(candidate))
         raise UserError(f"data.path: none of the {len(self)} images in '{self.place}' can be read")
 
@@ -161,11 +165,30 @@ def split_rows(
     return np.array(train, dtype=np.int64), np.array(held_out, dtype=np.int64)
 
 
-def decode(content: Path | bytes, image_size: tuple[int, int]) -> np.ndarray:
+def _decoded(content: Path | bytes, image_size: tuple[int, int]) -> np.ndarray | None:
+    """The image of a file, or of what it holds; None where it is unreadable.
+
+    Raises:
+        UserError: the disk fails, also when it is asked again.
+    """
+    if isinstance(content, Path):
+        try:
+            content = persist(content.read_bytes, str(content))
+        except LASTING:
+            return None
+        except OSError as error:
+            raise UserError(f"data.path: {content}: {error.strerror}; see to the disk") from None
+    try:
+        return decode(content, image_size)
+    except _NO_IMAGE:
+        return None
+
+
+def decode(content: bytes, image_size: tuple[int, int]) -> np.ndarray:
     """Reads an image as the camera held it, transparency on white, cropped as ADM does.
 
     Args:
-        content: a file, or what a file holds.
+        content: what an image file holds.
         image_size: (height, width) in pixels.
 
     Returns:
@@ -174,7 +197,7 @@ def decode(content: Path | bytes, image_size: tuple[int, int]) -> np.ndarray:
     Raises:
         OSError, SyntaxError, ValueError, DecompressionBombError: it is no image, or cut short.
     """
-    file = io.BytesIO(content) if isinstance(content, bytes) else content
+    file = io.BytesIO(content)
     with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # odd but readable
         image = ImageOps.exif_transpose(image)  # cameras store which way is up beside the pixels
         if image.mode.startswith("I;16"):  # Pillow would clip where 8 bits need the upper byte

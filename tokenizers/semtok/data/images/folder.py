@@ -1,15 +1,18 @@
 """Folders of images: one folder per class, or all in one."""
 
 import hashlib
+import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from semtok.data.images.attributes import ImageAttributes, read_attributes
-from semtok.data.images.encoded import VALIDATION_NAMES, StoredConfig, StoredImages, held_out_split
+from semtok.data.images.encoded import VALIDATION_NAMES, StoredConfig, StoredImages, split_rows
 from semtok.errors import UserError
 
 
@@ -23,15 +26,38 @@ class FolderConfig(StoredConfig):
     kind: Literal["folder"] = "folder"
     path: str
     attributes: str | None = None
-    """A table of what the images show, for probes: CSV (a header; the first column names the image), CelebA's
-    ``list_attr_celeba.txt``, or ``predicate-matrix-binary.txt`` of Animals with Attributes 2."""
+    """A CSV table of what the images show, for probes: a header, and the first column names the image."""
+
+
+class Names:
+    """File names, as two arrays: as many objects would take ten times the memory, in every loader process.
+
+    Args:
+        names: paths relative to one folder, with ``/``.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self.text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self.ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, row: int) -> bytes:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return self.text[self.ends[row] : self.ends[row + 1]].tobytes()
 
 
 class Folder(StoredImages):
     """Images by file name order.
 
     Args:
-        files: (path, class index), sorted.
+        root: the folder.
+        names: of all its images.
+        rows: which of them these are.
+        labels: int64 (len(rows),).
         attributes: of these files, in their order; None where nothing is known.
     """
 
@@ -39,17 +65,18 @@ class Folder(StoredImages):
 
     def __init__(
         self,
-        files: Sequence[tuple[Path, int]],
-        *,
         root: Path,
+        names: Names,
+        rows: np.ndarray,
+        labels: torch.Tensor,
+        *,
         class_names: tuple[str, ...],
         image_size: tuple[int, int],
         flip: bool,
         attributes: ImageAttributes | None = None,
     ) -> None:
-        self.files, self.root = list(files), root
         super().__init__(
-            torch.tensor([label for _, label in self.files], dtype=torch.int64),
+            labels,
             place=str(root),
             title=root.name,
             class_names=class_names,
@@ -57,14 +84,15 @@ class Folder(StoredImages):
             flip=flip,
             attributes=attributes,
         )
+        self.root, self.names, self.rows = root, names, rows
 
-    @property
+    @cached_property
     def identity(self) -> str:
         digest = hashlib.blake2b(digest_size=8)
-        for path, _ in self.files:
-            state = path.stat()
-            name = path.relative_to(self.root).as_posix()
-            digest.update(f"{name} {state.st_size} {state.st_mtime_ns}\n".encode())
+        for row in self.rows:
+            name = self.names[row]
+            state = os.stat(os.path.join(os.fsencode(self.root), name))
+            digest.update(b"%s %d %d\n" % (name, state.st_size, state.st_mtime_ns))
         return f"{self.name} {digest.hexdigest()}"
 
     @classmethod
@@ -72,92 +100,104 @@ class Folder(StoredImages):
         """The training and the held-out part of a folder.
 
         Raises:
-            UserError: no such folder, no readable image in either part, or a table of attributes that
-                does not fit.
+            UserError: no such folder, or one that can't be read, no readable image in either part, or a table of
+                attributes that does not fit.
         """
         root = Path(config.path)
         if not root.is_dir():
             raise UserError(f"data.path: no such folder '{config.path}'; pass data.path=…")
-        validation = next((root / n for n in VALIDATION_NAMES if (root / n).is_dir()), None)
-        if (root / "train").is_dir() and validation is not None:
-            classes, files = _scan(root / "train", flat_name=root.name)
-            validation_classes, validation_files = _scan(validation, flat_name=root.name)
-            unknown = sorted(set(validation_classes) - set(classes))
-            if unknown:
-                raise UserError(
-                    f"data.path: {validation} has classes that training lacks: {', '.join(unknown[:5])}"
-                )
-            renumbered = [
-                (path, classes.index(validation_classes[label])) for path, label in validation_files
-            ]
-            parts = (files, renumbered)
-        else:
-            folders = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
-            only_train = folders == ["train"]
-            classes, files = _scan(root / "train" if only_train else root, flat_name=root.name)
-            rows = held_out_split(len(files), config.validation_fraction, config.seed)
-            parts = tuple([files[row] for row in part] for part in rows)
-        attributes = _attributes(config, parts, root, classes)
-        sources = tuple(
+        validation = next((n for n in VALIDATION_NAMES if (root / n).is_dir()), None)
+        try:
+            if (root / "train").is_dir() and validation is not None:
+                classes, names, labels = _scan(root, "train/")
+                own, *held_out = _scan(root, f"{validation}/")
+                unknown = sorted(set(own) - set(classes))
+                if unknown:
+                    raise UserError(
+                        f"data.path: {root / validation} has classes that training lacks: {', '.join(unknown[:5])}"
+                    )
+                num_train: int | None = len(names)
+                names += held_out[0]
+                labels += [classes.index(own[label]) for label in held_out[1]]
+            else:
+                only_train = _folders(root) == ["train"]
+                classes, names, labels = _scan(root, "train/" if only_train else "")
+                num_train = None
+        except OSError as error:
+            raise UserError(f"data.path: {error.filename}: {error.strerror}") from None
+        parts = split_rows(len(names), num_train, config)
+        attributes = None
+        if config.attributes is not None and all(map(len, parts)):  # an empty part is told of later
+            attributes = read_attributes(Path(config.attributes), names)
+        table, numbers = Names(names), torch.tensor(labels, dtype=torch.int64)
+        sources = [
             cls(
-                part,
-                root=root,
+                root,
+                table,
+                rows,
+                numbers[rows],
                 class_names=classes,
                 image_size=config.image_size,
                 flip=config.flip,
-                attributes=known,
+                attributes=attributes.rows(rows) if attributes is not None else None,
             )
-            for part, known in zip(parts, attributes, strict=True)
-        )
+            for rows in parts
+        ]
         for source in sources:
             source.check_readable()
         return sources[0], sources[1]
 
     def contents(self, indices: Sequence[int]) -> list[Path]:
-        return [self.files[index][0] for index in indices]
+        return [self.file(index) for index in indices]
+
+    def file(self, index: int) -> Path:
+        """Where the image at ``index`` lies."""
+        return self.root / os.fsdecode(self.names[self.rows[index]])
 
     def image_name(self, index: int) -> str:
-        return str(self.files[index][0])
+        return str(self.file(index))
 
 
-def _scan(root: Path, *, flat_name: str) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
-    """Class names and (path, class) of all image files, sorted by name.
+def _scan(root: Path, part: str) -> tuple[tuple[str, ...], list[str], list[int]]:
+    """Class names; and of all image files, sorted, the name relative to ``root`` and the class.
 
     Args:
-        flat_name: of the one class where there are no sub-folders.
+        part: of the folder, empty or ending in ``/``.
+
+    Raises:
+        OSError: a folder can't be read.
     """
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    groups = [(folder.name, _images_under(folder)) for folder in folders]
+    groups = [(name, _images(root, f"{part}{name}/")) for name in _folders(root / part)]
     groups = [(name, files) for name, files in groups if files]
-    flat = sorted(p for p in root.iterdir() if p.is_file() and p.suffix.lower() in IMG_EXTENSIONS)
+    flat = _images(root, part, nested=False)
     if flat and groups:
         raise UserError(
-            f"data.path: '{root}' holds images both in itself and in sub-folders; use one layout"
+            f"data.path: '{root / part}' holds images both in itself and in sub-folders; use one layout"
         )
     if not groups:
-        groups = [(flat_name, flat)]
-    files = [(path, label) for label, (_, paths) in enumerate(groups) for path in paths]
-    return tuple(name for name, _ in groups), files
+        groups = [(root.name, flat)]
+    labels = [label for label, (_, files) in enumerate(groups) for _ in files]
+    return tuple(name for name, _ in groups), [n for _, files in groups for n in files], labels
 
 
-def _images_under(folder: Path) -> list[Path]:
-    return sorted(
-        p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file()
-    )
+def _folders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _attributes(
-    config: FolderConfig,
-    parts: tuple[list[tuple[Path, int]], list[tuple[Path, int]]],
-    root: Path,
-    class_names: tuple[str, ...],
-) -> tuple[ImageAttributes | None, ImageAttributes | None]:
-    """The attributes of both parts, with the same categories."""
-    train, held_out = parts
-    if config.attributes is None or not train or not held_out:  # an empty part is told of later
-        return None, None
-    known = read_attributes(Path(config.attributes), [*train, *held_out], root, class_names)
-    return (
-        ImageAttributes(known.categories, known.values[: len(train)]),
-        ImageAttributes(known.categories, known.values[len(train) :]),
-    )
+def _images(root: Path, part: str, *, nested: bool = True) -> list[str]:
+    """The image files of a part of a folder, sorted; what the folders tell of a file is enough to know it."""
+    names, todo = [], [part]
+    while todo:
+        inside = todo.pop()
+        try:
+            entries = list(os.scandir(root / inside))
+        except PermissionError:  # lost+found, where a disk is one set
+            continue
+        for entry in entries:
+            name = f"{inside}{entry.name}"
+            if entry.is_dir(follow_symlinks=False):
+                todo += [f"{name}/"] if nested else []
+            elif os.path.splitext(name)[1].lower() in IMG_EXTENSIONS and entry.is_file():
+                names.append(name)
+    return sorted(names, key=lambda name: name.split("/"))

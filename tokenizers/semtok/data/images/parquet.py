@@ -2,52 +2,21 @@
 
 import difflib
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from semtok.data.images.attributes import ImageAttributes, image_attributes
-from semtok.data.images.encoded import StoredConfig, StoredImages, split_rows
+from semtok.data.images.encoded import StoredImages, split_rows
 from semtok.data.images.labels import UNLABELLED, Labels, number_classes
-from semtok.data.images.parquet_files import find_store
-from semtok.data.images.parquet_store import Cells, ParquetStore
+from semtok.data.images.parquet_files import Cells, ParquetConfig, ParquetStore, find_store
 from semtok.data.order import permutation
 from semtok.errors import UserError
 from semtok.extras import need
-
-
-class ParquetConfig(StoredConfig):
-    """Settings of images in Parquet files, or of a dataset on the Hugging Face Hub.
-
-    The library ``datasets`` turns them once into an Arrow table in its own cache (``HF_HOME``), as large as the
-    files, of which any row can be read at any time. Or they stay where they are, see ``streaming``.
-    """
-
-    kind: Literal["parquet"] = "parquet"
-    path: str
-    """A file, a pattern of files (``*``, ``?``, ``[a-z]``), a folder, or a Hub id; where it streams, also a URL or
-    several, named with ``{000..012}``, ``{a,b}``, ``*``, ``[a-z]``."""
-    streaming: bool = False
-    """Leave the files where they are and fetch row groups when they are needed. Training then takes them in random
-    order and shuffles the images of 16 of them together; each process holds those 16, and a loader process its own."""
-    subset: str | None = None
-    """Which configuration of a dataset on the Hub."""
-    revision: str | None = None
-    """Branch, tag or commit of a dataset on the Hub."""
-    split: str = "train"
-    """Images to train on; files of a folder are told apart by their names."""
-    validation: str | None = None
-    """Held-out images: another split, or for local files other files; None: a split with a usual name (``validation``,
-    ``test``), or else some images of the training split."""
-    image_column: str | None = None
-    """None: the only column of images, or ``image``."""
-    label_column: str | None = None
-    """Numbers or text; None: ``label``, where there is such a column."""
-    attributes: tuple[str, ...] = ()
-    """Columns of what the images show, for probes: numbers, truth values or text."""
 
 
 class Parquet(StoredImages):
@@ -104,14 +73,7 @@ class Parquet(StoredImages):
                 readable image in either part, or some images have no label.
         """
         need("datasets", "datasets", extra="data", place="data.kind: parquet ")
-        store = find_store(
-            config.path,
-            split=config.split,
-            validation=config.validation,
-            subset=config.subset,
-            revision=config.revision,
-            streaming=config.streaming,
-        )
+        store = find_store(config)
         if store.features is not None:  # else they are known only after the download
             _check_columns(store.features, config)
         num_rows = store.prepare()
@@ -139,7 +101,9 @@ class Parquet(StoredImages):
         return sources[0], sources[1]
 
     def contents(self, indices: Sequence[int]) -> list[Path | bytes]:
-        return [_content(value or {}) for value in self.cells.read(self.rows[list(indices)])]
+        values = self.cells.read(self.rows[list(indices)])
+        named = zip(indices, values, strict=True)
+        return [_content(value or {}, self.image_name(index)) for index, value in named]
 
     def image_name(self, index: int) -> str:
         return self.store.row_name(int(self.rows[index]))
@@ -152,11 +116,26 @@ class Parquet(StoredImages):
         return permutation(len(self), self.block_size, generator)[:num_images].tolist()
 
 
-def _content(value: dict[str, Any]) -> Path | bytes:
-    """Of a cell: bytes, or on the Hub also a file in the cache; an empty cell is no image."""
-    if value.get("bytes") is None and value.get("path"):
-        return Path(value["path"])
-    return value.get("bytes") or b""
+def _content(value: dict[str, Any], place: str) -> Path | bytes:
+    """Of a cell: bytes, or of a dataset of the Hub also a file in its cache; an empty cell is no image.
+
+    Raises:
+        UserError: it names another file, which is none of the dataset's.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    if value.get("bytes") is not None or not value.get("path"):
+        return value.get("bytes") or b""
+    path = os.path.normpath(value["path"])
+    caches = (datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
+    if any(Path(path).is_relative_to(cache) for cache in caches):
+        return Path(path)
+    if os.path.isabs(path) or path.startswith(".."):
+        raise UserError(
+            f"data.path: {place} names the file {value['path']!r}; put the images themselves there"
+        )
+    return b""  # a name alone
 
 
 def _check_columns(features: Any, config: ParquetConfig) -> tuple[str, str | None]:

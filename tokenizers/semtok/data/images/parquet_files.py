@@ -1,40 +1,233 @@
 """The Parquet files of a set of images: on disk, behind URLs, or of a dataset on the Hugging Face Hub."""
 
+import bisect
 import glob
 import sys
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
-from semtok.data.images.encoded import VALIDATION_NAMES, announce
-from semtok.data.images.parquet_store import ConvertedStore, ParquetStore, dataset_errors
-from semtok.data.images.parquet_stream import Footer, StreamedStore, read_footers
-from semtok.data.remote import named_files, protocol
+import numpy as np
+
+from semtok.data.images.encoded import VALIDATION_NAMES, StoredConfig, announce
+from semtok.data.images.parquet_stream import (
+    Footer,
+    StreamedCells,
+    dataset_errors,
+    kept_at,
+    read_columns,
+    read_footers,
+)
+from semtok.data.remote import named_files, protocol, short_name
 from semtok.errors import UserError
 from semtok.extras import need
 from semtok.references import is_hub_id
+from semtok.storage import cache_folder
 
 _TRAIN, _VALIDATION = "train", "validation"
+_KEYS = {_TRAIN: "data.path", _VALIDATION: "data.validation"}
 
 
-def find_store(
-    path: str,
-    *,
-    split: str,
-    validation: str | None,
-    subset: str | None,
-    revision: str | None,
-    streaming: bool,
-) -> ParquetStore:
-    """Finds files and looks at their columns, or finds a dataset on the Hub; nothing is converted yet.
+class ParquetConfig(StoredConfig):
+    """Settings of images in Parquet files, or of a dataset on the Hugging Face Hub.
+
+    The library ``datasets`` turns them once into an Arrow table in its own cache (``HF_HOME``), as large as the
+    files, of which any row can be read at any time. Or they stay where they are, see ``streaming``.
+    """
+
+    kind: Literal["parquet"] = "parquet"
+    path: str
+    """A file, a pattern of files (``*``, ``?``, ``[a-z]``), a folder, or a Hub id; where it streams, also a URL or
+    several, named with ``{000..012}``, ``{a,b}``, ``*``, ``[a-z]``."""
+    streaming: bool = False
+    """Leave the files where they are and fetch row groups when they are needed. Training then takes them in random
+    order and shuffles the images of 16 of them together; each process holds those 16, and a loader process its own."""
+    subset: str | None = None
+    """Which configuration of a dataset on the Hub."""
+    revision: str | None = None
+    """Branch, tag or commit of a dataset on the Hub."""
+    split: str = "train"
+    """Images to train on; files of a folder are told apart by their names."""
+    validation: str | None = None
+    """Held-out images: another split, or for local files other files; None: a split with a usual name (``validation``,
+    ``test``), or else some images of the training split."""
+    image_column: str | None = None
+    """None: the only column of images, or ``image``."""
+    label_column: str | None = None
+    """Numbers or text; None: ``label``, where there is such a column."""
+    attributes: tuple[str, ...] = ()
+    """Columns of what the images show, for probes: numbers, truth values or text."""
+
+
+class Cells(Protocol):
+    """The undecoded images of a column."""
+
+    def read(self, rows: np.ndarray) -> list[dict[str, Any] | None]:
+        """``bytes`` and ``path`` of each row; None where a cell is empty.
+
+        Raises:
+            UserError: a file can't be read.
+        """
+
+    def block_sizes(self, rows: np.ndarray) -> tuple[int, ...] | None:
+        """How many of these rows, sorted, lie together each time; None: reading any costs the same."""
+
+
+class ParquetStore(ABC):
+    """A training split and, where there is one, a held-out split; their rows are numbered throughout.
 
     Args:
-        path: a file, a pattern, a folder, or a Hub id; where it streams, also a URL or a pattern of URLs.
-        split: to train on.
-        validation: to hold out: a split, or files as ``path``; None: a split of a usual name where there is one.
-        subset: which configuration of a dataset on the Hub.
-        revision: of a dataset on the Hub.
-        streaming: leave the files where they are.
+        place: as the user named it.
+        parts: what they are made of and its number of rows, in order.
+        states: what changes when the content does.
+        features: of the columns, as ``datasets`` has them; None where ``prepare`` finds them.
+
+    Attributes:
+        file_states: see ``ImageSource.file_states``.
+    """
+
+    def __init__(
+        self, place: str, *, parts: Sequence[tuple[str, int]], states: Sequence[str], features: Any
+    ) -> None:
+        self.place, self.features, self.states = place, features, tuple(states)
+        is_local = parts and Path(parts[0][0]).is_file()
+        self.title = (
+            short_name(place) if protocol(place) else Path(place).name if is_local else place
+        )
+        self.file_states: dict[str, str] = {}
+        self._names = [name for name, _ in parts]
+        self._ends = list(accumulate(num_rows for _, num_rows in parts))
+
+    @abstractmethod
+    def prepare(self) -> tuple[int, ...]:
+        """Number of rows of each split; what has to be made first is made.
+
+        Raises:
+            UserError: files can't be fetched, are damaged, or differ in their columns.
+        """
+
+    @abstractmethod
+    def columns(self, names: Sequence[str]) -> Any:
+        """These columns of all rows, as something with Arrow's ``column(name)``; after ``prepare``.
+
+        Raises:
+            UserError: a file can't be read, or differs in its columns.
+        """
+
+    @abstractmethod
+    def images(self, column: str) -> Cells:
+        """The images of a column; after ``prepare``."""
+
+    def row_name(self, row: int) -> str:
+        """Where a row comes from."""
+        part = bisect.bisect_right(self._ends, row)
+        return f"{self._names[part]}, row {row - (self._ends[part - 1] if part else 0)}"
+
+
+class StreamedStore(ParquetStore):
+    """Parquet files that stay where they are.
+
+    Args:
+        splits: files of each split, in order.
+    """
+
+    def __init__(self, place: str, splits: Sequence[Sequence[Footer]], *, features: Any) -> None:
+        self.footers = [footer for footers in splits for footer in footers]
+        self._num_rows = tuple(sum(f.metadata.num_rows for f in footers) for footers in splits)
+        super().__init__(
+            place,
+            parts=[(footer.file.place, footer.metadata.num_rows) for footer in self.footers],
+            # The order differs from that of the converted set, so that what is chosen of it does too.
+            states=["streamed", *(f"{short_name(f.file.place)} {f.state}" for f in self.footers)],
+            features=features,
+        )
+        for footer in self.footers:
+            name = short_name(footer.file.place)
+            # When a file on disk was written counts for nothing here: it may have been moved.
+            on_disk = f"{footer.file.size} {footer.digest}"
+            state = footer.state if protocol(footer.file.place) else on_disk
+            known = self.file_states.get(name)
+            self.file_states[name] = f"{known}, {state}" if known else state
+
+    def prepare(self) -> tuple[int, ...]:
+        return self._num_rows
+
+    def columns(self, names: Sequence[str]) -> Any:
+        import pyarrow
+
+        names = sorted(set(names))
+        if not names:
+            return None
+        kept = [kept_at(footer, names) for footer in self.footers]
+        todo = sum(file is not None and not file.is_file() for file in kept)
+        if todo:
+            announce(
+                f"reading {', '.join(names)} of {todo} Parquet files, once; kept in {cache_folder('parquet')}"
+            )
+        with ThreadPoolExecutor(64) as pool:  # of a file, a row group is asked for after the other
+            tables = pool.map(lambda f: read_columns(f, names, self.features), self.footers)
+            return pyarrow.concat_tables(list(tables))
+
+    def images(self, column: str) -> Cells:
+        return StreamedCells(self.footers, column)
+
+
+class ConvertedStore(ParquetStore):
+    """Files that the library ``datasets`` turns into a table once.
+
+    Args:
+        builder: of ``datasets``.
+        splits: their names in the builder.
+    """
+
+    def __init__(self, place: str, builder: Any, splits: Sequence[str], **about: Any) -> None:
+        super().__init__(place, **about)
+        self.builder, self.splits = builder, tuple(splits)
+
+    def prepare(self) -> tuple[int, ...]:
+        import datasets
+
+        if not Path(self.builder.cache_dir).is_dir():
+            announce(f"converting '{self.place}', once; kept in {self.builder.cache_dir}")
+        with dataset_errors(self.place):
+            self.builder.download_and_prepare()
+            tables = [self.builder.as_dataset(split=split) for split in self.splits]
+        self.table = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
+        self.features = self.table.features
+        return tuple(len(table) for table in tables)
+
+    def columns(self, names: Sequence[str]) -> Any:
+        return self.table.data
+
+    def images(self, column: str) -> Cells:
+        import datasets
+
+        undecoded = datasets.Image(decode=False)
+        return _TableCells(self.table.select_columns([column]).cast_column(column, undecoded))
+
+
+class _TableCells:
+    """Of a ``datasets.Dataset`` of one column."""
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+
+    def read(self, rows: np.ndarray) -> list[dict[str, Any] | None]:
+        (column,) = self.table[rows.tolist()].values()
+        return list(column)
+
+    def block_sizes(self, rows: np.ndarray) -> None:
+        return None
+
+
+# Which files there are ----------------------------------------------------------------------------
+
+
+def find_store(config: ParquetConfig) -> ParquetStore:
+    """Finds files and looks at their columns, or finds a dataset on the Hub; nothing is converted yet.
 
     Raises:
         UserError: nothing is there, it has no such split, or a file is damaged.
@@ -43,59 +236,49 @@ def find_store(
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    named = _named_splits(path, "data.path", streaming)
+    path = config.path
+    named = _named_splits(path, "data.path", config.streaming)
     if named is None:
         if not is_hub_id(path) or path.endswith(".parquet"):
             raise UserError(
                 f"data.path: no file or folder '{path}'; pass data.path=…, or the id of a dataset on the Hub (org/name)"
             )
-        return _hub_store(
-            path,
-            split=split,
-            validation=validation,
-            subset=subset,
-            revision=revision,
-            streaming=streaming,
-        )
-    for key, value in (("subset", subset), ("revision", revision)):
-        if value is not None:
-            raise UserError(
-                f"data.{key}: only datasets on the Hub have one; '{path}' is "
-                + ("a URL" if protocol(path) else "local")
-            )
-    files = {_TRAIN: named.get(split)}
-    if files[_TRAIN] is None:
-        raise UserError(f"data.split: '{path}' has no '{split}'; it has: {', '.join(named)}")
-    held_out = _held_out_files(path, named, split=split, validation=validation, streaming=streaming)
+        return _hub_store(config)
+    for key in ("subset", "revision"):
+        if getattr(config, key) is not None:
+            kind = "a URL" if protocol(path) else "local"
+            raise UserError(f"data.{key}: only datasets on the Hub have one; '{path}' is {kind}")
+    if config.split not in named:
+        raise UserError(f"data.split: '{path}' has no '{config.split}'; it has: {', '.join(named)}")
+    files = {_TRAIN: named[config.split]}
+    held_out = _held_out_files(config, named)
     both = {_resolved(file) for file in files[_TRAIN]} & {_resolved(file) for file in held_out}
     if both:
         raise UserError(f"data.validation: '{min(both)}' is trained on; hold out other files")
     if held_out:
         files[_VALIDATION] = held_out
-    return (_streamed_store if streaming else _converted_store)(path, files)
+    return (_streamed_store if config.streaming else _converted_store)(path, files)
 
 
 def _resolved(file: str) -> str:
     return file if protocol(file) else str(Path(file).resolve())
 
 
-def _held_out_files(
-    path: str,
-    named: dict[str, list[str]],
-    *,
-    split: str,
-    validation: str | None,
-    streaming: bool,
-) -> list[str]:
+def _usual_held_out(named: Sequence[str], split: str) -> str | None:
+    return next((name for name in VALIDATION_NAMES if name in named and name != split), None)
+
+
+def _held_out_files(config: ParquetConfig, named: dict[str, list[str]]) -> list[str]:
+    validation = config.validation
     if validation is None:
-        usual = next((name for name in VALIDATION_NAMES if name in named and name != split), None)
-        return [] if usual is None else named[usual]
+        validation = _usual_held_out(list(named), config.split)
+        return [] if validation is None else named[validation]
     if validation in named:
         return named[validation]
-    others = _named_splits(validation, "data.validation", streaming)
+    others = _named_splits(validation, "data.validation", config.streaming)
     if others is None:
         raise UserError(
-            f"data.validation: no file or folder '{validation}', nor such a split in '{path}', which has: "
+            f"data.validation: no file or folder '{validation}', nor such a split in '{config.path}', which has: "
             f"{', '.join(named)}"
         )
     return sorted(file for files in others.values() for file in files)
@@ -168,9 +351,8 @@ def _streamed_store(path: str, splits: dict[str, list[str]], features: Any = Non
     return StreamedStore(path, list(footers.values()), features=features or own)
 
 
-def _footers(splits: Mapping[str, list[str]]) -> dict[str, list[Footer]]:
-    keys = {_TRAIN: "data.path", _VALIDATION: "data.validation"}
-    return {name: read_footers(files, key=keys[name]) for name, files in splits.items()}
+def _footers(splits: dict[str, list[str]]) -> dict[str, list[Footer]]:
+    return {name: read_footers(files, key=_KEYS[name]) for name, files in splits.items()}
 
 
 def _common_features(footers: Sequence[Footer]) -> Any:
@@ -210,33 +392,23 @@ def _check_alike(own: Any, others: Any, file: str, *, other: str) -> None:
             )
 
 
-def _hub_store(
-    path: str,
-    *,
-    split: str,
-    validation: str | None,
-    subset: str | None,
-    revision: str | None,
-    streaming: bool,
-) -> ParquetStore:
+def _hub_store(config: ParquetConfig) -> ParquetStore:
     import datasets
 
+    path, streaming = config.path, config.streaming
     kept = "" if streaming else f"; kept in {datasets.config.HF_DATASETS_CACHE}"
     announce(f"opening the dataset {path} of the Hugging Face Hub{kept}")
     with dataset_errors(f"no file or folder '{path}', and as a dataset on the Hub"):
-        builder = datasets.load_dataset_builder(path, name=subset, revision=revision)
+        builder = datasets.load_dataset_builder(path, name=config.subset, revision=config.revision)
         if not streaming and builder.info.splits is None:  # the dataset's card does not tell
             builder.download_and_prepare()
     files = {str(name): list(own) for name, own in (builder.config.data_files or {}).items()}
     known = files if streaming else builder.info.splits
-    for key, name in (("split", split), ("validation", validation)):
+    for key, name in (("split", config.split), ("validation", config.validation)):
         if name is not None and name not in known:
             raise UserError(f"data.{key}: {path} has no '{name}'; it has: {', '.join(known)}")
-    if validation is None:
-        validation = next(
-            (name for name in VALIDATION_NAMES if name in known and name != split), None
-        )
-    splits = [split] if validation is None else [split, validation]
+    validation = config.validation or _usual_held_out(list(known), config.split)
+    splits = [config.split] if validation is None else [config.split, validation]
     if streaming:
         foreign = [f for name in splits for f in files[name] if not f.endswith(".parquet")]
         if foreign:

@@ -3,10 +3,11 @@
 Nothing is open between two reads, so that sources can be handed to other processes, forked or not.
 """
 
+import contextlib
 import hashlib
 import io
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from semtok.data.images.encoded import announce
-from semtok.data.images.parquet_store import Cells, ParquetStore, dataset_errors
 from semtok.data.order import BLOCKS_AT_A_TIME
-from semtok.data.remote import StoredFile, protocol, read_ranges, short_name, stored_files
+from semtok.data.remote import StoredFile, protocol, read_ranges, stored_files
 from semtok.errors import UserError
 from semtok.storage import DAMAGE, cache_folder, first_line, new_file
 
@@ -27,7 +26,6 @@ KEPT = BLOCKS_AT_A_TIME
 """Blocks that each process keeps: the order draws from so many at a time, and never goes back within an epoch."""
 
 _TAIL = 2**16  # bytes; most footers are shorter
-_GAP = 2**16  # bytes that are fetched in vain rather than by one more request
 _LAYOUT = "1"  # of the kept columns
 
 
@@ -69,14 +67,11 @@ def _footer(file: StoredFile) -> Footer:
 
     size = min(file.size, _TAIL)
     (tail,) = read_ranges([file.place], [file.size - size], [size])
-    length = (
-        int.from_bytes(tail[-8:-4], "little") + 8
-    )  # the format's end: length of the footer, magic
+    length = int.from_bytes(tail[-8:-4], "little") + 8  # the format's end: the footer's, and magic
     if tail.endswith(b"PAR1") and size < length <= file.size:
         (tail,) = read_ranges([file.place], [file.size - length], [length])
     try:
-        parts = _Parts(file.size, {file.size - len(tail): tail})
-        metadata = pyarrow.parquet.read_metadata(parts)
+        metadata = pyarrow.parquet.read_metadata(pyarrow.BufferReader(tail))
     except (OSError, ValueError) as error:  # Arrow's own errors are such
         raise UserError(
             f"data.path: {file.place}: damaged, cut short, or no Parquet file ({first_line(error)})"
@@ -85,69 +80,7 @@ def _footer(file: StoredFile) -> Footer:
     return Footer(file, metadata, digest)
 
 
-class StreamedStore(ParquetStore):
-    """Parquet files that stay where they are.
-
-    Args:
-        splits: files of each split, in order.
-        features: see ``ParquetStore``; never None.
-    """
-
-    def __init__(self, place: str, splits: Sequence[Sequence[Footer]], *, features: Any) -> None:
-        self.footers = [footer for footers in splits for footer in footers]
-        self._num_rows = tuple(sum(f.metadata.num_rows for f in footers) for footers in splits)
-        super().__init__(
-            place,
-            parts=[(footer.file.place, footer.metadata.num_rows) for footer in self.footers],
-            # The order differs from that of the converted set, so that what is chosen of it does too.
-            states=["streamed", *(f"{short_name(f.file.place)} {f.state}" for f in self.footers)],
-            features=features,
-        )
-
-    @property
-    def file_states(self) -> dict[str, str]:
-        states: dict[str, str] = {}
-        for footer in self.footers:
-            name = short_name(footer.file.place)
-            # When a file on disk was written counts for nothing here: it may have been moved.
-            on_disk = f"{footer.file.size} {footer.digest}"
-            state = footer.state if protocol(footer.file.place) else on_disk
-            states[name] = f"{states[name]}, {state}" if name in states else state
-        return states
-
-    def prepare(self) -> tuple[int, ...]:
-        return self._num_rows
-
-    def columns(self, names: Sequence[str]) -> Any:
-        import pyarrow
-
-        names = sorted(set(names))
-        if not names:
-            return None
-        kept = {f.file.place: _kept_at(f, names) for f in self.footers if protocol(f.file.place)}
-        todo = sum(not file.is_file() for file in kept.values())
-        if todo:
-            announce(
-                f"reading {', '.join(names)} of {todo} Parquet files, once; kept in {cache_folder('parquet')}"
-            )
-
-        def read(footer: Footer) -> Any:
-            file = kept.get(footer.file.place)
-            table = _read_kept(file) if file is not None else None
-            if table is None:
-                table = _read_groups(footer, range(footer.metadata.num_row_groups), names)
-                if file is not None:
-                    _keep(table, file)
-            return _cast(footer, table, {name: self.features[name] for name in names})
-
-        with ThreadPoolExecutor(16) as pool:
-            return pyarrow.concat_tables(list(pool.map(read, self.footers)))
-
-    def images(self, column: str) -> Cells:
-        return StreamedCells(self.footers, column)
-
-
-class StreamedCells(Cells):
+class StreamedCells:
     """A column of images, of which the newest blocks that were asked for are kept in memory.
 
     A block is a row group, or neighbours that are small, see ``BLOCK_BYTES``.
@@ -193,9 +126,9 @@ class StreamedCells(Cells):
 
         file, groups = self._blocks[number]
         footer = self.footers[file]
-        table = _read_groups(footer, groups, [self.column])
+        table = read_groups(footer, groups, [self.column])
         undecoded = {self.column: datasets.Image(decode=False)}
-        return _cast(footer, table, undecoded).column(self.column)
+        return cast(footer, table, undecoded).column(self.column)
 
 
 # One file -----------------------------------------------------------------------------------------
@@ -206,56 +139,42 @@ def _blocks(footer: Footer, column: str) -> list[tuple[range, int]]:
     blocks: list[tuple[range, int]] = []
     filled = BLOCK_BYTES
     for group in range(footer.metadata.num_row_groups):
-        num_rows = footer.metadata.row_group(group).num_rows
-        size = sum(num_bytes for _, num_bytes in _chunks(footer, group, [column]))
+        about = footer.metadata.row_group(group)
+        chunks = map(about.column, range(about.num_columns))
+        size = sum(
+            chunk.total_compressed_size
+            for chunk in chunks
+            if f"{chunk.path_in_schema}.".startswith(f"{column}.")
+        )
         if filled + size <= BLOCK_BYTES:
             groups, own = blocks.pop()
-            blocks.append((range(groups.start, group + 1), own + num_rows))
+            blocks.append((range(groups.start, group + 1), own + about.num_rows))
             filled += size
-        elif num_rows:
-            blocks.append((range(group, group + 1), num_rows))
+        elif about.num_rows:
+            blocks.append((range(group, group + 1), about.num_rows))
             filled = size
     return blocks
 
 
-def _chunks(footer: Footer, group: int, columns: Sequence[str]) -> list[tuple[int, int]]:
-    """Where columns of a row group lie: (offset, size) of each of their parts."""
-    about, found = footer.metadata.row_group(group), []
-    for number in range(about.num_columns):
-        chunk = about.column(number)
-        if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns):
-            first = chunk.data_page_offset
-            if chunk.has_dictionary_page and chunk.dictionary_page_offset:
-                first = min(first, chunk.dictionary_page_offset)
-            found.append((first, chunk.total_compressed_size))
-    return found
-
-
-def _read_groups(footer: Footer, groups: Sequence[int], columns: Sequence[str]) -> Any:
-    """Columns of row groups as a ``pyarrow.Table``; of the file no more is fetched."""
+def read_groups(footer: Footer, groups: Sequence[int], columns: Sequence[str]) -> Any:
+    """Columns of row groups as a ``pyarrow.Table``; of the file no more is fetched, neighbours at once."""
     import pyarrow.parquet
 
-    place = footer.file.place
-    spans: list[list[int]] = []
-    for offset, size in sorted(c for g in groups for c in _chunks(footer, g, columns)):
-        if spans and offset - sum(spans[-1]) <= _GAP:
-            spans[-1][1] = offset + size - spans[-1][0]
-        else:
-            spans.append([offset, size])
-    offsets, sizes = [offset for offset, _ in spans], [size for _, size in spans]
-    found = read_ranges([place] * len(spans), offsets, sizes)
-    parts = _Parts(footer.file.size, dict(zip(offsets, found, strict=True)))
+    file = pyarrow.parquet.ParquetFile(
+        _Fetched(footer.file), metadata=footer.metadata, pre_buffer=True
+    )
     try:
-        file = pyarrow.parquet.ParquetFile(parts, metadata=footer.metadata)
         table = file.read_row_groups(list(groups), columns=list(columns), use_threads=False)
         return table.select(list(columns))
+    except UserError:
+        raise
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(
-            f"data.path: {place}: damaged, or changed since this run began ({first_line(error)})"
+            f"data.path: {footer.file.place}: damaged, or changed since this run began ({first_line(error)})"
         ) from None
 
 
-def _cast(footer: Footer, table: Any, features: Mapping[str, Any]) -> Any:
+def cast(footer: Footer, table: Any, features: Mapping[str, Any]) -> Any:
     """As ``datasets`` does where it makes one table of several files."""
     import datasets
     from datasets.table import table_cast
@@ -264,16 +183,24 @@ def _cast(footer: Footer, table: Any, features: Mapping[str, Any]) -> Any:
         return table_cast(table, datasets.Features(features).arrow_schema)
 
 
-class _Parts(io.RawIOBase):
-    """A file of which only some parts are at hand.
+@contextlib.contextmanager
+def dataset_errors(place: str) -> Iterator[None]:
+    """What ``datasets`` raises where data or the network can't work, in one line."""
+    import pyarrow
+    from datasets.exceptions import DatasetsError
 
-    Args:
-        size: of the whole file, in bytes.
-        parts: by their offsets.
-    """
+    try:
+        yield
+    except (DatasetsError, OSError, ValueError, RuntimeError, pyarrow.ArrowException) as error:
+        cause = error.__cause__ or error  # of a failed conversion
+        raise UserError(f"data.path: {place}: {first_line(cause)}") from None
 
-    def __init__(self, size: int, parts: Mapping[int, bytes]) -> None:
-        self._size, self._parts, self._position = size, parts, 0
+
+class _Fetched(io.RawIOBase):
+    """A file of which every read is a request of its own, repeated where it fails."""
+
+    def __init__(self, file: StoredFile) -> None:
+        self._file, self._position = file, 0
 
     def readable(self) -> bool:
         return True
@@ -285,40 +212,44 @@ class _Parts(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = start + offset
+        starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}
+        self._position = starts[whence] + offset
         return self._position
 
     def read(self, size: int = -1) -> bytes:
-        for offset, part in self._parts.items():
-            if offset <= self._position < offset + len(part):
-                first = self._position - offset
-                found = part[first : first + size if size >= 0 else None]
-                self._position += len(found)
-                return found
-        raise ValueError(f"its footer names bytes {self._position} and on, which are no part of it")
+        rest = max(0, self._file.size - self._position)
+        size = rest if size < 0 else min(size, rest)
+        (content,) = read_ranges([self._file.place], [self._position], [size]) if size else (b"",)
+        self._position += size
+        return content
 
 
 # Columns of files behind URLs, kept ---------------------------------------------------------------
 
 
-def _kept_at(footer: Footer, names: Sequence[str]) -> Path:
+def kept_at(footer: Footer, names: Sequence[str]) -> Path | None:
+    """Where columns are kept; None: the file is on disk itself."""
+    if not protocol(footer.file.place):
+        return None
     key = "\n".join((_LAYOUT, footer.file.place, footer.state, *names))
     digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     return cache_folder("parquet") / f"{digest}.parquet"
 
 
-def _keep(table: Any, file: Path) -> None:
+def read_columns(footer: Footer, names: Sequence[str], features: Mapping[str, Any]) -> Any:
+    """Whole columns of a file as a ``pyarrow.Table``.
+
+    Raises:
+        UserError: the file can't be read, or differs in its columns.
+    """
     import pyarrow.parquet
 
-    with new_file(file) as temporary:
-        pyarrow.parquet.write_table(table, temporary)
-
-
-def _read_kept(file: Path) -> Any:
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(file)
-    except DAMAGE:  # made anew
-        return None
+    kept, table = kept_at(footer, names), None
+    with contextlib.suppress(*DAMAGE):  # then they are read anew
+        table = pyarrow.parquet.read_table(kept) if kept is not None else None
+    if table is None:
+        table = read_groups(footer, range(footer.metadata.num_row_groups), names)
+        if kept is not None:
+            with new_file(kept) as temporary:
+                pyarrow.parquet.write_table(table, temporary)
+    return cast(footer, table, {name: features[name] for name in names})

@@ -33,7 +33,7 @@ class TarsConfig(StoredConfig):
     image_key: str | None = None
     """Ending of the images, as ``jpg``; to be given where samples hold several."""
     attributes: str | None = None
-    """A table of what the images show, for probes, as for folders; it names them as the tar files do."""
+    """A CSV table of what the images show, for probes, as for folders; it names them as the tar files do."""
 
 
 class Tars(StoredImages):
@@ -104,7 +104,10 @@ class Tars(StoredImages):
         title = _title(config.path)
         parts = split_rows(num_images, num_train if validation else None, config)
         class_names, labels = _classes(table, parts[0] if validation else None, title)
-        attributes = _attributes(config, table, labels, class_names)
+        attributes = None
+        if config.attributes is not None:
+            members = [_text(member) for member in table["member"].tolist()]
+            attributes = read_attributes(Path(config.attributes), members)
         sources = [
             cls(
                 shards,
@@ -172,13 +175,3 @@ def _classes(
     values, codes = np.unique(table["label"], return_inverse=True)
     labels = Labels(tuple(value.decode() for value in values.tolist()), codes.astype(np.int64))
     return number_classes(labels, known, place=title)
-
-
-def _attributes(
-    config: TarsConfig, table: np.ndarray, labels: torch.Tensor, class_names: tuple[str, ...]
-) -> ImageAttributes | None:
-    if config.attributes is None:
-        return None
-    named = [Path(_text(member)) for member in table["member"].tolist()]
-    files = list(zip(named, labels.tolist(), strict=True))
-    return read_attributes(Path(config.attributes), files, Path(), class_names)
