@@ -27,8 +27,6 @@ from semtok.registry import load_plugins
 from semtok.sampler.sampling import SamplerConfig
 from semtok.storage import new_file
 
-_AT_A_TIME = 256  # images, where a file is copied
-
 
 def _parser() -> Parser:
     parser = Parser(prog="sample", description=__doc__)
@@ -105,7 +103,7 @@ def _draw(
     share = range(num)[process_index() * num_batches * size :][: num_batches * size]
     with (
         together(),
-        _writer(args.output, kind, len(share), labels) as write,
+        _writer(args.output, kind, labels, generator.image_size) as write,
         progress("sampling", num) as advance,
     ):
         for first in range(0, num_batches * size, size):
@@ -129,15 +127,10 @@ def _draw(
 
 @contextlib.contextmanager
 def _writer(
-    output: Path, kind: str, num_own: int, labels: list[int]
+    output: Path, kind: str, labels: list[int], image_size: tuple[int, int]
 ) -> Iterator[Callable[[int, Tensor], None]]:
     """Gives a function that takes uint8 images (B, 3, H, W) and the number of the first; at the end they are in
-    ``output``. All processes write at once, and none holds more than a batch.
-
-    Args:
-        num_own: images that this process writes, in order.
-        labels: of the whole set.
-    """
+    ``output``. Each process writes its own, in order; none holds more than a batch."""
     if kind == "folder":
 
         def write(first: int, images: Tensor) -> None:
@@ -147,45 +140,34 @@ def _writer(
         yield write
         return
     output.parent.mkdir(parents=True, exist_ok=True)
-    is_main = not process_index()
-    made = tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent) if is_main else None
-    parts = Path(gather(made)[0])
+    made = (
+        None if process_index() else tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent)
+    )
     try:
-        part: np.ndarray | None = None
-        begin = 0
-
-        def write_part(first: int, images: Tensor) -> None:
-            nonlocal part, begin
-            arrays = images.permute(0, 2, 3, 1).numpy()
-            if part is None:
-                file, begin = parts / f"{process_index():06d}.npy", first
-                shape = (num_own, *arrays.shape[1:])
-                part = np.lib.format.open_memmap(file, "w+", dtype=np.uint8, shape=shape)
-            part[first - begin : first - begin + len(arrays)] = arrays
-
-        yield write_part
-        if part is not None:
-            part.flush()
+        parts = Path(gather(made)[0])
+        with (parts / f"{process_index():06d}").open("wb") as part:
+            yield lambda _, images: part.write(images.permute(0, 2, 3, 1).numpy().tobytes())
         gather(None)  # all are written
-        if is_main:
-            arrays = [np.load(file, mmap_mode="r") for file in sorted(parts.iterdir())]
-            _assemble(arrays, labels, output, kind)
+        if made is not None:
+            _assemble(sorted(parts.iterdir()), labels, image_size, output, kind)
     finally:
-        if is_main:
-            shutil.rmtree(parts, ignore_errors=True)
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
 
 
-def _assemble(parts: list[np.ndarray], labels: list[int], output: Path, kind: str) -> None:
-    """Writes the output from the processes' parts (N, H, W, 3), which follow one another."""
+def _assemble(
+    parts: list[Path], labels: list[int], image_size: tuple[int, int], output: Path, kind: str
+) -> None:
+    """Writes the output from the processes' parts, uint8 (N, H, W, 3), which follow one another."""
+    shape = (len(labels), *image_size, 3)
     if kind == "npz":
-        shape = (len(labels), *parts[0].shape[1:])
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         with new_file(output) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(file, header)
                 for part in parts:
-                    for first in range(0, len(part), _AT_A_TIME):
-                        file.write(part[first : first + _AT_A_TIME].tobytes())
+                    with part.open("rb") as content:
+                        shutil.copyfileobj(content, file)
             with archive.open("arr_1.npy", "w") as file:
                 np.lib.format.write_array(file, np.array(labels, dtype=np.int64))
         return
@@ -195,9 +177,8 @@ def _assemble(parts: list[np.ndarray], labels: list[int], output: Path, kind: st
     columns = max(1, round(len(labels) ** 0.5 / per_class)) * per_class
     if rest or len(set(labels)) == 1:
         columns = math.ceil(len(labels) ** 0.5)
-    images = torch.from_numpy(np.concatenate(parts)).permute(
-        0, 3, 1, 2
-    )  # the grid holds all anyway
+    content = np.concatenate([np.fromfile(part, np.uint8) for part in parts])  # as the grid does
+    images = torch.from_numpy(content.reshape(shape)).permute(0, 3, 1, 2)
     write_png(output, make_grid(images[order], nrow=columns, padding=2, pad_value=255))
 
 

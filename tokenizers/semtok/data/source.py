@@ -36,7 +36,8 @@ class DataConfig(Config):
     size: int | tuple[int, int]
     """Height and width in pixels; one number means square."""
     num_workers: int = Field(0, ge=0)
-    """Loader processes per training process; 0 loads in the training process."""
+    """Loader processes per training process, in training and in every pass over the images (statistics,
+    validation, caches, scores); 0 loads in the training process."""
     cache: str = "auto"
     """Of a diffusion transformer's latents: a folder, where they are kept once they were computed;
     ``auto`` makes one under ``runs/`` where every image will be seen often; ``none`` computes them in
