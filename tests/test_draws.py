@@ -6,15 +6,78 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import stored
 from semtok.data.images.folder import Folder, FolderConfig
 from semtok.data.images.tars import Tars, TarsConfig
 from semtok.data.order import BatchSlice, DataOrder, training_batches
 from semtok.data.source import ImageSource
-from semtok.sampler.draws import SampleNoise
+from semtok.sampler.draws import Draws, SampleNoise
 
 CPU = torch.device("cpu")
+
+
+class Drawn(TorchDispatchMode):
+    """Counts the random numbers that operations make."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.count += made.numel()
+        return made
+
+
+# Of a step ---------------------------------------------------------------------------------------
+
+
+def step_draws(first: int, num: int, *, step: int = 3, total: int = 300, seed: int = 0) -> Draws:
+    return Draws(seed, step, global_batch=total, first=first, num=num, device=CPU)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 5)])
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+def test_any_division_of_the_batch_draws_the_same_numbers(kind, shape):
+    def draw(first: int, num: int, **settings: int) -> torch.Tensor:
+        return getattr(step_draws(first, num, **settings), kind)("name", shape)
+
+    whole = draw(0, 300)
+    assert whole.shape == (300, *shape) and whole.unique().numel() > 0.99 * whole.numel()
+    choose = torch.Generator().manual_seed(0)
+    for num_cuts in (1, 2, 7, 299):
+        cuts = (torch.randperm(299, generator=choose)[:num_cuts] + 1).sort().values.tolist()
+        edges = list(itertools.pairwise([0, *cuts, 300]))
+        assert torch.equal(torch.cat([draw(first, end - first) for first, end in edges]), whole)
+    assert torch.equal(draw(40, 25, total=65), whole[40:65]), "nor does the batch's size matter"
+    assert draw(5, 0).shape == (0, *shape)
+    for other in (draw(0, 300, step=4), draw(0, 300, seed=1)):
+        assert not (other == whole).any()
+
+
+def test_uses_and_places_have_streams_of_their_own():
+    draws = step_draws(0, 300)
+    one, other = draws.normal("one", (50,)), draws.normal("other", (50,))
+    for a, b in ((one, other), (one[:150], one[150:]), (one[:-8], one[8:])):
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.03
+    assert one.mean() == pytest.approx(0, abs=0.03) and one.std() == pytest.approx(1, abs=0.03)
+    uniform = draws.uniform("one", (50,))
+    assert uniform.min() >= 0 and uniform.max() < 1
+    assert uniform.mean() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("num_processes", [1, 4, 16, 64])
+def test_a_process_draws_for_its_own_images_however_many_others_there_are(num_processes):
+    total = 32 * num_processes
+    for process in (0, num_processes - 1):
+        with Drawn() as drawn:
+            step_draws(32 * process, 32, total=total).normal("noise", (3, 4))
+            step_draws(32 * process, 32, total=total).uniform("time")
+        assert drawn.count == 32 * 12 + 32
+    with Drawn() as drawn:
+        step_draws(7, 2, total=total).normal("noise", (5,))
+    assert drawn.count <= 3 * 8 * 5, "at most what rounding to whole chunks adds"
 
 
 # Of samples --------------------------------------------------------------------------------------

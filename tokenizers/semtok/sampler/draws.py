@@ -1,19 +1,22 @@
 """Random numbers that do not depend on how work is divided: of a training step, and of samples."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+_CHUNK = 8  # places of the global batch that share a generator
+
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers of one step, as a function of (seed, step, position in the global batch).
+    """Random numbers of one step, as a function of (seed, step, place in the global batch).
 
     So they are the same whatever the number of processes or micro-batches, and resuming needs no
-    saved generator. Each use has a name, and its own stream.
+    saved generator. Each use has a name, and its own stream. Places are drawn in chunks, each with a
+    generator of its own, and a process draws only the chunks in which it has places.
 
     Attributes:
         global_batch: images per optimiser step, over all processes and micro-batches.
@@ -27,28 +30,25 @@ class Draws:
     num: int
     device: torch.device
 
+    def __post_init__(self) -> None:
+        assert 0 <= self.first <= self.first + self.num <= self.global_batch, "not in the batch"
+
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal numbers (B, *shape)."""
-        return self._slice(
-            torch.randn(
-                self.global_batch, *shape, generator=self._generator(name), device=self.device
-            )
-        )
+        return self._draw(name, shape, torch.Tensor.normal_)
 
     def uniform(self, name: str, shape: tuple[int, ...] = ()) -> Tensor:
         """Uniform numbers in [0, 1), (B, *shape)."""
-        return self._slice(
-            torch.rand(
-                self.global_batch, *shape, generator=self._generator(name), device=self.device
-            )
-        )
+        return self._draw(name, shape, torch.Tensor.uniform_)
 
-    def _slice(self, values: Tensor) -> Tensor:
-        return values[self.first : self.first + self.num]
-
-    def _generator(self, name: str) -> torch.Generator:
-        digest = hashlib.blake2b(f"{self.seed}/{self.step}/{name}".encode(), digest_size=8).digest()
-        return torch.Generator(self.device).manual_seed(int.from_bytes(digest) >> 1)
+    def _draw(self, name: str, shape: tuple[int, ...], fill: Callable[..., Tensor]) -> Tensor:
+        begin, end = self.first // _CHUNK, -(-(self.first + self.num) // _CHUNK)
+        rows = torch.empty((end - begin) * _CHUNK, *shape, device=self.device)
+        generator = torch.Generator(self.device)
+        for chunk, own in enumerate(rows.split(_CHUNK), start=begin):
+            fill(own, generator=generator.manual_seed(_seed(self.seed, self.step, name, chunk)))
+        offset = self.first - begin * _CHUNK
+        return rows[offset : offset + self.num]
 
 
 class SampleNoise:
@@ -63,12 +63,7 @@ class SampleNoise:
 
     def __init__(self, seed: int, indices: Sequence[int], device: torch.device) -> None:
         self.device = device
-        self._generators = []
-        for index in indices:
-            digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
-            self._generators.append(
-                torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-            )
+        self._generators = [torch.Generator().manual_seed(_seed(seed, index)) for index in indices]
 
     def __call__(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal numbers (B, *shape)."""
@@ -77,3 +72,9 @@ class SampleNoise:
         for row, generator in zip(rows, self._generators, strict=True):
             torch.randn(shape, generator=generator, out=row)
         return rows.to(self.device, non_blocking=pinned)
+
+
+def _seed(*what: int | str) -> int:
+    """A generator's seed for what its numbers are for."""
+    digest = hashlib.blake2b("/".join(map(str, what)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
