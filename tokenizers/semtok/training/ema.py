@@ -32,7 +32,8 @@ class ModelEMA(nn.Module):
     @torch.no_grad()
     def restart(self) -> None:
         """Begins anew from the module as it is: for what was measured into it after this copy was made."""
-        torch._foreach_copy_(self._mine, self._theirs)
+        for mine, theirs in zip(self._mine, self._theirs, strict=True):
+            mine.copy_(theirs)
         self._copy_buffers()
 
     @torch.no_grad()
