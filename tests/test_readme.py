@@ -1,5 +1,6 @@
 """Code in README runs as it stands."""
 
+import json
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 def block(heading: str) -> str:
     """The first Python block under a heading."""
-    section = README.split(f"### {heading}\n")[1]
+    section = re.split(f"^#+ {heading}\n", README, flags=re.MULTILINE)[1]
     return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
 
 
@@ -41,3 +42,14 @@ def test_a_tokenizer_in_foreign_training_code(tmp_path, method):
     model(latents).square().mean().backward()
     optimiser.step()
     assert all(torch.equal(v, before[n]) for n, v in tokenizer.state_dict().items())
+
+
+def test_a_method_of_ones_own_trains_as_it_stands_there(tmp_path):
+    example = (Path(__file__).parent / "examples" / "edge_vae.py").read_text()
+    imports = [line for line in example.splitlines() if line.startswith(("from ", "import "))]
+    names = {"__name__": "readme"}
+    exec("\n".join(imports) + "\n" + block("A method of your own"), names)
+    content = tiny.content({"name": "edge_vae"}, steps=2, log_every=1)
+    train_tokenizer(parse_recipe(content, "tiny"), tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert all(row["loss/edges"] > 0 for row in rows)
