@@ -3,6 +3,7 @@
 ``python agreement_process.py FOLDER``: a line of what was seen on the way.
 """
 
+import errno
 import json
 import os
 import signal
@@ -10,10 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import tiny
-from semtok.errors import Interrupted
+from semtok.errors import Interrupted, UserError
 from semtok.training.loop import Trainer
 
 # BatchNorm in the averaged network and in another learner; no step is logged before the last.
@@ -63,6 +65,22 @@ def stop(folder: Path, rank: int) -> tuple[int, str]:
     return trainer.step, "not stopped"
 
 
+def fail_to_save(folder: Path) -> str:
+    """The first process, which writes checkpoints, finds the disk full; what this one raises."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = started(folder, {"name": "vae"}, **{**SETTINGS, "steps": 12})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("semtok.training.loop.save_checkpoint", full)
+        try:
+            trainer.save()
+        except (UserError, OSError) as error:
+            return str(error)
+    return "nothing"
+
+
 def main() -> None:
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     seen: dict[str, Any] = {}
@@ -79,6 +97,7 @@ def main() -> None:
     seen["own_after_resuming"] = resumed.metrics.read()
     seen["logged_after_resuming"] = resumed.metrics.read(resumed._mean_over_processes)
     seen["stopped"] = stop(folder / "stop", rank)
+    seen["full"] = fail_to_save(folder / "full")
     print("seen " + json.dumps(seen), flush=True)
     torch.distributed.destroy_process_group()
 

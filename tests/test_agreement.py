@@ -39,3 +39,9 @@ def test_all_processes_stop_within_two_steps_of_a_signal_to_one(ranks):
 
 def test_a_checkpoint_names_the_unreadable_images_of_every_process(ranks):
     assert ranks[0]["skipped"] == ranks[1]["skipped"] == ["image 0", "image 1"]
+
+
+def test_all_processes_end_where_one_can_not_write_a_checkpoint(ranks):
+    """Else the others would wait for it for hours."""
+    assert "No space left on device" in ranks[0]["full"]
+    assert ranks[1]["full"].startswith("process 0: ") and "No space left" in ranks[1]["full"]

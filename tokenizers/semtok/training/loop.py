@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -146,17 +145,17 @@ class Trainer:
     def save(self) -> Path:
         """Writes a checkpoint of this step, after checking that what it holds is finite."""
         self._check_finite(self.metrics.read(self._mean_over_processes))
-        self._warn_of(*self._gather(self.skipped))
-        state = {**self._state(), "random": self._gather(random_state())}
-        if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.checkpoints,
-                step=self.step,
-                modules=self._modules(),
-                state=state,
-                keep_last=self.config.keep_last,
-            )
-        self.accelerator.wait_for_everyone()
+        self._warn_of(*gather(self.skipped))
+        state = {**self._state(), "random": gather(random_state())}
+        with together():
+            if self.accelerator.is_main_process:
+                save_checkpoint(
+                    self.checkpoints,
+                    step=self.step,
+                    modules=self._modules(),
+                    state=state,
+                    keep_last=self.config.keep_last,
+                )
         return list_checkpoints(self.checkpoints)[-1]
 
     def resume(self) -> None:
@@ -332,7 +331,7 @@ class Trainer:
         if all(math.isfinite(value) for value in values.values()):
             return
         first_bad: dict[str, int] = {}
-        for steps in self._gather(self.metrics.first_bad_steps()):
+        for steps in gather(self.metrics.first_bad_steps()):
             first_bad |= {
                 name: min(step, first_bad.get(name, step)) for name, step in steps.items()
             }
@@ -350,15 +349,18 @@ class Trainer:
         return result
 
     def _sample(self) -> None:
-        if self.accelerator.is_main_process:
-            images = self.validation.load(self.validation.chosen(self.config.num_sample_images))
-            with self._evaluating():
-                batch, inputs = self._prepared(images)
-                picture = self.objective.picture(self.averaged, batch.pixels, inputs)
-            if picture is not None:
-                write_png(self.folder / "samples" / f"step_{self.step:08d}.png", picture)
-            self.log.draw_curves()
-        self.accelerator.wait_for_everyone()
+        with together():
+            if self.accelerator.is_main_process:
+                self._draw_samples()
+                self.log.draw_curves()
+
+    def _draw_samples(self) -> None:
+        images = self.validation.load(self.validation.chosen(self.config.num_sample_images))
+        with self._evaluating():
+            batch, inputs = self._prepared(images)
+            picture = self.objective.picture(self.averaged, batch.pixels, inputs)
+        if picture is not None:
+            write_png(self.folder / "samples" / f"step_{self.step:08d}.png", picture)
 
     def validate(self) -> dict[str, float]:
         """Held-out metrics of the averaged weights, over ``num_validation_images``, shared among processes."""
@@ -401,10 +403,3 @@ class Trainer:
             if self.accelerator.num_processes > 1
             else values
         )
-
-    def _gather(self, value: Any) -> list[Any]:
-        if self.accelerator.num_processes == 1:
-            return [value]
-        values: list[Any] = [None] * self.accelerator.num_processes
-        dist.all_gather_object(values, value)
-        return values

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from semtok.errors import UserError
-from semtok.speed import allow_tf32, autocast_dtype
+from semtok.speed import Precision, allow_tf32, autocast_dtype
 from semtok.training.agreement import PATIENCE
 from semtok.training.config import TrainConfig
 
@@ -23,7 +23,7 @@ _REFUSED = {
 }
 
 
-def _check_launcher() -> None:
+def _check_launcher(precision: Precision) -> None:
     """Refuses what would share out the networks, or change the loss or the networks in silence."""
     for variable, name in _REFUSED.items():
         if os.environ.get(variable, "").lower() in ("true", "1", "yes"):
@@ -36,6 +36,12 @@ def _check_launcher() -> None:
         raise UserError(
             f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS: {steps} would divide the loss once more; "
             f"unset it and pass train.accumulate={steps}"
+        )
+    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if mixed not in ("", "no", precision):
+        raise UserError(
+            f"ACCELERATE_MIXED_PRECISION: {mixed}, but train.precision is {precision}; pass train.precision={mixed}, "
+            "or leave --mixed_precision out"
         )
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() not in ("", "no"):
@@ -52,7 +58,7 @@ def check_launch(config: TrainConfig) -> None:
         UserError: a precision or a tracker that this machine can't give, sizes that don't divide, or
             a launcher that asks for what the loop does not do (FSDP, DeepSpeed and the like).
     """
-    _check_launcher()
+    _check_launcher(config.precision)
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs a GPU; use fp32 or bf16 here")
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
