@@ -376,6 +376,7 @@ REFUSED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("true", "tensor, .*parallelism is not supported"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("4", "pass train.accumulate=4"),
     "ACCELERATE_DYNAMO_BACKEND": ("INDUCTOR", "pass train.compile=inductor"),
+    "ACCELERATE_MIXED_PRECISION": ("bf16", "pass train.precision=bf16"),
 }
 
 
@@ -396,6 +397,7 @@ def test_the_launcher_s_defaults_are_not_refused(tmp_path, monkeypatch):
         monkeypatch.setenv(variable, value)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     make_accelerator(parse_recipe(tiny.content({"name": "vae"}), "tiny").train, tmp_path)
 
 
