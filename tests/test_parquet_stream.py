@@ -213,6 +213,48 @@ def test_an_epoch_fetches_each_row_group_once(server):
     assert server.num_parts <= KEPT, "what stands for the whole set lies together too"
 
 
+def test_neighbouring_row_groups_of_a_column_come_in_one_request(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("semtok.data.images.parquet_stream.BLOCK_BYTES", 2**24)
+    images = [stored.png(n) + np.random.default_rng(n).bytes(20_000) for n in range(30)]
+    columns = {"text": [f"caption {n}" * 20 for n in range(30)], "image": images}
+    table = pyarrow.table(columns | {"label": [n % 3 for n in range(30)]})
+    parquet.write_table(table, tmp_path / "g.parquet", row_group_size=3, compression="none")
+    server.files["/g.parquet"] = (tmp_path / "g.parquet").read_bytes()
+    settings = {"path": f"{server.address}/g.parquet", "validation": f"{server.address}/v.parquet"}
+    with pytest.raises(UserError, match="its columns are"):
+        open_parquet(**settings)
+    del settings["validation"]
+    train, held_out = open_parquet(**settings, validation_fraction=0.2)
+    server.num_parts = 0
+    again, _ = open_parquet(**settings, validation_fraction=0.2)
+    assert server.num_parts == 1 + 2, "the footer, and of each part all images"
+    assert sorted(stored.numbers_in(again) + stored.numbers_in(held_out)) == list(range(30))
+    assert server.num_parts == 1 + 2 and server.num_bytes < 5 * len(server.files["/g.parquet"])
+
+
+def test_a_cell_that_names_a_file_of_ones_own_is_refused(tmp_path):
+    (tmp_path / "private.png").write_bytes(stored.png(7))
+    schema = datasets.Features({"image": datasets.Image()}).arrow_schema
+
+    def write_cells(name: str, path: str | None) -> str:
+        cells = [{"bytes": stored.png(n), "path": f"/x/{n}.png"} for n in range(3)]
+        cells[1] = cells[1] if path is None else {"bytes": None, "path": path}
+        parquet.write_table(pyarrow.table({"image": cells}, schema=schema), tmp_path / name)
+        return str(tmp_path / name)
+
+    held_out = write_cells("b.parquet", None)
+    for streaming in (False, True):
+        for path in (str(tmp_path / "private.png"), "../private.png", "private.png"):
+            file = write_cells("a.parquet", path)
+            source, _ = open_parquet(file, validation=held_out, streaming=streaming)
+            if path == "private.png":
+                assert stored.numbers(source.load([1]).images) == [2]
+            else:
+                with pytest.raises(UserError, match=f"row 1 names the file '{path}'") as raised:
+                    source.load([1])
+                assert "\n" not in str(raised.value)
+
+
 def test_each_loader_process_fetches_its_own(server):
     train, _ = open_served(server)
     server.num_parts = 0

@@ -1,14 +1,13 @@
 """Files behind a server, read by a process and by its loader processes at a time, and what reading leaves behind."""
 
 import json
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
 import stored
-from file_server import FileServer, file_server
+from file_server import file_server
 from processes import succeed
 from semtok.data.caches.shards import shard_checksum
 
@@ -19,7 +18,6 @@ parquet = pytest.importorskip("pyarrow.parquet")
 NUM = 24
 READ = """
 import multiprocessing, os, sys, threading
-from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 import stored
 from semtok.data.caches.remote_shards import RemoteShards
@@ -48,66 +46,54 @@ class Sources(Dataset):
 
 def read(sources, method, num_workers=2):
     context = multiprocessing.get_context(method)
-    loader = DataLoader(sources, num_workers=num_workers, multiprocessing_context=context, timeout=60)
+    loader = DataLoader(sources, num_workers=num_workers, multiprocessing_context=context, timeout=300)
     return [[int(number) for number in row] for row in loader]
 
 def open_things():
     return len(os.listdir("/proc/self/fd")), threading.active_count()
 """
-BESIDE = (
+ALL = (
     READ
     + """
+def beside():
+    while going:
+        done.append([sources.tars.load([i]).labels for i in range(0, NUM, 5)])
+        sources.shards.rows(keys[::7])
+
+def check():
+    assert [sources[i] for i in range(NUM)] == expected
+
 if __name__ == "__main__":
     parquet_stream.BLOCK_BYTES = 0
-    sources = Sources(sys.argv[1])
     expected = [[i] * 3 for i in range(NUM)]
-    assert [sources[i] for i in range(NUM)] == expected  # connections are open now
-    going, mine = True, []
-    def beside():
-        while going:
-            mine.append([sources.tars.load([i]).labels for i in range(0, NUM, 5)])
-            sources.shards.rows(keys[::7])
-    thread = threading.Thread(target=beside)
-    thread.start()
-    for method in sys.argv[2:]:
-        assert read(sources, method) == expected, method
-        assert [sources[i] for i in range(NUM)] == expected
-    going = False
-    thread.join(60)
-    assert not thread.is_alive() and mine
-"""
-)
-CHILD = (
-    READ
-    + """
-if __name__ == "__main__":
-    sources = Sources(sys.argv[1])
-    before = [sources[i] for i in range(NUM)]
-    children = []
+
+    # Reading again opens nothing more.
+    counts = []
     for _ in range(3):
+        sources = Sources(sys.argv[1])
+        check()
+        counts.append(open_things())
+    assert counts[1:] == counts[:1] * 2 and counts[0][1] <= 3, counts
+
+    # A forked process ends, with all that a process does then, while its parent goes on.
+    for _ in range(2):
         child = os.fork()
         if child == 0:
-            assert [sources[i] for i in range(NUM)] == before
-            sys.exit(0)  # with all that a process does at its end
-        assert [sources[i] for i in range(NUM)] == before
+            check()
+            sys.exit(0)
+        check()
         assert os.waitpid(child, 0)[1] == 0
-    assert [sources[i] for i in range(NUM)] == before
-"""
-)
-AGAIN = (
-    READ
-    + """
-if __name__ == "__main__":
-    counts = []
-    for _ in range(4):
-        sources = Sources(sys.argv[1])
-        assert [sources[i][0] for i in range(NUM)] == list(range(NUM))
-        del sources
-        counts.append(open_things())
-    print("COUNTS", counts)
-    assert counts[1:] == counts[:1] * 3, counts
-    assert counts[0][1] <= 3, "fsspec's thread, and one in which it looks up names"
-    assert not [name for name in os.listdir(os.environ["TMPDIR"])]
+
+    # Loader processes read while their parent does.
+    going, done = True, []
+    thread = threading.Thread(target=beside)
+    thread.start()
+    for method in ("fork", "spawn"):
+        assert read(sources, method) == expected, method
+        check()
+    going = False
+    thread.join(60)
+    assert not thread.is_alive() and done
 """
 )
 
@@ -136,23 +122,8 @@ def server(tmp_path, monkeypatch):
         yield running
 
 
-def run(script: str, server: FileServer, folder: Path, *words: str) -> None:
-    (folder / "script.py").write_text(script)
-    succeed(
-        [str(folder / "script.py"), server.address, *words], folder / "logs", num=1, seconds=150
-    )
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_loader_processes_read_while_their_parent_does(server, tmp_path, method):
-    run(BESIDE, server, tmp_path, method)
-
-
-def test_a_forked_process_that_ends_leaves_its_parents_connections_alone(server, tmp_path):
-    run(CHILD, server, tmp_path)
-
-
-def test_what_reading_opens_is_used_again(server, tmp_path, monkeypatch):
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    run(AGAIN, server, tmp_path)
+def test_processes_read_at_the_same_time_and_leave_nothing_open(server, tmp_path):
+    """In a process of its own, as it forks."""
+    script = tmp_path / "script.py"
+    script.write_text(ALL)
+    succeed([str(script), server.address], tmp_path / "logs", num=1, seconds=400)
