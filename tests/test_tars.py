@@ -1,7 +1,6 @@
 """Images in tar files, on disk and behind a server."""
 
 import json
-import os
 import tarfile
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 import stored
 import tiny
 from file_server import FileServer, file_server
+from processes import succeed
 from semtok import UserError
 from semtok.commands import evaluate
 from semtok.commands.cli import run
@@ -408,15 +408,9 @@ def test_without_webdataset_it_is_said_how_to_get_it(monkeypatch, tmp_path):
 
 
 def test_processes_that_start_together_share_one_index(tmp_path, cache):
-    path = write_shards(tmp_path, num_images=23)
-    children = []
-    for _ in range(3):
-        child = os.fork()
-        if child == 0:
-            try:
-                os._exit(0 if len(open_tars(path)[0]) == 22 else 1)
-            finally:
-                os._exit(2)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    opening = (
+        "import sys; from semtok.data.images.tars import Tars, TarsConfig; "
+        "assert len(Tars.open(TarsConfig(path=sys.argv[1], size=8))[0]) == 22"
+    )
+    succeed(["-c", opening, write_shards(tmp_path, num_images=23)], tmp_path / "logs")
     assert len(list(cache.iterdir())) == 6, "an index for each file, and nothing temporary"
