@@ -134,6 +134,8 @@ class Ranks:
         Returns:
             what each printed.
         """
+        if any(process.poll() is not None for process in self._running):
+            self.close()
         if not self._running:
             self._start()
         self._works += 1
