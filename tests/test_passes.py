@@ -89,7 +89,7 @@ def diffusion_trainer(root: Path, folder: Path, **train: Any) -> Trainer:
         tracked={},
     )
     if trainer.ema is not None:
-        trainer.ema.restart(objective.averaged_module())
+        trainer.ema.restart()
     return trainer
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -146,8 +145,8 @@ class Trainer:
     def save(self) -> Path:
         """Writes a checkpoint of this step, after checking that what it holds is finite."""
         self._check_finite(self.metrics.read(self._mean_over_processes))
-        self._warn_of(*self._gather(self.skipped))
-        state = {**self._state(), "random": self._gather(random_state())}
+        self._warn_of(*gather(self.skipped))
+        state = {**self._state(), "random": gather(random_state())}
         if self.accelerator.is_main_process:
             save_checkpoint(
                 self.checkpoints,
@@ -169,11 +168,8 @@ class Trainer:
         if not checkpoints:
             return
         state = load_checkpoint(checkpoints[-1], modules=self._modules())
-        self.step, self.seconds, self.skipped = (
-            state["step"],
-            state["seconds"],
-            set(state["skipped"]),
-        )
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.skipped = set(state["skipped"])
         if self.ema is not None:
             self.ema.num_updates = state["ema_updates"]
         self.optimisers.load_state_dict(state)
@@ -332,7 +328,7 @@ class Trainer:
         if all(math.isfinite(value) for value in values.values()):
             return
         first_bad: dict[str, int] = {}
-        for steps in self._gather(self.metrics.first_bad_steps()):
+        for steps in gather(self.metrics.first_bad_steps()):
             first_bad |= {
                 name: min(step, first_bad.get(name, step)) for name, step in steps.items()
             }
@@ -396,15 +392,4 @@ class Trainer:
                 module.training = mode
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
-        return (
-            self.accelerator.reduce(values, reduction="mean")
-            if self.accelerator.num_processes > 1
-            else values
-        )
-
-    def _gather(self, value: Any) -> list[Any]:
-        if self.accelerator.num_processes == 1:
-            return [value]
-        values: list[Any] = [None] * self.accelerator.num_processes
-        dist.all_gather_object(values, value)
-        return values
+        return self.accelerator.reduce(values, reduction="mean")
