@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from semtok.card import PICTURES, loading_lines
-from semtok.commands.cli import Parser
+from semtok.commands.cli import Parser, add_plugin_option
 from semtok.commands.table import print_table
 from semtok.config import apply_overrides, parse
 from semtok.diffusion.generator import Generator
@@ -47,9 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder, run name or Hub id of a generator")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument(
-        "--plugin", action="append", default=[], help="a Python file that registers a method"
-    )
+    add_plugin_option(parser)
     parser.set_defaults(command=_export)
 
 

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from semtok.commands.cli import Parser
+from semtok.commands.cli import Parser, add_plugin_option
 from semtok.commands.sampler_options import add_sampler_options, sampler_from, sped_up
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
@@ -53,9 +53,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--output", type=Path, required=True, help="FILE.png (a grid), FILE.npz, or a folder"
     )
-    parser.add_argument(
-        "--plugin", action="append", default=[], help="a Python file that registers a method"
-    )
+    add_plugin_option(parser)
     return parser
 
 

@@ -146,21 +146,18 @@ def _choose(wanted: Format | Literal["auto"], checkpoint: Checkpoint) -> Format:
     return wanted
 
 
+@dataclass
 class _Import:
     """One import on its way; collects what became of everything."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        format: Format,
-        options: ImportOptions,
-        trained: Mapping[str, Any],
-    ) -> None:
-        self.checkpoint, self.format = checkpoint, format
-        self.options, self.trained = options, dict(trained)
-        self.place = str(checkpoint.path)
-        self.became = checkpoint.beside()
-        self.notes: list[str] = []
+    checkpoint: Checkpoint
+    format: Format
+    options: ImportOptions
+    trained: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.place, self.became = str(self.checkpoint.path), self.checkpoint.beside()
 
     # Tokenizers of images ------------------------------------------------------------------------
 

@@ -4,15 +4,7 @@ import argparse
 from dataclasses import asdict
 
 from semtok.commands.around_training import errors_at
-from semtok.commands.evaluation.options import (
-    SHAPES,
-    add_data_options,
-    add_teacher_options,
-    add_tokenizer_option,
-    load_teacher,
-    load_tokenizer,
-    open_data,
-)
+from semtok.commands.evaluation import options
 from semtok.commands.table import print_table
 from semtok.errors import UserError
 from semtok.evaluation.predictors import NUM_NEIGHBOURS, PREDICTORS, PROBE, evaluate_latents
@@ -25,15 +17,15 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     task = tasks.add_parser(
         "latents", help="predictors of how well a diffusion model will generate in the latents"
     )
-    add_tokenizer_option(task)
-    add_teacher_options(task, "whose features the latents are compared with")
+    options.add_tokenizer_option(task)
+    options.add_teacher_options(task, "whose features the latents are compared with")
     task.add_argument("--seed", type=int, default=0, help="of draws, noise and maps")
     task.set_defaults(command=_latents)
-    add_data_options(task, default=SHAPES, shown="the embedded shapes")
+    options.add_data_options(task, default=options.SHAPES, shown="the embedded shapes")
 
 
 def _latents(args: argparse.Namespace) -> int:
-    train, held_out = open_data(args)
+    train, held_out = options.open_data(args)
     if args.seed < 0:
         raise UserError(f"--seed: expected at least 0, got {args.seed}")
     if args.num_held_out <= NUM_NEIGHBOURS:
@@ -41,10 +33,10 @@ def _latents(args: argparse.Namespace) -> int:
             f"--num-held-out: {args.num_held_out} images, but each is compared with its "
             f"{NUM_NEIGHBOURS} nearest; give at least {NUM_NEIGHBOURS + 1}"
         )
-    teacher = load_teacher(args)
+    teacher = options.load_teacher(args)
     scores: dict[str, dict[str, float]] = {}
     for reference in args.tokenizer:
-        tokenizer = load_tokenizer(reference, held_out)
+        tokenizer = options.load_tokenizer(reference, held_out)
         with errors_at(f"--tokenizer {reference}"):
             scores[reference] = evaluate_latents(
                 tokenizer, held_out, args.num_held_out, teacher, seed=args.seed

@@ -7,13 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from semtok.commands.evaluation.options import (
-    SHAPES,
-    add_data_options,
-    add_tokenizer_option,
-    load_tokenizer,
-    open_data,
-)
+from semtok.commands.evaluation import options
 from semtok.commands.table import print_table
 from semtok.config import apply_overrides
 from semtok.data.source import ImageSource
@@ -29,7 +23,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
         help="held-out F1 and balanced accuracy of every attribute, "
         + PROTOCOL.replace("%", "%%"),  # argparse formats its help
     )
-    add_tokenizer_option(task)
+    options.add_tokenizer_option(task)
     task.add_argument(
         "--attributes",
         metavar="FILE",
@@ -37,19 +31,19 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     )
     task.add_argument("--only", nargs="+", metavar="NAME", help="probe for these attributes alone")
     task.set_defaults(command=_probe)
-    add_data_options(task, default=SHAPES, shown="the embedded shapes")
+    options.add_data_options(task, default=options.SHAPES, shown="the embedded shapes")
 
 
 def _probe(args: argparse.Namespace) -> int:
     if args.attributes is not None:
         args.data = _with_attributes(args.data, args.attributes)
-    train, held_out = open_data(args)
+    train, held_out = options.open_data(args)
     names = _names(train, args.only)
     chance = {name: 1 / len(train.attributes[name]) for name in names}
     results: dict[str, dict[str, AttributeScore]] = {}
     means: dict[str, AttributeScore] = {}
     for reference in args.tokenizer:
-        tokenizer = load_tokenizer(reference, train)
+        tokenizer = options.load_tokenizer(reference, train)
         tables = (
             latent_table(tokenizer, train, args.num_train),
             latent_table(tokenizer, held_out, args.num_held_out),
