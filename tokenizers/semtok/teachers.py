@@ -126,6 +126,9 @@ class Teacher(nn.Module):
         UserError: an unknown name, a missing or unfitting checkpoint, or a layer out of range.
     """
 
+    widths: tuple[int, ...]
+    """Channels D of the patch tokens, per layer."""
+
     def __init__(self, config: TeacherConfig) -> None:
         super().__init__()
         self.config = config
@@ -148,14 +151,9 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels D of the patch tokens, per layer."""
-        return self._widths
-
-    @property
     def pooled_width(self) -> int:
         """Channels D of the pooled token."""
-        return self._widths[-1]
+        return self.widths[-1]
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of the patch tokens of images of (height, width).
@@ -243,7 +241,7 @@ class Teacher(nn.Module):
             )
         side = max(1, self.input_size // self.patch_size) * self.patch_size
         probe = self.features(torch.zeros(1, 3, side, side))
-        self._widths = tuple(patch.shape[1] for patch in probe.patches)
+        self.widths = tuple(patch.shape[1] for patch in probe.patches)
 
 
 # Alignment ---------------------------------------------------------------------------------------

@@ -78,8 +78,9 @@ def main(arguments: Sequence[str]) -> int:
     labels = [classes[i % len(classes)] for i in range(num)]
 
     if args.strip is not None:
-        return _strip(args, generator, sampler, labels if args.num is not None else classes[:4])
-    _draw(args, generator, weak, sampler, labels, kind)
+        _strip(args, generator, sampler, labels if args.num is not None else classes[:4])
+    else:
+        _draw(args, generator, weak, sampler, labels, kind)
     return 0
 
 
@@ -182,7 +183,7 @@ def _assemble(
 
 def _strip(
     args: argparse.Namespace, generator: Generator, sampler: SamplerConfig, labels: list[int]
-) -> int:
+) -> None:
     if args.output.suffix.lower() != ".png" or args.strip < 2 or args.weak:
         raise UserError(
             "--strip: expected at least 2 columns, --output FILE.png, and no --weak model"
@@ -191,7 +192,6 @@ def _strip(
     picture = generator.strip(labels, columns=args.strip, seed=args.seed, sampler=sampler)
     write_png(args.output, picture)
     print(f"sampling over time of {len(labels)} images: {args.output}")
-    return 0
 
 
 def _check_output(output: Path) -> str:

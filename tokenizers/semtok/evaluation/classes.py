@@ -1,16 +1,15 @@
 """Do generated images show the class that was asked for? A classifier that knows real images tells."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
+from semtok.evaluation.probe import fit
 from semtok.images import to_pixels
 from semtok.teachers import Teacher
 
@@ -33,11 +32,7 @@ def class_reader(features: np.ndarray, labels: np.ndarray) -> ClassReader:
     if len(set(labels.tolist())) < 2:
         raise ValueError("images of one class only; nothing to tell apart")
     mean, std = features.mean(axis=0), features.std(axis=0) + 1e-6
-    with warnings.catch_warnings():
-        # Stopping at the last iteration is part of the protocol.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        warnings.filterwarnings("ignore", message="The number of unique classes")
-        model = LogisticRegression(max_iter=1000).fit((features - mean) / std, labels)
+    model = fit(LogisticRegression(max_iter=1000), (features - mean) / std, labels)
     return lambda seen: model.predict((seen - mean) / std)
 
 

@@ -86,16 +86,6 @@ class FeatureCoder(nn.Module, ABC):
     shape_class: ClassVar[type[CoderShape]] = CoderShape
     shape: CoderShape
 
-    @property
-    def feature_channels(self) -> int:
-        """D of the features."""
-        return self.shape.feature_channels
-
-    @property
-    def channels(self) -> int:
-        """C of the code."""
-        return self.shape.channels
-
     @abstractmethod
     def encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, D, h, w) to mean and standard deviation (0: deterministic) of the code
@@ -177,7 +167,7 @@ class CompositeTokenizer(Tokenizer):
     ) -> None:
         parts = [texture.spec["texture"]]
         if coder is not None:
-            parts.append(PartSpec("semantic", coder.channels, feature_stride))
+            parts.append(PartSpec("semantic", coder.shape.channels, feature_stride))
         if global_width is not None:
             parts.append(PartSpec("global", global_width, None))
         super().__init__(LatentSpec(tuple(parts)), method=method, training_info=training_info)
@@ -233,7 +223,7 @@ class CompositeTokenizer(Tokenizer):
         if self.coder is None:
             return None
         num_layers = len(self.teacher_config.layers)
-        return (self.coder.feature_channels // num_layers,) * num_layers
+        return (self.coder.shape.feature_channels // num_layers,) * num_layers
 
     def features(self, pixels: Tensor) -> TeacherFeatures:
         grid = token_grid(tuple(pixels.shape[-2:]), self.feature_stride)

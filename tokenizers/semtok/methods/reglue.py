@@ -147,12 +147,8 @@ class REGLUEObjective(CompositeObjective):
         assert context.teacher is not None
         compressor = None
         if config.compressor is not None:
-            features, shape = sum(context.teacher.widths), config.compressor
-            compressor = Compressor(
-                CompressorShape(
-                    feature_channels=features, hidden=shape.hidden, channels=shape.channels
-                )
-            )
+            features, shape = sum(context.teacher.widths), dict(config.compressor)
+            compressor = Compressor(CompressorShape(feature_channels=features, **shape))
         super().__init__(config, context, compressor)
         if compressor is not None:
             self.learners["compressor"] = CompressorLearner(compressor)

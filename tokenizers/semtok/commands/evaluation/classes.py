@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ from semtok.evaluation.classes import (
     real_batches,
 )
 from semtok.evaluation.image_sets import images_of_generator, labels_for
-from semtok.storage import write_json
 
 
 def add_task(tasks: argparse._SubParsersAction) -> None:
@@ -38,7 +38,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     options.add_data_options(task, default=None, shown="what the model was trained on")
 
 
-def _classes(args: argparse.Namespace) -> int:
+def _classes(args: argparse.Namespace) -> dict[str, Any]:
     generator = sped_up(Generator.from_pretrained(args.model).to(options.device()), args)
     train, held_out = options.open_data(args, options.data_trained_on(args.model, generator))
     if generator.image_size != train.image_size:
@@ -78,17 +78,14 @@ def _classes(args: argparse.Namespace) -> int:
         *((f"  {train.class_names[n]}", f"{100 * by_label[n]:.1f}") for n in worst),
     ]
     print_table("images that show their class, in % (the three worst classes below)", rows)
-    if args.output:
-        scores = {
-            "protocol": PROTOCOL,
-            "data": train.name,
-            "real": real,
-            "generated": share,
-            "by_class": {train.class_names[n]: value for n, value in by_label.items()},
-            "num_generated": num,
-            "seed": args.seed,
-            "sampler": sampler.model_dump(mode="json"),
-            "precision": args.precision or "fp32",
-        }
-        write_json(args.output, scores)
-    return 0
+    return {
+        "protocol": PROTOCOL,
+        "data": train.name,
+        "real": real,
+        "generated": share,
+        "by_class": {train.class_names[n]: value for n, value in by_label.items()},
+        "num_generated": num,
+        "seed": args.seed,
+        "sampler": sampler.model_dump(mode="json"),
+        "precision": args.precision or "fp32",
+    }

@@ -36,7 +36,7 @@ from semtok.evaluation.image_sets import (
     labels_for,
 )
 from semtok.evaluation.inception import check_torch_fidelity, load_inception
-from semtok.storage import cache_folder, write_json
+from semtok.storage import cache_folder
 
 _DRAWING = (
     *("num", "labels", "seed", "method", "steps"),
@@ -87,7 +87,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     task.set_defaults(command=_generation)
 
 
-def _generation(args: argparse.Namespace) -> int:
+def _generation(args: argparse.Namespace) -> dict[str, Any]:
     check_torch_fidelity()
     _check_options(args)
     options.check_output(args)
@@ -137,19 +137,14 @@ def _generation(args: argparse.Namespace) -> int:
         print(f"{name}: missing; {reason}")
     if args.save_reference is not None:
         print(f"statistics of the reference, by {next(iter(references))}: {args.save_reference}")
-    if args.output is not None:
-        write_json(
-            args.output,
-            {
-                "protocol": PROTOCOL,
-                **about,
-                "num_images": generated.num_images,
-                "references": sources,
-                "unavailable": missing,
-                "scores": scores,
-            },
-        )
-    return 0
+    return {
+        "protocol": PROTOCOL,
+        **about,
+        "num_images": generated.num_images,
+        "references": sources,
+        "unavailable": missing,
+        "scores": scores,
+    }
 
 
 def _check_options(args: argparse.Namespace) -> None:

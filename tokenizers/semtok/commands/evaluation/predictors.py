@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import asdict
+from typing import Any
 
 from semtok.commands.around_training import errors_at
 from semtok.commands.evaluation import options
@@ -9,7 +10,6 @@ from semtok.commands.table import print_table
 from semtok.errors import UserError
 from semtok.evaluation.predictors import NUM_NEIGHBOURS, PREDICTORS, PROBE, evaluate_latents
 from semtok.evaluation.probe import probed
-from semtok.storage import write_json
 
 
 def add_task(tasks: argparse._SubParsersAction) -> None:
@@ -24,7 +24,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     options.add_data_options(task, default=options.SHAPES, shown="the embedded shapes")
 
 
-def _latents(args: argparse.Namespace) -> int:
+def _latents(args: argparse.Namespace) -> dict[str, Any]:
     train, held_out = options.open_data(args)
     if args.seed < 0:
         raise UserError(f"--seed: expected at least 0, got {args.seed}")
@@ -46,17 +46,15 @@ def _latents(args: argparse.Namespace) -> int:
             scores[reference][PROBE] = mean.f1
         print(f"{reference}: done", flush=True)
     _print(scores, f"latents of {args.num_held_out} held-out images, teacher {args.teacher}")
-    if args.output is not None:
-        settings = {
-            "data": held_out.name,
-            "num_images": args.num_held_out,
-            "num_train": args.num_train,
-            "teacher": args.teacher,
-            "seed": args.seed,
-            "predictors": {name: asdict(predictor) for name, predictor in PREDICTORS.items()},
-        }
-        write_json(args.output, settings | {"scores": scores})
-    return 0
+    return {
+        "data": held_out.name,
+        "num_images": args.num_held_out,
+        "num_train": args.num_train,
+        "teacher": args.teacher,
+        "seed": args.seed,
+        "predictors": {name: asdict(predictor) for name, predictor in PREDICTORS.items()},
+        "scores": scores,
+    }
 
 
 def _print(scores: dict[str, dict[str, float]], title: str) -> None:

@@ -21,7 +21,6 @@ from semtok.evaluation.reconstruction import (
 from semtok.images import to_pixels
 from semtok.perceptual import LPIPS, backbone_file
 from semtok.pictures import rows_of_images, write_png
-from semtok.storage import write_json
 from semtok.tokenizer import Tokenizer
 
 _LABELS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
@@ -47,7 +46,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     )
 
 
-def _reconstruction(args: argparse.Namespace) -> int:
+def _reconstruction(args: argparse.Namespace) -> dict[str, Any]:
     _, held_out = options.open_data(args)
     if args.num_held_out < 2:
         raise UserError("--num-held-out: a Fréchet distance needs at least 2 images")
@@ -74,11 +73,9 @@ def _reconstruction(args: argparse.Namespace) -> int:
     if args.grid is not None:
         write_png(args.grid, rows_of_images(grids))
         print(f"worst four and median four of each, with the images above: {args.grid}")
-    if args.output is not None:
-        scores = {reference: _as_json(report) for reference, report in reports.items()}
-        settings = {"data": held_out.name, "num_images": args.num_held_out, "sample": args.sample}
-        write_json(args.output, settings | {"unavailable": missing, "scores": scores})
-    return 0
+    scores = {reference: _as_json(report) for reference, report in reports.items()}
+    settings = {"data": held_out.name, "num_images": args.num_held_out, "sample": args.sample}
+    return settings | {"unavailable": missing, "scores": scores}
 
 
 def _perceptual(args: argparse.Namespace, missing: dict[str, str]) -> nn.Module | None:
