@@ -512,8 +512,8 @@ def test_an_unconditional_model_needs_no_class(trained, tmp_path):
 def test_the_class_reader_knows_real_images_and_finds_wrong_ones(trained, tmp_path, capsys):
     from semtok.data.images.shapes import Shapes, ShapesConfig
     from semtok.evaluation.classes import (
-        ClassReader,
         accuracy,
+        class_reader,
         features_and_labels,
         real_batches,
     )
@@ -521,11 +521,11 @@ def test_the_class_reader_knows_real_images_and_finds_wrong_ones(trained, tmp_pa
     config = ShapesConfig(size=32, classes=("hue",), num_images=400, num_validation_images=100)
     train_source, held_out = Shapes(config, train=True), Shapes(config, train=False)
     teacher = Teacher(TeacherConfig())
-    reader = ClassReader.fit(*features_and_labels(teacher, real_batches(train_source, 400)))
+    reader = class_reader(*features_and_labels(teacher, real_batches(train_source, 400)))
     features, labels = features_and_labels(teacher, real_batches(held_out, 100))
-    share, by_label = accuracy(reader.read(features), labels)
+    share, by_label = accuracy(reader(features), labels)
     assert share > 0.95 and set(by_label) == set(range(6))
-    assert accuracy(reader.read(features), (labels + 1) % 6)[0] < 0.05
+    assert accuracy(reader(features), (labels + 1) % 6)[0] < 0.05
 
 
 def test_evaluate_classes_writes_what_it_found(model, tmp_path, capsys):

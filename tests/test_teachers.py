@@ -1,5 +1,6 @@
 """Teachers, perceptual distances, and images at the border of the library."""
 
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -124,15 +125,15 @@ def test_a_cnn_from_a_local_file_pools_where_it_has_no_class_token(checkpoints):
     torch.testing.assert_close(features.pooled, features.patches[1].mean(dim=(2, 3)))
 
 
-def test_registers_and_class_token_are_not_among_the_patches(tmp_path):
+def test_registers_and_class_token_are_not_among_the_patches(tmp_path, monkeypatch):
     name = "vit_small_patch14_reg4_dinov2.lvd142m"
     assert _SHORT_NAMES["dinov2_vits14_reg"] == name
     model = timm.create_model(name, img_size=28, depth=1)
-    teacher = Teacher.__new__(Teacher)
-    torch.nn.Module.__init__(teacher)
-    teacher.network, teacher.config = model, TeacherConfig(layers=(0,))
-    teacher._positive_layers = [0]
-    features = teacher._transformer_features(torch.rand(1, 3, 28, 28))
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depth=1))
+    weights = str(tmp_path / "weights.safetensors")
+    config = TeacherConfig(name="dinov2_vits14_reg", checkpoint=weights, input_size=28)
+    features = Teacher(config).features(torch.rand(1, 3, 28, 28))
     tokens = model.forward_features(torch.zeros(1, 3, 28, 28))
     assert tokens.shape[1] == 1 + 4 + 4 and features.patches[0].shape[-2:] == (2, 2)
 

@@ -56,7 +56,7 @@ def model_card(
         loading="\n".join(loading_lines(PLACEHOLDER, names[:2])),
         class_names=names,
         pictures=pictures,
-        rows=[*_settings(trained), *_figures(trained)],
+        rows=_rows(trained),
         has_recipe="recipe" in trained,
         papers=papers,
     )
@@ -164,7 +164,8 @@ def _latents(config: Mapping[str, Any]) -> str:
     return f"Latents, standardised: {', '.join(parts)}."
 
 
-def _settings(trained: Mapping[str, Any]) -> list[tuple[str, object]]:
+def _rows(trained: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """Settings, and the figures that the held-out images gave."""
     recipe = trained.get("recipe") or {}
     train, teacher = recipe.get("train") or {}, trained.get("teacher") or {}
     rows = [
@@ -174,12 +175,9 @@ def _settings(trained: Mapping[str, Any]) -> list[tuple[str, object]]:
         ("steps", train.get("steps")),
         ("images per step", train.get("batch_size")),
     ]
-    return [(name, value) for name, value in rows if value is not None]
-
-
-def _figures(trained: Mapping[str, Any]) -> list[tuple[str, object]]:
     metrics: Mapping[str, float] = trained.get("metrics") or {}
-    return [(f"held-out {_UNITS.get(n, n)}", f"{value:.4g}") for n, value in metrics.items()]
+    rows += [(f"held-out {_UNITS.get(n, n)}", f"{value:.4g}") for n, value in metrics.items()]
+    return [(name, value) for name, value in rows if value is not None]
 
 
 def _data_type(data: str | None) -> str:

@@ -6,8 +6,7 @@ import json
 import re
 from itertools import pairwise
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -103,74 +102,64 @@ def parse(model: type[ConfigType], content: dict[str, Any], place: str) -> Confi
         # JSON mode lets lists stand for tuples while everything else stays strict.
         return model.model_validate_json(text)
     except ValidationError as error:
-        raise UserError(f"{place}: {_explain(model, error)}") from None
+        raise UserError(f"{place}: {_explain(model, content, error)}") from None
 
 
-def _explain(model: type[BaseModel], error: ValidationError) -> str:
-    problem = _likeliest(error)
-    location = [str(part) for part in problem["loc"]]
-    if problem["type"] == "extra_forbidden":
-        *parents, last = location
-        key = ".".join([*(part for part in parents if not _is_union_member(part)), last])
-    else:
-        key = ".".join(part for part in location if not _is_union_member(part))
-    if problem["type"] == "extra_forbidden":
+def _explain(model: type[BaseModel], content: dict[str, Any], error: ValidationError) -> str:
+    problem = min(error.errors(), key=lambda each: _rank(each, content))
+    kind, value = problem["type"], problem["input"]
+    keys = _keys(problem, content)
+    key = ".".join(keys)
+    if kind == "extra_forbidden":
         known = _fields_at(model, problem["loc"][:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(sorted(known))}"
         return f"unknown key '{key}'; {hint}"
-    if not location and problem["type"] == "model_type":  # no mapping at all
-        return f"expected settings, got {problem['input']!r}"
-    if problem["type"] == "missing" and location[-1].isdigit():
-        return f"{key.removesuffix('.' + location[-1])}: too few values, got {problem['input']!r}"
-    if problem["type"] == "missing":
+    if not keys and kind == "model_type":  # no mapping at all
+        return f"expected settings, got {value!r}"
+    if kind == "missing" and isinstance(problem["loc"][-1], int):
+        return f"{key}: too few values, got {value!r}"
+    if kind == "missing":
+        key = ".".join([*keys, str(problem["loc"][-1])])
         return f"'{key}' is missing; give {key}=…"
     message = problem["msg"].removeprefix("Value error, ")
     if key and message.startswith(f"{key}."):  # a check of a section names its setting itself
         return message
-    if problem["type"] == "value_error":
+    if kind == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}, got {value!r}"
 
 
-def _likeliest(error: ValidationError) -> ErrorDetails:
-    """The problem to tell: an unknown key is the likeliest slip, so it is told first.
-
-    Where a setting takes values of several kinds, pydantic reports each of them; those that the
-    value is not even meant as are told last.
-    """
-
-    def rank(problem: ErrorDetails) -> int:
-        if problem["type"] == "extra_forbidden":
-            return 0
-        last = str(problem["loc"][-1]) if problem["loc"] else ""
-        return 2 if last and problem["type"].endswith("_type") and _is_union_member(last) else 1
-
-    return min(error.errors(), key=rank)
+def _rank(problem: ErrorDetails, content: dict[str, Any]) -> int:
+    """The lowest is told: an unknown key, as the likeliest slip. Where a setting takes values of several kinds,
+    pydantic reports each of them; those that the value is not even meant as come last."""
+    if problem["type"] == "extra_forbidden":
+        return 0
+    names_kind = [str(part) for part in problem["loc"][-1:]] != _keys(problem, content)[-1:]
+    return 2 if names_kind and problem["type"].endswith("_type") else 1
 
 
-def _is_union_member(part: str) -> bool:
-    """Whether a part of a location is a type's name, which no key of a recipe is."""
-    return part in ("int", "float", "str", "bool") or not re.fullmatch(
-        r"[a-z_][a-z0-9_]*|\d+", part
-    )
+def _keys(problem: ErrorDetails, content: Any) -> list[str]:
+    """A problem's place in what was given. Its location holds names of types too, where a setting takes several."""
+    keys = []
+    for part in problem["loc"]:
+        known = content if isinstance(content, dict) else ()
+        if part in (range(len(content)) if isinstance(content, list) else known):
+            keys.append(str(part))
+            content = content[part]
+    return keys
 
 
-def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
+    models = [model]
     for part in location:
-        field = model.model_fields.get(str(part))
-        if field is not None:
-            nested = [m for m in _models_in(field.annotation)]
-            if nested:
-                model = nested[0]
-        else:  # a union member, named by its class
-            model = next((m for m in Config.__subclasses__() if m.__name__ == part), model)
-    return list(model.model_fields)
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        inner = [m for field in fields for m in _models_in(field.annotation)]
+        models = inner or [m for m in models if m.__name__ == part] or models
+    return {name for m in models for name in m.model_fields}
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if get_origin(annotation) in (Union, UnionType):
-        return [m for arg in get_args(annotation) for m in _models_in(arg)]
-    return []
+    return [m for argument in get_args(annotation) for m in _models_in(argument)]

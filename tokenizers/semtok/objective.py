@@ -15,6 +15,11 @@ from semtok.sampler.latents import Posterior
 from semtok.teachers import Teacher, TeacherFeatures
 from semtok.tokenizer import Tokenizer
 
+Inputs = Mapping[str, Any]
+"""What an objective's ``prepare`` makes of a batch: names to tensors, features, or None."""
+Carry = Mapping[str, Tensor]
+"""What the learners before have left of a micro-batch, detached."""
+
 
 @dataclass(frozen=True)
 class Term:
@@ -111,12 +116,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def validate(
-        self,
-        averaged: nn.Module,
-        pixels: Tensor | None,
-        inputs: Mapping[str, Any],
-        *,
-        indices: Sequence[int],
+        self, averaged: nn.Module, pixels: Tensor | None, inputs: Inputs, *, indices: Sequence[int]
     ) -> dict[str, Tensor]:
         """Held-out metrics, one value per sample (B,), by the given weights of ``averaged_module``.
 
@@ -127,9 +127,7 @@ class Objective(nn.Module, ABC):
                 gives: an image's own number, whatever batch and process it is in.
         """
 
-    def picture(
-        self, averaged: nn.Module, pixels: Tensor | None, inputs: Mapping[str, Any]
-    ) -> Tensor | None:
+    def picture(self, averaged: nn.Module, pixels: Tensor | None, inputs: Inputs) -> Tensor | None:
         """A picture for ``samples/``: uint8 (3, H, W); None draws none."""
         return None
 

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -58,27 +57,21 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def together() -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def together() -> Iterator[None]:
     """Within this context a failure of one process is a failure of all.
 
     The others notice it at their next ``gather``, or at the end of the context, where all wait for each other.
     No collective but ``gather`` may stand inside. What they raise, see there.
     """
-    return _Together()
-
-
-class _Together:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        if error is None:
-            gather(None)
-        elif isinstance(error, Exception) and num_processes() > 1 and not _is_known(error):
+    try:
+        yield
+    except Exception as error:  # whatever it is, the others would wait for this process in vain
+        if num_processes() > 1 and not _is_known(error):
             _exchange(_Failure(first_line(error), isinstance(error, UserError | OSError)))
             _known_to_all(error)
+        raise
+    gather(None)
 
 
 def _exchange(value: Any) -> list[Any]:

@@ -33,22 +33,14 @@ class TokenizerRecipe(Config, Generic[MethodType, DataType]):
     """Python files that register methods of your own."""
 
     @pydantic.model_validator(mode="after")
-    def _teacher_where_needed(self) -> "TokenizerRecipe[MethodType, DataType]":
+    def _consistent(self) -> "TokenizerRecipe[MethodType, DataType]":
+        what = f"method '{self.method.name}' with these settings"
         if self.method.needs_teacher() and self.teacher is None:
-            raise ValueError(
-                f"method '{self.method.name}' with these settings needs a teacher; give teacher.name=…"
-            )
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _steps_where_needed(self) -> "TokenizerRecipe[MethodType, DataType]":
-        if self.method.has_steps() != bool(self.train.steps):
-            raise ValueError(
-                "train.steps: expected at least 1, got 0"
-                if self.method.has_steps()
-                else f"train.steps: method '{self.method.name}' with these settings learns nothing by "
-                "steps; pass train.steps=0"
-            )
+            raise ValueError(f"{what} needs a teacher; give teacher.name=…")
+        if self.method.has_steps() and not self.train.steps:
+            raise ValueError("train.steps: expected at least 1, got 0")
+        if self.train.steps and not self.method.has_steps():
+            raise ValueError(f"train.steps: {what} learns nothing by steps; pass train.steps=0")
         return self
 
 

@@ -6,6 +6,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
 from semtok.errors import UserError
 
 RUNS = Path("runs")
@@ -95,30 +103,18 @@ def find_recipe(name: str) -> Path | None:
 
 
 def _from_hub(reference: str, kind: str, *, revision: str | None, local_files_only: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    place = f"{kind} '{reference}': no such folder or run, and on the Hugging Face Hub"
     try:
-        return Path(
-            snapshot_download(reference, revision=revision, local_files_only=local_files_only)
-        )
-    except GatedRepoError:
-        raise UserError(
-            f"{place} access is gated; ask for it there, then 'hf auth login'"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{place} there is no such repository (or it is private; then 'hf auth login')"
-        ) from None
-    except RevisionNotFoundError:
-        what = f"it has no revision '{revision}'" if revision else "it is empty"
-        raise UserError(f"{place} {what}") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
-        raise UserError(f"{place} it can't be reached, nor is it in the local cache") from None
+        found = snapshot_download(reference, revision=revision, local_files_only=local_files_only)
+    except (HfHubHTTPError, OSError) as error:
+        match error:
+            case GatedRepoError():
+                reason = "access is gated; ask for it there, then 'hf auth login'"
+            case RepositoryNotFoundError():
+                reason = "there is no such repository (or it is private; then 'hf auth login')"
+            case RevisionNotFoundError():
+                reason = f"it has no revision '{revision}'" if revision else "it is empty"
+            case _:
+                reason = "it can't be reached, nor is it in the local cache"
+        place = f"{kind} '{reference}': no such folder or run, and on the Hugging Face Hub"
+        raise UserError(f"{place} {reason}") from None
+    return Path(found)

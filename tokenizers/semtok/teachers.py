@@ -126,6 +126,9 @@ class Teacher(nn.Module):
         UserError: an unknown name, a missing or unfitting checkpoint, or a layer out of range.
     """
 
+    widths: tuple[int, ...]
+    """Channels D of the patch tokens, per layer."""
+
     def __init__(self, config: TeacherConfig) -> None:
         super().__init__()
         self.config = config
@@ -148,14 +151,9 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels D of the patch tokens, per layer."""
-        return self._widths
-
-    @property
     def pooled_width(self) -> int:
         """Channels D of the pooled token."""
-        return self._widths[-1]
+        return self.widths[-1]
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of the patch tokens of images of (height, width).
@@ -205,39 +203,24 @@ class Teacher(nn.Module):
             grid: (rows, columns) of the patch tokens; None: what ``grid`` says.
             differentiable: let gradients flow to ``pixels``; the teacher itself never has any.
         """
+        options: dict[str, bool] = {}
+        if self._is_transformer:
+            # Prefix tokens asked for where there are none, timm's relative-position networks fail.
+            has_prefix = self.network.num_prefix_tokens > 0
+            options = {"norm": True, "return_prefix_tokens": has_prefix, "stop_early": True}
+        layers = sorted(self._positive_layers)
         with contextlib.nullcontext() if differentiable else torch.no_grad():
-            inputs = self.preprocess(pixels, grid)
-            if self._is_transformer:
-                return self._transformer_features(inputs)
-            layers = self._positive_layers
             outputs = self.network.forward_intermediates(
-                inputs, indices=sorted(layers), intermediates_only=True
+                self.preprocess(pixels, grid), indices=layers, intermediates_only=True, **options
             )
-            by_layer = dict(zip(sorted(layers), outputs, strict=True))
-            maps = [by_layer[layer] for layer in layers]
-            return TeacherFeatures(patches=tuple(maps), pooled=maps[-1].mean(dim=(2, 3)))
-
-    def _transformer_features(self, inputs: Tensor) -> TeacherFeatures:
-        layers = self._positive_layers
-        outputs = self.network.forward_intermediates(
-            inputs,
-            indices=sorted(layers),
-            norm=True,
-            # Asked for where there are none, timm's relative-position networks fail.
-            return_prefix_tokens=self.network.num_prefix_tokens > 0,
-            stop_early=True,
-            intermediates_only=True,
-        )
-        by_layer = dict(zip(sorted(layers), outputs, strict=True))
-        patches, prefixes = [], []
-        for layer in layers:
-            output = by_layer[layer]
-            patch, prefix = output if isinstance(output, tuple) else (output, None)
-            patches.append(patch)
-            prefixes.append(prefix)
-        if prefixes[-1] is not None and getattr(self.network, "cls_token", None) is not None:
-            return TeacherFeatures(tuple(patches), prefixes[-1][:, 0])
-        return TeacherFeatures(tuple(patches), patches[-1].mean(dim=(2, 3)))
+            pairs = [output if isinstance(output, tuple) else (output, None) for output in outputs]
+            by_layer = dict(zip(layers, pairs, strict=True))
+            patches, prefixes = zip(*(by_layer[n] for n in self._positive_layers), strict=True)
+            has_class = (
+                prefixes[-1] is not None and getattr(self.network, "cls_token", None) is not None
+            )
+            pooled = prefixes[-1][:, 0] if has_class else patches[-1].mean(dim=(2, 3))
+        return TeacherFeatures(patches, pooled)
 
     def _check_layers(self) -> None:
         if not hasattr(self.network, "forward_intermediates"):
@@ -258,7 +241,7 @@ class Teacher(nn.Module):
             )
         side = max(1, self.input_size // self.patch_size) * self.patch_size
         probe = self.features(torch.zeros(1, 3, side, side))
-        self._widths = tuple(patch.shape[1] for patch in probe.patches)
+        self.widths = tuple(patch.shape[1] for patch in probe.patches)
 
 
 # Alignment ---------------------------------------------------------------------------------------
@@ -323,16 +306,10 @@ def demo_network() -> nn.Module:
 
 
 def _create(config: TeacherConfig, name: str) -> nn.Module:
-    if name == DEMO:
-        network = demo_network()
-        _load(network, config.checkpoint or str(files("semtok") / "assets" / DEMO_FILE))
-        return network
-    if not timm.is_model(name):
-        near = _nearest(name)
-        raise UserError(
-            f"teacher.name: timm knows no model '{name}'"
-            + (f"; did you mean '{near}'?" if near else "")
-        )
+    if name != DEMO and not timm.is_model(name):
+        near = difflib.get_close_matches(name, [DEMO, *_SHORT_NAMES, *timm.list_models()], n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UserError(f"teacher.name: timm knows no model '{name}'{hint}")
     options: dict[str, object] = {}
     if config.checkpoint is not None and not Path(config.checkpoint).is_file():
         raise UserError(
@@ -344,6 +321,11 @@ def _create(config: TeacherConfig, name: str) -> nn.Module:
         if config.input_size is not None:
             options["img_size"] = config.input_size
     try:
+        if name == DEMO:
+            network = demo_network()
+            weights = config.checkpoint or str(files("semtok") / "assets" / DEMO_FILE)
+            timm.models.load_checkpoint(network, weights)
+            return network
         if config.checkpoint is not None:
             state = _local_weights(name, config.checkpoint, options)
             options["pretrained_cfg_overlay"] = dict(state_dict=state)
@@ -352,20 +334,13 @@ def _create(config: TeacherConfig, name: str) -> nn.Module:
         network.reset_classifier(0)
         return network
     except DAMAGE as error:
-        reason = first_line(error)
-        place = (
-            f"teacher.checkpoint '{config.checkpoint}'"
-            if config.checkpoint
-            else f"teacher '{name}'"
-        )
+        place = f"teacher '{name}'"
+        way_out = "; without network, give a local file by teacher.checkpoint=…"
+        if config.checkpoint:
+            place, way_out = f"teacher.checkpoint '{config.checkpoint}'", ""
         if config.input_size is not None:
             place += f" at teacher.input_size {config.input_size}"
-        way_out = (
-            ""
-            if config.checkpoint
-            else "; without network, give a local file by teacher.checkpoint=…"
-        )
-        raise UserError(f"{place}: can't be loaded ({reason}){way_out}") from None
+        raise UserError(f"{place}: can't be loaded ({first_line(error)}){way_out}") from None
 
 
 def _local_weights(name: str, checkpoint: str, options: dict[str, object]) -> dict[str, Tensor]:
@@ -377,20 +352,3 @@ def _local_weights(name: str, checkpoint: str, options: dict[str, object]) -> di
         fresh = timm.create_model(name, **options).state_dict()
         state |= {key: value for key, value in fresh.items() if key.startswith(prefixes)}
     return state
-
-
-def _load(network: nn.Module, weights: str) -> None:
-    if not Path(weights).is_file():
-        raise UserError(f"teacher.checkpoint: no such file '{weights}'; pass teacher.checkpoint=…")
-    try:
-        timm.models.load_checkpoint(network, weights)
-    except DAMAGE as error:
-        raise UserError(
-            f"teacher.checkpoint '{weights}': can't be loaded ({first_line(error)})"
-        ) from None
-
-
-def _nearest(name: str) -> str | None:
-    candidates = [DEMO, *_SHORT_NAMES, *timm.list_models()]
-    near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
-    return near[0] if near else None

@@ -265,10 +265,7 @@ class Tokenizer(PushToHub, nn.Module, ABC):
         """Whether latents of this tokenizer are latents of the other, as far as can be told without images."""
         if self.spec != other.spec:
             return False
-        ours, theirs = (
-            dict(self.named_buffers(recurse=False)),
-            dict(other.named_buffers(recurse=False)),
-        )
+        ours, theirs = (dict(each.named_buffers(recurse=False)) for each in (self, other))
         names = [n for part in self.spec.names for n in (f"{part}_mean", f"{part}_std")]
         return all(torch.allclose(ours[n].cpu(), theirs[n].cpu(), atol=1e-4) for n in names)
 
@@ -330,7 +327,7 @@ class Tokenizer(PushToHub, nn.Module, ABC):
             folder, config
         )
         state = read_tensors(folder / _STATE_FILE)
-        expected = {name: buffer for name, buffer in tokenizer.named_buffers(recurse=False)}
+        expected = dict(tokenizer.named_buffers(recurse=False))
         if {n: b.shape for n, b in state.items()} != {n: b.shape for n, b in expected.items()}:
             raise UserError(
                 f"{folder / _STATE_FILE}: holds {sorted(state)}, expected {sorted(expected)} of the spec's sizes"

@@ -21,7 +21,7 @@ from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
-from semtok.evaluation.classes import ClassReader, accuracy
+from semtok.evaluation.classes import ClassReader, accuracy, class_reader
 from semtok.evaluation.generation import (
     SetFeatures,
     generation_scores,
@@ -122,7 +122,7 @@ def score_generator(comparison: Comparison, row: Row, seed: int) -> None:
         seen = see(images, [network])[network.name]
         entry = {"step": step, "seconds": seconds[step], **generation_scores(seen, reference)}
         if reader is not None:
-            entry[CLASS_SHARE], _ = accuracy(reader.read(seen.features.numpy()), np.array(labels))
+            entry[CLASS_SHARE], _ = accuracy(reader(seen.features.numpy()), np.array(labels))
         scores.append(entry)
         write_json(file, scores)
     shown = [i * max(1, num_classes) // NUM_SHOWN for i in range(NUM_SHOWN)]
@@ -138,7 +138,7 @@ def _class_reader(
     labels = np.concatenate(
         [batch.labels.numpy() for batch in chosen_images(source, real.num_images, batch_size=64)]
     )
-    return ClassReader.fit(reference.features.numpy(), labels) if len(set(labels)) > 1 else None
+    return class_reader(reference.features.numpy(), labels) if len(set(labels)) > 1 else None
 
 
 def averaged_weights(run_folder: Path, step: int) -> dict[str, torch.Tensor]:

@@ -106,12 +106,13 @@ def start_trainer(
 
 
 def summarise(
-    trainer: Trainer, metrics: dict[str, float], folder: Path, *, total_seconds: float
+    trainer: Trainer, metrics: dict[str, float], folder: Path, what: str, *, total_seconds: float
 ) -> None:
-    """Writes ``summary.json`` and prints the closing table.
+    """Writes ``summary.json``, prints the closing table, and tells where the run has left what people look for.
 
     Args:
         metrics: held-out metrics, means over images.
+        what: the export is.
     """
     images = trainer.step * trainer.config.batch_size
     summary = {
@@ -134,9 +135,8 @@ def summarise(
     for name, value in metrics.items():
         label, form = _LABELS.get(name, (name, "{:.4g}"))
         rows.append((label, form.format(value)))
-    rate = f"{summary['images_per_second']:.1f} images/s" if trainer.seconds else "-"
     rows += [
-        ("speed", rate),
+        ("speed", f"{images / trainer.seconds:.1f} images/s" if trainer.seconds else "-"),
         ("time", f"{total_seconds:.0f} s in all, {trainer.seconds:.0f} s training"),
     ]
     if trainer.skipped:
@@ -144,6 +144,9 @@ def summarise(
     print_table(
         f"held-out images: {summary['num_validation_images']}, {summary['weights']} weights", rows
     )
+    places = {what: "export", "pictures": "samples", "curves": "curves.png"}
+    found = {name: folder / file for name, file in places.items() if (folder / file).exists()}
+    print("   ".join(f"{name}: {path}" for name, path in found.items()))
 
 
 def card_pictures(folder: Path) -> dict[str, Path]:
@@ -151,16 +154,6 @@ def card_pictures(folder: Path) -> dict[str, Path]:
     found = {"samples": max((folder / "samples").glob("step_*.png"), default=None)}
     found["curves"] = folder / "curves.png"
     return {name: file for name, file in found.items() if file is not None and file.is_file()}
-
-
-def print_places(folder: Path, what: str) -> None:
-    """Tells where a run has left what people look for."""
-    places = {
-        what: folder / "export",
-        "pictures": folder / "samples",
-        "curves": folder / "curves.png",
-    }
-    print("   ".join(f"{name}: {path}" for name, path in places.items() if path.exists()))
 
 
 def _for_tracker(recipe: Config) -> dict[str, int | float | str | bool]:

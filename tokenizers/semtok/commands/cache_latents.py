@@ -11,7 +11,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from semtok.commands.around_training import errors_at
-from semtok.commands.cli import Parser
+from semtok.commands.cli import Parser, add_plugin_option
 from semtok.commands.evaluation.options import SHAPES
 from semtok.commands.table import print_table
 from semtok.commands.train_tokenizer import tokenizer_from_reference
@@ -48,9 +48,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--verify", type=Path, metavar="DIR", help="compare a cache with its checksums"
     )
-    parser.add_argument(
-        "--plugin", action="append", default=[], help="a Python file that registers a method"
-    )
+    add_plugin_option(parser)
     return parser
 
 

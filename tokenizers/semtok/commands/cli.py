@@ -20,6 +20,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def add_plugin_option(parser: argparse.ArgumentParser) -> None:
+    """Where methods may come from, for commands without a recipe."""
+    help = "a Python file that registers a method"
+    parser.add_argument("--plugin", action="append", default=[], help=help)
+
+
 def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
     """Runs a command's main; what is not a bug becomes one line and an exit code.
 

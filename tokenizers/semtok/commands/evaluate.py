@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from semtok.commands.cli import Parser
 from semtok.commands.evaluation import classes, generation, predictors, probe, reconstruction
 from semtok.registry import load_plugins
+from semtok.storage import write_json
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -16,4 +17,7 @@ def main(arguments: Sequence[str]) -> int:
         task.add_task(tasks)
     args = parser.parse_args(arguments)
     load_plugins(args.plugin)
-    return args.command(args)
+    scores = args.command(args)
+    if args.output is not None:
+        write_json(args.output, scores)
+    return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from semtok.card import PICTURES, loading_lines
-from semtok.commands.cli import Parser
+from semtok.commands.cli import Parser, add_plugin_option
 from semtok.commands.table import print_table
 from semtok.config import apply_overrides, parse
 from semtok.diffusion.generator import Generator
@@ -41,15 +41,14 @@ def main(arguments: Sequence[str]) -> int:
     _add_import(tasks.add_parser("import", help="a published checkpoint, as an export"))
     _add_export(tasks.add_parser("export", help="a generator, as a pipeline for diffusers alone"))
     args = parser.parse_args(arguments)
-    return args.command(args)
+    args.command(args)
+    return 0
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder, run name or Hub id of a generator")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument(
-        "--plugin", action="append", default=[], help="a Python file that registers a method"
-    )
+    add_plugin_option(parser)
     parser.set_defaults(command=_export)
 
 
@@ -77,7 +76,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_import)
 
 
-def _import(args: argparse.Namespace) -> int:
+def _import(args: argparse.Namespace) -> None:
     if args.output.is_file() or (args.output.is_dir() and any(args.output.iterdir())):
         raise UserError(f"--output {args.output}: exists already; choose another or remove it")
     teacher = None
@@ -102,7 +101,6 @@ def _import(args: argparse.Namespace) -> int:
         print(f"note: {note}")
     kind = type(imported.model).__name__
     print(f"imported as {kind}: {args.output}")
-    return 0
 
 
 def _by_fate(became: Mapping[str, str]) -> list[tuple[str, str, str]]:
@@ -120,7 +118,7 @@ def _number_or_path(word: str) -> float | Path:
         return Path(word)
 
 
-def _push(args: argparse.Namespace) -> int:
+def _push(args: argparse.Namespace) -> None:
     check_repo_id(args.repo_id)
     folder = Path(args.run)
     if not is_pipeline(folder):
@@ -130,17 +128,16 @@ def _push(args: argparse.Namespace) -> int:
     rows = [(name, _size(size)) for name, size in files]
     print_table(f"{folder} to {args.repo_id}", [*rows, ("in all", _size(total))], ("file", "size"))
     if args.dry_run:
-        return 0
+        return
     if not args.yes:
         _ask(f"push to {args.repo_id}, {'public' if args.public else 'private'} where it is new?")
     address = push_export(
         folder, args.repo_id, private=not args.public, message=args.message, branch=args.branch
     )
     print(f"pushed: {address}")
-    return 0
 
 
-def _export(args: argparse.Namespace) -> int:
+def _export(args: argparse.Namespace) -> None:
     load_plugins(args.plugin)
     folder = locate_export(args.model, "model")
     generator = Generator.from_pretrained(folder)
@@ -149,7 +146,6 @@ def _export(args: argparse.Namespace) -> int:
     print(f"diffusers pipeline: {args.output}")
     for line in loading_lines(str(args.output), generator.class_names[:2]):
         print(f"    {line}")
-    return 0
 
 
 def _ask(question: str) -> None:

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from semtok.commands.cli import Parser
+from semtok.commands.cli import Parser, add_plugin_option
 from semtok.commands.sampler_options import add_sampler_options, sampler_from, sped_up
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
@@ -53,9 +53,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--output", type=Path, required=True, help="FILE.png (a grid), FILE.npz, or a folder"
     )
-    parser.add_argument(
-        "--plugin", action="append", default=[], help="a Python file that registers a method"
-    )
+    add_plugin_option(parser)
     return parser
 
 
@@ -80,8 +78,9 @@ def main(arguments: Sequence[str]) -> int:
     labels = [classes[i % len(classes)] for i in range(num)]
 
     if args.strip is not None:
-        return _strip(args, generator, sampler, labels if args.num is not None else classes[:4])
-    _draw(args, generator, weak, sampler, labels, kind)
+        _strip(args, generator, sampler, labels if args.num is not None else classes[:4])
+    else:
+        _draw(args, generator, weak, sampler, labels, kind)
     return 0
 
 
@@ -184,7 +183,7 @@ def _assemble(
 
 def _strip(
     args: argparse.Namespace, generator: Generator, sampler: SamplerConfig, labels: list[int]
-) -> int:
+) -> None:
     if args.output.suffix.lower() != ".png" or args.strip < 2 or args.weak:
         raise UserError(
             "--strip: expected at least 2 columns, --output FILE.png, and no --weak model"
@@ -193,7 +192,6 @@ def _strip(
     picture = generator.strip(labels, columns=args.strip, seed=args.seed, sampler=sampler)
     write_png(args.output, picture)
     print(f"sampling over time of {len(labels)} images: {args.output}")
-    return 0
 
 
 def _check_output(output: Path) -> str:

@@ -7,7 +7,6 @@ from typing import get_args
 from semtok.config import parse
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
-from semtok.sampler.guidance import GuidanceConfig
 from semtok.sampler.sampling import SamplerConfig
 from semtok.speed import Compiler
 
@@ -61,20 +60,16 @@ def sampler_from(args: argparse.Namespace, generator: Generator) -> SamplerConfi
     if args.guidance is not None:
         guidance["scale"] = _scale(args.guidance, generator)
     if args.interval is not None:
-        guidance["interval"] = tuple(args.interval)
-    try:
-        guidance = GuidanceConfig(**guidance)
-    except ValueError:
-        raise UserError(
-            f"--interval: expected 0 <= BEGIN <= END <= 1, got {args.interval}"
-        ) from None
-    changes = {"method": args.method, "steps": args.steps, "guidance": guidance.model_dump()}
+        begin, end = guidance["interval"] = args.interval
+        if not 0 <= begin <= end <= 1:
+            raise UserError(f"--interval: expected 0 <= BEGIN <= END <= 1, got {args.interval}")
+    changes = {"method": args.method, "steps": args.steps, "guidance": guidance}
     given = {k: v for k, v in changes.items() if v is not None}
     return parse(SamplerConfig, own.model_dump() | given, "--method, --steps")
 
 
 def _scale(words: list[str], generator: Generator) -> float | dict[str, float]:
-    parts = [part.name for part in generator.network.spec.parts]
+    parts = generator.network.spec.names
     try:
         if len(words) == 1 and "=" not in words[0]:
             return _finite(words[0])

@@ -9,14 +9,7 @@ from typing import Any
 
 import torch
 
-from semtok.commands.around_training import (
-    add_run_options,
-    card_pictures,
-    errors_at,
-    print_places,
-    start_trainer,
-    summarise,
-)
+from semtok.commands import around_training
 from semtok.commands.cli import Parser
 from semtok.commands.run_folder import check_run_folder, run_folder
 from semtok.commands.train_tokenizer import (
@@ -57,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         help="folder, run, Hub id or recipe name; an embedded recipe is trained first",
     )
     parser.add_argument("--recipe", type=Path, help="a YAML recipe; default: recipes/dit.yaml")
-    add_run_options(parser, "runs/<recipe>_<tokenizer>")
+    around_training.add_run_options(parser, "runs/<recipe>_<tokenizer>")
     args = parser.parse_intermixed_args(arguments)
 
     path = args.recipe or _default_recipe()
@@ -165,7 +158,7 @@ def run_dit(plan: GeneratorPlan) -> Generator:
         _warn_of_size(tokenizer, recipe)
         if plan.latents is not None:
             warn_of_other_images(sources[0], recipe.data)
-    trainer = start_trainer(
+    trainer = around_training.start_trainer(
         objective,
         recipe,
         accelerator,
@@ -189,9 +182,10 @@ def run_dit(plan: GeneratorPlan) -> Generator:
     }
     with together():
         if accelerator.is_main_process:
-            generator.save_pretrained(folder / "export", pictures=card_pictures(folder))
-            summarise(trainer, metrics, folder, total_seconds=time.perf_counter() - start)
-            print_places(folder, "generator")
+            pictures = around_training.card_pictures(folder)
+            generator.save_pretrained(folder / "export", pictures=pictures)
+            seconds = time.perf_counter() - start
+            around_training.summarise(trainer, metrics, folder, "generator", total_seconds=seconds)
     return generator
 
 
@@ -209,7 +203,7 @@ def build_diffusion_objective(
         UserError: settings that don't fit the tokenizer.
     """
     torch.manual_seed(recipe.train.seed)
-    with errors_at(place):
+    with around_training.errors_at(place):
         objective = DiffusionObjective(
             recipe.diffusion,
             tokenizer,

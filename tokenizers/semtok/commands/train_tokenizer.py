@@ -10,14 +10,7 @@ from typing import Any
 
 import torch
 
-from semtok.commands.around_training import (
-    add_run_options,
-    card_pictures,
-    errors_at,
-    print_places,
-    start_trainer,
-    summarise,
-)
+from semtok.commands import around_training
 from semtok.commands.cli import Parser
 from semtok.commands.run_folder import check_run_folder, run_folder
 from semtok.data.images.kinds import open_sources
@@ -45,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "recipe", type=Path, help="a YAML recipe, for example recipes/send_vae.yaml"
     )
-    add_run_options(parser, "runs/<recipe's name>")
+    around_training.add_run_options(parser, "runs/<recipe's name>")
     args = parser.parse_intermixed_args(arguments)
 
     recipe = load_recipe(args.recipe, args.overrides)
@@ -125,9 +118,9 @@ def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
         texture = run_first(texture)
         objective = build_objective(recipe, texture, place=plan.place)
     accelerator = make_accelerator(recipe.train, folder)
-    with errors_at(plan.place):
+    with around_training.errors_at(plan.place):
         read = objective.training_source(plan.sources[0], accelerator)
-    trainer = start_trainer(
+    trainer = around_training.start_trainer(
         objective,
         recipe,
         accelerator,
@@ -149,8 +142,8 @@ def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
     with together():  # and other processes may read the export next
         _export(tokenizer, recipe, plan.sources[0], folder, metrics)
         if accelerator.is_main_process:
-            summarise(trainer, metrics, folder, total_seconds=time.perf_counter() - start)
-            print_places(folder, "tokenizer")
+            seconds = time.perf_counter() - start
+            around_training.summarise(trainer, metrics, folder, "tokenizer", total_seconds=seconds)
     return tokenizer
 
 
@@ -233,7 +226,7 @@ def build_objective(
         else None
     )
     torch.manual_seed(recipe.train.seed)
-    with errors_at(place):
+    with around_training.errors_at(place):
         return method.objective(
             recipe.method,
             MethodContext(recipe.data.image_size, teacher, recipe.train.steps, texture),
@@ -271,7 +264,7 @@ def _export(
     of it gets."""
     tokenizer.eval()
     device = tokenizer.texture_mean.device
-    with errors_at(str(folder)):
+    with around_training.errors_at(str(folder)):
         batches = statistics_batches(train, recipe, device)
         pixels = ((places, batch.pixels) for places, batch in batches)
         tokenizer.measure_statistics(pixels, recipe.train.seed)
@@ -284,7 +277,7 @@ def _export(
     }
     if process_index():
         return
-    tokenizer.save_pretrained(folder / "export", pictures=card_pictures(folder))
+    tokenizer.save_pretrained(folder / "export", pictures=around_training.card_pictures(folder))
 
     pixels = to_pixels(train.load([0]).images, device=device)
     reloaded = Tokenizer.from_pretrained(folder / "export").to(device)

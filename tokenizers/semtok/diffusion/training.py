@@ -15,7 +15,7 @@ from semtok.diffusion.config import (
     resolve_defaults,
 )
 from semtok.diffusion.generator import Generator
-from semtok.objective import Batch, Objective, StepOutput, Term, Unregistered
+from semtok.objective import Batch, Carry, Inputs, Objective, StepOutput, Term, Unregistered
 from semtok.pictures import principal_components, rows_of_images
 from semtok.sampler.dit import DiT, architecture
 from semtok.sampler.draws import Draws, SampleNoise
@@ -65,9 +65,7 @@ class DiTLearner(nn.Module):
             self.projector = silu_mlp(width, hidden, target_width)
             self._depth = config.repa.depth_in(network.config.depth)
 
-    def forward(
-        self, inputs: Mapping[str, Any], draws: Draws, step: int, carry: Mapping[str, Tensor]
-    ) -> StepOutput:
+    def forward(self, inputs: Inputs, draws: Draws, step: int, carry: Carry) -> StepOutput:
         """What is minimised (SiT, eq. 5; for each part k of the latents, at its own time t_k):
 
             L = Σ_k λ_k ‖v_k(x_t, t, y) - (α'(t_k) x1_k + σ'(t_k) x0_k)‖² + λ_c L_cos + λ_repa L_REPA,
@@ -274,12 +272,7 @@ class DiffusionObjective(Objective):
         return TeacherFeatures((last,), raw["global"] if "global" in raw else last.mean(dim=(2, 3)))
 
     def validate(
-        self,
-        averaged: nn.Module,
-        pixels: Tensor | None,
-        inputs: Mapping[str, Any],
-        *,
-        indices: Sequence[int],
+        self, averaged: nn.Module, pixels: Tensor | None, inputs: Inputs, *, indices: Sequence[int]
     ) -> dict[str, Tensor]:
         """Squared error of each part's velocity at fixed times, with noise that belongs to the image:
         ``velocity``, the texture's, also for each time; ``velocity_<part>`` for the others."""
@@ -303,9 +296,7 @@ class DiffusionObjective(Objective):
             **{f"velocity_{name}": value for name, value in means.items()},
         }
 
-    def picture(
-        self, averaged: nn.Module, pixels: Tensor | None, inputs: Mapping[str, Any]
-    ) -> Tensor:
+    def picture(self, averaged: nn.Module, pixels: Tensor | None, inputs: Inputs) -> Tensor:
         """Samples of the validation images' classes, always from the same noise; below, the images, or
         what their cached latents decode to.
 

@@ -1,17 +1,15 @@
 """Do generated images show the class that was asked for? A classifier that knows real images tells."""
 
-import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
+from semtok.evaluation.probe import fit
 from semtok.images import to_pixels
 from semtok.teachers import Teacher
 
@@ -21,34 +19,21 @@ PROTOCOL = (
 )
 
 
-@dataclass(frozen=True)
-class ClassReader:
-    """A classifier of a frozen teacher's pooled features."""
+ClassReader = Callable[[np.ndarray], np.ndarray]
+"""A classifier of a frozen teacher's pooled features: (B, D) to labels int64 (B,)."""
 
-    model: LogisticRegression
-    mean: np.ndarray
-    std: np.ndarray
 
-    @classmethod
-    def fit(cls, features: np.ndarray, labels: np.ndarray) -> "ClassReader":
-        """Learns the labels (N,) of real images from their features (N, D).
+def class_reader(features: np.ndarray, labels: np.ndarray) -> ClassReader:
+    """Learns the labels (N,) of real images from their features (N, D).
 
-        Raises:
-            ValueError: they are all of one class.
-        """
-        if len(set(labels.tolist())) < 2:
-            raise ValueError("images of one class only; nothing to tell apart")
-        mean, std = features.mean(axis=0), features.std(axis=0) + 1e-6
-        with warnings.catch_warnings():
-            # Stopping at the last iteration is part of the protocol.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            warnings.filterwarnings("ignore", message="The number of unique classes")
-            model = LogisticRegression(max_iter=1000).fit((features - mean) / std, labels)
-        return cls(model, mean, std)
-
-    def read(self, features: np.ndarray) -> np.ndarray:
-        """Labels int64 (B,) of features (B, D)."""
-        return self.model.predict((features - self.mean) / self.std)
+    Raises:
+        ValueError: they are all of one class.
+    """
+    if len(set(labels.tolist())) < 2:
+        raise ValueError("images of one class only; nothing to tell apart")
+    mean, std = features.mean(axis=0), features.std(axis=0) + 1e-6
+    model = fit(LogisticRegression(max_iter=1000), (features - mean) / std, labels)
+    return lambda seen: model.predict((seen - mean) / std)
 
 
 def accuracy(read: np.ndarray, labels: np.ndarray) -> tuple[float, dict[int, float]]:

@@ -166,21 +166,22 @@ def _predict(train: LatentTable, features: np.ndarray, attribute: str) -> np.nda
     num_fit = len(x) * 3 // 4
 
     def score(strength: float) -> float:
-        fitted = _fit(x[:num_fit], y[:num_fit], strength)
+        fitted = fit(LogisticRegression(C=strength, max_iter=300), x[:num_fit], y[:num_fit])
         return _balanced_accuracy(y[num_fit:], fitted.predict(x[num_fit:]))
 
     # Where the fitted part shows one category, nothing tells the strengths apart.
     can_choose = len(np.unique(y[:num_fit])) > 1
     best = max(_STRENGTHS, key=score) if can_choose else _STRENGTHS[0]
-    return _fit(x, y, best).predict(features)
+    return fit(LogisticRegression(C=best, max_iter=300), x, y).predict(features)
 
 
-def _fit(x: np.ndarray, y: np.ndarray, strength: float) -> LogisticRegression:
+def fit(model: LogisticRegression, x: np.ndarray, y: np.ndarray) -> LogisticRegression:
+    """The model, fitted without warnings: stopping at its last iteration is part of the protocols, and small folders
+    have many classes of few images."""
     with warnings.catch_warnings():
-        # Stopping at 300 iterations is part of the protocol; small folders have many classes of few images.
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", message="The number of unique classes")
-        return LogisticRegression(C=strength, max_iter=300).fit(x, y)
+        return model.fit(x, y)
 
 
 def _balanced_accuracy(true: np.ndarray, predicted: np.ndarray) -> float:

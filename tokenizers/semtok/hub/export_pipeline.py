@@ -15,7 +15,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from semtok.card import write_readme
+from semtok.card import PICTURES, README, write_readme
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
 from semtok.hub.diffusers.pipeline import SemtokPipeline
@@ -27,16 +27,8 @@ from semtok.publish import PIPELINE_FILE, is_pipeline
 from semtok.storage import new_folder, read_json, write_json, write_text
 from semtok.tokenizer import Tokenizer, library_version
 
-_WRITTEN = (
-    PIPELINE_FILE,
-    "pipeline.py",
-    "transformer",
-    "scheduler",
-    "vae",
-    "README.md",
-    "recipe.yaml",
-    "pictures",
-)
+_WRITTEN = {PIPELINE_FILE, "pipeline.py", "transformer", "scheduler", "vae"}
+_WRITTEN |= {README, "recipe.yaml", PICTURES}
 _SAMPLER_IMPORT = re.compile(
     r"^from (semtok\.sampler\.\w+) import (?:\([^)]*\)|.*)\n", flags=re.MULTILINE
 )
@@ -59,11 +51,7 @@ def export_pipeline(
     vae = _autoencoder(generator.tokenizer)
     if (folder / PIPELINE_FILE).is_file() and not is_pipeline(folder):
         raise UserError(f"{folder}: holds somebody else's pipeline; choose another folder")
-    foreign = (
-        sorted(p.name for p in folder.iterdir() if p.name not in _WRITTEN)
-        if folder.is_dir()
-        else []
-    )
+    foreign = sorted({p.name for p in folder.glob("*")} - _WRITTEN)
     if foreign:
         raise UserError(f"{folder}: holds other files too ({foreign[0]}); choose another folder")
     components = {"transformer": _transformer(generator), "scheduler": _scheduler(generator)}

@@ -102,7 +102,10 @@ def recognise(checkpoint: Checkpoint) -> tuple[Format, ...]:
                 return ("diffusers-vae",)
         raise UserError(f"{path}: a folder without a diffusers AutoencoderKL; give a file")
     if "x_embedder.proj.weight" in state:
-        return _dits(checkpoint)
+        try:
+            return _dits(state)
+        except ValueError as error:
+            raise UserError(f"{path}: of no known format ({first_line(error)})") from None
     if "encoder.conv_in.weight" in state and any(n.startswith("encoder.down.") for n in state):
         return ("compvis-vae",)
     if "encoder.model.0.weight" in state:
@@ -118,14 +121,7 @@ def recognise(checkpoint: Checkpoint) -> tuple[Format, ...]:
     raise UserError(f"{path}: of no known format; it holds {some}{more}")
 
 
-def _dits(checkpoint: Checkpoint) -> tuple[Format, ...]:
-    try:
-        return _dits_of(checkpoint.state)
-    except ValueError as error:
-        raise UserError(f"{checkpoint.path}: of no known format ({first_line(error)})") from None
-
-
-def _dits_of(state: Mapping[str, Tensor]) -> tuple[Format, ...]:
+def _dits(state: Mapping[str, Tensor]) -> tuple[Format, ...]:
     if "t_embedder_sem.mlp.0.weight" in state:
         return ("sfd",)
     if "blocks.0.mlp.w12.weight" in state:

@@ -290,23 +290,18 @@ def _reversed_time(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _projectors(state: Mapping[str, Any]) -> nn.ModuleList:
-    heads = nn.ModuleList()
-    named = {our_name(name): value for name, value in state.items()}
-    used = {name for name in named if name.startswith("projectors.")}
-    while f"projectors.{len(heads)}.0.weight" in named:
-        prefix = f"projectors.{len(heads)}."
-        own = {n.removeprefix(prefix): v for n, v in named.items() if n.startswith(prefix)}
-        hidden, width = sizes(own, "0.weight", 2)
-        out, _ = sizes(own, "4.weight", 2)
-        if "2.weight" not in own or own["2.weight"].shape != (hidden, hidden):
-            raise ValueError(f"{prefix}2.weight is missing or not square")
-        head = silu_mlp(width, hidden, out)
-        shapes = {name: value.shape for name, value in head.state_dict().items()}
-        if {name: value.shape for name, value in own.items()} != shapes:
-            raise ValueError(f"{prefix[:-1]} is no projector of three layers")
-        head.load_state_dict(own)
-        heads.append(head)
-        used -= {prefix + name for name in own}
-    if used:
-        raise ValueError(f"unknown {', '.join(sorted(used)[:3])}")
+    heads, prefix = nn.ModuleList(), "projectors."
+    own = {our_name(n): value for n, value in state.items() if n.startswith(_PROJECTORS)}
+    own = {name.removeprefix(prefix): value for name, value in own.items()}
+    for number in range(count_numbered(own, "") if own else 0):
+        hidden, width = sizes(own, f"{number}.0.weight", 2)
+        out, _ = sizes(own, f"{number}.4.weight", 2)
+        heads.append(silu_mlp(width, hidden, out))
+    expected = {name: value.shape for name, value in heads.state_dict().items()}
+    wrong = {
+        n for n in own.keys() | expected.keys() if n not in own or own[n].shape != expected.get(n)
+    }
+    if wrong:
+        raise ValueError(f"{prefix}{min(wrong)} is not of a projector of three layers")
+    heads.load_state_dict(own)
     return heads

@@ -41,8 +41,8 @@ from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 
 _FAMILIES: dict[Format, dits.Family] = {"sit": "sit", "lightningdit": "lightningdit"}
-_FAMILIES |= {"sfd": "lightningdit", "repa": "repa", "reg": "repa", "reglue": "repa"}
-_FAMILIES |= {"repa-e": "repa"}
+_FAMILIES |= {"sfd": "lightningdit"}
+"""Of all others: REPA's."""
 # Recipes of the published networks, for how each is sampled.
 _RECIPES: dict[Format, str] = {"sit": "sit_xl2", "repa": "sit_xl2_repa", "reg": "sit_xl2_reg"}
 _RECIPES |= {"reglue": "sit_xl2_reglue", "repa-e": "sit_xl2_repa", "sfd": "lightningdit_xl1_sfd"}
@@ -146,21 +146,18 @@ def _choose(wanted: Format | Literal["auto"], checkpoint: Checkpoint) -> Format:
     return wanted
 
 
+@dataclass
 class _Import:
     """One import on its way; collects what became of everything."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        format: Format,
-        options: ImportOptions,
-        trained: Mapping[str, Any],
-    ) -> None:
-        self.checkpoint, self.format = checkpoint, format
-        self.options, self.trained = options, dict(trained)
-        self.place = str(checkpoint.path)
-        self.became = checkpoint.beside()
-        self.notes: list[str] = []
+    checkpoint: Checkpoint
+    format: Format
+    options: ImportOptions
+    trained: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.place, self.became = str(self.checkpoint.path), self.checkpoint.beside()
 
     # Tokenizers of images ------------------------------------------------------------------------
 
@@ -182,7 +179,7 @@ class _Import:
                 "factor such as 0.18215, or call measure_statistics; until then it only decodes raw latents"
             )
         else:
-            _standardise_texture(tokenizer, statistics)
+            _standardise(tokenizer, "texture", statistics)
         return self._finished(tokenizer)
 
     def _compvis(self, state: Mapping[str, Tensor]) -> KLTokenizer:
@@ -229,9 +226,9 @@ class _Import:
         return self._composite(coder, options.tokenizer, options.teacher)
 
     def _composite(self, coder: FeatureCoder, texture: Tokenizer, teacher: Teacher) -> Tokenizer:
-        if sum(teacher.widths) != coder.feature_channels:
+        if sum(teacher.widths) != coder.shape.feature_channels:
             raise UserError(
-                f"{self.place}: codes {coder.feature_channels} features, the teacher's layers give "
+                f"{self.place}: codes {coder.shape.feature_channels} features, the teacher's layers give "
                 f"{'+'.join(map(str, teacher.widths))}; other teacher.name or teacher.layers"
             )
         settings = coder.settings()
@@ -264,9 +261,7 @@ class _Import:
                 f"{self.place}: the code's statistics are in another file, latents_sv_stats.pt; give it by "
                 "--statistics"
             )
-        tokenizer.semantic_mean.copy_(statistics[0])
-        tokenizer.semantic_std.copy_(statistics[1])
-        tokenizer.num_measured_images.fill_(1)  # by whoever published them
+        _standardise(tokenizer, "semantic", statistics)
 
     # Generators ----------------------------------------------------------------------------------
 
@@ -282,7 +277,7 @@ class _Import:
         imported = dits.import_dit(
             state,
             place=self.place,
-            family=_FAMILIES[self.format],
+            family=_FAMILIES.get(self.format, "repa"),
             heads=self.options.heads,
             spec=tokenizer.spec if tokenizer is not None else None,
         )
@@ -300,7 +295,7 @@ class _Import:
                 self.notes.append(
                     "the tokenizer is standardised by the checkpoint's own statistics"
                 )
-            _standardise_texture(tokenizer, imported.statistics)
+            _standardise(tokenizer, "texture", imported.statistics)
         if not tokenizer.is_measured:
             raise UserError(
                 f"{self.place}: the tokenizer's latents are not standardised; import it with --statistics first"
@@ -387,14 +382,12 @@ def published_sampler(format: Format) -> SamplerConfig:
     return parse(SamplerConfig, read_yaml(file).get("sampler", {}), f"{file}: sampler")
 
 
-def _standardise_texture(tokenizer: Tokenizer, statistics: tuple[Tensor, Tensor]) -> None:
-    mean, std = statistics
-    if len(mean) != len(tokenizer.texture_mean):
-        raise UserError(
-            f"statistics of {len(mean)} channels for a texture of {len(tokenizer.texture_mean)}"
-        )
-    tokenizer.texture_mean.copy_(mean)
-    tokenizer.texture_std.copy_(std)
+def _standardise(tokenizer: Tokenizer, part: str, statistics: tuple[Tensor, Tensor]) -> None:
+    (mean, std), channels = statistics, tokenizer.spec[part].channels
+    if len(mean) != channels:
+        raise UserError(f"statistics of {len(mean)} channels for a {part} of {channels}")
+    getattr(tokenizer, f"{part}_mean").copy_(mean)
+    getattr(tokenizer, f"{part}_std").copy_(std)
     tokenizer.num_measured_images.fill_(1)  # by whoever published them
 
 

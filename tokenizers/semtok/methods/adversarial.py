@@ -1,7 +1,6 @@
 """The adversarial part of a VAE's training: the patch discriminator, its losses, its learner."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -10,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from semtok.config import Config
-from semtok.objective import StepOutput, Term, without_gradients
+from semtok.objective import Carry, Inputs, StepOutput, Term, without_gradients
 from semtok.optimiser import OptimiserConfig
 from semtok.sampler.draws import Draws
 
@@ -210,9 +209,7 @@ class DiscriminatorLearner(nn.Module):
             ) from None
         self.discriminator.train()
 
-    def forward(
-        self, inputs: Mapping[str, Any], draws: Draws, step: int, carry: Mapping[str, Tensor]
-    ) -> StepOutput:
+    def forward(self, inputs: Inputs, draws: Draws, step: int, carry: Carry) -> StepOutput:
         """What is minimised: the hinge loss of ``inputs['pixels']`` against ``carry['reconstruction']``."""
         real = self.discriminator(inputs["pixels"])
         fake = self.discriminator(carry["reconstruction"])

@@ -21,7 +21,7 @@ from semtok.config import Config, parse
 from semtok.data.caches.feature_cache import ensure_feature_cache
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
-from semtok.objective import Batch, MethodContext, TokenizerObjective, Unregistered
+from semtok.objective import Batch, Inputs, MethodContext, TokenizerObjective, Unregistered
 from semtok.pictures import principal_components, rows_of_images
 from semtok.registry import MethodConfig
 from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
@@ -86,16 +86,6 @@ class FeatureCoder(nn.Module, ABC):
     shape_class: ClassVar[type[CoderShape]] = CoderShape
     shape: CoderShape
 
-    @property
-    def feature_channels(self) -> int:
-        """D of the features."""
-        return self.shape.feature_channels
-
-    @property
-    def channels(self) -> int:
-        """C of the code."""
-        return self.shape.channels
-
     @abstractmethod
     def encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, D, h, w) to mean and standard deviation (0: deterministic) of the code
@@ -106,26 +96,8 @@ class FeatureCoder(nn.Module, ABC):
         """Codes (B, C, h, w) to features (B, D, h, w)."""
 
     def settings(self) -> dict[str, Any]:
-        """Its shape as JSON, for ``coder_of``."""
+        """Its shape as JSON."""
         return self.shape.model_dump(mode="json")
-
-
-def coder_of(kind: type[FeatureCoder], settings: Any, weights: Path, *, place: str) -> FeatureCoder:
-    """The coder that was saved with these settings and in this file.
-
-    Raises:
-        UserError: settings that can't be, or weights that are damaged or of another shape; ``place`` starts the
-            message.
-    """
-    if not isinstance(settings, dict):
-        raise UserError(f"{place}: expected the shape of a coder, got {settings!r}")
-    shape = parse(kind.shape_class, settings, place)
-    try:
-        coder = kind(shape)
-    except ValueError as error:  # sizes that don't go together
-        raise UserError(f"{place}: {first_line(error)}") from None
-    load_weights(coder, weights)
-    return coder
 
 
 class StandardisedCoder(FeatureCoder):
@@ -195,7 +167,7 @@ class CompositeTokenizer(Tokenizer):
     ) -> None:
         parts = [texture.spec["texture"]]
         if coder is not None:
-            parts.append(PartSpec("semantic", coder.channels, feature_stride))
+            parts.append(PartSpec("semantic", coder.shape.channels, feature_stride))
         if global_width is not None:
             parts.append(PartSpec("global", global_width, None))
         super().__init__(LatentSpec(tuple(parts)), method=method, training_info=training_info)
@@ -251,7 +223,7 @@ class CompositeTokenizer(Tokenizer):
         if self.coder is None:
             return None
         num_layers = len(self.teacher_config.layers)
-        return (self.coder.feature_channels // num_layers,) * num_layers
+        return (self.coder.shape.feature_channels // num_layers,) * num_layers
 
     def features(self, pixels: Tensor) -> TeacherFeatures:
         grid = token_grid(tuple(pixels.shape[-2:]), self.feature_stride)
@@ -322,9 +294,12 @@ class CompositeTokenizer(Tokenizer):
         if settings.coder is not None:
             if cls.coder_class is None:
                 raise UserError(f"{place}.coder: a '{config['method']}' tokenizer has none")
-            coder = coder_of(
-                cls.coder_class, settings.coder, folder / _CODER_FILE, place=f"{place}.coder"
-            )
+            shape = parse(cls.coder_class.shape_class, settings.coder, f"{place}.coder")
+            try:
+                coder = cls.coder_class(shape)
+            except ValueError as error:  # sizes that don't go together
+                raise UserError(f"{place}.coder: {first_line(error)}") from None
+            load_weights(coder, folder / _CODER_FILE)
         texture = Tokenizer.from_pretrained((folder / "texture").absolute())
         if texture.spec.names != ("texture",):
             raise UserError(f"{folder / 'texture'}: has parts beside the texture")
@@ -410,6 +385,9 @@ class CompositeObjective(TokenizerObjective):
     def averaged_module(self) -> FeatureCoder | None:
         return self.coder
 
+    def compiled_modules(self) -> list[nn.Module]:
+        return list(self.coder.children()) if self.learners else []  # encoder and decoder
+
     def feature_moments(
         self, batches: Iterable[Batch], *, covariance: bool = False
     ) -> StreamingMoments:
@@ -457,12 +435,7 @@ class CompositeObjective(TokenizerObjective):
         """How the paper diffuses these latents."""
 
     def validate(
-        self,
-        averaged: FeatureCoder | None,
-        pixels: Tensor,
-        inputs: Mapping[str, Any],
-        *,
-        indices: Sequence[int],
+        self, averaged: nn.Module, pixels: Tensor, inputs: Inputs, *, indices: Sequence[int]
     ) -> dict[str, Tensor]:
         if averaged is None:
             return {}
@@ -470,9 +443,7 @@ class CompositeObjective(TokenizerObjective):
         decoded = averaged.decode(averaged.encode(features)[0])
         return {"feature_cosine": feature_cosine(decoded, features)}
 
-    def picture(
-        self, averaged: FeatureCoder | None, pixels: Tensor, inputs: Mapping[str, Any]
-    ) -> Tensor | None:
+    def picture(self, averaged: nn.Module, pixels: Tensor, inputs: Inputs) -> Tensor | None:
         """The images; principal components of the features, of their reconstruction, in the same
         colours, and of the code."""
         if averaged is None:

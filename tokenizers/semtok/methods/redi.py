@@ -67,7 +67,7 @@ class PrincipalComponents(StandardisedCoder):
         std = self.feature_std.double()
         correlation = moments.matrix / torch.outer(std, std)
         directions = torch.linalg.eigh(correlation.cpu()).eigenvectors.flip(1)  # largest first
-        components = directions[:, : self.channels].T
+        components = directions[:, : self.shape.channels].T
         # A direction's sign is arbitrary; its largest entry is made positive.
         largest = components.abs().argmax(dim=1, keepdim=True)
         self.components.copy_(components * components.gather(1, largest).sign())

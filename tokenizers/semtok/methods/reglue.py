@@ -7,8 +7,8 @@ transformer denoises the image latents, the compressed features and the CLS toke
 time, and is aligned to the teacher (REPA). Without the compressor it is REG (arXiv 2507.01467).
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from semtok.methods.composite import (
     CompositeTokenizer,
     StandardisedCoder,
 )
-from semtok.objective import Batch, MethodContext, StepOutput, Term
+from semtok.objective import Batch, Carry, Inputs, MethodContext, StepOutput, Term
 from semtok.registry import register_method
 from semtok.sampler.draws import Draws
 from semtok.sampler.latents import LatentSpec
@@ -125,9 +125,7 @@ class CompressorLearner(nn.Module):
         super().__init__()
         self.compressor = compressor
 
-    def forward(
-        self, inputs: Mapping[str, Any], draws: Draws, step: int, carry: Mapping[str, Tensor]
-    ) -> StepOutput:
+    def forward(self, inputs: Inputs, draws: Draws, step: int, carry: Carry) -> StepOutput:
         """What is minimised (appendix B.1): L = ‖decoder(encoder(s)) - s‖² / (D h w), s the standardised features.
 
         Args:
@@ -149,12 +147,8 @@ class REGLUEObjective(CompositeObjective):
         assert context.teacher is not None
         compressor = None
         if config.compressor is not None:
-            features, shape = sum(context.teacher.widths), config.compressor
-            compressor = Compressor(
-                CompressorShape(
-                    feature_channels=features, hidden=shape.hidden, channels=shape.channels
-                )
-            )
+            features, shape = sum(context.teacher.widths), dict(config.compressor)
+            compressor = Compressor(CompressorShape(feature_channels=features, **shape))
         super().__init__(config, context, compressor)
         if compressor is not None:
             self.learners["compressor"] = CompressorLearner(compressor)
@@ -164,9 +158,6 @@ class REGLUEObjective(CompositeObjective):
     def measure(self, batches: Iterable[Batch]) -> None:
         if self.coder is not None:
             self.coder.take_statistics(self.feature_moments(batches))
-
-    def compiled_modules(self) -> list[nn.Module]:
-        return [] if self.coder is None else [self.coder.encoder, self.coder.decoder]
 
     def diffusion_defaults(self, spec: LatentSpec) -> DiffusionDefaults:
         # As published: both spatial parts weigh the same, each by the mean over its own channels, and

@@ -6,8 +6,8 @@ made of transformer blocks (section 3.2, eq. 8). The diffusion transformer then 
 semantics ahead of the texture by a lead of 0.3 (section 3.3): semantics alone, both, texture alone.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -24,7 +24,7 @@ from semtok.methods.composite import (
     feature_cosine,
 )
 from semtok.methods.vae import kl_loss
-from semtok.objective import MethodContext, StepOutput, Term
+from semtok.objective import Carry, Inputs, MethodContext, StepOutput, Term
 from semtok.registry import register_method
 from semtok.sampler.draws import Draws
 from semtok.sampler.latents import LatentSpec
@@ -164,9 +164,7 @@ class SemVAELearner(nn.Module):
         super().__init__()
         self.config, self.coder = config, coder
 
-    def forward(
-        self, inputs: Mapping[str, Any], draws: Draws, step: int, carry: Mapping[str, Tensor]
-    ) -> StepOutput:
+    def forward(self, inputs: Inputs, draws: Draws, step: int, carry: Carry) -> StepOutput:
         """What is minimised (eq. 8): L = ‖f - f̂‖² + λ_c (1 - cos(f, f̂)) + λ_KL KL(q(z|f) ‖ N(0, I)),
 
             f̂ = decoder(z),  z ~ q(z|f) = N(μ, σ²)
@@ -208,16 +206,8 @@ class SemVAEObjective(CompositeObjective):
         super().__init__(config, context, coder)
         self.learners["semvae"] = SemVAELearner(config, coder)
 
-    def compiled_modules(self) -> list[nn.Module]:
-        return [self.coder.encoder, self.coder.decoder]
-
     def validate(
-        self,
-        averaged: nn.Module,
-        pixels: Tensor,
-        inputs: Mapping[str, Any],
-        *,
-        indices: Sequence[int],
+        self, averaged: nn.Module, pixels: Tensor, inputs: Inputs, *, indices: Sequence[int]
     ) -> dict[str, Tensor]:
         mean, logvar = averaged.moments(inputs["features"].joined)
         return {

@@ -8,8 +8,8 @@ are divided by running statistics, and the projector is REPA's three-layer MLP; 
 choices of the closest published code.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from semtok.methods.vae import (
     reconstruct,
     reconstruction_metrics,
 )
-from semtok.objective import MethodContext, StepOutput, Term
+from semtok.objective import Carry, Inputs, MethodContext, StepOutput, Term
 from semtok.registry import register_method
 from semtok.sampler.dit import init_xavier, sincos_positions
 from semtok.sampler.draws import Draws
@@ -185,9 +185,7 @@ class SendVAELearner(AutoencoderLearner):
             config.mapper, channels=channels, teacher_width=context.teacher.widths[-1]
         )
 
-    def forward(
-        self, inputs: Mapping[str, Any], draws: Draws, step: int, carry: Mapping[str, Tensor]
-    ) -> StepOutput:
+    def forward(self, inputs: Inputs, draws: Draws, step: int, carry: Carry) -> StepOutput:
         """What is minimised (section 3.2):
 
             L = L_VAE + λ E[1 - cos(m(z_t), f(x))],  z_t = (1 - t) z + t ε,  z ~ q(z|x)
@@ -220,12 +218,7 @@ class SendVAEObjective(VAEObjective):
             )
 
     def validate(
-        self,
-        averaged: nn.Module,
-        pixels: Tensor,
-        inputs: Mapping[str, Any],
-        *,
-        indices: Sequence[int],
+        self, averaged: nn.Module, pixels: Tensor, inputs: Inputs, *, indices: Sequence[int]
     ) -> dict[str, Tensor]:
         """The VAE's metrics, and the cosine between mapped latents, without noise, and the teacher's tokens."""
         q, x_hat = reconstruct(averaged, pixels)

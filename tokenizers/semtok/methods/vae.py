@@ -23,6 +23,8 @@ from semtok.methods.adversarial import AdversarialConfig, DiscriminatorLearner, 
 from semtok.metrics import psnr, ssim
 from semtok.objective import (
     Batch,
+    Carry,
+    Inputs,
     MethodContext,
     StepOutput,
     Term,
@@ -108,26 +110,22 @@ def load_autoencoder(reference: str) -> AutoencoderKL:
     Raises:
         UserError: nothing there that AutoencoderKL can load, or the weights are damaged.
     """
-    folder = Path(reference)
+    folder, source = Path(reference), reference
     if folder.is_dir():
         candidates = [folder, folder / "vae", folder / "export" / "vae"]
-        found = next(
-            (c for c in candidates if list(c.glob("diffusion_pytorch_model*.safetensors"))), None
-        )
-        if found is None:
+        found = [c for c in candidates if any(c.glob("diffusion_pytorch_model*.safetensors"))]
+        if not found:
             raise UserError(
                 f"{folder}: holds no diffusers VAE (config.json with diffusion_pytorch_model.safetensors)"
             )
-        source, subfolder = str(found), None
-    elif reference.count("/") == 1 and not reference.startswith((".", "/")):
-        source, subfolder = reference, None
-    else:
+        source = str(found[0])
+    elif reference.count("/") != 1 or reference.startswith((".", "/")):
         raise UserError(
             f"'{reference}' is neither a preset ({', '.join(PRESETS)}), a folder with a VAE, nor a Hub id (org/name)"
         )
     try:
         autoencoder, report = AutoencoderKL.from_pretrained(
-            source, subfolder=subfolder, use_safetensors=True, output_loading_info=True
+            source, use_safetensors=True, output_loading_info=True
         )
     except DAMAGE as error:
         raise UserError(f"VAE '{reference}' can't be loaded: {first_line(error)}") from None
@@ -282,9 +280,7 @@ class AutoencoderLearner(nn.Module):
         self._teacher = Unregistered(context.teacher) if context.teacher is not None else None
         self._discriminator = Unregistered(discriminator) if discriminator is not None else None
 
-    def forward(
-        self, inputs: Mapping[str, Any], draws: Draws, step: int, carry: Mapping[str, Tensor]
-    ) -> StepOutput:
+    def forward(self, inputs: Inputs, draws: Draws, step: int, carry: Carry) -> StepOutput:
         """Losses of one micro-batch.
 
         Args:
@@ -305,7 +301,7 @@ class AutoencoderLearner(nn.Module):
         return q, z, self.autoencoder.decode(z).sample
 
     def vae_terms(
-        self, q: DiagonalGaussianDistribution, x_hat: Tensor, inputs: Mapping[str, Any]
+        self, q: DiagonalGaussianDistribution, x_hat: Tensor, inputs: Inputs
     ) -> dict[str, Term]:
         """What is minimised, but for the adversarial part (Rombach et al. 2022, eq. 25):
 
@@ -414,16 +410,11 @@ class VAEObjective(TokenizerObjective):
         return KLTokenizer(averaged, method=self.config.name)
 
     def validate(
-        self,
-        averaged: nn.Module,
-        pixels: Tensor,
-        inputs: Mapping[str, Any],
-        *,
-        indices: Sequence[int],
+        self, averaged: nn.Module, pixels: Tensor, inputs: Inputs, *, indices: Sequence[int]
     ) -> dict[str, Tensor]:
         return reconstruction_metrics(*reconstruct(averaged, pixels), pixels)
 
-    def picture(self, averaged: nn.Module, pixels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    def picture(self, averaged: nn.Module, pixels: Tensor, inputs: Inputs) -> Tensor:
         q, x_hat = reconstruct(averaged, pixels)
         rows = [pixels, x_hat, principal_components(q.mean)]
         features: TeacherFeatures | None = inputs["features"]

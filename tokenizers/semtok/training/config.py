@@ -67,14 +67,9 @@ class TrainConfig(Config):
                 raise ValueError(f"train.{name} takes effect with train.schedule=cosine only")
         if self.steps and self.warmup_steps + self.constant_steps > self.steps:
             what = "train.constant_steps" if self.constant_steps else "train.warmup_steps"
+            told = f" and train.constant_steps {self.constant_steps}" if self.constant_steps else ""
             raise ValueError(
-                f"train.warmup_steps {self.warmup_steps}"
-                + (
-                    f" and train.constant_steps {self.constant_steps}"
-                    if self.constant_steps
-                    else ""
-                )
-                + f" is more than train.steps {self.steps}; pass {what}=…"
+                f"train.warmup_steps {self.warmup_steps}{told} is more than train.steps {self.steps}; pass {what}=…"
             )
         if self.steps and self.optimiser is None:
             raise ValueError("train.optimiser is missing; give train.optimiser.learning_rate=…")

@@ -143,27 +143,26 @@ class RunLog:
         self.curves = folder / "curves.png"
         self.is_main = is_main
         self.total_steps = total_steps
-        self._bar: tqdm | None = None
-        if not is_main:
-            return
-        self._drop_after(first_step)
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
-
-    def _drop_after(self, step: int) -> None:
-        # An interrupted run may have logged steps that it will now take again.
-        if self.file.exists():
-            kept = [line for line in self.file.read_text().splitlines() if _step_of(line) <= step]
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (is_main and sys.stderr.isatty()),
+        )
+        if is_main and self.file.exists():
+            # An interrupted run may have logged steps that it will now take again.
+            lines = self.file.read_text().splitlines()
+            kept = [f"{line}\n" for line in lines if _step_of(line) <= first_step]
             with new_file(self.file) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept))
+                temporary.write_text("".join(kept))
 
     def step_done(self) -> None:
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def say(self, text: str) -> None:
         """A line for people, from the main process."""
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.write(text)
         elif self.is_main:
             print(text, flush=True)
@@ -180,7 +179,7 @@ class RunLog:
             if name.startswith("loss/")
         }
         rate = f"{values['images_per_second']:.1f} images/s"
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.set_postfix({**shown, "rate": rate}, refresh=False)
         else:
             losses = "  ".join(f"{name} {value}" for name, value in shown.items())
@@ -188,8 +187,7 @@ class RunLog:
             self.say(f"step {step}/{self.total_steps}  {losses}  {rate}  {left} left")
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def draw_curves(self) -> None:
         """Draws every logged metric against the step."""

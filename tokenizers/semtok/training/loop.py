@@ -168,11 +168,8 @@ class Trainer:
         if not checkpoints:
             return
         state = load_checkpoint(checkpoints[-1], modules=self._modules())
-        self.step, self.seconds, self.skipped = (
-            state["step"],
-            state["seconds"],
-            set(state["skipped"]),
-        )
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.skipped = set(state["skipped"])
         if self.ema is not None:
             self.ema.num_updates = state["ema_updates"]
         self.optimisers.load_state_dict(state)
@@ -398,8 +395,4 @@ class Trainer:
                 module.training = mode
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
-        return (
-            self.accelerator.reduce(values, reduction="mean")
-            if self.accelerator.num_processes > 1
-            else values
-        )
+        return self.accelerator.reduce(values, reduction="mean")

@@ -2,33 +2,26 @@
 
 import argparse
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from semtok.commands.around_training import errors_at
-from semtok.commands.evaluation.options import (
-    add_data_options,
-    add_teacher_options,
-    data_trained_on,
-    device,
-    load_teacher,
-    open_data,
-)
+from semtok.commands.evaluation import options
 from semtok.commands.sampler_options import add_sampler_options, sampler_from, sped_up
 from semtok.commands.table import print_table
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
 from semtok.evaluation.classes import (
     PROTOCOL,
-    ClassReader,
     accuracy,
+    class_reader,
     features_and_labels,
     real_batches,
 )
 from semtok.evaluation.image_sets import images_of_generator, labels_for
-from semtok.storage import write_json
 
 
 def add_task(tasks: argparse._SubParsersAction) -> None:
@@ -40,14 +33,14 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     task.add_argument("--num", type=int, help="generated images; default: 20 of each class")
     task.add_argument("--seed", type=int, default=0, help="of the generated images")
     add_sampler_options(task)
-    add_teacher_options(task, "whose features the classifier reads")
+    options.add_teacher_options(task, "whose features the classifier reads")
     task.set_defaults(command=_classes)
-    add_data_options(task, default=None, shown="what the model was trained on")
+    options.add_data_options(task, default=None, shown="what the model was trained on")
 
 
-def _classes(args: argparse.Namespace) -> int:
-    generator = sped_up(Generator.from_pretrained(args.model).to(device()), args)
-    train, held_out = open_data(args, data_trained_on(args.model, generator))
+def _classes(args: argparse.Namespace) -> dict[str, Any]:
+    generator = sped_up(Generator.from_pretrained(args.model).to(options.device()), args)
+    train, held_out = options.open_data(args, options.data_trained_on(args.model, generator))
     if generator.image_size != train.image_size:
         raise UserError(
             f"--data: images of {train.image_size}, but the model makes {generator.image_size}; pass size=…"
@@ -57,18 +50,18 @@ def _classes(args: argparse.Namespace) -> int:
             f"--data: {train.name} has {len(train.class_names)} classes ({', '.join(train.class_names[:3])} …), "
             f"the model {len(generator.class_names)} ({', '.join(generator.class_names[:3])} …)"
         )
-    teacher = load_teacher(args)
+    teacher = options.load_teacher(args)
     num = args.num if args.num is not None else 20 * len(train.class_names)
     sampler = sampler_from(args, generator)
     if num < 1:
         raise UserError("--num must be at least 1")
 
     with errors_at("--data"):
-        reader = ClassReader.fit(*features_and_labels(teacher, real_batches(train, args.num_train)))
+        reader = class_reader(*features_and_labels(teacher, real_batches(train, args.num_train)))
 
     def read(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, dict[int, float]]:
         features, labels = features_and_labels(teacher, batches)
-        return accuracy(reader.read(features), labels)
+        return accuracy(reader(features), labels)
 
     real, _ = read(real_batches(held_out, args.num_held_out))
     labels = labels_for(num, len(train.class_names), balanced=True, seed=args.seed)
@@ -85,17 +78,14 @@ def _classes(args: argparse.Namespace) -> int:
         *((f"  {train.class_names[n]}", f"{100 * by_label[n]:.1f}") for n in worst),
     ]
     print_table("images that show their class, in % (the three worst classes below)", rows)
-    if args.output:
-        scores = {
-            "protocol": PROTOCOL,
-            "data": train.name,
-            "real": real,
-            "generated": share,
-            "by_class": {train.class_names[n]: value for n, value in by_label.items()},
-            "num_generated": num,
-            "seed": args.seed,
-            "sampler": sampler.model_dump(mode="json"),
-            "precision": args.precision or "fp32",
-        }
-        write_json(args.output, scores)
-    return 0
+    return {
+        "protocol": PROTOCOL,
+        "data": train.name,
+        "real": real,
+        "generated": share,
+        "by_class": {train.class_names[n]: value for n, value in by_label.items()},
+        "num_generated": num,
+        "seed": args.seed,
+        "sampler": sampler.model_dump(mode="json"),
+        "precision": args.precision or "fp32",
+    }

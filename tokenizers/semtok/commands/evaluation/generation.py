@@ -8,15 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from semtok.commands.around_training import errors_at
-from semtok.commands.evaluation.options import (
-    add_output_options,
-    add_teacher_options,
-    check_output,
-    data_of,
-    data_trained_on,
-    device,
-    load_teacher,
-)
+from semtok.commands.evaluation import options
 from semtok.commands.sampler_options import add_sampler_options, sampler_from, sped_up
 from semtok.commands.table import print_table
 from semtok.diffusion.config import check_guidance
@@ -44,7 +36,7 @@ from semtok.evaluation.image_sets import (
     labels_for,
 )
 from semtok.evaluation.inception import check_torch_fidelity, load_inception
-from semtok.storage import cache_folder, write_json
+from semtok.storage import cache_folder
 
 _DRAWING = (
     *("num", "labels", "seed", "method", "steps"),
@@ -81,7 +73,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     )
     task.add_argument("--seed", type=int, help="of the images; default: 0")
     add_sampler_options(task)
-    add_teacher_options(task, "whose features FD-<teacher> compares")
+    options.add_teacher_options(task, "whose features FD-<teacher> compares")
     task.add_argument(
         "--download", action="store_true", help="fetch Inception's weights if not cached"
     )
@@ -91,19 +83,21 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
         metavar="FILE.npz",
         help="write the reference's statistics, in ADM's keys",
     )
-    add_output_options(task)
+    options.add_output_options(task)
     task.set_defaults(command=_generation)
 
 
-def _generation(args: argparse.Namespace) -> int:
+def _generation(args: argparse.Namespace) -> dict[str, Any]:
     check_torch_fidelity()
     _check_options(args)
-    check_output(args)
-    teacher = load_teacher(args)
+    options.check_output(args)
+    teacher = options.load_teacher(args)
     networks = [teacher_network(teacher)]
     missing: dict[str, str] = {}
     try:
-        networks.insert(0, inception_network(load_inception(download=args.download).to(device())))
+        networks.insert(
+            0, inception_network(load_inception(download=args.download).to(options.device()))
+        )
     except UserError as error:
         missing["Inception's scores (FID, sFID, IS, precision, recall, KID)"] = str(error)
     generated, about, trained_on = _generated(args)
@@ -143,19 +137,14 @@ def _generation(args: argparse.Namespace) -> int:
         print(f"{name}: missing; {reason}")
     if args.save_reference is not None:
         print(f"statistics of the reference, by {next(iter(references))}: {args.save_reference}")
-    if args.output is not None:
-        write_json(
-            args.output,
-            {
-                "protocol": PROTOCOL,
-                **about,
-                "num_images": generated.num_images,
-                "references": sources,
-                "unavailable": missing,
-                "scores": scores,
-            },
-        )
-    return 0
+    return {
+        "protocol": PROTOCOL,
+        **about,
+        "num_images": generated.num_images,
+        "references": sources,
+        "unavailable": missing,
+        "scores": scores,
+    }
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -186,7 +175,7 @@ def _generated(
         if images.num_images < 2:
             raise UserError(f"--images {args.images}: one image; scores are of sets")
         return images, {"images": str(args.images)}, None
-    generator = sped_up(Generator.from_pretrained(args.model).to(device()), args)
+    generator = sped_up(Generator.from_pretrained(args.model).to(options.device()), args)
     sampler = sampler_from(args, generator)
     with errors_at("--guidance"):
         check_guidance(generator.config, sampler, generator.network.spec)
@@ -204,7 +193,7 @@ def _generated(
         "precision": args.precision or "fp32",
     }
     images = images_of_generator(generator, labels, seed=args.seed, sampler=sampler)
-    return images, about, data_trained_on(args.model, generator)
+    return images, about, options.data_trained_on(args.model, generator)
 
 
 def _reference(
@@ -228,7 +217,7 @@ def _reference(
         return stored, images
     if words is None and trained_on is None:
         raise UserError("--reference is missing; give a folder, an .npz, or data settings")
-    train, _ = data_of(words, trained_on, place="--reference")
+    train, _ = options.data_of(words, trained_on, place="--reference")
     real = images_of_source(train, args.num_reference)
     _check_size(real, generated, train.name)
     return None, real

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from semtok.commands.around_training import errors_at
+from semtok.commands.cli import add_plugin_option
 from semtok.commands.run_folder import RECIPE_FILE
 from semtok.commands.train_tokenizer import tokenizer_from_reference
 from semtok.config import read_yaml
@@ -46,9 +47,7 @@ def add_data_options(
 def add_output_options(task: argparse.ArgumentParser) -> None:
     """Where scores go, and where methods may come from."""
     task.add_argument("--output", type=Path, help="also write the scores as JSON")
-    task.add_argument(
-        "--plugin", action="append", default=[], help="a Python file that registers a method"
-    )
+    add_plugin_option(task)
 
 
 def add_tokenizer_option(task: argparse.ArgumentParser) -> None:

@@ -2,22 +2,14 @@
 
 import argparse
 from dataclasses import asdict
+from typing import Any
 
 from semtok.commands.around_training import errors_at
-from semtok.commands.evaluation.options import (
-    SHAPES,
-    add_data_options,
-    add_teacher_options,
-    add_tokenizer_option,
-    load_teacher,
-    load_tokenizer,
-    open_data,
-)
+from semtok.commands.evaluation import options
 from semtok.commands.table import print_table
 from semtok.errors import UserError
 from semtok.evaluation.predictors import NUM_NEIGHBOURS, PREDICTORS, PROBE, evaluate_latents
 from semtok.evaluation.probe import probed
-from semtok.storage import write_json
 
 
 def add_task(tasks: argparse._SubParsersAction) -> None:
@@ -25,15 +17,15 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     task = tasks.add_parser(
         "latents", help="predictors of how well a diffusion model will generate in the latents"
     )
-    add_tokenizer_option(task)
-    add_teacher_options(task, "whose features the latents are compared with")
+    options.add_tokenizer_option(task)
+    options.add_teacher_options(task, "whose features the latents are compared with")
     task.add_argument("--seed", type=int, default=0, help="of draws, noise and maps")
     task.set_defaults(command=_latents)
-    add_data_options(task, default=SHAPES, shown="the embedded shapes")
+    options.add_data_options(task, default=options.SHAPES, shown="the embedded shapes")
 
 
-def _latents(args: argparse.Namespace) -> int:
-    train, held_out = open_data(args)
+def _latents(args: argparse.Namespace) -> dict[str, Any]:
+    train, held_out = options.open_data(args)
     if args.seed < 0:
         raise UserError(f"--seed: expected at least 0, got {args.seed}")
     if args.num_held_out <= NUM_NEIGHBOURS:
@@ -41,10 +33,10 @@ def _latents(args: argparse.Namespace) -> int:
             f"--num-held-out: {args.num_held_out} images, but each is compared with its "
             f"{NUM_NEIGHBOURS} nearest; give at least {NUM_NEIGHBOURS + 1}"
         )
-    teacher = load_teacher(args)
+    teacher = options.load_teacher(args)
     scores: dict[str, dict[str, float]] = {}
     for reference in args.tokenizer:
-        tokenizer = load_tokenizer(reference, held_out)
+        tokenizer = options.load_tokenizer(reference, held_out)
         with errors_at(f"--tokenizer {reference}"):
             scores[reference] = evaluate_latents(
                 tokenizer, held_out, args.num_held_out, teacher, seed=args.seed
@@ -54,17 +46,15 @@ def _latents(args: argparse.Namespace) -> int:
             scores[reference][PROBE] = mean.f1
         print(f"{reference}: done", flush=True)
     _print(scores, f"latents of {args.num_held_out} held-out images, teacher {args.teacher}")
-    if args.output is not None:
-        settings = {
-            "data": held_out.name,
-            "num_images": args.num_held_out,
-            "num_train": args.num_train,
-            "teacher": args.teacher,
-            "seed": args.seed,
-            "predictors": {name: asdict(predictor) for name, predictor in PREDICTORS.items()},
-        }
-        write_json(args.output, settings | {"scores": scores})
-    return 0
+    return {
+        "data": held_out.name,
+        "num_images": args.num_held_out,
+        "num_train": args.num_train,
+        "teacher": args.teacher,
+        "seed": args.seed,
+        "predictors": {name: asdict(predictor) for name, predictor in PREDICTORS.items()},
+        "scores": scores,
+    }
 
 
 def _print(scores: dict[str, dict[str, float]], title: str) -> None:

@@ -7,19 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from semtok.commands.evaluation.options import (
-    SHAPES,
-    add_data_options,
-    add_tokenizer_option,
-    load_tokenizer,
-    open_data,
-)
+from semtok.commands.evaluation import options
 from semtok.commands.table import print_table
 from semtok.config import apply_overrides
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
 from semtok.evaluation.probe import PROTOCOL, AttributeScore, latent_table, mean_score, probe
-from semtok.storage import write_json
 
 
 def add_task(tasks: argparse._SubParsersAction) -> None:
@@ -29,7 +22,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
         help="held-out F1 and balanced accuracy of every attribute, "
         + PROTOCOL.replace("%", "%%"),  # argparse formats its help
     )
-    add_tokenizer_option(task)
+    options.add_tokenizer_option(task)
     task.add_argument(
         "--attributes",
         metavar="FILE",
@@ -37,19 +30,19 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     )
     task.add_argument("--only", nargs="+", metavar="NAME", help="probe for these attributes alone")
     task.set_defaults(command=_probe)
-    add_data_options(task, default=SHAPES, shown="the embedded shapes")
+    options.add_data_options(task, default=options.SHAPES, shown="the embedded shapes")
 
 
-def _probe(args: argparse.Namespace) -> int:
+def _probe(args: argparse.Namespace) -> dict[str, Any]:
     if args.attributes is not None:
         args.data = _with_attributes(args.data, args.attributes)
-    train, held_out = open_data(args)
+    train, held_out = options.open_data(args)
     names = _names(train, args.only)
     chance = {name: 1 / len(train.attributes[name]) for name in names}
     results: dict[str, dict[str, AttributeScore]] = {}
     means: dict[str, AttributeScore] = {}
     for reference in args.tokenizer:
-        tokenizer = load_tokenizer(reference, train)
+        tokenizer = options.load_tokenizer(reference, train)
         tables = (
             latent_table(tokenizer, train, args.num_train),
             latent_table(tokenizer, held_out, args.num_held_out),
@@ -71,30 +64,25 @@ def _probe(args: argparse.Namespace) -> int:
         rows = [(reference, *_cells(score)) for reference, score in means.items()]
         print_table("mean over attributes, in %", rows, ("tokenizer", *_HEADER))
     print(f"{args.num_train} training images, {args.num_held_out} held-out images, {train.name}")
-    if args.output:
-        write_json(
-            args.output,
-            {
-                "protocol": PROTOCOL,
-                "data": train.name,
-                "num_train": args.num_train,
-                "num_held_out": args.num_held_out,
-                "categories": {name: list(train.attributes[name]) for name in probed},
-                "not_probed": skipped,
-                "chance_balanced_accuracy": {
-                    "mean": float(np.mean([chance[name] for name in probed])),
-                    "attributes": {name: chance[name] for name in probed},
-                },
-                "scores": {
-                    reference: {
-                        "mean": _plain(means[reference]),
-                        "attributes": {name: _plain(score) for name, score in scores.items()},
-                    }
-                    for reference, scores in results.items()
-                },
-            },
-        )
-    return 0
+    return {
+        "protocol": PROTOCOL,
+        "data": train.name,
+        "num_train": args.num_train,
+        "num_held_out": args.num_held_out,
+        "categories": {name: list(train.attributes[name]) for name in probed},
+        "not_probed": skipped,
+        "chance_balanced_accuracy": {
+            "mean": float(np.mean([chance[name] for name in probed])),
+            "attributes": {name: chance[name] for name in probed},
+        },
+        "scores": {
+            reference: {
+                "mean": _plain(means[reference]),
+                "attributes": {name: _plain(score) for name, score in scores.items()},
+            }
+            for reference, scores in results.items()
+        },
+    }
 
 
 _HEADER = ("F1", "95 % interval", "balanced accuracy")

@@ -8,16 +8,7 @@ import torch
 from torch import nn
 
 from semtok.commands.around_training import errors_at
-from semtok.commands.evaluation.options import (
-    SHAPES,
-    add_data_options,
-    add_teacher_options,
-    add_tokenizer_option,
-    device,
-    load_teacher,
-    load_tokenizer,
-    open_data,
-)
+from semtok.commands.evaluation import options
 from semtok.commands.table import print_table
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
@@ -30,7 +21,6 @@ from semtok.evaluation.reconstruction import (
 from semtok.images import to_pixels
 from semtok.perceptual import LPIPS, backbone_file
 from semtok.pictures import rows_of_images, write_png
-from semtok.storage import write_json
 from semtok.tokenizer import Tokenizer
 
 _LABELS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
@@ -41,21 +31,23 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     task = tasks.add_parser(
         "reconstruction", help="PSNR, SSIM, LPIPS, Fréchet distances, and statistics of the latents"
     )
-    add_tokenizer_option(task)
+    options.add_tokenizer_option(task)
     task.add_argument("--sample", action="store_true", help="decode a draw, not the mean")
     task.add_argument("--seed", type=int, default=0, help="of the draws")
     task.add_argument("--lpips-net", choices=("vgg", "alex", "squeeze"), default="vgg")
-    add_teacher_options(task, "whose features FD-<teacher> compares")
+    options.add_teacher_options(task, "whose features FD-<teacher> compares")
     task.add_argument(
         "--download", action="store_true", help="fetch weights of LPIPS and FID that are not cached"
     )
     task.add_argument("--grid", type=Path, help="FILE.png: the worst and the median images")
     task.set_defaults(command=_reconstruction)
-    add_data_options(task, default=SHAPES, shown="the embedded shapes", num_train=False)
+    options.add_data_options(
+        task, default=options.SHAPES, shown="the embedded shapes", num_train=False
+    )
 
 
-def _reconstruction(args: argparse.Namespace) -> int:
-    _, held_out = open_data(args)
+def _reconstruction(args: argparse.Namespace) -> dict[str, Any]:
+    _, held_out = options.open_data(args)
     if args.num_held_out < 2:
         raise UserError("--num-held-out: a Fréchet distance needs at least 2 images")
     missing: dict[str, str] = {}
@@ -64,7 +56,7 @@ def _reconstruction(args: argparse.Namespace) -> int:
     reports: dict[str, ReconstructionReport] = {}
     grids = []
     for reference in args.tokenizer:
-        tokenizer = load_tokenizer(reference, held_out)
+        tokenizer = options.load_tokenizer(reference, held_out)
         with errors_at(f"--data with {reference}"):
             reports[reference] = evaluate_reconstruction(
                 tokenizer,
@@ -81,11 +73,9 @@ def _reconstruction(args: argparse.Namespace) -> int:
     if args.grid is not None:
         write_png(args.grid, rows_of_images(grids))
         print(f"worst four and median four of each, with the images above: {args.grid}")
-    if args.output is not None:
-        scores = {reference: _as_json(report) for reference, report in reports.items()}
-        settings = {"data": held_out.name, "num_images": args.num_held_out, "sample": args.sample}
-        write_json(args.output, settings | {"unavailable": missing, "scores": scores})
-    return 0
+    scores = {reference: _as_json(report) for reference, report in reports.items()}
+    settings = {"data": held_out.name, "num_images": args.num_held_out, "sample": args.sample}
+    return settings | {"unavailable": missing, "scores": scores}
 
 
 def _perceptual(args: argparse.Namespace, missing: dict[str, str]) -> nn.Module | None:
@@ -96,19 +86,19 @@ def _perceptual(args: argparse.Namespace, missing: dict[str, str]) -> nn.Module 
         )
         return None
     try:
-        return LPIPS(args.lpips_net).to(device())
+        return LPIPS(args.lpips_net).to(options.device())
     except UserError as error:
         missing["lpips"] = str(error)
         return None
 
 
 def _extractors(args: argparse.Namespace, missing: dict[str, str]) -> dict[str, FeatureExtractor]:
-    teacher = load_teacher(args)
+    teacher = options.load_teacher(args)
     extractors: dict[str, FeatureExtractor] = {
         f"FD-{args.teacher}": lambda images: teacher.features(to_pixels(images)).pooled
     }
     try:
-        inception = load_inception(download=args.download).to(device())
+        inception = load_inception(download=args.download).to(options.device())
         extractors["rFID"] = lambda images: inception(images).pooled
     except UserError as error:
         missing["rFID"] = str(error)
@@ -124,7 +114,7 @@ def _worst_and_median(
     middle = max(0, len(order) // 2 - 2)
     seen = source.chosen(len(order))
     chosen = [seen[i] for i in (*order[:4], *order[middle : middle + 4])]
-    pixels = to_pixels(source.load(chosen).images, device=device())
+    pixels = to_pixels(source.load(chosen).images, device=options.device())
     return [pixels, tokenizer.decode(tokenizer.encode(pixels))]
 
 
