@@ -160,9 +160,9 @@ class TokenizerObjective(Objective):
 
 
 class Unregistered:
-    """Holds a module without registering it, so that a learner reads what another one trains."""
+    """Holds a module, or None, without registering it, so that a learner reads what another one trains."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module | None) -> None:
         self.module = module
 
 

@@ -334,6 +334,7 @@ class Tokenizer(PushToHub, nn.Module, ABC):
             )
         for name, buffer in expected.items():
             buffer.copy_(state[name])
+        tokenizer.training_info = config["trained"] or {}
         place = folder / _CONFIG_FILE
         key = "diffusion_defaults"
         defaults = parse(DiffusionDefaults, config[key], f"{place}: {key}")

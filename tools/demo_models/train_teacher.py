@@ -10,12 +10,13 @@ import torch
 from demo_models import ASSETS
 from demo_models.teacher import DemoTeacherObjective
 from semtok.commands.cli import Parser
-from semtok.commands.run_folder import check_run_folder, record_recipe
+from semtok.commands.run_folder import RECIPE_FILE, check_run_folder
 from semtok.commands.table import print_table
 from semtok.config import Config
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.errors import UserError
 from semtok.optimiser import OptimiserConfig
+from semtok.recipe import write_recipe
 from semtok.storage import new_file, write_json
 from semtok.teachers import DEMO_FILE
 from semtok.training.config import TrainConfig
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     if args.resume:
         trainer.resume()
-    record_recipe(args.output, recipe)
+    write_recipe(recipe, args.output / RECIPE_FILE)
     network = trainer.run()
     metrics = trainer.validate()
     places = [args.output / DEMO_FILE, *([ASSETS / DEMO_FILE] if args.to_assets else [])]

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from semtok.commands.run_folder import check_files, flatten, record_files, record_recipe
+from semtok.commands.run_folder import RECIPE_FILE, check_files, flatten, record_files
 from semtok.commands.table import print_table
 from semtok.config import Config
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
 from semtok.objective import Objective
 from semtok.processes import together
-from semtok.recipe import DiffusionRecipe, TokenizerRecipe
+from semtok.recipe import DiffusionRecipe, TokenizerRecipe, write_recipe
 from semtok.storage import write_json
 from semtok.tokenizer import library_version
 from semtok.training.loop import Trainer
@@ -94,7 +94,7 @@ def start_trainer(
             check_files(folder, train.file_states)
             trainer.resume()
         if accelerator.is_main_process:
-            record_recipe(folder, recipe)
+            write_recipe(recipe, folder / RECIPE_FILE)
             record_files(folder, train.file_states)
             height, width = recipe.data.image_size
             print(

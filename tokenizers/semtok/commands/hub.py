@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
+from tqdm import tqdm
+
 from semtok.card import PICTURES, loading_lines
 from semtok.commands.cli import Parser, add_plugin_option
 from semtok.commands.table import print_table
@@ -157,10 +159,4 @@ def _ask(question: str) -> None:
 
 
 def _size(size: int) -> str:
-    """Bytes as people read them."""
-    number = float(size)
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.4g} {unit}"
-        number /= 1000
-    return f"{number:.4g} GB"
+    return f"{tqdm.format_sizeof(size)}B"

@@ -7,11 +7,10 @@ from typing import Any
 
 from semtok.config import Config, read_yaml
 from semtok.errors import UserError
-from semtok.recipe import write_recipe
-from semtok.references import RUNS
 from semtok.storage import read_json, write_json
 
 RECIPE_FILE = "recipe.yaml"
+"""The resolved recipe, which makes the folder a run's."""
 _FILES_FILE = "data_files.json"
 
 # Settings that change what is written or how fast, but not what is learned.
@@ -26,11 +25,6 @@ _FREE_ON_RESUME = (
     "train.compile",
     "data.num_workers",
 )
-
-
-def run_folder(name: str, output: str | None) -> Path:
-    """Where a run's output goes: ``--output``, or ``runs/<name>``."""
-    return Path(output) if output else RUNS / name
 
 
 def check_run_folder(folder: Path, recipe: Config, *, resume: bool) -> None:
@@ -75,12 +69,6 @@ def check_run_folder(folder: Path, recipe: Config, *, resume: bool) -> None:
             + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")
             + "; start anew with --output"
         )
-
-
-def record_recipe(folder: Path, recipe: Config) -> None:
-    """Writes the resolved recipe, which makes the folder this run's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_recipe(recipe, folder / RECIPE_FILE)
 
 
 def check_files(folder: Path, states: Mapping[str, str]) -> None:

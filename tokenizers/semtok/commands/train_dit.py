@@ -11,7 +11,7 @@ import torch
 
 from semtok.commands import around_training
 from semtok.commands.cli import Parser
-from semtok.commands.run_folder import check_run_folder, run_folder
+from semtok.commands.run_folder import check_run_folder
 from semtok.commands.train_tokenizer import (
     TokenizerPlan,
     check_tokenizer_of_run,
@@ -33,7 +33,7 @@ from semtok.errors import UserError
 from semtok.images import to_pixels
 from semtok.processes import together
 from semtok.recipe import DiffusionRecipe, load_diffusion_recipe, recipe_text
-from semtok.references import recipe_folder
+from semtok.references import RUNS, recipe_folder
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 from semtok.training.process import check_launch, make_accelerator
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     reference = Path(recipe.tokenizer)
     reference = reference.parent if reference.name == "export" else reference
-    folder = run_folder(f"{path.stem}_{reference.name}", args.output)
+    folder = Path(args.output or RUNS / f"{path.stem}_{reference.name}")
     train_dit(recipe, folder, resume=args.resume, place=str(path))
     return 0
 

@@ -12,7 +12,7 @@ import torch
 
 from semtok.commands import around_training
 from semtok.commands.cli import Parser
-from semtok.commands.run_folder import check_run_folder, run_folder
+from semtok.commands.run_folder import check_run_folder
 from semtok.data.images.kinds import open_sources
 from semtok.data.order import DataOrder
 from semtok.data.passes import read_images
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     if args.print_recipe:
         print(recipe_text(recipe), end="")
         return 0
-    folder = run_folder(args.recipe.stem, args.output)
+    folder = Path(args.output or RUNS / args.recipe.stem)
     train_tokenizer(recipe, folder, resume=args.resume, place=str(args.recipe))
     return 0
 

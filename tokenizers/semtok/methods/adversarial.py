@@ -60,6 +60,13 @@ class AdversarialConfig(Config):
 # The network -------------------------------------------------------------------------------------
 
 
+_NORMS = {
+    "batch": nn.BatchNorm2d,
+    "group": lambda channels: nn.GroupNorm(min(32, channels // 4), channels),
+    "none": nn.Identity,
+}
+
+
 class PatchDiscriminator(nn.Module):
     """PatchGAN (Isola et al. 2017, section 3.2.2): judges overlapping patches of an image.
 
@@ -89,7 +96,7 @@ class PatchDiscriminator(nn.Module):
                     padding=1,
                     bias=norm == "none",
                 ),
-                _norm(norm, following),
+                _NORMS[norm](following),
                 nn.LeakyReLU(0.2),
             ]
             channels = following
@@ -99,16 +106,6 @@ class PatchDiscriminator(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (B, 1, h, w), above 0 for real, of pixels (B, 3, H, W) in [-1, 1]."""
         return self.layers(pixels)
-
-
-def _norm(kind: str, channels: int) -> nn.Module:
-    match kind:
-        case "batch":
-            return nn.BatchNorm2d(channels)
-        case "group":
-            return nn.GroupNorm(min(32, channels // 4), channels)
-        case _:
-            return nn.Identity()
 
 
 def _init(module: nn.Module) -> None:

@@ -163,14 +163,13 @@ class CompositeTokenizer(Tokenizer):
         global_width: int | None,
         scaled: bool = True,
         method: str,
-        training_info: dict[str, Any] | None = None,
     ) -> None:
         parts = [texture.spec["texture"]]
         if coder is not None:
             parts.append(PartSpec("semantic", coder.shape.channels, feature_stride))
         if global_width is not None:
             parts.append(PartSpec("global", global_width, None))
-        super().__init__(LatentSpec(tuple(parts)), method=method, training_info=training_info)
+        super().__init__(LatentSpec(tuple(parts)), method=method)
         self.texture, self.coder = texture, coder
         self.feature_stride, self.scaled = feature_stride, scaled
         # Not a submodule: it is neither trained, nor saved with the weights, nor there before its use.
@@ -311,7 +310,6 @@ class CompositeTokenizer(Tokenizer):
             global_width=settings.global_width,
             scaled=settings.scaled,
             method=config["method"],
-            training_info=config["trained"],
         )
 
 

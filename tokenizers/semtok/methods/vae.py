@@ -183,17 +183,11 @@ class VAEConfig(MethodConfig):
 class KLTokenizer(Tokenizer):
     """A tokenizer whose only part is the texture, coded by a diffusers AutoencoderKL."""
 
-    def __init__(
-        self,
-        autoencoder: AutoencoderKL,
-        *,
-        method: str,
-        training_info: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, autoencoder: AutoencoderKL, *, method: str) -> None:
         part = PartSpec(
             "texture", autoencoder.config.latent_channels, autoencoder_stride(autoencoder)
         )
-        super().__init__(LatentSpec((part,)), method=method, training_info=training_info)
+        super().__init__(LatentSpec((part,)), method=method)
         self.autoencoder = autoencoder
 
     def posterior_raw(self, pixels: Tensor, features: TeacherFeatures | None = None) -> Posterior:
@@ -222,7 +216,7 @@ class KLTokenizer(Tokenizer):
         if not (folder / "vae").is_dir():
             raise UserError(f"{folder}: its folder vae/ is missing; export again")
         autoencoder = load_autoencoder(str(folder / "vae"))
-        return cls(autoencoder, method=config["method"], training_info=config["trained"])
+        return cls(autoencoder, method=config["method"])
 
     @classmethod
     def from_diffusers(cls, folder: Path) -> "KLTokenizer":
@@ -274,11 +268,9 @@ class AutoencoderLearner(nn.Module):
         self.autoencoder = make_autoencoder(config.vae)
         if config.gradient_checkpointing:
             self.autoencoder.enable_gradient_checkpointing()
-        self._lpips = (
-            Unregistered(LPIPS(config.lpips_net)) if config.perceptual == "lpips" else None
-        )
-        self._teacher = Unregistered(context.teacher) if context.teacher is not None else None
-        self._discriminator = Unregistered(discriminator) if discriminator is not None else None
+        lpips = LPIPS(config.lpips_net) if config.perceptual == "lpips" else None
+        self._lpips, self._teacher = Unregistered(lpips), Unregistered(context.teacher)
+        self._discriminator = Unregistered(discriminator)
 
     def forward(self, inputs: Inputs, draws: Draws, step: int, carry: Carry) -> StepOutput:
         """Losses of one micro-batch.
@@ -344,7 +336,7 @@ class AutoencoderLearner(nn.Module):
 
     def frozen_modules(self) -> list[nn.Module]:
         """What this learner reads and nobody trains."""
-        return [held.module for held in (self._teacher, self._lpips) if held is not None]
+        return [held.module for held in (self._teacher, self._lpips) if held.module is not None]
 
 
 class VAEObjective(TokenizerObjective):
