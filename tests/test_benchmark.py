@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 
 import tiny
-from benchmarks import caching, training
+from benchmarks import caching
 from benchmarks import command as benchmark
 from benchmarks.memory import estimate_memory
 from benchmarks.plain import PlainREGLUEStep, PlainSiT
@@ -32,9 +31,7 @@ from semtok.methods.vae import PRESETS
 from semtok.recipe import parse_diffusion_recipe, parse_recipe
 from semtok.sampler.dit import DiT, DiTArchitecture
 from semtok.sampler.latents import Latents, Posterior
-from semtok.training.config import TrainConfig
 from semtok.training.loop import Trainer
-from semtok.training.process import make_accelerator
 
 SHAPE = DiTArchitecture(depth=2, width=24, heads=2, patch_size=2)
 
@@ -223,25 +220,21 @@ def test_both_sides_of_a_tokenizer_keep_their_own_settings_of_the_process(tmp_pa
     recipe.write_text(yaml.safe_dump(tiny.content({"name": "vae"}, batch_size=2)))
     train_step = Trainer.train_step
 
-    def accelerator(config: TrainConfig, folder: Path) -> Accelerator:
-        torch.backends.cudnn.benchmark = config.seed == 1
-        return make_accelerator(config, folder)
-
     def watched(trainer: Trainer, batches: object) -> None:
-        seen.append((trainer.config.seed, torch.backends.cudnn.benchmark))
+        seen.append((trainer.config.cudnn_benchmark, torch.backends.cudnn.benchmark))
         train_step(trainer, batches)
 
-    monkeypatch.setattr(training, "make_accelerator", accelerator)
     monkeypatch.setattr(Trainer, "train_step", watched)
     words = ["tokenizer", recipe, "--random", "--rounds", 2, "--output", file]
     try:
-        assert bench(*words, "train.seed=1", "--against", "train.seed=2") == 0
+        one, other = (f"train.cudnn_benchmark={value}" for value in ("true", "false"))
+        assert bench(*words, one, "--against", other) == 0
     finally:
         torch.backends.cudnn.benchmark = False
-    assert set(seen) == {(1, True), (2, False)} and len(seen) == 8
+    assert set(seen) == {(True, True), (False, False)} and len(seen) == 8
     figures = json.loads(file.read_text())
-    assert [row["what"] for row in figures["rows"]] == ["train.seed=1", "train.seed=2"]
-    assert "train.seed=2 is" in figures["ratio"] and "as fast as train.seed=1" in figures["ratio"]
+    assert [row["what"] for row in figures["rows"]] == [one, other]
+    assert f"{other} is" in figures["ratio"] and f"as fast as {one}" in figures["ratio"]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def compressor(kit: Kit) -> Compressor:
     )
     state = bare.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
-    widths = [ours.feature_channels, *ours.hidden, ours.channels]
+    widths = [ours.feature_channels, *ours.shape.hidden, ours.channels]
     assert widths == kit.case["constructor"]["kwargs"]["build_channel_list"]
     return ours
 
@@ -119,8 +119,8 @@ def coder(kit: Kit) -> SemVAE:
     )
     heads = semvae_heads(checkpoint.content)
     ours = import_semvae(checkpoint.state, place="checkpoint", heads=heads)
-    assert ours.heads == kwargs["transformer_heads"], "read from the settings in the file"
-    bare = import_semvae(weights.state, place="weights", heads=ours.heads)
+    assert ours.shape.heads == kwargs["transformer_heads"], "read from the settings in the file"
+    bare = import_semvae(weights.state, place="weights", heads=ours.shape.heads)
     state = bare.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
     return ours

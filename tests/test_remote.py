@@ -131,4 +131,4 @@ def test_processes_read_at_the_same_time_and_leave_nothing_open(server, tmp_path
     """In a process of its own, as it forks."""
     script = tmp_path / "script.py"
     script.write_text(ALL)
-    succeed([str(script), server.address], tmp_path / "logs", num=1, seconds=400)
+    succeed([str(script), server.address], tmp_path / "logs", num=1, seconds=200)
