@@ -42,7 +42,7 @@ def compressor(kit: Kit) -> Compressor:
     )
     state = bare.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
-    widths = [ours.feature_channels, *ours.shape.hidden, ours.channels]
+    widths = [ours.shape.feature_channels, *ours.shape.hidden, ours.shape.channels]
     assert widths == kit.case["constructor"]["kwargs"]["build_channel_list"]
     return ours
 
