@@ -320,12 +320,12 @@ def _create(config: TeacherConfig, name: str) -> nn.Module:
             options["dynamic_img_size"] = True
         if config.input_size is not None:
             options["img_size"] = config.input_size
+    demo = demo_network() if name == DEMO else None
     try:
-        if name == DEMO:
-            network = demo_network()
+        if demo is not None:
             weights = config.checkpoint or str(files("semtok") / "assets" / DEMO_FILE)
-            timm.models.load_checkpoint(network, weights)
-            return network
+            timm.models.load_checkpoint(demo, weights)
+            return demo
         if config.checkpoint is not None:
             state = _local_weights(name, config.checkpoint, options)
             options["pretrained_cfg_overlay"] = dict(state_dict=state)

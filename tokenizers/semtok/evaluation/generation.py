@@ -10,14 +10,16 @@ teacher's features: the same distances under the teacher's name, as FD-DINOv2 (S
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
+from semtok.config import Config, parse
 from semtok.errors import UserError
 from semtok.evaluation.frechet import Gaussian, frechet_distance
 from semtok.evaluation.image_sets import ImageSet
@@ -216,24 +218,44 @@ def read_statistics(path: Path) -> SetFeatures:
         with np.load(path, allow_pickle=False) as file:
             tensors = {k: torch.from_numpy(file[k]) for k in file.files if k in _STATISTICS_KEYS}
             about = json.loads(str(file["about"])) if "about" in file.files else {}
-        image_size = about.get("image_size")
-        return SetFeatures(
-            about.get("network", "inception"),
-            about.get("identity"),
-            about.get("source", path.name),
-            (int(image_size[0]), int(image_size[1])) if image_size else None,
-            int(about.get("num_images", 0)),
-            _gaussian(tensors["mu"], tensors["sigma"]),
-            _gaussian(tensors["mu_s"], tensors["sigma_s"]) if "mu_s" in tensors else None,
-            tensors.get("features"),
-        )
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (*DAMAGE, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except (*DAMAGE, TypeError, zipfile.BadZipFile) as error:  # TypeError: of other numbers
         raise UserError(f"{path}: no sound file of statistics ({first_line(error)})") from None
+    told = parse(_About, about, f"{path}: about")
+    try:
+        gaussian = _gaussian(tensors, "mu", "sigma")
+        spatial = _gaussian(tensors, "mu_s", "sigma_s") if "mu_s" in tensors else None
+    except ValueError as error:
+        raise UserError(f"{path}: no sound file of statistics ({first_line(error)})") from None
+    return SetFeatures(
+        told.network,
+        told.identity,
+        told.source or path.name,
+        told.image_size,
+        told.num_images,
+        gaussian,
+        spatial,
+        tensors.get("features"),
+    )
 
 
-def _gaussian(mean: Tensor, covariance: Tensor) -> Gaussian:
+class _About(Config):
+    """What a file of ours says of its statistics."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    network: str = "inception"
+    identity: str | None = None
+    source: str | None = None
+    image_size: tuple[int, int] | None = None
+    num_images: int = 0
+
+
+def _gaussian(tensors: Mapping[str, Tensor], mean_key: str, covariance_key: str) -> Gaussian:
+    if not {mean_key, covariance_key} <= tensors.keys():
+        raise ValueError(f"without {mean_key} and {covariance_key}")
+    mean, covariance = tensors[mean_key], tensors[covariance_key]
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError("mean and covariance do not fit each other")
     if not (mean.isfinite().all() and covariance.isfinite().all()):
