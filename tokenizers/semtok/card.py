@@ -49,7 +49,7 @@ def model_card(
         kind=config.get("kind", "tokenizer"),
         title=_title(config),
         version=config["library_version"],
-        latents=_latents(config),
+        latents=config.get("latents"),
         reference=PLACEHOLDER,
         vae=vae,
         packages=None if packages is None else shlex.join(packages),
@@ -151,17 +151,6 @@ def _title(config: Mapping[str, Any]) -> str:
     name = config.get("method") or (config.get("diffusion") or {}).get("network")
     name = name if isinstance(name, str) else "diffusion transformer"
     return f"{name}, {size} pixels" if size else name
-
-
-def _latents(config: Mapping[str, Any]) -> str:
-    if "latents" not in config:
-        return ""
-    parts = [
-        f"{part['name']} {part['channels']} channels"
-        + (f" (stride {part['stride']})" if part.get("stride") else "")
-        for part in config["latents"]
-    ]
-    return f"Latents, standardised: {', '.join(parts)}."
 
 
 def _rows(trained: Mapping[str, Any]) -> list[tuple[str, object]]:

@@ -11,7 +11,6 @@ from accelerate import Accelerator
 
 from semtok.commands.run_folder import RECIPE_FILE, check_files, flatten, record_files
 from semtok.commands.table import print_table
-from semtok.config import Config
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
 from semtok.objective import Objective
@@ -79,6 +78,7 @@ def start_trainer(
         UserError: the run can't go on with its checkpoint, or with these images.
     """
     train, validation = sources
+    settings = flatten(recipe.model_dump(mode="json"))
     trainer = Trainer(
         objective,
         recipe.train,
@@ -87,7 +87,7 @@ def start_trainer(
         source=train,
         validation=validation,
         num_workers=0 if train.is_cheap else recipe.data.num_workers,
-        tracked=_for_tracker(recipe),
+        tracked={k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()},
     )
     with together():
         if resume:
@@ -154,11 +154,3 @@ def card_pictures(folder: Path) -> dict[str, Path]:
     found = {"samples": max((folder / "samples").glob("step_*.png"), default=None)}
     found["curves"] = folder / "curves.png"
     return {name: file for name, file in found.items() if file is not None and file.is_file()}
-
-
-def _for_tracker(recipe: Config) -> dict[str, int | float | str | bool]:
-    """A recipe as trackers take it: flat, of plain values."""
-    settings = flatten(recipe.model_dump(mode="json"))
-    return {
-        key: v if isinstance(v, int | float | str | bool) else str(v) for key, v in settings.items()
-    }

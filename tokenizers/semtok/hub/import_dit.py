@@ -293,15 +293,15 @@ def _projectors(state: Mapping[str, Any]) -> nn.ModuleList:
     heads, prefix = nn.ModuleList(), "projectors."
     own = {our_name(n): value for n, value in state.items() if n.startswith(_PROJECTORS)}
     own = {name.removeprefix(prefix): value for name, value in own.items()}
-    for number in range(count_numbered(own, "") if own else 0):
-        hidden, width = sizes(own, f"{number}.0.weight", 2)
-        out, _ = sizes(own, f"{number}.4.weight", 2)
+    while f"{len(heads)}.0.weight" in own:
+        hidden, width = sizes(own, f"{len(heads)}.0.weight", 2)
+        out, _ = sizes(own, f"{len(heads)}.4.weight", 2)
         heads.append(silu_mlp(width, hidden, out))
-    expected = {name: value.shape for name, value in heads.state_dict().items()}
-    wrong = {
-        n for n in own.keys() | expected.keys() if n not in own or own[n].shape != expected.get(n)
-    }
+    expected = heads.state_dict()
+    if unknown := sorted(own.keys() - expected.keys()):
+        raise ValueError(f"unknown {', '.join(prefix + name for name in unknown[:3])}")
+    wrong = [n for n, v in expected.items() if n not in own or own[n].shape != v.shape]
     if wrong:
-        raise ValueError(f"{prefix}{min(wrong)} is not of a projector of three layers")
+        raise ValueError(f"{prefix}{wrong[0]} is not of a projector of three layers")
     heads.load_state_dict(own)
     return heads

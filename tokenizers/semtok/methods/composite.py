@@ -23,7 +23,7 @@ from semtok.data.source import ImageSource
 from semtok.errors import UserError
 from semtok.objective import Batch, Inputs, MethodContext, TokenizerObjective, Unregistered
 from semtok.pictures import principal_components, rows_of_images
-from semtok.registry import MethodConfig
+from semtok.registry import MethodConfig, get_method
 from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
 from semtok.statistics import StreamingMoments
 from semtok.storage import first_line, load_weights, write_tensors
@@ -338,8 +338,6 @@ class CompositeObjective(TokenizerObjective):
             divide the image.
     """
 
-    tokenizer_class: ClassVar[type[CompositeTokenizer]]
-
     def __init__(
         self, config: CompositeConfig, context: MethodContext, coder: FeatureCoder | None
     ) -> None:
@@ -416,7 +414,7 @@ class CompositeObjective(TokenizerObjective):
 
     def tokenizer(self, averaged: FeatureCoder | None) -> CompositeTokenizer:
         config, teacher = self.config, self.teacher.module
-        tokenizer = self.tokenizer_class(
+        tokenizer = get_method(config.name, place="method").tokenizer(
             self.texture.module,
             averaged,
             teacher,

@@ -89,8 +89,6 @@ class ReDiTokenizer(CompositeTokenizer):
 class ReDiObjective(CompositeObjective):
     """Fits the components in the pass before the first step; there is no step."""
 
-    tokenizer_class = ReDiTokenizer
-
     def __init__(self, config: ReDiConfig, context: MethodContext) -> None:
         assert context.teacher is not None
         shape = CoderShape(feature_channels=sum(context.teacher.widths), channels=config.channels)

@@ -141,8 +141,6 @@ class CompressorLearner(nn.Module):
 class REGLUEObjective(CompositeObjective):
     """Trains the compressor, after one pass that measures the features' statistics."""
 
-    tokenizer_class = REGLUETokenizer
-
     def __init__(self, config: REGLUEConfig, context: MethodContext) -> None:
         assert context.teacher is not None
         compressor = None

@@ -190,8 +190,6 @@ class SemVAELearner(nn.Module):
 class SemVAEObjective(CompositeObjective):
     """Trains the VAE on raw features: the cosine and the final norm make scales alike."""
 
-    tokenizer_class = SemVAETokenizer
-
     def __init__(self, config: SemVAEConfig, context: MethodContext) -> None:
         assert context.teacher is not None
         features = sum(context.teacher.widths)
