@@ -341,11 +341,10 @@ def test_a_file_that_is_gone_or_closed_to_us_is_an_unreadable_image(tmp_path, mo
 
 
 def test_a_million_images_take_little_memory_and_keep_their_identity(tmp_path):
-    names = [f"n{i % 7:08}/n{i % 7:08}_{i:05}.JPEG" for i in range(2000)]
-    for part in ("train", "val"):
-        for name in names:
-            (tmp_path / part / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / part / name).touch()
+    names = [f"n{i % 7:08}/n{i % 7:08}_{i:05}.JPEG" for i in range(1000)]
+    for name in names:
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name).touch()
     for part in ("train", "val"):
         picture(tmp_path / part / "n00000000" / "n00000000_00000.JPEG")
     open_folder(tmp_path)
@@ -362,7 +361,7 @@ def test_a_million_images_take_little_memory_and_keep_their_identity(tmp_path):
     for file in files:
         name, state = file.relative_to(tmp_path).as_posix(), file.stat()
         digest.update(f"{name} {state.st_size} {state.st_mtime_ns}\n".encode())
-    assert train.identity == f"{tmp_path.name} (2000 images) {digest.hexdigest()}"
+    assert train.identity == f"{tmp_path.name} (1000 images) {digest.hexdigest()}"
 
 
 def test_names_of_any_kind_are_found_in_the_order_of_their_parts(tmp_path):

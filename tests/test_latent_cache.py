@@ -21,7 +21,7 @@ from semtok.commands.cli import run
 from semtok.commands.when_to_cache import pays, warn_of_other_images
 from semtok.data.caches.latent_cache import CachedLatents, open_latent_cache
 from semtok.data.caches.remote_shards import RemoteShards
-from semtok.data.caches.shards import Shards, shard_checksum
+from semtok.data.caches.shards import Shards, open_shard, shard_checksum
 from semtok.data.images.kinds import open_sources
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.data.order import BLOCKS_AT_A_TIME, DataOrder
@@ -357,6 +357,34 @@ def test_local_copies_are_those_of_the_store_as_it_is(place, cache, tmp_path, mo
         assert all(torch.equal(mended[name], before[name][1:]) for name in mended)
         RemoteShards(url, "test", kept=1).rows([(8, False)])
         assert list(first.local.iterdir()) == [first.local_file(2)]
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, RuntimeError])
+def test_a_shard_that_another_process_removes_is_fetched_again(
+    place, cache, tmp_path, monkeypatch, error
+):
+    monkeypatch.setenv("SEMTOK_CACHE", str(tmp_path / "cache"))
+    inside = (p for p in (cache / "train").rglob("*") if p.is_file())
+    with file_server({f"/c/{p.name}": p.read_bytes() for p in inside}) as server:
+        shards = RemoteShards(f"{server.address}/c", "test")
+        removed = []
+
+        def open_removed(file: Path) -> Any:
+            if len(removed) < 5:
+                file.unlink()
+                removed.append(file)
+                raise error(f"unable to open file <{file}>")
+            return open_shard(file)
+
+        monkeypatch.setattr("semtok.data.caches.remote_shards.open_shard", open_removed)
+        expected = Shards(cache / "train", "test").rows([(0, False)])
+        rows = shards.rows([(0, False)])
+        assert all(torch.equal(rows[name], expected[name]) for name in rows)
+        monkeypatch.setattr(
+            "semtok.data.caches.remote_shards.open_shard", lambda f: f.unlink() or open_shard(f)
+        )
+        with pytest.raises(UserError, match="set another SEMTOK_CACHE"):
+            shards.rows([(4, False)])
 
 
 @pytest.mark.parametrize(

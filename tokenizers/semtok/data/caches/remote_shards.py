@@ -69,12 +69,16 @@ class RemoteShards(Shards):
         return self._held[number]
 
     def _opened(self, number: int) -> Shard:
-        for _ in range(3):
+        for _ in range(10):
             try:
                 return open_shard(self._fetched(number))
-            except FileNotFoundError:  # another process of this machine had no more use for it
-                continue
-        return open_shard(self._fetched(number))
+            except (FileNotFoundError, RuntimeError):  # torch's, where it goes while it is opened
+                if self.local_file(number).is_file():
+                    raise
+                # Another process of this machine had no more use for it.
+        raise UserError(
+            f"{self._place}: others remove shards from {self.local} before they are read; set another SEMTOK_CACHE"
+        )
 
     def _fetched(self, number: int) -> Path:
         entry, file = self.entries[number], self.local_file(number)
