@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from semtok.data.images.folder import Folder
+from semtok.data.images.folder import Folder, Names
 from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
 from semtok.diffusion.generator import Generator
@@ -73,8 +73,10 @@ def images_of_folder(path: Path, image_size: tuple[int, int] | None = None) -> I
         raise UserError(f"{path}: no images there")
     size = image_size or _common_size(files)
     source = Folder(
-        [(file, 0) for file in files],
-        root=path,
+        path,
+        Names([file.relative_to(path).as_posix() for file in files]),
+        np.arange(len(files)),
+        torch.zeros(len(files), dtype=torch.int64),
         class_names=(path.name,),
         image_size=size,
         flip=False,
