@@ -6,6 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -48,7 +49,8 @@ class StoredImages(ImageSource):
     asked again, and then the error ends the run: an image must not differ from process to process.
 
     Args:
-        labels: int64 (N,), class of each image.
+        rows: which of the store's images these are.
+        labels: int64 (N,), class of each.
         place: the store, for messages.
         title: the store in a few words, for logs and cards.
         attributes: of these images, in their order; None where nothing is known.
@@ -59,6 +61,7 @@ class StoredImages(ImageSource):
 
     def __init__(
         self,
+        rows: np.ndarray,
         labels: Tensor,
         *,
         place: str,
@@ -68,12 +71,49 @@ class StoredImages(ImageSource):
         flip: bool,
         attributes: ImageAttributes | None = None,
     ) -> None:
-        self.labels, self.place = labels, place
+        self.rows, self.labels, self.place = rows, labels, place
         self.class_names, self.image_size, self.flip = class_names, image_size, flip
         self.attributes = attributes.categories if attributes is not None else {}
         self._values = attributes.values if attributes is not None else None
         self.name = f"{title} ({len(labels)} images)"
         self._unreadable: set[int] = set()
+
+    @classmethod
+    def parts_of(
+        cls,
+        store: Sequence[Any],
+        parts: Sequence[np.ndarray],
+        labels: Tensor,
+        config: StoredConfig,
+        *,
+        class_names: tuple[str, ...],
+        attributes: ImageAttributes | None,
+    ) -> tuple[Self, Self]:
+        """The training and the held-out images of a store.
+
+        Args:
+            store: what the class takes before the rows.
+            parts: rows of each.
+            labels, attributes: of all rows.
+
+        Raises:
+            UserError: no image of a part can be read.
+        """
+        train, held_out = (
+            cls(
+                *store,
+                rows,
+                labels[rows],
+                class_names=class_names,
+                image_size=config.image_size,
+                flip=config.flip,
+                attributes=attributes.rows(rows) if attributes is not None else None,
+            )
+            for rows in parts
+        )
+        train.check_readable()
+        held_out.check_readable()
+        return train, held_out
 
     @abstractmethod
     def contents(self, indices: Sequence[int]) -> Sequence[Path | bytes]:

@@ -25,7 +25,7 @@ class Parquet(StoredImages):
     Args:
         store: the files.
         cells: the undecoded images of all their rows.
-        rows: which of them these are, sorted.
+        rows, labels, about: see ``StoredImages``; the rows are sorted.
     """
 
     expected = "rows with images"
@@ -36,22 +36,10 @@ class Parquet(StoredImages):
         cells: Cells,
         rows: np.ndarray,
         labels: torch.Tensor,
-        *,
-        class_names: tuple[str, ...],
-        image_size: tuple[int, int],
-        flip: bool,
-        attributes: ImageAttributes | None = None,
+        **about: Any,
     ) -> None:
-        super().__init__(
-            labels,
-            place=store.place,
-            title=store.title,
-            class_names=class_names,
-            image_size=image_size,
-            flip=flip,
-            attributes=attributes,
-        )
-        self.store, self.cells, self.rows = store, cells, rows
+        super().__init__(rows, labels, place=store.place, title=store.title, **about)
+        self.store, self.cells = store, cells
         self.block_size = cells.block_sizes(rows)
 
     @property
@@ -83,22 +71,14 @@ class Parquet(StoredImages):
         columns = store.columns([*([label] if label is not None else []), *config.attributes])
         class_names, labels = _classes(columns, store, label, known, sum(num_rows))
         attributes = _attributes(columns, store, config.attributes) if config.attributes else None
-        sources = [
-            cls(
-                store,
-                store.images(image),
-                rows,
-                labels[rows],
-                class_names=class_names,
-                image_size=config.image_size,
-                flip=config.flip,
-                attributes=attributes.rows(rows) if attributes is not None else None,
-            )
-            for rows in parts
-        ]
-        for source in sources:
-            source.check_readable()
-        return sources[0], sources[1]
+        return cls.parts_of(
+            (store, store.images(image)),
+            parts,
+            labels,
+            config,
+            class_names=class_names,
+            attributes=attributes,
+        )
 
     def contents(self, indices: Sequence[int]) -> list[Path | bytes]:
         values = self.cells.read(self.rows[list(indices)])
