@@ -184,25 +184,21 @@ def announce(message: str) -> None:
         print(message, flush=True)
 
 
-def held_out_split(num_images: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the images to train on and of those held out, each sorted; at least one of both, if any two are."""
-    num_held_out = round(num_images * fraction) or min(1, num_images - 1)
-    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed)).tolist()
-    return sorted(order[num_held_out:]), sorted(order[:num_held_out])
-
-
 def split_rows(
     num_images: int, num_train: int | None, config: StoredConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of a store to train on, and rows held out.
 
     Args:
-        num_train: behind so many rows the held-out part begins; None: the settings choose one.
+        num_train: behind so many rows the held-out part begins; None: the settings choose one, and of two rows
+            or more at least one is in each.
     """
     if num_train is not None:
         return np.arange(num_train), np.arange(num_train, num_images)
-    train, held_out = held_out_split(num_images, config.validation_fraction, config.seed)
-    return np.array(train, dtype=np.int64), np.array(held_out, dtype=np.int64)
+    num_held_out = round(num_images * config.validation_fraction) or min(1, num_images - 1)
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(num_images, generator=generator).numpy()
+    return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
 
 
 def _decoded(content: Path | bytes, image_size: tuple[int, int]) -> np.ndarray | None:

@@ -5,7 +5,7 @@ Nothing is open between two reads, so that sources can be handed to other proces
 
 import contextlib
 import hashlib
-import io
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,7 +80,23 @@ def _footer(file: StoredFile) -> Footer:
     return Footer(file, metadata, digest)
 
 
-class StreamedCells:
+class Cells(ABC):
+    """The undecoded images of a column."""
+
+    @abstractmethod
+    def read(self, rows: np.ndarray) -> list[dict[str, Any] | None]:
+        """``bytes`` and ``path`` of each row; None where a cell is empty.
+
+        Raises:
+            UserError: a file can't be read.
+        """
+
+    def block_sizes(self, rows: np.ndarray) -> tuple[int, ...] | None:
+        """How many of these rows, sorted, lie together each time; None: reading any costs the same."""
+        return None
+
+
+class StreamedCells(Cells):
     """A column of images, of which the newest blocks that were asked for are kept in memory.
 
     A block is a row group, or neighbours that are small, see ``BLOCK_BYTES``.
@@ -160,9 +176,7 @@ def read_groups(footer: Footer, groups: Sequence[int], columns: Sequence[str]) -
     """Columns of row groups as a ``pyarrow.Table``; of the file no more is fetched, neighbours at once."""
     import pyarrow.parquet
 
-    file = pyarrow.parquet.ParquetFile(
-        _Fetched(footer.file), metadata=footer.metadata, pre_buffer=True
-    )
+    file = pyarrow.parquet.ParquetFile(_file(footer), metadata=footer.metadata, pre_buffer=True)
     try:
         table = file.read_row_groups(list(groups), columns=list(columns), use_threads=False)
         return table.select(list(columns))
@@ -196,32 +210,17 @@ def dataset_errors(place: str) -> Iterator[None]:
         raise UserError(f"data.path: {place}: {first_line(cause)}") from None
 
 
-class _Fetched(io.RawIOBase):
-    """A file of which every read is a request of its own, repeated where it fails."""
+def _file(footer: Footer) -> Any:
+    """The file to read from; every read is a request of its own, repeated where it fails."""
+    from fsspec.spec import AbstractBufferedFile
 
-    def __init__(self, file: StoredFile) -> None:
-        self._file, self._position = file, 0
+    place, size = footer.file.place, footer.file.size
 
-    def readable(self) -> bool:
-        return True
+    class Fetched(AbstractBufferedFile):
+        def _fetch_range(self, start: int, end: int) -> bytes:
+            return read_ranges([place], [start], [min(end, size) - start])[0]
 
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}
-        self._position = starts[whence] + offset
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        rest = max(0, self._file.size - self._position)
-        size = rest if size < 0 else min(size, rest)
-        (content,) = read_ranges([self._file.place], [self._position], [size]) if size else (b"",)
-        self._position += size
-        return content
+    return Fetched(None, place, size=size, cache_type="none")
 
 
 # Columns of files behind URLs, kept ---------------------------------------------------------------
