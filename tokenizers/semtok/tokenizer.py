@@ -265,10 +265,7 @@ class Tokenizer(PushToHub, nn.Module, ABC):
         """Whether latents of this tokenizer are latents of the other, as far as can be told without images."""
         if self.spec != other.spec:
             return False
-        ours, theirs = (
-            dict(self.named_buffers(recurse=False)),
-            dict(other.named_buffers(recurse=False)),
-        )
+        ours, theirs = (dict(t.named_buffers(recurse=False)) for t in (self, other))
         names = [n for part in self.spec.names for n in (f"{part}_mean", f"{part}_std")]
         return all(torch.allclose(ours[n].cpu(), theirs[n].cpu(), atol=1e-4) for n in names)
 

@@ -4,7 +4,7 @@ The order of training keeps to a few shards at a time (``ImageSource.block_size`
 those few and no more, whatever the size of the store.
 """
 
-import hashlib
+import contextlib
 import shutil
 from collections import OrderedDict
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from semtok.data.caches.shards import INDEX, Shard, Shards, open_shard, shard_checksum
 from semtok.data.remote import answered, file_system, read_remote_json
 from semtok.errors import UserError
-from semtok.storage import cache_folder, new_file
+from semtok.storage import cache_folder, digest, new_file
 
 KEPT = 40
 """Shards on the local disk: those that the order draws from at a time, and the next ones."""
@@ -35,8 +35,7 @@ class RemoteShards(Shards):
 
     def __init__(self, url: str, place: str, *, kept: int = KEPT) -> None:
         self.url, self.kept, self._user_place = url.rstrip("/"), kept, place
-        digest = hashlib.blake2b(self.url.encode(), digest_size=8).hexdigest()
-        self.local = cache_folder("shards") / digest
+        self.local = cache_folder("shards") / digest(self.url, size=8)
         self._held: OrderedDict[int, Shard] = OrderedDict()
         super().__init__(self.url, place)
 
@@ -52,10 +51,8 @@ class RemoteShards(Shards):
     def local_file(self, number: int) -> Path:
         """Where a shard lies once it was fetched; another content has another name."""
         entry = self.entries[number]
-        key = f"{entry['file']} {entry['checksum']}"
-        return (
-            self.local / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
-        )
+        name = digest(f"{entry['file']} {entry['checksum']}")
+        return self.local / f"{name}.safetensors"
 
     def _shard(self, number: int) -> Shard:
         if number not in self._held:
@@ -68,11 +65,9 @@ class RemoteShards(Shards):
         return self._held[number]
 
     def _opened(self, number: int) -> Shard:
-        for _ in range(3):
-            try:
+        for _ in range(3):  # another process of this machine may have no more use for it
+            with contextlib.suppress(FileNotFoundError):
                 return open_shard(self._fetched(number))
-            except FileNotFoundError:  # another process of this machine had no more use for it
-                continue
         return open_shard(self._fetched(number))
 
     def _fetched(self, number: int) -> Path:

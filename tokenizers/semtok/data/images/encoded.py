@@ -73,8 +73,8 @@ class StoredImages(ImageSource):
     ) -> None:
         self.rows, self.labels, self.place = rows, labels, place
         self.class_names, self.image_size, self.flip = class_names, image_size, flip
-        self.attributes = attributes.categories if attributes is not None else {}
-        self._values = attributes.values if attributes is not None else None
+        known = attributes or ImageAttributes({}, torch.zeros(len(labels), 0, dtype=torch.int64))
+        self.attributes, self._values = known.categories, known.values
         self.name = f"{title} ({len(labels)} images)"
         self._unreadable: set[int] = set()
 
@@ -146,10 +146,7 @@ class StoredImages(ImageSource):
             skipped += [Skipped(position, name) for name in unreadable]
             images.append(torch.from_numpy(image).permute(2, 0, 1))
             rows.append(used)
-        attributes = {}
-        if self._values is not None:
-            columns = self._values[rows].unbind(1)
-            attributes = dict(zip(self.attributes, columns, strict=True))
+        attributes = dict(zip(self.attributes, self._values[rows].unbind(1), strict=True))
         return ImageBatch(torch.stack(images), self.labels[rows], attributes, tuple(skipped))
 
     def check_readable(self) -> None:

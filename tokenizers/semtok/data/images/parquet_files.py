@@ -124,14 +124,14 @@ class StreamedStore(ParquetStore):
 
     def __init__(self, place: str, splits: dict[str, list[str]], features: Any = None) -> None:
         footers = _footers(splits)
-        self.footers = [footer for own in footers for footer in own]
+        self.footers = [footer for split in footers for footer in split]
         own = _common_features(self.footers)
         if features is not None and set(features) != set(own):
             raise UserError(
                 f"data.path: {place}: its columns are {', '.join(own)}, and {', '.join(features)} as its card has it; "
                 "mend its card"
             )
-        self._num_rows = tuple(sum(f.metadata.num_rows for f in own) for own in footers)
+        self._num_rows = tuple(sum(f.metadata.num_rows for f in split) for split in footers)
         super().__init__(
             place,
             parts=[(footer.file.place, footer.metadata.num_rows) for footer in self.footers],

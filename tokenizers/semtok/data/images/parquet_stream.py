@@ -18,7 +18,7 @@ import numpy as np
 from semtok.data.order import BLOCKS_AT_A_TIME
 from semtok.data.remote import StoredFile, protocol, read_ranges, stored_files
 from semtok.errors import UserError
-from semtok.storage import DAMAGE, cache_folder, first_line, new_file
+from semtok.storage import DAMAGE, cache_folder, digest, first_line, new_file
 
 BLOCK_BYTES = 2**24
 """Small row groups that are neighbours in a file are fetched together, up to so many bytes of images."""
@@ -76,8 +76,7 @@ def _footer(file: StoredFile) -> Footer:
         raise UserError(
             f"data.path: {file.place}: damaged, cut short, or no Parquet file ({first_line(error)})"
         ) from None
-    digest = hashlib.blake2b(tail[-length:], digest_size=8).hexdigest()
-    return Footer(file, metadata, digest)
+    return Footer(file, metadata, hashlib.blake2b(tail[-length:], digest_size=8).hexdigest())
 
 
 class Cells(ABC):
@@ -230,9 +229,8 @@ def kept_at(footer: Footer, names: Sequence[str]) -> Path | None:
     """Where columns are kept; None: the file is on disk itself."""
     if not protocol(footer.file.place):
         return None
-    key = "\n".join((_LAYOUT, footer.file.place, footer.state, *names))
-    digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-    return cache_folder("parquet") / f"{digest}.parquet"
+    key = digest(_LAYOUT, footer.file.place, footer.state, *names)
+    return cache_folder("parquet") / f"{key}.parquet"
 
 
 def read_columns(footer: Footer, names: Sequence[str], features: Mapping[str, Any]) -> Any:

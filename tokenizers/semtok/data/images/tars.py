@@ -87,7 +87,9 @@ class Tars(StoredImages):
             )
         shards = [*train, *validation]
         indices = index_shards(shards, config.image_key)
-        table = _joined(indices)
+        numbers = np.arange(len(shards), dtype=np.int32)
+        shard = np.repeat(numbers, [len(index) for index in indices])
+        table = append_fields(np.concatenate(indices), "shard", shard, usemask=False)
         num_train, num_images = sum(map(len, indices[: len(train)])), len(table)
         title = _title(config.path)
         parts = split_rows(num_images, num_train if validation else None, config)
@@ -113,13 +115,6 @@ class Tars(StoredImages):
     def image_name(self, index: int) -> str:
         found = self.table[self.rows[index]]
         return f"{self.shards[found['shard']].place}: {_text(found['member'])}"
-
-
-def _joined(indices: Sequence[np.ndarray]) -> np.ndarray:
-    """One table of all shards."""
-    joined = np.concatenate(indices)
-    shard = np.repeat(np.arange(len(indices), dtype=np.int32), [len(index) for index in indices])
-    return append_fields(joined, "shard", shard, usemask=False)
 
 
 def _text(name: bytes) -> str:
