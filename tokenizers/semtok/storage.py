@@ -1,6 +1,7 @@
 """Files that are either whole or not there, and weights that are either sound or refused."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -34,6 +35,11 @@ def cache_folder(what: str) -> Path:
     user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "semtok"
     return Path(os.environ.get("SEMTOK_CACHE") or default) / what
+
+
+def digest(*words: str, size: int = 16) -> str:
+    """A short name for what words say together; ``size`` in bytes."""
+    return hashlib.blake2b("\n".join(words).encode(), digest_size=size).hexdigest()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,25 +39,22 @@ class DataOrder:
         position = step * self.batch_size
         while len(keys) < self.batch_size:
             epoch, offset = divmod(position + len(keys), self.num_images)
-            order, mirrored = self._epoch(epoch)
+            order, mirrored = _epoch(self, epoch)
             chosen = slice(offset, offset + self.batch_size - len(keys))
             keys += zip(order[chosen].tolist(), mirrored[chosen].tolist(), strict=True)
         return keys
 
-    def _epoch(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        cached = _EPOCHS.get((self, epoch))
-        if cached is None:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = permutation(self.num_images, self.block_size, generator)
-            mirrored = torch.rand(self.num_images, generator=generator) < 0.5
-            cached = (order, mirrored if self.flip else torch.zeros_like(mirrored))
-            _EPOCHS.clear()
-            _EPOCHS[(self, epoch)] = cached
-        return cached
+
+@lru_cache(maxsize=1)
+def _epoch(order: DataOrder, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of an epoch, and which are mirrored."""
+    generator = torch.Generator().manual_seed(order.seed * 1_000_003 + epoch)
+    images = permutation(order.num_images, order.block_size, generator)
+    mirrored = torch.rand(order.num_images, generator=generator) < 0.5
+    return images, mirrored if order.flip else torch.zeros_like(mirrored)
 
 
 BLOCKS_AT_A_TIME = 16
-_EPOCHS: dict[tuple[DataOrder, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
 
 def permutation(
@@ -112,8 +110,15 @@ def training_batches(
     Raises:
         UserError: while iterating, where the source raises it, also in a loader process.
     """
-    batches = _MicroBatches(order, share, first_step, last_step)
-    return load_batches(source, batches, num_workers=num_workers, pin_memory=pin_memory)
+
+    def batches() -> Iterator[list[Key]]:
+        for step in range(first_step, last_step):
+            keys = order.keys(step)
+            for micro_step in range(share.accumulate):
+                first = share.first(micro_step)
+                yield keys[first : first + share.micro_batch_size]
+
+    return load_batches(source, batches(), num_workers=num_workers, pin_memory=pin_memory)
 
 
 def load_batches(
@@ -127,9 +132,9 @@ def load_batches(
         UserError: while iterating, where the source raises it, also in a loader process.
     """
     loader = DataLoader(
-        _Indexed(source),
-        batch_sampler=batches,
-        collate_fn=_keep,
+        _Batches(source),
+        batch_size=None,
+        sampler=batches,
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
@@ -148,42 +153,14 @@ def _batches(loaded: Iterator[ImageBatch | UserError | None]) -> Iterator[ImageB
             yield batch
 
 
-class _MicroBatches:
-    """Key lists, a micro-batch each, for a DataLoader's ``batch_sampler``."""
-
-    def __init__(
-        self, order: DataOrder, share: BatchSlice, first_step: int, last_step: int
-    ) -> None:
-        self.order, self.share, self.steps = order, share, range(first_step, last_step)
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.share.accumulate
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for step in self.steps:
-            keys = self.order.keys(step)
-            for micro_step in range(self.share.accumulate):
-                first = self.share.first(micro_step)
-                yield keys[first : first + self.share.micro_batch_size]
-
-
-class _Indexed(Dataset[Any]):
-    """A source as a map-style dataset that loads a whole micro-batch at once."""
+class _Batches(Dataset[Any]):
+    """A source as a dataset of which one item is a whole batch."""
 
     def __init__(self, source: ImageSource) -> None:
         self.source = source
 
-    def __getitem__(self, key: Key) -> ImageBatch | UserError | None:
-        return self.__getitems__([key])
-
-    def __getitems__(self, keys: list[Key]) -> ImageBatch | UserError | None:
+    def __getitem__(self, keys: list[Key]) -> ImageBatch | UserError | None:
         try:
             return self.source.load_keys(keys) if keys else None
-        except (
-            UserError
-        ) as error:  # raised in a loader process, it would become a page of traceback
+        except UserError as error:  # out of a loader process would come a page of traceback
             return error
-
-
-def _keep(batch: ImageBatch | UserError | None) -> ImageBatch | UserError | None:
-    return batch

@@ -229,11 +229,6 @@ def answered(ask: Callable[[], T], url: str, *, place: str) -> T:
         raise UserError(f"{place}: {reason(error)}") from None
 
 
-def is_url(place: object) -> bool:
-    """Whether a place is not on this machine's disks."""
-    return "://" in str(place)
-
-
 def read_remote_json(url: str, place: str) -> Any:
     """What a JSON file at a URL holds.
 

@@ -40,12 +40,7 @@ class CachedFeatures(ImageSource):
         rows = self.shards.rows(keys)
         pooled = rows.pop("pooled")
         patches = tuple(rows[f"layer_{i}"] for i in range(len(rows)))
-        return ImageBatch(
-            None,
-            self.shards.labels(keys),
-            skipped=self.shards.skipped_among(keys),
-            features=StoredFeatures(patches, pooled),
-        )
+        return self.shards.batch(keys, features=StoredFeatures(patches, pooled))
 
 
 def ensure_feature_cache(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from semtok.data.caches.remote_shards import RemoteShards
 from semtok.data.caches.shards import INDEX, Compute, Shards, ensure_shards
-from semtok.data.remote import is_url, read_remote_json
+from semtok.data.remote import protocol, read_remote_json
 from semtok.data.source import DataConfig, ImageBatch, ImageSource, Key
 from semtok.errors import UserError
 from semtok.images import to_pixels
@@ -61,21 +61,13 @@ class CachedLatents(ImageSource):
 
     def load_keys(self, keys: Sequence[Key]) -> ImageBatch:
         rows = self.shards.rows(keys)
-        features = _stored_features(rows)
-        means = {n.removesuffix("/mean"): v for n, v in rows.items() if n.endswith("/mean")}
-        stds = {n: rows.get(f"{n}/std", torch.zeros_like(means[n])) for n in means}
-        ordered = {name: means[name] for name in self._parts}
-        return ImageBatch(
-            None,
-            self.shards.labels(keys),
-            skipped=self.shards.skipped_among(keys),
-            features=features,
-            latents=Posterior(Latents(ordered), Latents({n: stds[n] for n in ordered})),
-        )
-
-    @property
-    def _parts(self) -> list[str]:
-        return list(self.shards.about["parts"])
+        features = None
+        if "targets/patches" in rows:
+            patches, pooled, scale = (rows[f"targets/{n}"] for n in ("patches", "pooled", "scale"))
+            features = StoredFeatures((patches,), pooled, (scale,))
+        mean = Latents({name: rows[f"{name}/mean"] for name in self.shards.about["parts"]})
+        std = {n: rows.get(f"{n}/std", torch.zeros_like(part)) for n, part in mean.items()}
+        return self.shards.batch(keys, features=features, latents=Posterior(mean, Latents(std)))
 
     @property
     def target_width(self) -> int | None:
@@ -121,7 +113,7 @@ def ensure_latent_cache(
     about = {
         "tokenizer": fingerprint(tokenizer),
         "parts": list(tokenizer.spec.names),
-        "targets": _targets_about(targets),
+        "targets": targets and {"teacher": targets.config.name, "weights": targets.fingerprint()},
         "dtype": dtype,
         "image_size": list(train.image_size),
     }
@@ -158,7 +150,7 @@ def ensure_latent_cache(
 def is_latent_cache(place: str) -> bool:
     """Whether a folder holds a finished cache; of a URL it is taken for granted."""
     files = (_ABOUT, f"{_TRAIN}/{INDEX}", f"{_VALIDATION}/{INDEX}")
-    return is_url(place) or all((Path(place) / file).is_file() for file in files)
+    return bool(protocol(place)) or all((Path(place) / file).is_file() for file in files)
 
 
 def open_latent_cache(
@@ -173,7 +165,7 @@ def open_latent_cache(
     Raises:
         UserError: no finished cache, damaged, or of another tokenizer or other images.
     """
-    if is_url(place):
+    if protocol(str(place)):
         url = str(place).rstrip("/")
         about = read_remote_json(f"{url}/{_ABOUT}", _PLACE)
         train, validation = (RemoteShards(f"{url}/{n}", _PLACE) for n in (_TRAIN, _VALIDATION))
@@ -209,7 +201,7 @@ def _at_hand(path: Any) -> bool:
     """Whether images are where a setting says: a path, a URL, a pattern with ``*``, ``?`` or braces, or several."""
     if not isinstance(path, str):
         return any(map(_at_hand, path or ()))
-    return is_url(path) or bool(glob.glob(re.sub(r"\{[^}]*\}", "*", path)))
+    return bool(protocol(path) or glob.glob(re.sub(r"\{[^}]*\}", "*", path)))
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -260,20 +252,6 @@ def _pack_features(features: TeacherFeatures | None) -> dict[str, Tensor]:
         "targets/scale": scale.float(),
         "targets/pooled": features.pooled.float(),
     }
-
-
-def _stored_features(rows: Mapping[str, Tensor]) -> StoredFeatures | None:
-    if "targets/patches" not in rows:
-        return None
-    return StoredFeatures(
-        (rows["targets/patches"],), rows["targets/pooled"], (rows["targets/scale"],)
-    )
-
-
-def _targets_about(teacher: Teacher | None) -> dict[str, Any] | None:
-    if teacher is None:
-        return None
-    return {"teacher": teacher.config.name, "weights": teacher.fingerprint()}
 
 
 def _data_about(data: DataConfig) -> dict[str, Any]:

@@ -4,7 +4,6 @@ The order of training keeps to a few shards at a time (``ImageSource.block_size`
 those few and no more, whatever the size of the store.
 """
 
-import hashlib
 import shutil
 from collections import OrderedDict
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from semtok.data.caches.shards import INDEX, Shard, Shards, open_shard, shard_checksum
 from semtok.data.remote import answered, file_system, read_remote_json
 from semtok.errors import UserError
-from semtok.storage import cache_folder, first_line, new_file
+from semtok.storage import cache_folder, digest, new_file
 
 KEPT = 40
 """Shards on the local disk: those that the order draws from at a time, and the next ones."""
@@ -31,18 +30,16 @@ class RemoteShards(Shards):
         UserError: none there, or not to be reached.
     """
 
+    _way_out = "put it there again"
+
     def __init__(self, url: str, place: str, *, kept: int = KEPT) -> None:
         self.url, self.kept, self._user_place = url.rstrip("/"), kept, place
-        digest = hashlib.blake2b(self.url.encode(), digest_size=8).hexdigest()
-        self.local = cache_folder("shards") / digest
+        self.local = cache_folder("shards") / digest(self.url, size=8)
         self._held: OrderedDict[int, Shard] = OrderedDict()
-        super().__init__(Path(self.url), place)
+        super().__init__(self.url, place)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_held": OrderedDict()}
-
-    def _named(self) -> str:
-        return self.url
 
     def _read_index(self) -> Any:
         return read_remote_json(f"{self.url}/{INDEX}", self._user_place)
@@ -53,10 +50,8 @@ class RemoteShards(Shards):
     def local_file(self, number: int) -> Path:
         """Where a shard lies once it was fetched; another content has another name."""
         entry = self.entries[number]
-        key = f"{entry['file']} {entry['checksum']}"
-        return (
-            self.local / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
-        )
+        name = digest(f"{entry['file']} {entry['checksum']}")
+        return self.local / f"{name}.safetensors"
 
     def _shard(self, number: int) -> Shard:
         if number not in self._held:
@@ -104,11 +99,6 @@ class RemoteShards(Shards):
         others.sort(key=lambda file: (_changed(file), file.name))
         for file in others[: max(0, len(held) + len(others) + 1 - self.kept)]:
             file.unlink(missing_ok=True)
-
-    def _damaged(self, error: BaseException) -> str:
-        if str(error).startswith(self._place):
-            return str(error)
-        return f"{self._place} is damaged ({first_line(error)}); put it there again"
 
     def verify(self) -> None:
         """Each shard is compared with its checksum when it is fetched."""

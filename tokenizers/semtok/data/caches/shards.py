@@ -10,8 +10,9 @@ import hashlib
 import math
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,10 @@ class Shards:
         UserError: none there, damaged, cut short, or of a newer format.
     """
 
-    def __init__(self, folder: Path, place: str) -> None:
-        self.folder = folder
-        self._place = f"{place}: {self._named()}"
+    _way_out = "remove it, and it is computed again"
+
+    def __init__(self, folder: Path | str, place: str) -> None:
+        self.folder, self._place = Path(folder), f"{place}: {folder}"
         try:
             self.index = self._read_index()
             if self.index["format_version"] > _FORMAT_VERSION:
@@ -80,9 +82,6 @@ class Shards:
         if sum(entry["bytes"] for entry in self.entries) <= _HASHED_ON_OPENING:
             self.verify()
 
-    def _named(self) -> str:
-        return str(self.folder)
-
     def _read_index(self) -> Any:
         return read_json(self.folder / INDEX)
 
@@ -107,9 +106,7 @@ class Shards:
     def _damaged(self, error: BaseException) -> str:
         if str(error).startswith(self._place):
             return str(error)
-        return (
-            f"{self._place} is damaged ({first_line(error)}); remove it, and it is computed again"
-        )
+        return f"{self._place} is damaged ({first_line(error)}); {self._way_out}"
 
     def verify(self) -> None:
         """Reads everything and compares it with the checksums.
@@ -147,13 +144,14 @@ class Shards:
         """int64 (B,)."""
         return self._column(_LABELS, [(index, False) for index, _ in keys], torch.int64, ())
 
-    def skipped_among(self, keys: Sequence[Key]) -> tuple[Skipped, ...]:
-        """Which of these images could not be read when their rows were computed."""
-        return tuple(
-            Skipped(position, self.skipped[index])
-            for position, (index, _) in enumerate(keys)
-            if index in self.skipped
-        )
+    def batch(self, keys: Sequence[Key], **computed: Any) -> ImageBatch:
+        """A batch without pixels: labels, what was computed, and which images could not be read for that."""
+        skipped = [
+            Skipped(place, self.skipped[i])
+            for place, (i, _) in enumerate(keys)
+            if i in self.skipped
+        ]
+        return ImageBatch(None, self.labels(keys), skipped=tuple(skipped), **computed)
 
     def _column(
         self, name: str, keys: Sequence[Key], dtype: torch.dtype, shape: tuple[int, ...]
@@ -209,54 +207,48 @@ def ensure_shards(
     return shards
 
 
+@dataclass
 class _Writer:
     """Writes what is missing of a folder of shards; all processes call its methods."""
 
-    def __init__(
-        self,
-        source: ImageSource,
-        folder: Path,
-        compute: Compute,
-        about: Mapping[str, Any],
-        batch_size: int,
-        shard_size: int,
-    ) -> None:
-        self.source, self.folder, self.compute = source, folder, compute
-        self.about, self.batch_size, self.shard_size = dict(about), batch_size, shard_size
+    source: ImageSource
+    folder: Path
+    compute: Compute
+    about: dict[str, Any]
+    batch_size: int
+    shard_size: int
+
+    def __post_init__(self) -> None:
         # Computed ahead, so that what can't work is found before the folder is there.
-        first = compute(source.load([0]))
+        source = self.source
+        first = self.compute(source.load([0]))
         self.bytes = len(source) * sum(t[0].numel() * t.element_size() for t in first.values())
         self.bytes *= 2 if source.flip else 1
 
     def claim(self, what: str, place: str) -> None:
         """Takes the folder, or goes on in it; looks whether the result will have room."""
         if not process_index():
-            problem = self._take_folder()
-            if problem is not None:
-                raise UserError(f"{place}: {self.folder} {problem}")
+            self._take_folder(f"{place}: {self.folder}")
             print(f"computing {what} once: {self.bytes / 1e9:.2f} GB in {self.folder}", flush=True)
         gather(None)  # nobody writes before
 
-    def _take_folder(self) -> str | None:
-        """What stands against it, if anything."""
+    def _take_folder(self, named: str) -> None:
         plan = {"about": self.about, "shard_size": self.shard_size}
         file = self.folder / _PLAN
         if file.is_file():
             if read_json(file) != plan:
-                return "was begun with something else; choose another folder"
-            return None
+                raise UserError(f"{named} was begun with something else; choose another folder")
+            return
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            return "holds other files; choose another folder"
+            raise UserError(f"{named} holds other files; choose another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if self.bytes > free:
             self.folder.rmdir()
-            return (
-                f"needs {self.bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; "
-                "leave it out"
+            raise UserError(
+                f"{named} needs {self.bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; leave it out"
             )
         write_json(file, plan)
-        return None
 
     def write(self, what: str) -> None:
         """Writes each process's share of the shards that are missing, then the index."""
@@ -280,20 +272,24 @@ class _Writer:
         gather(None)
 
     def _compute(self, shards: Sequence[int], what: str) -> None:
-        begun: dict[int, _Rows] = {}  # several, as loader processes take one each
+        # Several are begun at a time, as loader processes take one each.
+        begun: defaultdict[int, list[dict[str, Tensor]]] = defaultdict(list)
+        skipped: defaultdict[int, dict[str, str]] = defaultdict(dict)
         keys = [(i, False) for number in shards for i in self._images(number)]
         for places, batch in read_images(
             self.source, keys, batch_size=self.batch_size, what=what, together=self.shard_size
         ):
             first, _ = keys[places[0]]
             number = first // self.shard_size
-            rows = begun.setdefault(number, _Rows())
-            rows.add(self._rows(batch), first, batch.skipped)
-            if rows.num_images == len(self._images(number)):
-                file = self.folder / _shard_name(number)
-                with new_file(file) as temporary:
-                    write_tensors(temporary, begun.pop(number).joined())
-                write_json(self._notes(number), {"skipped": rows.skipped})
+            begun[number].append(self._rows(batch))
+            for position, name in batch.skipped:  # first at a position is whose place it is
+                skipped[number].setdefault(str(first + position), name)
+            if sum(len(rows[_LABELS]) for rows in begun[number]) == len(self._images(number)):
+                own = begun.pop(number)
+                columns = {name: torch.cat([rows[name] for rows in own]) for name in own[0]}
+                with new_file(self.folder / _shard_name(number)) as temporary:
+                    write_tensors(temporary, columns)
+                write_json(self._notes(number), {"skipped": skipped[number]})
 
     def _images(self, shard: int) -> range:
         return range(len(self.source))[shard * self.shard_size : (shard + 1) * self.shard_size]
@@ -320,25 +316,6 @@ class _Writer:
             mirrored = self.compute(replace(batch, images=batch.images.flip(-1)))
             rows |= {_MIRRORED + name: value.cpu() for name, value in mirrored.items()}
         return rows
-
-
-class _Rows:
-    """Of one shard, what has been computed so far."""
-
-    def __init__(self) -> None:
-        self.num_images, self.skipped = 0, dict[str, str]()
-        self._columns: dict[str, list[Tensor]] = {}
-
-    def add(self, rows: Mapping[str, Tensor], first: int, skipped: Sequence[Skipped]) -> None:
-        """Takes in the rows of the images from ``first`` on."""
-        for name, values in rows.items():
-            self._columns.setdefault(name, []).append(values)
-        for position, name in skipped:  # the first at a position is the image that belongs there
-            self.skipped.setdefault(str(first + position), name)
-        self.num_images += len(rows[_LABELS])
-
-    def joined(self) -> dict[str, Tensor]:
-        return {name: torch.cat(parts) for name, parts in self._columns.items()}
 
 
 def _shard_name(number: int) -> str:

@@ -88,32 +88,27 @@ def _text(path: Path) -> str:
 def _table(path: Path) -> tuple[list[str], dict[str, list[str]]]:
     """The names of the attributes, and their values by the name of an image."""
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
-    names: list[str] = []
+    # Interned, as there are millions of cells, of few values.
+    lines = ([sys.intern(cell.strip()) for cell in cells] for cells in reader if cells)
     rows: dict[str, list[str]] = {}
+
+    def error(problem: str) -> UserError:
+        return _error(path, problem, line=reader.line_num)
+
     try:
-        for cells in reader:
-            cells = [sys.intern(cell.strip()) for cell in cells]  # millions, of few values
-            if not cells:
-                continue
-            if not names:
-                names = _header(path, cells)
-                continue
-            name, *values = cells
-            if (found := len(values)) != (known := len(names)):
-                problem = f"{found} values, {known} attributes; mend it"
-                raise _error(path, problem, line=reader.line_num)
-            if "" in cells:
-                problem = f"'{['name', *names][cells.index('')]}' is empty; fill it in or remove the column"
-                raise _error(path, problem, line=reader.line_num)
+        names = _header(path, next(lines, []))
+        for name, *values in lines:
+            if len(values) != len(names):
+                raise error(f"{len(values)} values, {len(names)} attributes; mend it")
+            for column, cell in zip(("name", *names), (name, *values), strict=True):
+                if not cell:
+                    raise error(f"'{column}' is empty; fill it in or remove the column")
             key = PurePosixPath(name).as_posix()
             if key in rows:
-                problem = f"'{name}' occurs a second time; remove one"
-                raise _error(path, problem, line=reader.line_num)
+                raise error(f"'{name}' occurs a second time; remove one")
             rows[key] = values
-    except csv.Error as error:
-        raise _error(path, f"not CSV ({error}); mend it", line=reader.line_num) from None
-    if not names:
-        _header(path, [])
+    except csv.Error as problem:
+        raise error(f"not CSV ({problem}); mend it") from None
     return names, rows
 
 

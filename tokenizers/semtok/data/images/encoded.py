@@ -6,6 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -48,7 +49,8 @@ class StoredImages(ImageSource):
     asked again, and then the error ends the run: an image must not differ from process to process.
 
     Args:
-        labels: int64 (N,), class of each image.
+        rows: which of the store's images these are.
+        labels: int64 (N,), class of each.
         place: the store, for messages.
         title: the store in a few words, for logs and cards.
         attributes: of these images, in their order; None where nothing is known.
@@ -59,6 +61,7 @@ class StoredImages(ImageSource):
 
     def __init__(
         self,
+        rows: np.ndarray,
         labels: Tensor,
         *,
         place: str,
@@ -68,12 +71,49 @@ class StoredImages(ImageSource):
         flip: bool,
         attributes: ImageAttributes | None = None,
     ) -> None:
-        self.labels, self.place = labels, place
+        self.rows, self.labels, self.place = rows, labels, place
         self.class_names, self.image_size, self.flip = class_names, image_size, flip
-        self.attributes = attributes.categories if attributes is not None else {}
-        self._values = attributes.values if attributes is not None else None
+        known = attributes or ImageAttributes({}, torch.zeros(len(labels), 0, dtype=torch.int64))
+        self.attributes, self._values = known.categories, known.values
         self.name = f"{title} ({len(labels)} images)"
         self._unreadable: set[int] = set()
+
+    @classmethod
+    def parts_of(
+        cls,
+        store: Sequence[Any],
+        parts: Sequence[np.ndarray],
+        labels: Tensor,
+        config: StoredConfig,
+        *,
+        class_names: tuple[str, ...],
+        attributes: ImageAttributes | None,
+    ) -> tuple[Self, Self]:
+        """The training and the held-out images of a store.
+
+        Args:
+            store: what the class takes before the rows.
+            parts: rows of each.
+            labels, attributes: of all rows.
+
+        Raises:
+            UserError: no image of a part can be read.
+        """
+        train, held_out = (
+            cls(
+                *store,
+                rows,
+                labels[rows],
+                class_names=class_names,
+                image_size=config.image_size,
+                flip=config.flip,
+                attributes=attributes.rows(rows) if attributes is not None else None,
+            )
+            for rows in parts
+        )
+        train.check_readable()
+        held_out.check_readable()
+        return train, held_out
 
     @abstractmethod
     def contents(self, indices: Sequence[int]) -> Sequence[Path | bytes]:
@@ -106,10 +146,7 @@ class StoredImages(ImageSource):
             skipped += [Skipped(position, name) for name in unreadable]
             images.append(torch.from_numpy(image).permute(2, 0, 1))
             rows.append(used)
-        attributes = {}
-        if self._values is not None:
-            columns = self._values[rows].unbind(1)
-            attributes = dict(zip(self.attributes, columns, strict=True))
+        attributes = dict(zip(self.attributes, self._values[rows].unbind(1), strict=True))
         return ImageBatch(torch.stack(images), self.labels[rows], attributes, tuple(skipped))
 
     def check_readable(self) -> None:
@@ -144,25 +181,21 @@ def announce(message: str) -> None:
         print(message, flush=True)
 
 
-def held_out_split(num_images: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the images to train on and of those held out, each sorted; at least one of both, if any two are."""
-    num_held_out = round(num_images * fraction) or min(1, num_images - 1)
-    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed)).tolist()
-    return sorted(order[num_held_out:]), sorted(order[:num_held_out])
-
-
 def split_rows(
     num_images: int, num_train: int | None, config: StoredConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of a store to train on, and rows held out.
 
     Args:
-        num_train: behind so many rows the held-out part begins; None: the settings choose one.
+        num_train: behind so many rows the held-out part begins; None: the settings choose one, and of two rows
+            or more at least one is in each.
     """
     if num_train is not None:
         return np.arange(num_train), np.arange(num_train, num_images)
-    train, held_out = held_out_split(num_images, config.validation_fraction, config.seed)
-    return np.array(train, dtype=np.int64), np.array(held_out, dtype=np.int64)
+    num_held_out = round(num_images * config.validation_fraction) or min(1, num_images - 1)
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(num_images, generator=generator).numpy()
+    return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
 
 
 def _decoded(content: Path | bytes, image_size: tuple[int, int]) -> np.ndarray | None:

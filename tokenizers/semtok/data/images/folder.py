@@ -5,13 +5,13 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from semtok.data.images.attributes import ImageAttributes, read_attributes
+from semtok.data.images.attributes import read_attributes
 from semtok.data.images.encoded import VALIDATION_NAMES, StoredConfig, StoredImages, split_rows
 from semtok.errors import UserError
 
@@ -56,35 +56,16 @@ class Folder(StoredImages):
     Args:
         root: the folder.
         names: of all its images.
-        rows: which of them these are.
-        labels: int64 (len(rows),).
-        attributes: of these files, in their order; None where nothing is known.
+        rows, labels, about: see ``StoredImages``.
     """
 
     expected = f"files such as {', '.join(IMG_EXTENSIONS[:3])}"
 
     def __init__(
-        self,
-        root: Path,
-        names: Names,
-        rows: np.ndarray,
-        labels: torch.Tensor,
-        *,
-        class_names: tuple[str, ...],
-        image_size: tuple[int, int],
-        flip: bool,
-        attributes: ImageAttributes | None = None,
+        self, root: Path, names: Names, rows: np.ndarray, labels: torch.Tensor, **about: Any
     ) -> None:
-        super().__init__(
-            labels,
-            place=str(root),
-            title=root.name,
-            class_names=class_names,
-            image_size=image_size,
-            flip=flip,
-            attributes=attributes,
-        )
-        self.root, self.names, self.rows = root, names, rows
+        super().__init__(rows, labels, place=str(root), title=root.name, **about)
+        self.root, self.names = root, names
 
     @cached_property
     def identity(self) -> str:
@@ -129,23 +110,10 @@ class Folder(StoredImages):
         attributes = None
         if config.attributes is not None and all(map(len, parts)):  # an empty part is told of later
             attributes = read_attributes(Path(config.attributes), names)
-        table, numbers = Names(names), torch.tensor(labels, dtype=torch.int64)
-        sources = [
-            cls(
-                root,
-                table,
-                rows,
-                numbers[rows],
-                class_names=classes,
-                image_size=config.image_size,
-                flip=config.flip,
-                attributes=attributes.rows(rows) if attributes is not None else None,
-            )
-            for rows in parts
-        ]
-        for source in sources:
-            source.check_readable()
-        return sources[0], sources[1]
+        numbers = torch.tensor(labels, dtype=torch.int64)
+        return cls.parts_of(
+            (root, Names(names)), parts, numbers, config, class_names=classes, attributes=attributes
+        )
 
     def contents(self, indices: Sequence[int]) -> list[Path]:
         return [self.file(index) for index in indices]

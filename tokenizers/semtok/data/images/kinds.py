@@ -1,6 +1,7 @@
 """Image sources by kind."""
 
 import difflib
+from collections.abc import Callable
 
 from semtok.data.images.folder import Folder, FolderConfig
 from semtok.data.images.parquet import Parquet, ParquetConfig
@@ -9,11 +10,11 @@ from semtok.data.images.tars import Tars, TarsConfig
 from semtok.data.source import DataConfig, ImageSource
 from semtok.errors import UserError
 
-_CONFIGS: dict[str, type[DataConfig]] = {
-    "shapes": ShapesConfig,
-    "folder": FolderConfig,
-    "parquet": ParquetConfig,
-    "tars": TarsConfig,
+_KINDS: dict[str, tuple[type[DataConfig], Callable[..., tuple[ImageSource, ImageSource]]]] = {
+    "shapes": (ShapesConfig, Shapes.open),
+    "folder": (FolderConfig, Folder.open),
+    "parquet": (ParquetConfig, Parquet.open),
+    "tars": (TarsConfig, Tars.open),
 }
 
 
@@ -23,13 +24,13 @@ def data_config_class(kind: object, *, place: str) -> type[DataConfig]:
     Raises:
         UserError: there is no such kind.
     """
-    if kind not in _CONFIGS:
-        near = difflib.get_close_matches(str(kind), _CONFIGS, n=1)
+    if kind not in _KINDS:
+        near = difflib.get_close_matches(str(kind), _KINDS, n=1)
         raise UserError(
             f"{place}: unknown kind '{kind}'; "
-            + (f"did you mean '{near[0]}'?" if near else f"known: {', '.join(_CONFIGS)}")
+            + (f"did you mean '{near[0]}'?" if near else f"known: {', '.join(_KINDS)}")
         )
-    return _CONFIGS[str(kind)]
+    return _KINDS[str(kind)][0]
 
 
 def open_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
@@ -38,18 +39,7 @@ def open_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
     Raises:
         UserError: images are missing, or none of them is readable.
     """
-    sources: tuple[ImageSource, ImageSource]
-    match config:
-        case ShapesConfig():
-            sources = Shapes(config, train=True), Shapes(config, train=False)
-        case FolderConfig():
-            sources = Folder.open(config)
-        case ParquetConfig():
-            sources = Parquet.open(config)
-        case TarsConfig():
-            sources = Tars.open(config)
-        case _:
-            raise AssertionError(f"no source for {type(config).__name__}")
+    sources = _KINDS[config.kind][1](config)
     for source in sources:
         source.num_workers = config.num_workers
     return sources

@@ -13,7 +13,7 @@ import torch
 from semtok.data.images.attributes import ImageAttributes, image_attributes
 from semtok.data.images.encoded import StoredImages, split_rows
 from semtok.data.images.labels import UNLABELLED, Labels, number_classes
-from semtok.data.images.parquet_files import Cells, ParquetConfig, ParquetStore, find_store
+from semtok.data.images.parquet_files import ParquetConfig, ParquetStore, find_store
 from semtok.data.order import permutation
 from semtok.errors import UserError
 from semtok.extras import need
@@ -24,8 +24,8 @@ class Parquet(StoredImages):
 
     Args:
         store: the files.
-        cells: the undecoded images of all their rows.
-        rows: which of them these are, sorted.
+        column: of the images. Each source keeps what it fetched of it, so that none takes another's place.
+        rows, labels, about: see ``StoredImages``; the rows are sorted.
     """
 
     expected = "rows with images"
@@ -33,26 +33,14 @@ class Parquet(StoredImages):
     def __init__(
         self,
         store: ParquetStore,
-        cells: Cells,
+        column: str,
         rows: np.ndarray,
         labels: torch.Tensor,
-        *,
-        class_names: tuple[str, ...],
-        image_size: tuple[int, int],
-        flip: bool,
-        attributes: ImageAttributes | None = None,
+        **about: Any,
     ) -> None:
-        super().__init__(
-            labels,
-            place=store.place,
-            title=store.title,
-            class_names=class_names,
-            image_size=image_size,
-            flip=flip,
-            attributes=attributes,
-        )
-        self.store, self.cells, self.rows = store, cells, rows
-        self.block_size = cells.block_sizes(rows)
+        super().__init__(rows, labels, place=store.place, title=store.title, **about)
+        self.store, self.cells = store, store.images(column)
+        self.block_size = self.cells.block_sizes(rows)
 
     @property
     def identity(self) -> str:
@@ -74,31 +62,21 @@ class Parquet(StoredImages):
         """
         need("datasets", "datasets", extra="data", place="data.kind: parquet ")
         store = find_store(config)
-        if store.features is not None:  # else they are known only after the download
-            _check_columns(store.features, config)
-        num_rows = store.prepare()
         image, label = _check_columns(store.features, config)
+        num_rows = store.prepare()
         parts = split_rows(sum(num_rows), num_rows[0] if len(num_rows) > 1 else None, config)
         known = parts[0] if len(num_rows) > 1 else None
         columns = store.columns([*([label] if label is not None else []), *config.attributes])
         class_names, labels = _classes(columns, store, label, known, sum(num_rows))
         attributes = _attributes(columns, store, config.attributes) if config.attributes else None
-        sources = [
-            cls(
-                store,
-                store.images(image),
-                rows,
-                labels[rows],
-                class_names=class_names,
-                image_size=config.image_size,
-                flip=config.flip,
-                attributes=attributes.rows(rows) if attributes is not None else None,
-            )
-            for rows in parts
-        ]
-        for source in sources:
-            source.check_readable()
-        return sources[0], sources[1]
+        return cls.parts_of(
+            (store, image),
+            parts,
+            labels,
+            config,
+            class_names=class_names,
+            attributes=attributes,
+        )
 
     def contents(self, indices: Sequence[int]) -> list[Path | bytes]:
         values = self.cells.read(self.rows[list(indices)])
@@ -141,6 +119,7 @@ def _content(value: dict[str, Any], place: str) -> Path | bytes:
 def _check_columns(features: Any, config: ParquetConfig) -> tuple[str, str | None]:
     """The names of the column of images and, where there is one, of labels."""
     import datasets
+    import pyarrow.types as types
 
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if config.image_column is not None:
@@ -150,13 +129,14 @@ def _check_columns(features: Any, config: ParquetConfig) -> tuple[str, str | Non
     else:
         raise UserError(
             f"data.image_column: {'several columns' if images else 'no column'} of images in '{config.path}'; "
-            f"choose of {_listing(images or features)}"
+            f"choose of {', '.join(images or features)}"
         )
     kind = features.arrow_schema.field(image).type
-    if not (_is_binary(kind) or "bytes" in getattr(kind, "names", ())):
+    binary = types.is_binary(kind) or types.is_large_binary(kind)
+    if not (binary or "bytes" in getattr(kind, "names", ())):
         raise UserError(
             f"data.image_column: '{image}' of '{config.path}' holds {kind}, not images; "
-            f"choose of {_listing(features)}"
+            f"choose of {', '.join(features)}"
         )
     if config.label_column is not None:
         label = _known(config.label_column, features, "label_column")
@@ -176,19 +156,9 @@ def _check_columns(features: Any, config: ParquetConfig) -> tuple[str, str | Non
 def _known(name: str, features: Any, key: str) -> str:
     if name not in features:
         near = difflib.get_close_matches(name, features, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"choose of {_listing(features)}"
+        hint = f"did you mean '{near[0]}'?" if near else f"choose of {', '.join(features)}"
         raise UserError(f"data.{key}: no column '{name}'; {hint}")
     return name
-
-
-def _listing(names: Any) -> str:
-    return ", ".join(names)
-
-
-def _is_binary(kind: Any) -> bool:
-    import pyarrow.types
-
-    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
 
 def _is_categorical(kind: Any) -> bool:

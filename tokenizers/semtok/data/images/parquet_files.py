@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from semtok.data.images.encoded import VALIDATION_NAMES, StoredConfig, announce
 from semtok.data.images.parquet_stream import (
+    Cells,
     Footer,
     StreamedCells,
     dataset_errors,
@@ -62,20 +63,6 @@ class ParquetConfig(StoredConfig):
     """Columns of what the images show, for probes: numbers, truth values or text."""
 
 
-class Cells(Protocol):
-    """The undecoded images of a column."""
-
-    def read(self, rows: np.ndarray) -> list[dict[str, Any] | None]:
-        """``bytes`` and ``path`` of each row; None where a cell is empty.
-
-        Raises:
-            UserError: a file can't be read.
-        """
-
-    def block_sizes(self, rows: np.ndarray) -> tuple[int, ...] | None:
-        """How many of these rows, sorted, lie together each time; None: reading any costs the same."""
-
-
 class ParquetStore(ABC):
     """A training split and, where there is one, a held-out split; their rows are numbered throughout.
 
@@ -83,7 +70,7 @@ class ParquetStore(ABC):
         place: as the user named it.
         parts: what they are made of and its number of rows, in order.
         states: what changes when the content does.
-        features: of the columns, as ``datasets`` has them; None where ``prepare`` finds them.
+        features: of the columns, as ``datasets`` has them.
 
     Attributes:
         file_states: see ``ImageSource.file_states``.
@@ -119,7 +106,7 @@ class ParquetStore(ABC):
 
     @abstractmethod
     def images(self, column: str) -> Cells:
-        """The images of a column; after ``prepare``."""
+        """The undecoded images of a column; after ``prepare``."""
 
     def row_name(self, row: int) -> str:
         """Where a row comes from."""
@@ -132,17 +119,25 @@ class StreamedStore(ParquetStore):
 
     Args:
         splits: files of each split, in order.
+        features: of a dataset's card, which has the say over what the files tell of their columns.
     """
 
-    def __init__(self, place: str, splits: Sequence[Sequence[Footer]], *, features: Any) -> None:
-        self.footers = [footer for footers in splits for footer in footers]
-        self._num_rows = tuple(sum(f.metadata.num_rows for f in footers) for footers in splits)
+    def __init__(self, place: str, splits: dict[str, list[str]], features: Any = None) -> None:
+        footers = _footers(splits)
+        self.footers = [footer for split in footers for footer in split]
+        own = _common_features(self.footers)
+        if features is not None and set(features) != set(own):
+            raise UserError(
+                f"data.path: {place}: its columns are {', '.join(own)}, and {', '.join(features)} as its card has it; "
+                "mend its card"
+            )
+        self._num_rows = tuple(sum(f.metadata.num_rows for f in split) for split in footers)
         super().__init__(
             place,
             parts=[(footer.file.place, footer.metadata.num_rows) for footer in self.footers],
             # The order differs from that of the converted set, so that what is chosen of it does too.
             states=["streamed", *(f"{short_name(f.file.place)} {f.state}" for f in self.footers)],
-            features=features,
+            features=features or own,
         )
         for footer in self.footers:
             name = short_name(footer.file.place)
@@ -209,7 +204,7 @@ class ConvertedStore(ParquetStore):
         return _TableCells(self.table.select_columns([column]).cast_column(column, undecoded))
 
 
-class _TableCells:
+class _TableCells(Cells):
     """Of a ``datasets.Dataset`` of one column."""
 
     def __init__(self, table: Any) -> None:
@@ -218,9 +213,6 @@ class _TableCells:
     def read(self, rows: np.ndarray) -> list[dict[str, Any] | None]:
         (column,) = self.table[rows.tolist()].values()
         return list(column)
-
-    def block_sizes(self, rows: np.ndarray) -> None:
-        return None
 
 
 # Which files there are ----------------------------------------------------------------------------
@@ -257,7 +249,7 @@ def find_store(config: ParquetConfig) -> ParquetStore:
         raise UserError(f"data.validation: '{min(both)}' is trained on; hold out other files")
     if held_out:
         files[_VALIDATION] = held_out
-    return (_streamed_store if config.streaming else _converted_store)(path, files)
+    return StreamedStore(path, files) if config.streaming else _converted_store(path, files)
 
 
 def _resolved(file: str) -> str:
@@ -322,74 +314,51 @@ def _local_splits(path: str, key: str) -> dict[str, list[str]] | None:
 def _converted_store(path: str, splits: dict[str, list[str]]) -> ParquetStore:
     import datasets
 
-    footers = _footers(splits)
-    flat = [footer for own in footers.values() for footer in own]
-    features = _common_features(flat)
+    footers = [footer for own in _footers(splits) for footer in own]
+    features = _common_features(footers)
+    parts = [(footer.file.place, footer.metadata.num_rows) for footer in footers]
     files = [Path(file) for own in splits.values() for file in own]
     states = [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
     with dataset_errors(path):
         builder = datasets.load_dataset_builder("parquet", data_files=splits)
-    parts = [(str(f), own.metadata.num_rows) for f, own in zip(files, flat, strict=True)]
     return ConvertedStore(
         path, builder, list(splits), parts=parts, states=states, features=features
     )
 
 
-def _streamed_store(path: str, splits: dict[str, list[str]], features: Any = None) -> ParquetStore:
-    """Files that stay where they are.
-
-    Args:
-        features: of a dataset's card, which has the say over what the files tell of their columns.
-    """
-    footers = _footers(splits)
-    own = _common_features([footer for files in footers.values() for footer in files])
-    if features is not None and set(features) != set(own):
-        raise UserError(
-            f"data.path: {path}: its columns are {', '.join(own)}, and {', '.join(features)} as its card has it; "
-            "mend its card"
-        )
-    return StreamedStore(path, list(footers.values()), features=features or own)
-
-
-def _footers(splits: dict[str, list[str]]) -> dict[str, list[Footer]]:
-    return {name: read_footers(files, key=_KEYS[name]) for name, files in splits.items()}
+def _footers(splits: dict[str, list[str]]) -> list[list[Footer]]:
+    return [read_footers(files, key=_KEYS[name]) for name, files in splits.items()]
 
 
 def _common_features(footers: Sequence[Footer]) -> Any:
     """The columns of files, as the first has them.
 
     Raises:
-        UserError: they differ in another.
+        UserError: in another their names differ, or their classes in names or order.
     """
     import datasets
 
-    features = None
+    def classes(feature: Any) -> list[str] | None:
+        return feature.names if isinstance(feature, datasets.ClassLabel) else None
+
+    features, first = None, footers[0].file.place
     for footer in footers:
         place = footer.file.place
         with dataset_errors(place):
             own = datasets.Features.from_arrow_schema(footer.metadata.schema.to_arrow_schema())
-        features = own if features is None else features
-        _check_alike(own, features, place, other=footers[0].file.place)
-    return features
-
-
-def _check_alike(own: Any, others: Any, file: str, *, other: str) -> None:
-    """Raises UserError where the columns of two files differ in their names, or their classes in names or order."""
-    import datasets
-
-    if set(own) != set(others):
-        raise UserError(
-            f"data.path: {file}: its columns are {', '.join(own)}, those of {other} {', '.join(others)}; "
-            "use files of one kind"
-        )
-    for name, feature in own.items():
-        known = [
-            f.names if isinstance(f, datasets.ClassLabel) else None for f in (feature, others[name])
-        ]
-        if known[0] != known[1]:
+        features = features or own
+        if set(own) != set(features):
             raise UserError(
-                f"data.path: {file}: the classes in column '{name}' are not those of {other}; use files of one kind"
+                f"data.path: {place}: its columns are {', '.join(own)}, those of {first} {', '.join(features)}; "
+                "use files of one kind"
             )
+        for name, feature in own.items():
+            if classes(feature) != classes(features[name]):
+                raise UserError(
+                    f"data.path: {place}: the classes in column '{name}' are not those of {first}; "
+                    "use files of one kind"
+                )
+    return features
 
 
 def _hub_store(config: ParquetConfig) -> ParquetStore:
@@ -400,7 +369,8 @@ def _hub_store(config: ParquetConfig) -> ParquetStore:
     announce(f"opening the dataset {path} of the Hugging Face Hub{kept}")
     with dataset_errors(f"no file or folder '{path}', and as a dataset on the Hub"):
         builder = datasets.load_dataset_builder(path, name=config.subset, revision=config.revision)
-        if not streaming and builder.info.splits is None:  # the dataset's card does not tell
+        about = (builder.info.splits, builder.info.features)
+        if not streaming and None in about:  # the dataset's card does not tell
             builder.download_and_prepare()
     files = {str(name): list(own) for name, own in (builder.config.data_files or {}).items()}
     known = files if streaming else builder.info.splits
@@ -416,7 +386,7 @@ def _hub_store(config: ParquetConfig) -> ParquetStore:
                 f"data.path: {foreign[0]} is no Parquet file; leave data.streaming out, and it is converted"
             )
         named = {key: files[n] for key, n in zip((_TRAIN, _VALIDATION), splits, strict=False)}
-        return _streamed_store(path, named, builder.info.features)
+        return StreamedStore(path, named, builder.info.features)
     return ConvertedStore(
         path,
         builder,

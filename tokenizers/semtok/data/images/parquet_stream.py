@@ -5,7 +5,7 @@ Nothing is open between two reads, so that sources can be handed to other proces
 
 import contextlib
 import hashlib
-import io
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ import numpy as np
 from semtok.data.order import BLOCKS_AT_A_TIME
 from semtok.data.remote import StoredFile, protocol, read_ranges, stored_files
 from semtok.errors import UserError
-from semtok.storage import DAMAGE, cache_folder, first_line, new_file
+from semtok.storage import DAMAGE, cache_folder, digest, first_line, new_file
 
 BLOCK_BYTES = 2**24
 """Small row groups that are neighbours in a file are fetched together, up to so many bytes of images."""
@@ -76,11 +76,26 @@ def _footer(file: StoredFile) -> Footer:
         raise UserError(
             f"data.path: {file.place}: damaged, cut short, or no Parquet file ({first_line(error)})"
         ) from None
-    digest = hashlib.blake2b(tail[-length:], digest_size=8).hexdigest()
-    return Footer(file, metadata, digest)
+    return Footer(file, metadata, hashlib.blake2b(tail[-length:], digest_size=8).hexdigest())
 
 
-class StreamedCells:
+class Cells(ABC):
+    """The undecoded images of a column."""
+
+    @abstractmethod
+    def read(self, rows: np.ndarray) -> list[dict[str, Any] | None]:
+        """``bytes`` and ``path`` of each row; None where a cell is empty.
+
+        Raises:
+            UserError: a file can't be read.
+        """
+
+    def block_sizes(self, rows: np.ndarray) -> tuple[int, ...] | None:
+        """How many of these rows, sorted, lie together each time; None: reading any costs the same."""
+        return None
+
+
+class StreamedCells(Cells):
     """A column of images, of which the newest blocks that were asked for are kept in memory.
 
     A block is a row group, or neighbours that are small, see ``BLOCK_BYTES``.
@@ -160,9 +175,7 @@ def read_groups(footer: Footer, groups: Sequence[int], columns: Sequence[str]) -
     """Columns of row groups as a ``pyarrow.Table``; of the file no more is fetched, neighbours at once."""
     import pyarrow.parquet
 
-    file = pyarrow.parquet.ParquetFile(
-        _Fetched(footer.file), metadata=footer.metadata, pre_buffer=True
-    )
+    file = pyarrow.parquet.ParquetFile(_file(footer), metadata=footer.metadata, pre_buffer=True)
     try:
         table = file.read_row_groups(list(groups), columns=list(columns), use_threads=False)
         return table.select(list(columns))
@@ -196,32 +209,17 @@ def dataset_errors(place: str) -> Iterator[None]:
         raise UserError(f"data.path: {place}: {first_line(cause)}") from None
 
 
-class _Fetched(io.RawIOBase):
-    """A file of which every read is a request of its own, repeated where it fails."""
+def _file(footer: Footer) -> Any:
+    """The file to read from; every read is a request of its own, repeated where it fails."""
+    from fsspec.spec import AbstractBufferedFile
 
-    def __init__(self, file: StoredFile) -> None:
-        self._file, self._position = file, 0
+    place, size = footer.file.place, footer.file.size
 
-    def readable(self) -> bool:
-        return True
+    class Fetched(AbstractBufferedFile):
+        def _fetch_range(self, start: int, end: int) -> bytes:
+            return read_ranges([place], [start], [min(end, size) - start])[0]
 
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}
-        self._position = starts[whence] + offset
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        rest = max(0, self._file.size - self._position)
-        size = rest if size < 0 else min(size, rest)
-        (content,) = read_ranges([self._file.place], [self._position], [size]) if size else (b"",)
-        self._position += size
-        return content
+    return Fetched(None, place, size=size, cache_type="none")
 
 
 # Columns of files behind URLs, kept ---------------------------------------------------------------
@@ -231,9 +229,8 @@ def kept_at(footer: Footer, names: Sequence[str]) -> Path | None:
     """Where columns are kept; None: the file is on disk itself."""
     if not protocol(footer.file.place):
         return None
-    key = "\n".join((_LAYOUT, footer.file.place, footer.state, *names))
-    digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-    return cache_folder("parquet") / f"{digest}.parquet"
+    key = digest(_LAYOUT, footer.file.place, footer.state, *names)
+    return cache_folder("parquet") / f"{key}.parquet"
 
 
 def read_columns(footer: Footer, names: Sequence[str], features: Mapping[str, Any]) -> Any:

@@ -77,6 +77,11 @@ class Shapes(ImageSource):
         self._first = 0 if train else config.num_images
         self._len = config.num_images if train else config.num_validation_images
 
+    @classmethod
+    def open(cls, config: ShapesConfig) -> tuple["Shapes", "Shapes"]:
+        """The training and the held-out scenes."""
+        return cls(config, train=True), cls(config, train=False)
+
     @property
     def identity(self) -> str:
         return f"{self.name} from {self._first}"

@@ -1,6 +1,5 @@
 """Where in tar files the images of a WebDataset lie, found in one pass over each and kept for the next time."""
 
-import hashlib
 import json
 import os
 import random
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from semtok.data.images.encoded import announce
 from semtok.data.remote import StoredFile, file_system, reading_errors, reason
 from semtok.errors import UserError
-from semtok.storage import DAMAGE, cache_folder, first_line, new_file
+from semtok.storage import DAMAGE, cache_folder, digest, first_line, new_file
 
 _ENDINGS = tuple(ending.removeprefix(".") for ending in IMG_EXTENSIONS)
 _BLOCK = 512  # bytes; of tar
@@ -55,37 +54,36 @@ def index_shards(shards: Sequence[StoredFile], image_key: str | None) -> list[np
 
     def index(i: int) -> None:
         if not files[i].is_file():
-            _write(_index(shards[i], image_key), files[i])
+            _made(shards[i], image_key, files[i])
 
     with ThreadPoolExecutor(16) as pool:
-        progress = tqdm(total=len(todo), desc="tar files", disable=not sys.stderr.isatty())
-        with progress:
-            try:
-                for _ in pool.map(index, todo):
-                    progress.update()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # the first error is told at once
-                raise
-    return [_kept(file, shard, image_key) for file, shard in zip(files, shards, strict=True)]
+        made, quiet = pool.map(index, todo), not sys.stderr.isatty()
+        try:
+            for _ in tqdm(made, desc="tar files", total=len(todo), disable=quiet):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # the first error is told at once
+            raise
+    return [_kept(shard, image_key, file) for shard, file in zip(shards, files, strict=True)]
 
 
 def _kept_at(shard: StoredFile, image_key: str | None) -> Path:
-    key = "\n".join((_LAYOUT, shard.place, shard.state, image_key or ""))
-    return cache_folder("tars") / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npy"
+    key = digest(_LAYOUT, shard.place, shard.state, image_key or "")
+    return cache_folder("tars") / f"{key}.npy"
 
 
-def _write(index: np.ndarray, file: Path) -> None:
+def _made(shard: StoredFile, image_key: str | None, file: Path) -> np.ndarray:
+    index = _index(shard, image_key)
     with new_file(file) as temporary:
         np.save(temporary, index)
+    return index
 
 
-def _kept(file: Path, shard: StoredFile, image_key: str | None) -> np.ndarray:
+def _kept(shard: StoredFile, image_key: str | None, file: Path) -> np.ndarray:
     try:
         return np.load(file, allow_pickle=False)
-    except DAMAGE:  # made anew
-        index = _index(shard, image_key)
-        _write(index, file)
-        return index
+    except DAMAGE:
+        return _made(shard, image_key, file)
 
 
 # One tar file -------------------------------------------------------------------------------------

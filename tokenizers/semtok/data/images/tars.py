@@ -3,13 +3,13 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.lib.recfunctions import append_fields
 
-from semtok.data.images.attributes import ImageAttributes, read_attributes
+from semtok.data.images.attributes import read_attributes
 from semtok.data.images.encoded import StoredConfig, StoredImages, split_rows
 from semtok.data.images.labels import UNLABELLED, Labels, number_classes
 from semtok.data.images.tar_index import index_shards
@@ -42,34 +42,22 @@ class Tars(StoredImages):
     Args:
         shards: tar files.
         table: where the images of all shards lie, as ``index_shards`` tells, with the number of the ``shard``.
-        rows: which of them these are.
+        title, rows, labels, about: see ``StoredImages``.
     """
 
     expected = "members such as 0001.jpg (for other endings, data.image_key=…)"
 
     def __init__(
         self,
+        title: str,
         shards: Sequence[StoredFile],
         table: np.ndarray,
         rows: np.ndarray,
         labels: torch.Tensor,
-        *,
-        title: str,
-        class_names: tuple[str, ...],
-        image_size: tuple[int, int],
-        flip: bool,
-        attributes: ImageAttributes | None = None,
+        **about: Any,
     ) -> None:
-        super().__init__(
-            labels,
-            place=title,
-            title=title,
-            class_names=class_names,
-            image_size=image_size,
-            flip=flip,
-            attributes=attributes,
-        )
-        self.shards, self.rows, self.table = list(shards), rows, table
+        super().__init__(rows, labels, place=title, title=title, **about)
+        self.shards, self.table = list(shards), table
 
     @property
     def identity(self) -> str:
@@ -99,7 +87,9 @@ class Tars(StoredImages):
             )
         shards = [*train, *validation]
         indices = index_shards(shards, config.image_key)
-        table = _joined(indices)
+        numbers = np.arange(len(shards), dtype=np.int32)
+        shard = np.repeat(numbers, [len(index) for index in indices])
+        table = append_fields(np.concatenate(indices), "shard", shard, usemask=False)
         num_train, num_images = sum(map(len, indices[: len(train)])), len(table)
         title = _title(config.path)
         parts = split_rows(num_images, num_train if validation else None, config)
@@ -108,23 +98,14 @@ class Tars(StoredImages):
         if config.attributes is not None:
             members = [_text(member) for member in table["member"].tolist()]
             attributes = read_attributes(Path(config.attributes), members)
-        sources = [
-            cls(
-                shards,
-                table,
-                rows,
-                labels[rows],
-                title=title,
-                class_names=class_names,
-                image_size=config.image_size,
-                flip=config.flip,
-                attributes=attributes.rows(rows) if attributes is not None else None,
-            )
-            for rows in parts
-        ]
-        for source in sources:
-            source.check_readable()
-        return sources[0], sources[1]
+        return cls.parts_of(
+            (title, shards, table),
+            parts,
+            labels,
+            config,
+            class_names=class_names,
+            attributes=attributes,
+        )
 
     def contents(self, indices: Sequence[int]) -> list[bytes]:
         found = self.table[self.rows[list(indices)]]
@@ -134,13 +115,6 @@ class Tars(StoredImages):
     def image_name(self, index: int) -> str:
         found = self.table[self.rows[index]]
         return f"{self.shards[found['shard']].place}: {_text(found['member'])}"
-
-
-def _joined(indices: Sequence[np.ndarray]) -> np.ndarray:
-    """One table of all shards."""
-    joined = np.concatenate(indices)
-    shard = np.repeat(np.arange(len(indices), dtype=np.int32), [len(index) for index in indices])
-    return append_fields(joined, "shard", shard, usemask=False)
 
 
 def _text(name: bytes) -> str:
