@@ -8,25 +8,26 @@ read by memory map, so a row costs one copy, in any order, and processes share t
 
 import hashlib
 import math
-import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from semtok.config import Config, parse
 from semtok.data.passes import read_images
 from semtok.data.source import ImageBatch, ImageSource, Key, Skipped
 from semtok.errors import UserError
 from semtok.processes import gather, num_processes, process_index, together
-from semtok.storage import DAMAGE, first_line, new_file, read_json, write_json, write_tensors
+from semtok.storage import first_line, new_file, read_json, write_json, write_tensors
 
 INDEX, _PLAN = "index.json", "plan.json"
 _LABELS, _MIRRORED = "labels", "mirrored."
@@ -34,12 +35,27 @@ _FORMAT_VERSION = 1
 _HASHED_ON_OPENING = 1 << 30
 """Bytes: caches up to this size are compared with their checksums whenever they are opened."""
 
-_PLAIN_NAME = re.compile(r"\w[\w.-]*")
+_PLAIN_NAME = r"^\w[\w.-]*$"
 
 Shard = dict[str, tuple[Tensor, np.ndarray]]
 """Tensors by name, and as arrays that they share memory with."""
 Compute = Callable[[ImageBatch], Mapping[str, Tensor]]
 """From a batch of images to a row of each column for each."""
+
+
+class _Entry(Config):
+    file: Annotated[str, Field(pattern=_PLAIN_NAME)]  # it becomes a path
+    bytes: int
+    checksum: str
+
+
+class _Index(Config):
+    format_version: int
+    about: dict[str, Any]
+    num_images: int = Field(ge=1)
+    shard_size: int = Field(ge=1)
+    shards: tuple[_Entry, ...]
+    skipped: dict[int, str]
 
 
 class Shards:
@@ -58,26 +74,18 @@ class Shards:
     def __init__(self, folder: Path | str, place: str) -> None:
         self.folder, self._place = Path(folder), f"{place}: {folder}"
         try:
-            self.index = self._read_index()
-            if self.index["format_version"] > _FORMAT_VERSION:
+            content = self._read_index()
+            if isinstance(content, dict) and content.get("format_version", 0) != _FORMAT_VERSION:
                 raise UserError(f"{self._place} is of a newer format; upgrade semtok")
-            self.about: dict[str, Any] = self.index["about"]
-            self.shard_size = int(self.index["shard_size"])
-            self.num_images = int(self.index["num_images"])
-            self.skipped = {int(i): name for i, name in self.index["skipped"].items()}
-            self.entries: list[dict[str, Any]] = self.index["shards"]
+            index = parse(_Index, content, INDEX)
+            self.about, self.skipped = index.about, index.skipped
+            self.shard_size, self.num_images = index.shard_size, index.num_images
+            self.entries = [entry.model_dump() for entry in index.shards]
             num_shards = math.ceil(self.num_images / self.shard_size)
             if len(self.entries) != num_shards:
-                raise ValueError(
-                    f"{INDEX} names {len(self.entries)} shards instead of {num_shards}"
-                )
-            for entry in self.entries:
-                if not _PLAIN_NAME.fullmatch(entry["file"]):  # it becomes a path
-                    raise ValueError(f"{INDEX} names {entry['file']!r}, which is no file's name")
+                raise UserError(f"{INDEX} names {len(self.entries)} shards instead of {num_shards}")
             self._check_files()
-        except UserError as error:
-            raise UserError(self._damaged(error)) from None
-        except (*DAMAGE, TypeError, AttributeError, ZeroDivisionError) as error:
+        except (UserError, OSError, SafetensorError) as error:  # of what is read
             raise UserError(self._damaged(error)) from None
         if sum(entry["bytes"] for entry in self.entries) <= _HASHED_ON_OPENING:
             self.verify()
@@ -93,7 +101,7 @@ class Shards:
             file = self.folder / entry["file"]
             size = file.stat().st_size
             if size != entry["bytes"]:
-                raise ValueError(f"{file.name} has {size} bytes instead of {entry['bytes']}")
+                raise UserError(f"{file.name} has {size} bytes instead of {entry['bytes']}")
         self._open_all()
 
     def _open_all(self) -> list[Shard]:
