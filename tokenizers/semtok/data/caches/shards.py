@@ -287,26 +287,25 @@ class _Writer:
             if sum(len(rows[_LABELS]) for rows in begun[number]) == len(self._images(number)):
                 own = begun.pop(number)
                 columns = {name: torch.cat([rows[name] for rows in own]) for name in own[0]}
-                with new_file(self.folder / _shard_name(number)) as temporary:
+                with new_file(self._file(number)) as temporary:
                     write_tensors(temporary, columns)
                 write_json(self._notes(number), {"skipped": skipped[number]})
 
     def _images(self, shard: int) -> range:
         return range(len(self.source))[shard * self.shard_size : (shard + 1) * self.shard_size]
 
+    def _file(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:06d}.safetensors"
+
     def _notes(self, shard: int) -> Path:
         """Written after its shard, which it vouches for."""
-        return (self.folder / _shard_name(shard)).with_suffix(".json")
+        return self._file(shard).with_suffix(".json")
 
     def _entry(self, shard: int) -> tuple[dict[str, Any], dict[str, str]]:
         """What the index says of a shard, and which of its images could not be read."""
-        file = self.folder / _shard_name(shard)
-        entry = {
-            "file": file.name,
-            "bytes": file.stat().st_size,
-            "checksum": shard_checksum(file),
-        }
-        return entry, read_json(self._notes(shard))["skipped"]
+        file = self._file(shard)
+        about = {"bytes": file.stat().st_size, "checksum": shard_checksum(file)}
+        return {"file": file.name} | about, read_json(self._notes(shard))["skipped"]
 
     def _rows(self, batch: ImageBatch) -> dict[str, Tensor]:
         rows = {name: value.cpu() for name, value in self.compute(batch).items()}
@@ -316,10 +315,6 @@ class _Writer:
             mirrored = self.compute(replace(batch, images=batch.images.flip(-1)))
             rows |= {_MIRRORED + name: value.cpu() for name, value in mirrored.items()}
         return rows
-
-
-def _shard_name(number: int) -> str:
-    return f"shard-{number:06d}.safetensors"
 
 
 def open_shard(file: Path) -> Shard:
