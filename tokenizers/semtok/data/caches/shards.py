@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 import shutil
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -57,6 +57,7 @@ class Shards:
 
     def __init__(self, folder: Path | str, place: str) -> None:
         self.folder, self._place = Path(folder), f"{place}: {folder}"
+        self._held: OrderedDict[int, Shard] = OrderedDict()
         try:
             self.index = self._read_index()
             if self.index["format_version"] > _FORMAT_VERSION:
@@ -86,22 +87,20 @@ class Shards:
         return read_json(self.folder / INDEX)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": None}  # another process maps its own
+        return self.__dict__ | {"_held": OrderedDict()}  # another process maps its own
 
     def _check_files(self) -> None:
-        for entry in self.entries:
+        for number, entry in enumerate(self.entries):
             file = self.folder / entry["file"]
             size = file.stat().st_size
             if size != entry["bytes"]:
                 raise ValueError(f"{file.name} has {size} bytes instead of {entry['bytes']}")
-        self._open_all()
-
-    def _open_all(self) -> list[Shard]:
-        self._shards = [open_shard(self.folder / entry["file"]) for entry in self.entries]
-        return self._shards
+            self._shard(number)  # mapped at once, so that it stays readable
 
     def _shard(self, number: int) -> Shard:
-        return (self._shards or self._open_all())[number]
+        if number not in self._held:
+            self._held[number] = open_shard(self.folder / self.entries[number]["file"])
+        return self._held[number]
 
     def _damaged(self, error: BaseException) -> str:
         if str(error).startswith(self._place):
