@@ -87,16 +87,13 @@ def sample_latents(
     begin = drawn if start is None else start  # ``sde`` draws on from the same place in both cases
 
     def draw(rows: slice) -> Latents:
-        velocity = velocity_function(network, labels[rows], schedule, config.guidance, weak=weak)
-        own = {name: part[rows] for name, part in begin.items()}
-        steps_shift = shift if config.shift is None else config.shift
         return integrate(
-            velocity,
-            own,
+            velocity_function(network, labels[rows], schedule, config.guidance, weak=weak),
+            {name: part[rows] for name, part in begin.items()},
             config,
             schedule=schedule,
             path=path,
-            shift=steps_shift,
+            shift=shift if config.shift is None else config.shift,
             noise=noise,
             watch=watch,
         )

@@ -5,7 +5,6 @@ those few and no more, whatever the size of the store.
 """
 
 import shutil
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +34,7 @@ class RemoteShards(Shards):
     def __init__(self, url: str, place: str, *, kept: int = KEPT) -> None:
         self.url, self.kept, self._user_place = url.rstrip("/"), kept, place
         self.local = cache_folder("shards") / digest(self.url, size=8)
-        self._held: OrderedDict[int, Shard] = OrderedDict()
         super().__init__(self.url, place)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_held": OrderedDict()}
 
     def _read_index(self) -> Any:
         return read_remote_json(f"{self.url}/{INDEX}", self._user_place)

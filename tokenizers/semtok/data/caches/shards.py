@@ -9,7 +9,7 @@ read by memory map, so a row costs one copy, in any order, and processes share t
 import hashlib
 import math
 import shutil
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -73,6 +73,7 @@ class Shards:
 
     def __init__(self, folder: Path | str, place: str) -> None:
         self.folder, self._place = Path(folder), f"{place}: {folder}"
+        self._held: OrderedDict[int, Shard] = OrderedDict()
         try:
             content = self._read_index()
             if isinstance(content, dict) and content.get("format_version", 0) != _FORMAT_VERSION:
@@ -94,22 +95,20 @@ class Shards:
         return read_json(self.folder / INDEX)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": None}  # another process maps its own
+        return self.__dict__ | {"_held": OrderedDict()}  # another process maps its own
 
     def _check_files(self) -> None:
-        for entry in self.entries:
+        for number, entry in enumerate(self.entries):
             file = self.folder / entry["file"]
             size = file.stat().st_size
             if size != entry["bytes"]:
                 raise UserError(f"{file.name} has {size} bytes instead of {entry['bytes']}")
-        self._open_all()
-
-    def _open_all(self) -> list[Shard]:
-        self._shards = [open_shard(self.folder / entry["file"]) for entry in self.entries]
-        return self._shards
+            self._shard(number)  # mapped at once, so that it stays readable
 
     def _shard(self, number: int) -> Shard:
-        return (self._shards or self._open_all())[number]
+        if number not in self._held:
+            self._held[number] = open_shard(self.folder / self.entries[number]["file"])
+        return self._held[number]
 
     def _damaged(self, error: BaseException) -> str:
         if str(error).startswith(self._place):
@@ -295,26 +294,25 @@ class _Writer:
             if sum(len(rows[_LABELS]) for rows in begun[number]) == len(self._images(number)):
                 own = begun.pop(number)
                 columns = {name: torch.cat([rows[name] for rows in own]) for name in own[0]}
-                with new_file(self.folder / _shard_name(number)) as temporary:
+                with new_file(self._file(number)) as temporary:
                     write_tensors(temporary, columns)
                 write_json(self._notes(number), {"skipped": skipped[number]})
 
     def _images(self, shard: int) -> range:
         return range(len(self.source))[shard * self.shard_size : (shard + 1) * self.shard_size]
 
+    def _file(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:06d}.safetensors"
+
     def _notes(self, shard: int) -> Path:
         """Written after its shard, which it vouches for."""
-        return (self.folder / _shard_name(shard)).with_suffix(".json")
+        return self._file(shard).with_suffix(".json")
 
     def _entry(self, shard: int) -> tuple[dict[str, Any], dict[str, str]]:
         """What the index says of a shard, and which of its images could not be read."""
-        file = self.folder / _shard_name(shard)
-        entry = {
-            "file": file.name,
-            "bytes": file.stat().st_size,
-            "checksum": shard_checksum(file),
-        }
-        return entry, read_json(self._notes(shard))["skipped"]
+        file = self._file(shard)
+        about = {"bytes": file.stat().st_size, "checksum": shard_checksum(file)}
+        return {"file": file.name} | about, read_json(self._notes(shard))["skipped"]
 
     def _rows(self, batch: ImageBatch) -> dict[str, Tensor]:
         rows = {name: value.cpu() for name, value in self.compute(batch).items()}
@@ -324,10 +322,6 @@ class _Writer:
             mirrored = self.compute(replace(batch, images=batch.images.flip(-1)))
             rows |= {_MIRRORED + name: value.cpu() for name, value in mirrored.items()}
         return rows
-
-
-def _shard_name(number: int) -> str:
-    return f"shard-{number:06d}.safetensors"
 
 
 def open_shard(file: Path) -> Shard:

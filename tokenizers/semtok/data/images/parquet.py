@@ -138,16 +138,16 @@ def _check_columns(features: Any, config: ParquetConfig) -> tuple[str, str | Non
             f"data.image_column: '{image}' of '{config.path}' holds {kind}, not images; "
             f"choose of {', '.join(features)}"
         )
-    if config.label_column is not None:
-        label = _known(config.label_column, features, "label_column")
-    else:
-        label = "label" if "label" in features else None
-    for name in config.attributes:
-        _known(name, features, "attributes")
-    for key, name in (("label_column", label), *(("attributes", n) for n in config.attributes)):
-        if name is not None and not _is_categorical(features.arrow_schema.field(name).type):
+    label = config.label_column
+    if label is None and "label" in features:
+        label = "label"
+    columns = [("label_column", label)] if label is not None else []
+    categorical = (types.is_integer, types.is_boolean, types.is_string, types.is_large_string)
+    for key, name in (*columns, *(("attributes", name) for name in config.attributes)):
+        kind = features.arrow_schema.field(_known(name, features, key)).type
+        if not any(test(kind) for test in categorical):
             raise UserError(
-                f"data.{key}: '{name}' of '{config.path}' holds {features.arrow_schema.field(name).type}; "
+                f"data.{key}: '{name}' of '{config.path}' holds {kind}; "
                 "expected whole numbers, truth values or text"
             )
     return image, label
@@ -159,13 +159,6 @@ def _known(name: str, features: Any, key: str) -> str:
         hint = f"did you mean '{near[0]}'?" if near else f"choose of {', '.join(features)}"
         raise UserError(f"data.{key}: no column '{name}'; {hint}")
     return name
-
-
-def _is_categorical(kind: Any) -> bool:
-    import pyarrow.types as types
-
-    tests = (types.is_integer, types.is_boolean, types.is_string, types.is_large_string)
-    return any(test(kind) for test in tests)
 
 
 def _classes(

@@ -127,7 +127,8 @@ def _samples(file: BinaryIO, place: str) -> Iterator[dict[str, Any]]:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # of millions, they would fill the memory
                 if member.isreg() and not _METADATA.match(member.name):
-                    data = archive.extractfile(member).read() if _holds_label(member) else member
+                    is_label = member.name.lower().endswith((".cls", ".json"))
+                    data = archive.extractfile(member).read() if is_label else member
                     yield {"fname": member.name, "data": data, "__url__": place}
             file.seek(archive.offset)  # tarfile takes damage between members for the end
             if file.read(_BLOCK) != bytes(_BLOCK):
@@ -137,10 +138,6 @@ def _samples(file: BinaryIO, place: str) -> Iterator[dict[str, Any]]:
         yield from group_by_keys(members())
     except ValueError as error:  # its arguments after the first are what WebDataset was at
         raise ValueError(error.args[0]) from None
-
-
-def _holds_label(member: tarfile.TarInfo) -> bool:
-    return member.name.lower().endswith((".cls", ".json"))
 
 
 def _image_of(sample: dict[str, Any], image_key: str | None) -> tarfile.TarInfo | None:
