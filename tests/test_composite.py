@@ -444,7 +444,7 @@ def test_damaged_exports_are_told_in_one_line(runs, tmp_path):
 
 
 def test_the_rate_is_constant_between_warmup_and_cosine():
-    from semtok.training.config import TrainConfig
+    from semtok.training.train_config import TrainConfig
 
     config = TrainConfig.model_validate_json(
         json.dumps(

@@ -16,7 +16,7 @@ from semtok import Generator, Tokenizer, UserError
 from semtok.commands import evaluate, sample, train_dit
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import train_tokenizer
-from semtok.diffusion.config import DiffusionConfig, REPAConfig
+from semtok.diffusion.diffusion_config import DiffusionConfig, REPAConfig
 from semtok.diffusion.training import DiffusionObjective, cosine_loss, squared_error
 from semtok.objective import Batch
 from semtok.recipe import parse_recipe

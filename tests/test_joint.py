@@ -18,8 +18,12 @@ from semtok import Generator, Tokenizer
 from semtok.commands import sample, train_dit
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import train_tokenizer
-from semtok.config import parse
-from semtok.diffusion.config import DiffusionConfig, REPAConfig, build_network, resolve_defaults
+from semtok.diffusion.diffusion_config import (
+    DiffusionConfig,
+    REPAConfig,
+    build_network,
+    resolve_defaults,
+)
 from semtok.diffusion.training import DiffusionObjective, DiTLearner
 from semtok.objective import Batch
 from semtok.recipe import parse_recipe
@@ -28,6 +32,7 @@ from semtok.sampler.dit import DiTArchitecture
 from semtok.sampler.guidance import GuidanceConfig
 from semtok.sampler.sampling import SamplerConfig, integrate, velocity_function
 from semtok.sampler.transport import Schedule
+from semtok.settings import parse
 from semtok.teachers import Teacher, TeacherConfig, alignment_loss
 from tiny import SEMANTICS, tokenizer
 

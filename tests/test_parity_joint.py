@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from parity import Kit, kits, load_kit
-from semtok.diffusion.config import DiffusionConfig, REPAConfig
+from semtok.diffusion.diffusion_config import DiffusionConfig, REPAConfig
 from semtok.diffusion.training import DiTLearner
 from semtok.hub.checkpoints import read_checkpoint
 from semtok.hub.formats import open_checkpoint

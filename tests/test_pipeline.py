@@ -21,7 +21,7 @@ from hub_server import TOKEN, hub_server
 from semtok import Generator, Tokenizer
 from semtok.commands import hub
 from semtok.commands.cli import run
-from semtok.diffusion.config import DiffusionConfig, build_network, resolve_defaults
+from semtok.diffusion.diffusion_config import DiffusionConfig, build_network, resolve_defaults
 from semtok.hub import export_pipeline as code
 from semtok.hub.diffusers.pipeline import SemtokPipeline
 from semtok.hub.diffusers.scheduler import SemtokScheduler

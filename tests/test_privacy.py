@@ -21,12 +21,12 @@ from semtok.commands import evaluate, hub
 from semtok.commands.cli import run
 from semtok.commands.train_dit import train_dit
 from semtok.commands.train_tokenizer import train_tokenizer
-from semtok.config import read_yaml
 from semtok.hub.imports import ImportOptions, import_checkpoint
 from semtok.methods.vae import KLTokenizer
 from semtok.privacy import first_left_out, fit_to_show
 from semtok.publish import push_export
 from semtok.recipe import load_diffusion_recipe, load_recipe, parse_diffusion_recipe, parse_recipe
+from semtok.settings import read_yaml
 from semtok.storage import read_json, write_json
 from semtok.teachers import DEMO_FILE
 from stored import png

@@ -14,7 +14,6 @@ from pydantic import BaseModel
 import tiny
 from semtok.commands.train_dit import train_dit
 from semtok.commands.train_tokenizer import train_tokenizer
-from semtok.config import Config, apply_overrides, read_yaml
 from semtok.data.images.kinds import _CONFIGS
 from semtok.recipe import (
     DiffusionRecipe,
@@ -27,6 +26,7 @@ from semtok.recipe import (
 )
 from semtok.registry import _METHODS, get_method
 from semtok.sampler.dit import architecture
+from semtok.settings import Config, apply_overrides, read_yaml
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

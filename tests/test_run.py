@@ -33,11 +33,11 @@ from semtok.sampler.draws import Draws
 from semtok.speed import use_channels_last
 from semtok.teachers import Teacher
 from semtok.training import loop
-from semtok.training.config import TrainConfig
 from semtok.training.ema import ModelEMA
 from semtok.training.log import MetricSums
 from semtok.training.loop import Trainer
 from semtok.training.process import make_accelerator
+from semtok.training.train_config import TrainConfig
 
 GAN = {"perceptual": "teacher", "adversarial": tiny.ADVERSARIAL}
 

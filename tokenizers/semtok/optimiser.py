@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from semtok.config import Config
+from semtok.settings import Config
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

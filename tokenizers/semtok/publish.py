@@ -10,9 +10,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from semtok.card import PLACEHOLDER, README
-from semtok.config import read_yaml
 from semtok.errors import UserError
 from semtok.privacy import fit_to_show
+from semtok.settings import read_yaml
 from semtok.storage import first_line, read_json, write_json, write_text
 
 PIPELINE_FILE = "model_index.json"

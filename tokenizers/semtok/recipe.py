@@ -6,16 +6,16 @@ from typing import Any, Generic, TypeVar
 import pydantic
 import yaml
 
-from semtok.config import Config, apply_overrides, parse, read_yaml
 from semtok.data.images.kinds import data_config_class
 from semtok.data.source import DataConfig
-from semtok.diffusion.config import DiffusionConfig
+from semtok.diffusion.diffusion_config import DiffusionConfig
 from semtok.errors import UserError
 from semtok.registry import MethodConfig, get_method, load_plugins
 from semtok.sampler.sampling import SamplerConfig
+from semtok.settings import Config, apply_overrides, parse, read_yaml
 from semtok.storage import write_text
 from semtok.teachers import TeacherConfig
-from semtok.training.config import TrainConfig
+from semtok.training.train_config import TrainConfig
 
 MethodType = TypeVar("MethodType", bound=MethodConfig)
 DataType = TypeVar("DataType", bound=DataConfig)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semtok.config import Config
 from semtok.errors import UserError
+from semtok.settings import Config
 
 
 class MethodConfig(Config):

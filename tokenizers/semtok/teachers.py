@@ -21,8 +21,8 @@ from timm.models.vision_transformer_hybrid import ConvStem
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
-from semtok.config import Config
 from semtok.errors import UserError
+from semtok.settings import Config
 from semtok.storage import DAMAGE, first_line
 
 DEMO = "demo"

@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from semtok.card import provenance, write_readme
-from semtok.config import Config, parse
 from semtok.errors import UserError
 from semtok.images import Images, to_pixels
 from semtok.privacy import fit_to_show
@@ -21,6 +20,7 @@ from semtok.references import locate_export
 from semtok.registry import get_method, papers_of
 from semtok.sampler.draws import SampleNoise
 from semtok.sampler.latents import Latents, LatentSpec, Posterior
+from semtok.settings import Config, parse
 from semtok.statistics import StreamingMoments
 from semtok.storage import (
     first_line,

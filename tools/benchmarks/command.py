@@ -25,7 +25,7 @@ from benchmarks.timing import (
 from benchmarks.training import dit_step, tokenizer_step
 from benchmarks.tricks import tricks
 from semtok.commands.cli import Parser
-from semtok.commands.evaluation.options import check_output
+from semtok.commands.evaluate_options import check_output
 from semtok.commands.table import print_table
 from semtok.errors import UserError
 from semtok.sampler.dit import PRESETS

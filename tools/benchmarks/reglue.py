@@ -19,7 +19,6 @@ from benchmarks.timing import (
     wait_for,
 )
 from benchmarks.training import TRAIN, make_objective, make_trainer, refuse_sizes
-from semtok.config import apply_overrides
 from semtok.data.caches.latent_cache import CachedLatents, ensure_latent_cache
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.data.order import DataOrder
@@ -30,6 +29,7 @@ from semtok.methods.vae import PRESETS, KLTokenizer, build_autoencoder
 from semtok.recipe import DiffusionRecipe, parse_diffusion_recipe
 from semtok.sampler.dit import architecture
 from semtok.sampler.latents import Latents, Posterior
+from semtok.settings import apply_overrides
 from semtok.teachers import Teacher, TeacherConfig
 
 _TEACHER = "vit_base_patch14_reg4_dinov2.lvd142m"

@@ -7,11 +7,11 @@ from pydantic import Field
 
 from benchmarks.synthetic import PUBLISHED
 from benchmarks.timing import Step, Timing, counted_flops, time_in_turns, wait_for
-from semtok.config import Config, apply_overrides, parse
 from semtok.sampler.dit import DiT, architecture
 from semtok.sampler.draws import SampleNoise
 from semtok.sampler.sampling import SamplerConfig, sample_latents
 from semtok.sampler.transport import Schedule
+from semtok.settings import Config, apply_overrides, parse
 from semtok.speed import Compiler, Precision, compile_networks, computing
 
 

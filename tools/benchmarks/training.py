@@ -17,7 +17,6 @@ from benchmarks.synthetic import (
 )
 from benchmarks.timing import TrainerStep, counted_flops, forward_flops
 from semtok.commands.train_tokenizer import build_objective
-from semtok.config import apply_overrides
 from semtok.data.images.kinds import open_sources
 from semtok.data.source import ImageSource
 from semtok.diffusion.training import DiffusionObjective
@@ -26,10 +25,11 @@ from semtok.objective import Objective
 from semtok.recipe import load_recipe, parse_diffusion_recipe
 from semtok.references import DEMO
 from semtok.sampler.dit import DiT
+from semtok.settings import apply_overrides
 from semtok.tokenizer import Tokenizer
-from semtok.training.config import TrainConfig
 from semtok.training.loop import Trainer
 from semtok.training.process import make_accelerator
+from semtok.training.train_config import TrainConfig
 
 TRAIN = {
     "steps": 1_000_000,

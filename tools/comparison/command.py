@@ -28,9 +28,9 @@ from comparison.results import collect
 from comparison.scores import score
 from semtok.commands.cli import Parser
 from semtok.commands.table import print_table
-from semtok.config import parse
 from semtok.errors import UserError
 from semtok.references import RUNS, find_recipe
+from semtok.settings import parse
 from semtok.storage import read_json
 
 _DEFAULT = "vae,send_vae,reglue,semvae,redi"

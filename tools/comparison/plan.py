@@ -9,13 +9,13 @@ from pydantic import Field, model_validator
 from comparison.jobs import LOCK
 from semtok.commands.around_training import errors_at
 from semtok.commands.train_tokenizer import build_objective
-from semtok.config import Config, apply_overrides, parse, read_yaml
 from semtok.data.images.kinds import open_sources
 from semtok.data.source import DataConfig
 from semtok.errors import UserError
 from semtok.evaluation.inception import check_torch_fidelity
 from semtok.recipe import load_diffusion_recipe, load_recipe, write_recipe
 from semtok.references import DEMO, find_recipe, locate_export, recipe_folder
+from semtok.settings import Config, apply_overrides, parse, read_yaml
 from semtok.teachers import Teacher, TeacherConfig
 from semtok.tokenizer import Tokenizer
 

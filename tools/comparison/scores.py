@@ -15,7 +15,7 @@ from comparison.plan import (
     read_comparison,
 )
 from comparison.results import CLASS_SHARE
-from semtok.commands.evaluation.options import device
+from semtok.commands.evaluate_options import device
 from semtok.data.images.kinds import open_sources
 from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource

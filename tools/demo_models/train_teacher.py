@@ -12,16 +12,16 @@ from demo_models.teacher import DemoTeacherObjective
 from semtok.commands.cli import Parser
 from semtok.commands.run_folder import RECIPE_FILE, check_run_folder
 from semtok.commands.table import print_table
-from semtok.config import Config
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.errors import UserError
 from semtok.optimiser import OptimiserConfig
 from semtok.recipe import write_recipe
+from semtok.settings import Config
 from semtok.storage import new_file, write_json
 from semtok.teachers import DEMO_FILE
-from semtok.training.config import TrainConfig
 from semtok.training.loop import Trainer
 from semtok.training.process import make_accelerator
+from semtok.training.train_config import TrainConfig
 
 
 class TeacherRecipe(Config):

@@ -12,16 +12,16 @@ from accelerate import Accelerator
 
 from semtok.commands.around_training import errors_at
 from semtok.commands.cli import Parser, add_plugin_option
-from semtok.commands.evaluation.options import SHAPES
+from semtok.commands.evaluate_options import SHAPES
 from semtok.commands.table import print_table
 from semtok.commands.train_tokenizer import tokenizer_from_reference
-from semtok.config import apply_overrides, parse
 from semtok.data.caches.latent_cache import CachedLatents, ensure_latent_cache, is_latent_cache
 from semtok.data.caches.shards import Shards
 from semtok.data.images.kinds import open_sources
 from semtok.errors import UserError
 from semtok.recipe import parse_data
 from semtok.registry import load_plugins
+from semtok.settings import apply_overrides, parse
 from semtok.teachers import Teacher, TeacherConfig
 
 

@@ -3,8 +3,14 @@ and generators are."""
 
 from collections.abc import Sequence
 
+from semtok.commands import (
+    evaluate_classes,
+    evaluate_generation,
+    evaluate_predictors,
+    evaluate_probe,
+    evaluate_reconstruction,
+)
 from semtok.commands.cli import Parser
-from semtok.commands.evaluation import classes, generation, predictors, probe, reconstruction
 from semtok.registry import load_plugins
 from semtok.storage import write_json
 
@@ -13,7 +19,13 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     parser = Parser(prog="evaluate", description=__doc__)
     tasks = parser.add_subparsers(dest="task", required=True)
-    for task in (reconstruction, predictors, probe, generation, classes):
+    for task in (
+        evaluate_reconstruction,
+        evaluate_predictors,
+        evaluate_probe,
+        evaluate_generation,
+        evaluate_classes,
+    ):
         task.add_task(tasks)
     args = parser.parse_args(arguments)
     load_plugins(args.plugin)

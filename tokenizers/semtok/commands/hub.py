@@ -12,7 +12,6 @@ from tqdm import tqdm
 from semtok.card import PICTURES, loading_lines
 from semtok.commands.cli import Parser, add_plugin_option
 from semtok.commands.table import print_table
-from semtok.config import apply_overrides, parse
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
 from semtok.hub.export_pipeline import export_pipeline
@@ -21,6 +20,7 @@ from semtok.hub.imports import ImportOptions, import_checkpoint
 from semtok.publish import check_repo_id, export_files, is_pipeline, push_export
 from semtok.references import locate_export
 from semtok.registry import load_plugins
+from semtok.settings import apply_overrides, parse
 from semtok.teachers import Teacher, TeacherConfig
 from semtok.tokenizer import Tokenizer
 

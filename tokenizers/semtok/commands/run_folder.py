@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from semtok.config import Config, read_yaml
 from semtok.errors import UserError
+from semtok.settings import Config, read_yaml
 from semtok.storage import read_json, write_json
 
 RECIPE_FILE = "recipe.yaml"

@@ -4,10 +4,10 @@ import argparse
 import math
 from typing import get_args
 
-from semtok.config import parse
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
 from semtok.sampler.sampling import SamplerConfig
+from semtok.settings import parse
 from semtok.speed import Compiler
 
 

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from semtok.config import Config
 from semtok.sampler.latents import Posterior
+from semtok.settings import Config
 from semtok.teachers import StoredFeatures
 
 Key = tuple[int, bool]

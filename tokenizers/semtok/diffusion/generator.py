@@ -9,8 +9,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from semtok.card import provenance, write_readme
-from semtok.config import Config, parse
-from semtok.diffusion.config import DiffusionConfig, build_network, check_guidance
+from semtok.diffusion.diffusion_config import DiffusionConfig, build_network, check_guidance
 from semtok.errors import UserError
 from semtok.pictures import principal_components, rows_of_images
 from semtok.privacy import fit_to_show
@@ -21,6 +20,7 @@ from semtok.sampler.dit import DiT
 from semtok.sampler.draws import SampleNoise
 from semtok.sampler.latents import Latents, LatentSpec
 from semtok.sampler.sampling import SamplerConfig, Watch, sample_latents
+from semtok.settings import Config, parse
 from semtok.speed import Compiler, Precision, compile_networks, computing
 from semtok.storage import (
     first_line,

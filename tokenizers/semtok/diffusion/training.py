@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from semtok.diffusion.config import (
+from semtok.diffusion.diffusion_config import (
     DiffusionConfig,
     build_network,
     check_guidance,

@@ -19,12 +19,12 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from semtok.config import Config, parse
 from semtok.errors import UserError
 from semtok.evaluation.frechet import Gaussian, frechet_distance
 from semtok.evaluation.image_sets import ImageSet
 from semtok.evaluation.inception import Inception, check_torch_fidelity
 from semtok.images import to_pixels
+from semtok.settings import Config, parse
 from semtok.statistics import StreamingMoments
 from semtok.storage import DAMAGE, first_line, new_file
 from semtok.teachers import Teacher

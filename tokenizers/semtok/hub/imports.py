@@ -11,8 +11,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from semtok.config import parse, read_yaml
-from semtok.diffusion.config import DiffusionConfig, resolve_defaults
+from semtok.diffusion.diffusion_config import DiffusionConfig, resolve_defaults
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
 from semtok.hub import import_dit as dits
@@ -37,6 +36,7 @@ from semtok.registry import get_method
 from semtok.sampler.dit import PRESETS, DiT, DiTArchitecture
 from semtok.sampler.sampling import SamplerConfig
 from semtok.sampler.transport import PathName
+from semtok.settings import parse, read_yaml
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 

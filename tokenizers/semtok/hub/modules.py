@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import NonNegativeInt
 
 from semtok.card import provenance, write_readme
-from semtok.config import Config, parse
 from semtok.errors import UserError
 from semtok.hub.checkpoints import built
 from semtok.methods.composite import CompositeTokenizer, FeatureCoder
@@ -18,6 +17,7 @@ from semtok.references import locate_export
 from semtok.registry import get_method, papers_of
 from semtok.sampler.dit import DiT, DiTArchitecture
 from semtok.sampler.latents import LatentSpec, PartSpec
+from semtok.settings import Config, parse
 from semtok.storage import (
     first_line,
     new_folder,

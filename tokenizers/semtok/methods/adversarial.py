@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from semtok.config import Config
 from semtok.objective import Carry, Inputs, StepOutput, Term, without_gradients
 from semtok.optimiser import OptimiserConfig
 from semtok.sampler.draws import Draws
+from semtok.settings import Config
 
 # Settings ----------------------------------------------------------------------------------------
 

@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from semtok.config import Config, parse
 from semtok.data.caches.feature_cache import ensure_feature_cache
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
@@ -25,6 +24,7 @@ from semtok.objective import Batch, Inputs, MethodContext, TokenizerObjective, U
 from semtok.pictures import principal_components, rows_of_images
 from semtok.registry import MethodConfig, get_method
 from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
+from semtok.settings import Config, parse
 from semtok.statistics import StreamingMoments
 from semtok.storage import first_line, load_weights, write_tensors
 from semtok.teachers import Teacher, TeacherConfig, TeacherFeatures

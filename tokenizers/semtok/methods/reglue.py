@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from semtok.config import Config
 from semtok.methods.composite import (
     GLOBAL_WEIGHT,
     CoderShape,
@@ -28,6 +27,7 @@ from semtok.objective import Batch, Carry, Inputs, MethodContext, StepOutput, Te
 from semtok.registry import register_method
 from semtok.sampler.draws import Draws
 from semtok.sampler.latents import LatentSpec
+from semtok.settings import Config
 from semtok.tokenizer import DiffusionDefaults
 
 # Settings ----------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from pydantic import Field, model_validator
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from semtok.config import Config
 from semtok.methods.vae import (
     AutoencoderLearner,
     KLTokenizer,
@@ -31,6 +30,7 @@ from semtok.objective import Carry, Inputs, MethodContext, StepOutput, Term
 from semtok.registry import register_method
 from semtok.sampler.dit import init_xavier, sincos_positions
 from semtok.sampler.draws import Draws
+from semtok.settings import Config
 from semtok.teachers import alignment_loss, silu_mlp
 
 # Settings ----------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from semtok.config import Config
 from semtok.errors import UserError
 from semtok.methods.adversarial import AdversarialConfig, DiscriminatorLearner, generator_term
 from semtok.metrics import psnr, ssim
@@ -37,6 +36,7 @@ from semtok.pictures import principal_components, rows_of_images
 from semtok.registry import MethodConfig, register_method
 from semtok.sampler.draws import Draws
 from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
+from semtok.settings import Config
 from semtok.storage import DAMAGE, first_line, read_json, write_json
 from semtok.teachers import TeacherFeatures
 from semtok.tokenizer import Tokenizer

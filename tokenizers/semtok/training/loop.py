@@ -31,10 +31,10 @@ from semtok.training.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from semtok.training.config import TrainConfig
 from semtok.training.ema import ModelEMA
 from semtok.training.log import MetricSums, RunLog, non_finite
 from semtok.training.optimisers import Optimisers
+from semtok.training.train_config import TrainConfig
 
 
 def on_device(batch: ImageBatch, device: torch.device) -> Batch:

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from semtok.objective import Objective
-from semtok.training.config import TrainConfig
+from semtok.training.train_config import TrainConfig
 
 
 class Optimisers:

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from semtok.errors import UserError
 from semtok.speed import Precision, allow_tf32, autocast_dtype
 from semtok.training.agreement import PATIENCE
-from semtok.training.config import TrainConfig
+from semtok.training.train_config import TrainConfig
 
 # What `accelerate launch` and its configuration file ask for by these variables, and the loop does not do.
 _REFUSED = {

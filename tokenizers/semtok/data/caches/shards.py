@@ -22,11 +22,11 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from semtok.config import Config, parse
 from semtok.data.passes import read_images
 from semtok.data.source import ImageBatch, ImageSource, Key, Skipped
 from semtok.errors import UserError
 from semtok.processes import gather, num_processes, process_index, together
+from semtok.settings import Config, parse
 from semtok.storage import first_line, new_file, read_json, write_json, write_tensors
 
 INDEX, _PLAN = "index.json", "plan.json"

@@ -4,8 +4,8 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
+from semtok.commands import evaluate_options as options
 from semtok.commands.around_training import errors_at
-from semtok.commands.evaluation import options
 from semtok.commands.table import print_table
 from semtok.errors import UserError
 from semtok.evaluation.predictors import NUM_NEIGHBOURS, PREDICTORS, PROBE, evaluate_latents

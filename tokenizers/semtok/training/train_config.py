@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from semtok.config import Config
 from semtok.optimiser import OptimiserConfig
+from semtok.settings import Config
 from semtok.speed import Compiler, Precision
 
 

@@ -12,7 +12,6 @@ from semtok.commands.around_training import errors_at
 from semtok.commands.cli import add_plugin_option
 from semtok.commands.run_folder import RECIPE_FILE
 from semtok.commands.train_tokenizer import tokenizer_from_reference
-from semtok.config import read_yaml
 from semtok.data.images.kinds import open_sources
 from semtok.data.source import ImageSource
 from semtok.diffusion.generator import Generator
@@ -20,6 +19,7 @@ from semtok.errors import UserError
 from semtok.privacy import first_left_out, fit_to_show
 from semtok.recipe import parse_data
 from semtok.references import locate_export
+from semtok.settings import read_yaml
 from semtok.teachers import Teacher, TeacherConfig
 from semtok.tokenizer import Tokenizer
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from semtok.commands import evaluate_options as options
 from semtok.commands.around_training import errors_at
-from semtok.commands.evaluation import options
 from semtok.commands.sampler_options import add_sampler_options, sampler_from, sped_up
 from semtok.commands.table import print_table
-from semtok.diffusion.config import check_guidance
+from semtok.diffusion.diffusion_config import check_guidance
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
 from semtok.evaluation.generation import (

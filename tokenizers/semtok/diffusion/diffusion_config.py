@@ -4,11 +4,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from semtok.config import Config, parse
 from semtok.sampler.dit import DiT, DiTArchitecture, architecture
 from semtok.sampler.latents import LatentSpec
 from semtok.sampler.sampling import SamplerConfig
 from semtok.sampler.transport import PathName, Schedule, TimeConfig
+from semtok.settings import Config, parse
 from semtok.tokenizer import Tokenizer
 
 Weight = Annotated[float, Field(ge=0)]

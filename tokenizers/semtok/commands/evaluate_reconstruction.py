@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from semtok.commands import evaluate_options as options
 from semtok.commands.around_training import errors_at
-from semtok.commands.evaluation import options
 from semtok.commands.table import print_table
 from semtok.data.source import ImageSource
 from semtok.errors import UserError

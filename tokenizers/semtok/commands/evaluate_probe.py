@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from semtok.commands.evaluation import options
+from semtok.commands import evaluate_options as options
 from semtok.commands.table import print_table
-from semtok.config import apply_overrides
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
 from semtok.evaluation.probe import PROTOCOL, AttributeScore, latent_table, mean_score, probe
+from semtok.settings import apply_overrides
 
 
 def add_task(tasks: argparse._SubParsersAction) -> None:

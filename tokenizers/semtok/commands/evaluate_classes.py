@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from semtok.commands import evaluate_options as options
 from semtok.commands.around_training import errors_at
-from semtok.commands.evaluation import options
 from semtok.commands.sampler_options import add_sampler_options, sampler_from, sped_up
 from semtok.commands.table import print_table
 from semtok.diffusion.generator import Generator
