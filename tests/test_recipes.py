@@ -14,7 +14,7 @@ from pydantic import BaseModel
 import tiny
 from semtok.commands.train_dit import train_dit
 from semtok.commands.train_tokenizer import train_tokenizer
-from semtok.data.images.kinds import _CONFIGS
+from semtok.data.images.kinds import _KINDS
 from semtok.recipe import (
     DiffusionRecipe,
     TokenizerRecipe,
@@ -144,9 +144,9 @@ def models_of_recipes() -> set[type[BaseModel]]:
     """Every config that a recipe can hold, of all methods and all kinds of data."""
     get_method("vae", place="")  # registers those that the library brings
     own = {n: m for n, m in _METHODS.items() if m.config.__module__.startswith("semtok.methods.")}
-    assert {"vae", "send_vae"} <= own.keys() and {"shapes", "folder"} <= _CONFIGS.keys()
-    pairs = [(method.config, data) for method in own.values() for data in _CONFIGS.values()]
-    generators = [DiffusionRecipe[data] for data in _CONFIGS.values()]
+    assert {"vae", "send_vae"} <= own.keys() and {"shapes", "folder"} <= _KINDS.keys()
+    pairs = [(method.config, data) for method in own.values() for data, _ in _KINDS.values()]
+    generators = [DiffusionRecipe[data] for data, _ in _KINDS.values()]
     recipes = [TokenizerRecipe[pair] for pair in pairs] + generators
     return set().union(*(models_in(recipe) for recipe in recipes))
 
