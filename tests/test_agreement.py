@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from processes import succeed
+from processes import launch, succeed
 
 SCRIPT = Path(__file__).parent / "agreement_process.py"
 
@@ -45,3 +45,27 @@ def test_all_processes_end_where_one_can_not_write_a_checkpoint(ranks):
     """Else the others would wait for it for hours."""
     assert "No space left on device" in ranks[0]["full"]
     assert ranks[1]["full"].startswith("process 0: ") and "No space left" in ranks[1]["full"]
+
+
+def test_where_one_process_is_killed_the_others_end_with_a_line(tmp_path):
+    script = """
+import os, signal, sys
+import torch.distributed as dist
+from semtok.commands.cli import run
+from semtok.processes import gather, together
+
+def main(_):
+    dist.init_process_group("gloo")
+    with together():
+        gather(None)
+        if dist.get_rank():
+            os.kill(os.getpid(), signal.SIGKILL)
+        while True:
+            gather(None)
+
+sys.exit(run(main, []))
+"""
+    survivor, killed = launch(["-c", script], tmp_path / "logs")
+    assert killed.code == -9 and survivor.code == 2
+    assert survivor.output.startswith("error: another process has ended (")
+    assert survivor.output.count("\n") == 1, survivor.output

@@ -93,6 +93,9 @@ def test_the_sampler_room_is_closed(imports):
         ("sampler/dit.py", "def f():\n    from semtok.tokenizer import Tokenizer\n"),
         ("registry.py", "from semtok import methods\n"),
         ("data/source.py", "import importlib\nimportlib.import_module('semtok.objective')\n"),
+        ("data/source.py", "import importlib\nimportlib.import_module(f'semtok.commands.{x}')\n"),
+        ("data/source.py", "from ..commands import cli\n"),
+        ("tokenizer.py", "from .objective import Batch\n"),
     ],
 )
 def test_an_import_against_the_table_is_found(importer, statement, rooms, tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """Cached latents: what they hold, that training on them is the same, and what happens to a bad one."""
 
+import functools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +267,45 @@ def test_damage_is_found_on_opening(place, cache, tmp_path, capsys, damage, word
     assert command("--verify", cache) == 0
 
 
+def without(*path: str) -> Callable[[dict[str, Any]], object]:
+    """Takes an entry out of nested settings."""
+    *parents, last = path
+    return lambda content: functools.reduce(dict.__getitem__, parents, content).pop(last)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("train/index.json", without("about", "flip"), "about: 'flip' is missing"),
+        ("train/index.json", without("about", "parts"), "about: 'parts' is missing"),
+        ("train/index.json", lambda c: c["about"].update(parts=["texture", "x"]), "no latents of"),
+        ("train/index.json", lambda c: c["shards"].reverse(), "does not name the shards"),
+        ("train/index.json", lambda c: c.update(num_images=c["num_images"] - 1), "other rows than"),
+        ("train/index.json", lambda c: c["skipped"].update({"-5": "x"}), "greater than or equal"),
+        ("train/index.json", without("format_version"), "'format_version' is missing"),
+        ("train/index.json", lambda c: c.update(format_version=99), "newer format; upgrade"),
+        ("latents.json", without("image_size"), "'image_size' is missing"),
+        ("latents.json", lambda c: c.update(class_names=3), "class_names"),
+    ],
+)
+def test_what_a_cache_says_of_itself_is_checked(place, cache, tmp_path, file, change, words):
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    content = json.loads((copy / file).read_text())
+    change(content)
+    (copy / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"^data.cache: .*{words}") as error:
+        opened(place, copy)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_other_things_is_no_place_for_a_cache(place, tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.txt").write_text("mine")
+    refused(place, taken, "data.cache: .*taken holds other files .thesis.txt.; choose another")
+    assert [p.name for p in taken.iterdir()] == ["thesis.txt"]
+
+
 def flip_a_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -369,19 +410,20 @@ def test_a_shard_that_another_process_removes_is_fetched_again(
         shards = RemoteShards(f"{server.address}/c", "test")
         removed = []
 
-        def open_removed(file: Path) -> Any:
+        def open_removed(file: Path, num_rows: int) -> Any:
             if len(removed) < 5:
                 file.unlink()
                 removed.append(file)
                 raise error(f"unable to open file <{file}>")
-            return open_shard(file)
+            return open_shard(file, num_rows)
 
         monkeypatch.setattr("semtok.data.caches.remote_shards.open_shard", open_removed)
         expected = Shards(cache / "train", "test").rows([(0, False)])
         rows = shards.rows([(0, False)])
         assert all(torch.equal(rows[name], expected[name]) for name in rows)
         monkeypatch.setattr(
-            "semtok.data.caches.remote_shards.open_shard", lambda f: f.unlink() or open_shard(f)
+            "semtok.data.caches.remote_shards.open_shard",
+            lambda f, num_rows: f.unlink() or open_shard(f, num_rows),
         )
         with pytest.raises(UserError, match="set another SEMTOK_CACHE"):
             shards.rows([(4, False)])
@@ -464,7 +506,10 @@ def test_a_part_of_a_cache_that_is_removed_is_computed_again(place, cache, tmp_p
     (copied / "train/index.json").write_text(json.dumps(index))
     assert command("--verify", copied) == 2
     error = capsys.readouterr().err
-    assert "names 2 shards instead of 3" in error and "remove it, and it is computed" in error
+    assert (
+        "does not name the shards of 10 images" in error
+        and "remove it, and it is computed" in error
+    )
     shutil.rmtree(copied / "train")
     assert command("--verify", copied) == 2 and "goes on" in capsys.readouterr().err
     train_dit.train_dit(recipe(place, cache=str(copied)), tmp_path / "run")

@@ -62,7 +62,7 @@ def imports() -> Iterator[Import]:
     known = modules()
     for importer, path in known.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            for target in _targets(node):
+            for target in _targets(node, path):
                 own = target == "semtok" or target.startswith("semtok.")
                 name = target.removeprefix("semtok").removeprefix(".") or "__init__"
                 while own and name not in known and "." in name:
@@ -70,17 +70,20 @@ def imports() -> Iterator[Import]:
                 yield Import(importer, name if own else target, node.lineno, own)
 
 
-def _targets(node: ast.AST) -> list[str]:
+def _targets(node: ast.AST, path: Path) -> list[str]:
     match node:
         case ast.Import(names=names):
             return [alias.name for alias in names]
-        case ast.ImportFrom(module=str(module), names=names, level=0):
+        case ast.ImportFrom(module=module, names=names, level=level):
+            if level:  # relative to the file's own folder
+                own = ("semtok", *path.relative_to(PACKAGE).parts[:-1])
+                module = ".".join([*own[: len(own) - level + 1], *([module] if module else [])])
             return [f"{module}.{alias.name}" for alias in names]
         case ast.Call(
             func=ast.Name(id=name) | ast.Attribute(attr=name),
-            args=[ast.Constant(value=str(text)), *_],
+            args=[ast.Constant(value=str(text)) | ast.JoinedStr([ast.Constant(str(text)), *_]), *_],
         ):
-            return [text] if name in ("import_module", "__import__") else []
+            return [text.rstrip(".")] if name in ("import_module", "__import__") else []
         case _:
             return []
 
@@ -137,8 +140,9 @@ def _direct(rooms: dict[str, int]) -> set[tuple[str, str]]:
         if one.is_own and upper and lower and upper != lower:
             below[upper].add(lower)
 
-    def reached(room: str) -> set[str]:
-        return below[room].union(*(reached(lower) for lower in below[room]))
+    def reached(room: str) -> set[str]:  # down alone, as another check tells of what goes up
+        lower = {r for r in below[room] if rooms[r] < rooms[room]}
+        return lower.union(*map(reached, lower))
 
     return {
         (room, lower)

@@ -7,45 +7,50 @@ _LEFT_OUT = "…"
 _URL = re.compile(
     r"(?P<scheme>[\w.+-]+)://(?P<host>[^/?#]*)(?P<path>[^?#]*)(?P<query>.*)", re.DOTALL
 )
-_ABSOLUTE = re.compile(r"[/~\\]|[A-Za-z]:[\\/]")
+# A path from the root, of a home or a variable, on a drive, or behind a word and a colon: ``file:/x``, ``me@host:/x``.
+_ABSOLUTE = re.compile(r"[/~\\$]|[^/\s]*:[\\/]|[^/\s]*@")
+_QUERY = re.compile(r"\?[^?]*=.*", re.DOTALL)
 _HOST = re.compile(r"[\w.,{}\-]*(:\d+)?")
+_CUT = re.compile(r"(^|::|[{,])…/|/[^\s]*…($|::)")
 _LOCAL_SCHEMES = ("file", "local")
 
 
 def fit_to_show(value: Any) -> Any:
     """Settings without places of this machine and without secrets of URLs; anything else is as it was.
 
-    Of an absolute path the last part stays, ``…/images``; a URL loses credentials, query and fragment, and ends with
-    ``…`` then. What was left out once stays as it is.
+    Of an absolute path the last part stays, ``…/images``, also of each between braces; a URL loses credentials, query
+    and fragment, and ends with ``…`` then. What was left out once stays as it is.
 
     Args:
-        value: as JSON has it; lists and mappings are gone through, keys are not.
+        value: as JSON has it; lists and mappings are gone through.
     """
     if isinstance(value, dict):
-        return {key: fit_to_show(inner) for key, inner in value.items()}
+        return {fit_to_show(key): fit_to_show(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [fit_to_show(inner) for inner in value]
     if isinstance(value, str):  # "::" chains fsspec's places, ``simplecache::https://…``
-        return "::".join(_shown(place) for place in value.split("::"))
+        return "::".join(map(_shown, value.split("::")))
     return value
 
 
 def first_left_out(value: Any) -> str | None:
     """The first of some settings of which ``fit_to_show`` has left something out, or None."""
     if isinstance(value, dict | list | tuple):
-        inner = value.values() if isinstance(value, dict) else value
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
         return next((found for found in map(first_left_out, inner) if found is not None), None)
-    if not isinstance(value, str):
-        return None
-    places = value.split("::")
-    is_cut = any(
-        p.startswith(f"{_LEFT_OUT}/") or "://" in p and p.endswith(_LEFT_OUT) for p in places
-    )
+    is_cut = isinstance(value, str) and _CUT.search(value)
     return value if is_cut else None
 
 
 def _shown(place: str) -> str:
+    place = place.strip() if _ABSOLUTE.match(place.strip()) else place
     url = _URL.fullmatch(place)
+    if (
+        url is None and "{" in place and not _ABSOLUTE.match(place)
+    ):  # braces begin it, or name several
+        return "".join(p if p in "{}," else _shown(p) for p in re.split(r"([{},])", place) if p)
+    if url is None and "://" not in place and _QUERY.search(place):
+        return _shown(_QUERY.sub("", place)) + _LEFT_OUT
     if url is None and "://" in place:  # a command, or a sentence
         return _LEFT_OUT + "/"
     if url is None or url["scheme"] in _LOCAL_SCHEMES:

@@ -76,7 +76,11 @@ def together() -> Iterator[None]:
 
 def _exchange(value: Any) -> list[Any]:
     values: list[Any] = [None] * num_processes()
-    dist.all_gather_object(values, value)
+    try:
+        dist.all_gather_object(values, value)
+    except RuntimeError as error:  # of the transport, where another process was killed
+        reason = f"another process has ended ({first_line(error)}); the same command goes on"
+        raise _known_to_all(UserError(reason)) from None
     return values
 
 

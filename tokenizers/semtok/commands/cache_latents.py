@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     args = _parser().parse_args(arguments)
     if args.verify is not None:
-        if args.verify.is_dir() and not is_latent_cache(str(args.verify)):
+        if not is_latent_cache(str(args.verify)):
             raise UserError(
                 f"--verify: {args.verify} holds no finished cache; the command that began it goes on"
             )

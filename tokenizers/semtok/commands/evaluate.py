@@ -3,13 +3,11 @@ and generators are."""
 
 from collections.abc import Sequence
 
-from semtok.commands import (
-    evaluate_classes,
-    evaluate_generation,
-    evaluate_predictors,
-    evaluate_probe,
-    evaluate_reconstruction,
-)
+from semtok.commands import evaluate_classes as classes
+from semtok.commands import evaluate_generation as generation
+from semtok.commands import evaluate_predictors as predictors
+from semtok.commands import evaluate_probe as probe
+from semtok.commands import evaluate_reconstruction as reconstruction
 from semtok.commands.cli import Parser
 from semtok.registry import load_plugins
 from semtok.storage import write_json
@@ -19,13 +17,7 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     parser = Parser(prog="evaluate", description=__doc__)
     tasks = parser.add_subparsers(dest="task", required=True)
-    for task in (
-        evaluate_reconstruction,
-        evaluate_predictors,
-        evaluate_probe,
-        evaluate_generation,
-        evaluate_classes,
-    ):
+    for task in (reconstruction, predictors, probe, generation, classes):
         task.add_task(tasks)
     args = parser.parse_args(arguments)
     load_plugins(args.plugin)

@@ -1,7 +1,6 @@
 """``evaluate latents``: what latents promise before a diffusion model is trained on them."""
 
 import argparse
-from dataclasses import asdict
 from typing import Any
 
 from semtok.commands import evaluate_options as options
@@ -52,7 +51,7 @@ def _latents(args: argparse.Namespace) -> dict[str, Any]:
         "num_train": args.num_train,
         "teacher": args.teacher,
         "seed": args.seed,
-        "predictors": {name: asdict(predictor) for name, predictor in PREDICTORS.items()},
+        "predictors": {name: predictor.model_dump() for name, predictor in PREDICTORS.items()},
         "scores": scores,
     }
 

@@ -8,7 +8,8 @@ image's noise belongs to its place in the set, so that the size of batches chang
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from semtok.errors import UserError
 from semtok.images import to_pixels
 from semtok.sampler.draws import SampleNoise
 from semtok.sampler.latents import Latents, on_texture_grid
+from semtok.settings import Config, parse, read_yaml
 from semtok.teachers import Teacher, TeacherFeatures
 from semtok.tokenizer import Tokenizer
 
@@ -35,75 +37,24 @@ MOST_MAPPED = 1000
 NUM_MAPS = 3
 
 
-@dataclass(frozen=True)
-class Predictor:
-    """What a number about latents tells.
-
-    Attributes:
-        label: its name in tables.
-        better: which latents should be easier to generate.
-        meaning: what it measures and what that predicts, in a sentence.
-        source: of the measure, and of the finding.
-    """
+class Predictor(Config):
+    """What a number about latents tells."""
 
     label: str
+    """Its name in tables."""
     better: Literal["higher", "lower"]
+    """Which latents should be easier to generate."""
     meaning: str
+    """What it measures and what that predicts, in a sentence."""
     source: str
+    """Of the measure, and of the finding."""
 
 
 PROBE = "probe_f1"
 """Of the predictors, the one that needs attributes and is ``evaluation.probe``'s."""
-
+_TEXTS = Path(str(files("semtok") / "assets" / "predictors.yaml"))
 PREDICTORS = {
-    PROBE: Predictor(
-        "attribute probe, mean F1",
-        "higher",
-        "what a linear layer reads off the latents; tokenizers whose latents gave away more attributes were "
-        "generated better (recall on DeepFashion against FID: a correlation of -0.957)",
-        "Send-VAE, arXiv 2601.05823, figures 1 and 2",
-    ),
-    "cknna": Predictor(
-        "CKNNA with the teacher",
-        "higher",
-        "images that are neighbours to the teacher are neighbours in the latents; latents that follow a "
-        "teacher were generated sooner and better",
-        "Huh et al. 2024, arXiv 2405.07987; VA-VAE, arXiv 2501.01423",
-    ),
-    "self_similarity": Predictor(
-        "self-similarity with the teacher",
-        "higher",
-        "places of an image are alike where the teacher's tokens are; of a teacher's features it was this "
-        "structure, not their global meaning, that went with better generation",
-        "VA-VAE, arXiv 2501.01423; iREPA, arXiv 2512.10794",
-    ),
-    "high_frequency_share": Predictor(
-        "share of high frequencies",
-        "lower",
-        "energy of the latents that half their resolution can't hold; much of it went with worse "
-        "generation (white noise has about 0.75)",
-        "Skorokhodov et al. 2025, arXiv 2502.14831",
-    ),
-    "noise_sensitivity": Predictor(
-        "noise sensitivity",
-        "lower",
-        f"change of the decoded image per unit of noise on the latents, at {SIGMA}; a generator's small "
-        "errors show as much",
-        "RAE, arXiv 2510.11690",
-    ),
-    "density_gini": Predictor(
-        "Gini coefficient of the density",
-        "lower",
-        "how unevenly images fill the space of latents (0: evenly), on t-SNE maps; even ones were "
-        "generated better; differences below 0.02 mean nothing",
-        "VA-VAE, arXiv 2501.01423",
-    ),
-    "density_cv": Predictor(
-        "variation of the density",
-        "lower",
-        "the same by the densities' standard deviation over their mean",
-        "VA-VAE, arXiv 2501.01423",
-    ),
+    name: parse(Predictor, texts, f"{_TEXTS}: {name}") for name, texts in read_yaml(_TEXTS).items()
 }
 
 

@@ -165,7 +165,7 @@ class SemVAELearner(nn.Module):
         self.config, self.coder = config, coder
 
     def forward(self, inputs: Inputs, draws: Draws, step: int, carry: Carry) -> StepOutput:
-        """What is minimised (eq. 8): L = ‖f - f̂‖² + λ_c (1 - cos(f, f̂)) + λ_KL KL(q(z|f) ‖ N(0, I)),
+        """What is minimised (eq. 8): L = λ_m ‖f - f̂‖² / (D h w) + λ_c (1 - cos(f, f̂)) + λ_KL KL(q(z|f) ‖ N(0, I)),
 
             f̂ = decoder(z),  z ~ q(z|f) = N(μ, σ²)
 

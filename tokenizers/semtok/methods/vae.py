@@ -297,7 +297,7 @@ class AutoencoderLearner(nn.Module):
     ) -> dict[str, Term]:
         """What is minimised, but for the adversarial part (Rombach et al. 2022, eq. 25):
 
-            L = L_rec(x, x̂) + λ KL(q(z|x) ‖ N(0, I)) + λ_p d(x, x̂),  x̂ = decode(z),  z ~ q(z|x)
+            L = λ_r L_rec(x, x̂) + λ KL(q(z|x) ‖ N(0, I)) + λ_p d(x, x̂),  x̂ = decode(z),  z ~ q(z|x)
 
         with L_rec the mean absolute or squared error, d LPIPS or a distance in the teacher's features.
         """

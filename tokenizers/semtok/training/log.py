@@ -229,7 +229,7 @@ def _figure_of_curves(points: dict[str, list[tuple[int, float]]]) -> "Figure":
         hspace=0.75 / 1.95,
     )
     for axis, (name, pairs) in zip(axes.flat, points.items(), strict=False):
-        axis.plot(*zip(*pairs, strict=True), linewidth=1.2)
+        axis.plot(*zip(*pairs, strict=True), linewidth=1.2, marker="." if len(pairs) < 3 else None)
         axis.set_title(name, y=1, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=7)

@@ -31,24 +31,25 @@ def _check_launcher(precision: Precision) -> None:
                 f"{variable}: {name} is not supported, each process holds whole networks; launch by "
                 "accelerate launch --multi_gpu or torchrun, or leave it out in accelerate config"
             )
-    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if steps != "1":
-        raise UserError(
-            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS: {steps} would divide the loss once more; "
-            f"unset it and pass train.accumulate={steps}"
-        )
-    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if mixed not in ("", "no", precision):
-        raise UserError(
-            f"ACCELERATE_MIXED_PRECISION: {mixed}, but train.precision is {precision}; pass train.precision={mixed}, "
-            "or leave --mixed_precision out"
-        )
-    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-    if compiler.lower() not in ("", "no"):
-        raise UserError(
-            f"ACCELERATE_DYNAMO_BACKEND: {compiler} would compile whole learners; unset it (or leave "
-            "--dynamo_backend out) and pass train.compile=inductor"
-        )
+    for variable, harmless, way_out in (
+        (
+            "GRADIENT_ACCUMULATION_STEPS",
+            "1",
+            "would divide the loss once more; pass train.accumulate={}",
+        ),
+        (
+            "MIXED_PRECISION",
+            precision,
+            f"is not train.precision, {precision}; pass train.precision={{}}",
+        ),
+        ("DYNAMO_BACKEND", "no", "would compile whole learners; pass train.compile={}"),
+    ):
+        value = os.environ.get(f"ACCELERATE_{variable}", "").lower()
+        if value not in ("", "no", harmless):
+            told = way_out.format(value)
+            raise UserError(
+                f"ACCELERATE_{variable}: {value} {told}, and leave the launcher's option out"
+            )
 
 
 def check_launch(config: TrainConfig) -> None:

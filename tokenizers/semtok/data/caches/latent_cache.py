@@ -9,11 +9,12 @@ held-out images' latents, so that a finished cache trains without any image at h
 import glob
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
 from semtok.data.caches.remote_shards import RemoteShards
@@ -24,6 +25,7 @@ from semtok.errors import UserError
 from semtok.images import to_pixels
 from semtok.processes import process_index, together
 from semtok.sampler.latents import Latents, Posterior
+from semtok.settings import Config, parse
 from semtok.storage import first_line, read_json, write_json
 from semtok.teachers import StoredFeatures, Teacher, TeacherFeatures
 from semtok.tokenizer import Tokenizer
@@ -35,22 +37,54 @@ _PLACE = "data.cache"
 _NUM_VALIDATION = 2048  # at most; more than training looks at
 
 
+class _Images(Config):
+    """What a cache says of the images, for where they are not at hand."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    image_size: tuple[int, int]
+    class_names: tuple[str, ...]
+    name: str
+    data: dict[str, Any]
+    """The settings that decide which images there are."""
+
+
+class _Kept(Config):
+    """What the index of its shards says of their rows."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    flip: bool
+    parts: tuple[str, ...]
+    targets: dict[str, Any] | None
+
+
 class CachedLatents(ImageSource):
     """A source whose batches hold posteriors of latents, and REPA's targets where they were kept.
 
     Args:
         shards: see ``ensure_latent_cache``.
-        about: of the images.
+        images: of which they are.
+
+    Raises:
+        UserError: the shards hold something else than their index says.
     """
 
     is_cheap = True  # measured: two workers read latents at a fifth of the speed
 
-    def __init__(self, shards: Shards, about: Mapping[str, Any]) -> None:
-        self.shards = shards
-        self.image_size = (int(about["image_size"][0]), int(about["image_size"][1]))
-        self.class_names = tuple(about["class_names"])
+    def __init__(self, shards: Shards, images: _Images) -> None:
+        place = f"{_PLACE}: {shards.folder}"
+        self.shards, self.kept = shards, parse(_Kept, shards.about, f"{place}: about")
+        # Behind a URL a look at the columns would fetch a shard.
+        columns = self.kept.parts if isinstance(shards, RemoteShards) else shards.columns
+        missing = [n for n in self.kept.parts if not {n, f"{n}/mean"} & set(columns)]
+        if missing or "texture" not in self.kept.parts:
+            raise UserError(
+                f"{place}: has no latents of {missing or 'the texture'}; compute it anew"
+            )
+        self.image_size, self.class_names = images.image_size, images.class_names
         self.attributes: dict[str, tuple[str, ...]] = {}
-        self.flip, self.name = bool(shards.about["flip"]), str(about["name"])
+        self.flip, self.name = self.kept.flip, images.name
         self.block_size = shards.shard_size if isinstance(shards, RemoteShards) else None
 
     def __len__(self) -> int:
@@ -65,7 +99,7 @@ class CachedLatents(ImageSource):
         if "targets/patches" in rows:
             patches, pooled, scale = (rows[f"targets/{n}"] for n in ("patches", "pooled", "scale"))
             features = StoredFeatures((patches,), pooled, (scale,))
-        mean = Latents({name: rows[f"{name}/mean"] for name in self.shards.about["parts"]})
+        mean = Latents({name: rows[f"{name}/mean"] for name in self.kept.parts})
         std = {n: rows.get(f"{n}/std", torch.zeros_like(part)) for n, part in mean.items()}
         return self.shards.batch(keys, features=features, latents=Posterior(mean, Latents(std)))
 
@@ -78,8 +112,7 @@ class CachedLatents(ImageSource):
     @property
     def target_teacher(self) -> str | None:
         """Name of the teacher whose features those are."""
-        targets = self.shards.about["targets"]
-        return targets["teacher"] if targets is not None else None
+        return self.kept.targets["teacher"] if self.kept.targets is not None else None
 
 
 def ensure_latent_cache(
@@ -119,14 +152,15 @@ def ensure_latent_cache(
     }
     compute = _latents_of(tokenizer, targets, _DTYPES[dtype], device)
     held_out = _Unmirrored(validation, validation.chosen(_NUM_VALIDATION))
-    seen = {
-        "image_size": list(train.image_size),
-        "class_names": list(train.class_names),
-        "name": train.name,
-        "data": _data_about(data),
-    }
+    seen = _Images(
+        image_size=train.image_size,
+        class_names=train.class_names,
+        name=train.name,
+        data=_data_about(data),
+    )
     cached = []
     with together():
+        _check_folder(folder)
         for name, source, images in ((_TRAIN, train, train), (_VALIDATION, held_out, validation)):
             shards = ensure_shards(
                 source,
@@ -141,10 +175,21 @@ def ensure_latent_cache(
             cached.append(CachedLatents(shards, seen))
         if not process_index() and not (folder / _ABOUT).is_file():
             try:
-                write_json(folder / _ABOUT, seen)
+                write_json(folder / _ABOUT, seen.model_dump(mode="json"))
             except OSError as error:
                 raise UserError(f"{_PLACE}: {folder}: {first_line(error)}") from None
     return cached[0], cached[1]
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises UserError where there is something else than a cache of latents."""
+    known = {_TRAIN, _VALIDATION, _ABOUT}
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    foreign = sorted(name for name in names if name not in known and not name.startswith("."))
+    if foreign:
+        raise UserError(
+            f"{_PLACE}: {folder} holds other files ({foreign[0]}); choose another folder"
+        )
 
 
 def is_latent_cache(place: str) -> bool:
@@ -177,18 +222,16 @@ def open_latent_cache(
         raise UserError(
             f"{_PLACE}: {place} holds latents of another tokenizer; choose another folder"
         )
-    if not isinstance(about, dict) or not isinstance(about.get("data"), dict):
-        raise UserError(
-            f"{_PLACE}: {place}/{_ABOUT} is damaged; remove it, and it is written again"
-        )
+    images = parse(_Images, about, f"{_PLACE}: {place}/{_ABOUT}")
     for key, value in _data_about(data).items():
+        known = images.data.get(key)
         # Where the images are not at hand, their path means nothing.
-        if not _same_setting(about["data"].get(key), value) and (key != "path" or _at_hand(value)):
+        if not _same_setting(known, value) and (key != "path" or _at_hand(value)):
             raise UserError(
-                f"{_PLACE}: {place} holds latents of other images (data.{key}: {about['data'].get(key)}, "
-                f"here {value}); choose another folder"
+                f"{_PLACE}: {place} holds latents of other images (data.{key}: {known}, here {value}); "
+                "choose another folder"
             )
-    return CachedLatents(train, about), CachedLatents(validation, about)
+    return CachedLatents(train, images), CachedLatents(validation, images)
 
 
 def _same_setting(ours: Any, theirs: Any) -> bool:

@@ -61,7 +61,7 @@ class RemoteShards(Shards):
     def _opened(self, number: int) -> Shard:
         for _ in range(10):
             try:
-                return open_shard(self._fetched(number))
+                return open_shard(self._fetched(number), self._num_rows(number))
             except (FileNotFoundError, RuntimeError):  # torch's, where it goes while it is opened
                 if self.local_file(number).is_file():
                     raise

@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -35,8 +35,8 @@ _FORMAT_VERSION = 1
 _HASHED_ON_OPENING = 1 << 30
 """Bytes: caches up to this size are compared with their checksums whenever they are opened."""
 
-_PLAIN_NAME = r"^\w[\w.-]*$"
 
+_NAME = "shard-{:06d}.safetensors"
 Shard = dict[str, tuple[Tensor, np.ndarray]]
 """Tensors by name, and as arrays that they share memory with."""
 Compute = Callable[[ImageBatch], Mapping[str, Tensor]]
@@ -44,7 +44,7 @@ Compute = Callable[[ImageBatch], Mapping[str, Tensor]]
 
 
 class _Entry(Config):
-    file: Annotated[str, Field(pattern=_PLAIN_NAME)]  # it becomes a path
+    file: str
     bytes: int
     checksum: str
 
@@ -55,7 +55,7 @@ class _Index(Config):
     num_images: int = Field(ge=1)
     shard_size: int = Field(ge=1)
     shards: tuple[_Entry, ...]
-    skipped: dict[int, str]
+    skipped: dict[NonNegativeInt, str]
 
 
 class Shards:
@@ -76,15 +76,17 @@ class Shards:
         self._held: OrderedDict[int, Shard] = OrderedDict()
         try:
             content = self._read_index()
-            if isinstance(content, dict) and content.get("format_version", 0) != _FORMAT_VERSION:
+            version = content.get("format_version") if isinstance(content, dict) else None
+            if isinstance(version, int) and version > _FORMAT_VERSION:
                 raise UserError(f"{self._place} is of a newer format; upgrade semtok")
             index = parse(_Index, content, INDEX)
             self.about, self.skipped = index.about, index.skipped
             self.shard_size, self.num_images = index.shard_size, index.num_images
             self.entries = [entry.model_dump() for entry in index.shards]
+            names = [entry.file for entry in index.shards]
             num_shards = math.ceil(self.num_images / self.shard_size)
-            if len(self.entries) != num_shards:
-                raise UserError(f"{INDEX} names {len(self.entries)} shards instead of {num_shards}")
+            if names != [_NAME.format(number) for number in range(num_shards)]:  # they become paths
+                raise UserError(f"{INDEX} does not name the shards of {self.num_images} images")
             self._check_files()
         except (UserError, OSError, SafetensorError) as error:  # of what is read
             raise UserError(self._damaged(error)) from None
@@ -107,8 +109,12 @@ class Shards:
 
     def _shard(self, number: int) -> Shard:
         if number not in self._held:
-            self._held[number] = open_shard(self.folder / self.entries[number]["file"])
+            file = self.folder / self.entries[number]["file"]
+            self._held[number] = open_shard(file, self._num_rows(number))
         return self._held[number]
+
+    def _num_rows(self, number: int) -> int:
+        return min(self.shard_size, self.num_images - number * self.shard_size)
 
     def _damaged(self, error: BaseException) -> str:
         if str(error).startswith(self._place):
@@ -302,7 +308,7 @@ class _Writer:
         return range(len(self.source))[shard * self.shard_size : (shard + 1) * self.shard_size]
 
     def _file(self, shard: int) -> Path:
-        return self.folder / f"shard-{shard:06d}.safetensors"
+        return self.folder / _NAME.format(shard)
 
     def _notes(self, shard: int) -> Path:
         """Written after its shard, which it vouches for."""
@@ -324,10 +330,16 @@ class _Writer:
         return rows
 
 
-def open_shard(file: Path) -> Shard:
-    """Each tensor of a file, mapped into memory, and as an array that it shares memory with."""
+def open_shard(file: Path, num_rows: int) -> Shard:
+    """Each tensor of a file, mapped into memory, and as an array that it shares memory with.
+
+    Raises:
+        UserError: one has not so many rows.
+    """
     with safe_open(file, "pt") as content:
         tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    if any(tensor.shape[:1] != (num_rows,) for tensor in tensors.values()):
+        raise UserError(f"{file.name} has other rows than the {num_rows} of its images")
     return {name: (tensor, _as_numpy(tensor)) for name, tensor in tensors.items()}
 
 
