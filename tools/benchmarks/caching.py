@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.random_inputs import RandomSource
 from benchmarks.reglue import random_reglue
 from benchmarks.timing import Timing
-from semtok.data.caches.latent_cache import CachedLatents, ensure_latent_cache
+from semtok.data.caches.latent_cache import CachedImages, CachedLatents, ensure_latent_cache
 from semtok.data.caches.shards import ensure_shards
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.data.order import BatchSlice, DataOrder, training_batches
@@ -70,7 +70,9 @@ def cache_rates(num_images: int, folder: Path, *, targets: bool) -> tuple[Timing
         batch_size=_BATCH,
     )
     written = Timing("writing, models aside", [time.perf_counter() - start], num_images)
-    seen = {"image_size": source.image_size, "class_names": source.class_names, "name": "blank"}
+    seen = CachedImages(
+        image_size=source.image_size, class_names=source.class_names, name="blank", data={}
+    )
     size = min(_BATCH, num_images)
     cached, steps = CachedLatents(shards, seen), num_images // size
     seconds = []

@@ -37,7 +37,7 @@ _PLACE = "data.cache"
 _NUM_VALIDATION = 2048  # at most; more than training looks at
 
 
-class _Images(Config):
+class CachedImages(Config):
     """What a cache says of the images, for where they are not at hand."""
 
     model_config = ConfigDict(extra="ignore")
@@ -72,7 +72,7 @@ class CachedLatents(ImageSource):
 
     is_cheap = True  # measured: two workers read latents at a fifth of the speed
 
-    def __init__(self, shards: Shards, images: _Images) -> None:
+    def __init__(self, shards: Shards, images: CachedImages) -> None:
         place = f"{_PLACE}: {shards.folder}"
         self.shards, self.kept = shards, parse(_Kept, shards.about, f"{place}: about")
         # Behind a URL a look at the columns would fetch a shard.
@@ -152,7 +152,7 @@ def ensure_latent_cache(
     }
     compute = _latents_of(tokenizer, targets, _DTYPES[dtype], device)
     held_out = _Unmirrored(validation, validation.chosen(_NUM_VALIDATION))
-    seen = _Images(
+    seen = CachedImages(
         image_size=train.image_size,
         class_names=train.class_names,
         name=train.name,
@@ -222,7 +222,7 @@ def open_latent_cache(
         raise UserError(
             f"{_PLACE}: {place} holds latents of another tokenizer; choose another folder"
         )
-    images = parse(_Images, about, f"{_PLACE}: {place}/{_ABOUT}")
+    images = parse(CachedImages, about, f"{_PLACE}: {place}/{_ABOUT}")
     for key, value in _data_about(data).items():
         known = images.data.get(key)
         # Where the images are not at hand, their path means nothing.
