@@ -149,15 +149,7 @@ def test_no_step_of_a_transformer_reads_from_the_device(tmp_path, monkeypatch):
 def test_ten_steps_of_a_transformer_on_a_gpu_without_synchronisation(tmp_path):
     never = {"log_every": 12, "checkpoint_every": 12, "sample_every": 12}
     quiet = trainer(tmp_path, steps=12, **never)
-    batches = quiet._batches()
-    for _ in range(2):
-        quiet.train_step(batches)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(10):
-            quiet.train_step(batches)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    tiny.ten_steps_without_synchronisation(quiet)
 
 
 def test_steps_on_one_cached_image_see_latents_with_the_posteriors_spread(tmp_path, monkeypatch):

@@ -592,15 +592,7 @@ def test_no_step_reads_from_the_device_between_logs(tmp_path, monkeypatch):
 def test_ten_steps_on_a_gpu_without_synchronisation(tmp_path):
     settings = {"steps": 12, "log_every": 12, "checkpoint_every": 12, "sample_every": 12}
     quiet = tiny.trainer(tmp_path / "run", GAN, **settings)
-    batches = quiet._batches()
-    for _ in range(2):
-        quiet.train_step(batches)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(10):
-            quiet.train_step(batches)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    tiny.ten_steps_without_synchronisation(quiet)
 
 
 def test_draws_do_not_depend_on_how_the_batch_is_split():

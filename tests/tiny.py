@@ -158,6 +158,19 @@ def draws(step: int = 0, num: int = 4) -> Draws:
     return Draws(seed=0, step=step, global_batch=num, first=0, num=num, device=torch.device("cpu"))
 
 
+def ten_steps_without_synchronisation(quiet: Trainer) -> None:
+    """Raises RuntimeError where a step, but for the first two, makes the host wait for the GPU."""
+    batches = quiet._batches()
+    for _ in range(2):
+        quiet.train_step(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(10):
+            quiet.train_step(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a run's newest checkpoint: networks, EMA, optimisers."""
     import safetensors.torch

@@ -45,18 +45,10 @@ def first_left_out(value: Any) -> str | None:
 def _shown(place: str) -> str:
     place = place.strip() if _ABSOLUTE.match(place.strip()) else place
     url = _URL.fullmatch(place)
-    if (
-        url is None and "{" in place and not _ABSOLUTE.match(place)
-    ):  # braces begin it, or name several
-        return "".join(p if p in "{}," else _shown(p) for p in re.split(r"([{},])", place) if p)
-    if url is None and "://" not in place and _QUERY.search(place):
-        return _shown(_QUERY.sub("", place)) + _LEFT_OUT
-    if url is None and "://" in place:  # a command, or a sentence
-        return _LEFT_OUT + "/"
-    if url is None or url["scheme"] in _LOCAL_SCHEMES:
-        path = place if url is None else "/" + url["path"]
-        last = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
-        return f"{_LEFT_OUT}/{last}" if _ABSOLUTE.match(path) else place
+    if url is None:
+        return _shown_path(place)
+    if url["scheme"] in _LOCAL_SCHEMES:
+        return _without_folders("/" + url["path"])
     host, path = url["host"].rpartition("@")[2], url["path"]
     # A password may hold what ends a host.
     is_odd = not _HOST.fullmatch(host) or (":" in host and "@" in path + url["query"])
@@ -64,3 +56,18 @@ def _shown(place: str) -> str:
         host, path = _LEFT_OUT, f"/{path.rpartition('/')[2]}"
     is_whole = host == url["host"] and not url["query"]
     return f"{url['scheme']}://{host}{path}" + ("" if is_whole else _LEFT_OUT)
+
+
+def _shown_path(place: str) -> str:
+    if "{" in place and not _ABSOLUTE.match(place):  # braces begin it, or name several
+        return "".join(p if p in "{}," else _shown(p) for p in re.split(r"([{},])", place) if p)
+    if "://" in place:  # a command, or a sentence
+        return _LEFT_OUT + "/"
+    if _QUERY.search(place):
+        return _shown(_QUERY.sub("", place)) + _LEFT_OUT
+    return _without_folders(place)
+
+
+def _without_folders(path: str) -> str:
+    last = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    return f"{_LEFT_OUT}/{last}" if _ABSOLUTE.match(path) else path
