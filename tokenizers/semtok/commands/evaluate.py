@@ -9,7 +9,9 @@ from semtok.commands import evaluate_predictors as predictors
 from semtok.commands import evaluate_probe as probe
 from semtok.commands import evaluate_reconstruction as reconstruction
 from semtok.commands.cli import Parser
+from semtok.commands.evaluate_options import check_one_process, device
 from semtok.registry import load_plugins
+from semtok.speed import computing
 from semtok.storage import write_json
 
 
@@ -20,8 +22,11 @@ def main(arguments: Sequence[str]) -> int:
     for task in (reconstruction, predictors, probe, generation, classes):
         task.add_task(tasks)
     args = parser.parse_args(arguments)
+    check_one_process()
     load_plugins(args.plugin)
-    scores = args.command(args)
+    # PyTorch would compute convolutions on a GPU as TF32.
+    with computing(device(), "fp32"):
+        scores = args.command(args)
     if args.output is not None:
         write_json(args.output, scores)
     return 0

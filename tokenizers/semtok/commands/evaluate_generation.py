@@ -2,6 +2,7 @@
 
 import argparse
 import zipfile
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from semtok.diffusion.diffusion_config import check_guidance
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
 from semtok.evaluation.generation import (
-    PROTOCOL,
+    MEASURES,
     PUBLISHED_NUM_IMAGES,
     FeatureNetwork,
     SetFeatures,
@@ -36,11 +37,21 @@ from semtok.evaluation.image_sets import (
     labels_for,
 )
 from semtok.evaluation.inception import check_torch_fidelity, load_inception
+from semtok.evaluation.protocol import (
+    AS_STORED,
+    ImagesProtocol,
+    Protocol,
+    data_protocol,
+    file_digest,
+    shown_names,
+    weights_digest,
+)
+from semtok.privacy import fit_to_show
 from semtok.storage import cache_folder
 
 _DRAWING = (
     *("num", "labels", "seed", "method", "steps"),
-    *("guidance", "interval", "precision", "compile"),
+    *("guidance", "interval", "weak", "precision", "compile"),
 )
 
 
@@ -48,6 +59,8 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     """Adds the task to the command."""
     task = tasks.add_parser(
         "generation",
+        description="Scores of a set of images. --model draws it here, in one process; to draw on several GPUs, run "
+        "sample under accelerate launch, then --images on what it wrote.",
         help="FID, sFID, IS, precision, recall, KID, and Fréchet distance in a teacher's features",
     )
     what = task.add_mutually_exclusive_group(required=True)
@@ -73,6 +86,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     )
     task.add_argument("--seed", type=int, help="of the images; default: 0")
     add_sampler_options(task)
+    options.add_weak_option(task)
     options.add_teacher_options(task, "whose features FD-<teacher> compares")
     task.add_argument(
         "--download", action="store_true", help="fetch Inception's weights if not cached"
@@ -100,51 +114,74 @@ def _generation(args: argparse.Namespace) -> dict[str, Any]:
         )
     except UserError as error:
         missing["Inception's scores (FID, sFID, IS, precision, recall, KID)"] = str(error)
-    generated, about, trained_on = _generated(args)
-    stored, real = _reference(args, generated, trained_on)
+    drawn = _generated(args)
+    reference = _reference(args, drawn)
 
     references: dict[str, SetFeatures] = {}
     for network in networks:
-        reference = _reference_features(network, stored, real)
-        if reference is None:
+        features = _reference_features(network, reference)
+        if features is None:
             missing[f"FD-{network.name}"] = "the reference's file is of another network"
         else:
-            references[network.name] = reference
+            references[network.name] = features
     if not references:
         raise UserError("--reference: nothing there that can be compared with; give images")
     if args.save_reference is not None:
         write_statistics(args.save_reference, next(iter(references.values())))
+    networks = [network for network in networks if network.name in references]
+    generated = drawn.images
     with (
         errors_at(args.model or "--images"),
         tqdm(total=generated.num_images, desc="images", unit="image", disable=None) as progress,
     ):
-        used = [network for network in networks if network.name in references]
-        seen = see(generated, used, progress=progress.update)
+        seen = see(generated, networks, progress=progress.update)
     with errors_at("--reference"):
         scores = {
-            score: value
-            for name, reference in references.items()
-            for score, value in generation_scores(seen[name], reference).items()
+            name: generation_scores(seen[name], features) for name, features in references.items()
         }
-
-    sources = {name: r.source for name, r in references.items()}
-    note = "" if generated.num_images == PUBLISHED_NUM_IMAGES else "; published scores use 50,000"
-    rows = [(name, f"{value:.4g}") for name, value in scores.items()]
-    print_table(f"{generated.num_images} images of {about['images']}{note}", rows)
-    for name, source in sources.items():
-        print(f"reference, seen by {name}: {source}")
+    told = Protocol(
+        "generation",
+        MEASURES,
+        {network.name: network.protocol for network in networks if network.protocol},
+        drawn.models,
+        replace(drawn.protocol, digest=next(iter(seen.values())).digest),
+        references={name: reference.of(features) for name, features in references.items()},
+    )
+    _print(args, scores, told, references)
     for name, reason in missing.items():
         print(f"{name}: missing; {reason}")
+    return {
+        "protocol": told.to_json(),
+        **drawn.about,
+        "num_images": generated.num_images,
+        "references": {name: features.sources for name, features in references.items()},
+        "unavailable": missing,
+        "scores": {name: value for own in scores.values() for name, value in own.items()},
+    }
+
+
+def _print(
+    args: argparse.Namespace,
+    scores: dict[str, dict[str, float]],
+    told: Protocol,
+    references: dict[str, SetFeatures],
+) -> None:
+    """The scores, each with what it compares with."""
+    shown = told.to_json()
+    rows = []
+    for network, own in scores.items():
+        name = shown["references"][network]["name"]
+        for score, value in own.items():
+            against = "" if score == "IS" else f"against {name}"
+            if score.startswith(("precision", "recall", "K")):
+                against = f"against {references[network].features_source or name}"
+            rows.append((score, f"{value:<8.4g}", against))
+    number = told.images.num_images
+    note = "" if number == PUBLISHED_NUM_IMAGES else "; published scores use 50,000"
+    print_table(f"{number} images of {shown['images']['name']}{note}", rows)
+    print("\n".join(told.lines()))
     if args.save_reference is not None:
         print(f"statistics of the reference, by {next(iter(references))}: {args.save_reference}")
-    return {
-        "protocol": PROTOCOL,
-        **about,
-        "num_images": generated.num_images,
-        "references": sources,
-        "unavailable": missing,
-        "scores": scores,
-    }
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -162,65 +199,132 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UserError(f"--save-reference {args.save_reference}: expected FILE.npz")
 
 
-def _generated(
-    args: argparse.Namespace,
-) -> tuple[ImageSet, dict[str, Any], dict[str, Any] | None]:
-    """The images to score, what to record of them, and what their model was trained on."""
+@dataclass(frozen=True)
+class _Drawn:
+    """Images to score.
+
+    Attributes:
+        protocol: what to record of them, but for their digest.
+        about: the same in few keys, as files of scores have always had it.
+        models: digests of what drew them, by name.
+        trained_on: data settings of the model; None where the images were drawn before.
+    """
+
+    images: ImageSet
+    protocol: ImagesProtocol
+    about: dict[str, Any]
+    models: dict[str, str] = field(default_factory=dict)
+    trained_on: dict[str, Any] | None = None
+
+
+def _generated(args: argparse.Namespace) -> _Drawn:
     if args.images is not None:
-        images = images_of_npz(args.images) if _is_archive(args.images) else None
-        if images is None:
-            if not args.images.is_dir():
-                raise UserError(f"--images {args.images}: no such folder or .npz file")
-            images = images_of_folder(args.images)
-        if images.num_images < 2:
-            raise UserError(f"--images {args.images}: one image; scores are of sets")
-        return images, {"images": str(args.images)}, None
+        return _drawn_before(args.images)
     generator = sped_up(Generator.from_pretrained(args.model).to(options.device()), args)
     sampler = sampler_from(args, generator)
     with errors_at("--guidance"):
         check_guidance(generator.config, sampler, generator.network.spec)
+    weak = options.load_weak(args, generator, sampler)
     labels = labels_for(
         args.num,
         max(1, generator.network.num_classes),
         balanced=args.labels == "balanced",
         seed=args.seed,
     )
-    about = {
-        "images": args.model,
+    drawn = {
         "labels": args.labels,
         "seed": args.seed,
         "sampler": sampler.model_dump(mode="json"),
         "precision": args.precision or "fp32",
     }
-    images = images_of_generator(generator, labels, seed=args.seed, sampler=sampler)
-    return images, about, options.data_trained_on(args.model, generator)
+    name = str(fit_to_show(args.model))
+    protocol = ImagesProtocol(name, "model", args.num, crop=AS_STORED, uint8="round", **drawn)
+    names = shown_names(filter(None, (args.model, args.weak)))
+    models = {names[args.model]: weights_digest(generator)}
+    if weak is not None:
+        models[names[args.weak]] = weights_digest(weak)
+    images = images_of_generator(generator, labels, seed=args.seed, sampler=sampler, weak=weak)
+    about = {"images": name, **drawn}
+    return _Drawn(images, protocol, about, models, options.data_trained_on(args.model, generator))
 
 
-def _reference(
-    args: argparse.Namespace, generated: ImageSet, trained_on: dict[str, Any] | None
-) -> tuple[SetFeatures | None, ImageSet | None]:
-    """Statistics that a file holds, and real images; at least one of the two."""
+def _drawn_before(path: Path) -> _Drawn:
+    kind = "archive" if _is_archive(path) else "folder"
+    if kind == "folder" and not path.is_dir():
+        raise UserError(f"--images {path}: no such folder or .npz file")
+    images = images_of_npz(path) if kind == "archive" else images_of_folder(path)
+    if images.num_images < 2:
+        raise UserError(f"--images {path}: one image; scores are of sets")
+    name = str(fit_to_show(str(path)))
+    protocol = ImagesProtocol(
+        name, kind, images.num_images, crop=AS_STORED, uint8=AS_STORED, labels=AS_STORED
+    )
+    return _Drawn(images, protocol, {"images": name})
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What images are compared with: statistics that a file holds, and real images; at least one of the two.
+
+    Attributes:
+        images_protocol, stored_protocol: what to record of each.
+    """
+
+    images: ImageSet | None = None
+    images_protocol: ImagesProtocol | None = None
+    stored: SetFeatures | None = None
+    stored_protocol: ImagesProtocol | None = None
+
+    def of(self, features: SetFeatures) -> ImagesProtocol:
+        """What to record of the moments that ``features`` holds."""
+        if self.stored is not None and features.pooled is self.stored.pooled:
+            assert self.stored_protocol is not None
+            return self.stored_protocol
+        assert self.images_protocol is not None
+        return replace(self.images_protocol, digest=features.digest)
+
+
+def _reference(args: argparse.Namespace, drawn: _Drawn) -> _Reference:
     words = args.reference
     if words is not None and len(words) == 1 and "=" not in words[0]:
-        path = Path(words[0])
-        if path.is_dir():
-            return None, images_of_folder(path, generated.image_size)
-        if not _is_archive(path):
-            raise UserError(f"--reference {path}: no such folder or .npz file")
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        stored = read_statistics(path) if "mu.npy" in names else None
-        images = images_of_npz(path) if "arr_0.npy" in names else None
-        if stored is None and images is None:
-            raise UserError(f"--reference {path}: holds neither images (arr_0) nor statistics (mu)")
-        _check_size(images, generated, path)
-        return stored, images
-    if words is None and trained_on is None:
+        return _reference_of_files(Path(words[0]), drawn.images)
+    if words is None and drawn.trained_on is None:
         raise UserError("--reference is missing; give a folder, an .npz, or data settings")
-    train, _ = options.data_of(words, trained_on, place="--reference")
+    train, _ = options.data_of(words, drawn.trained_on, place="--reference")
     real = images_of_source(train, args.num_reference)
-    _check_size(real, generated, train.name)
-    return None, real
+    _check_size(real, drawn.images, train.name)
+    name = f"{real.num_images} of {train.name}"
+    if words is None:
+        name = f"the model's own training images, {name}"
+    return _Reference(real, data_protocol(train, real.num_images, None, name=name))
+
+
+def _reference_of_files(path: Path, generated: ImageSet) -> _Reference:
+    name = str(fit_to_show(str(path)))
+    if path.is_dir():
+        images = images_of_folder(path, generated.image_size)
+        told = ImagesProtocol(name, "folder", images.num_images, crop="adm", uint8="round")
+        return _Reference(images, told)
+    if not _is_archive(path):
+        raise UserError(f"--reference {path}: no such folder or .npz file")
+    with zipfile.ZipFile(path) as archive:
+        members = archive.namelist()
+    stored = read_statistics(path) if "mu.npy" in members else None
+    images = images_of_npz(path) if "arr_0.npy" in members else None
+    if stored is None and images is None:
+        raise UserError(f"--reference {path}: holds neither images (arr_0) nor statistics (mu)")
+    _check_size(images, generated, path)
+    of_images = of_stored = None
+    if images is not None:
+        of_images = ImagesProtocol(
+            name, "archive", images.num_images, crop=AS_STORED, uint8=AS_STORED
+        )
+    if stored is not None:
+        whose = "" if stored.source == path.name else f" of {stored.source}"
+        told = f"statistics{whose} in {name}"
+        number = stored.num_images or None
+        of_stored = ImagesProtocol(told, "statistics", number, digest=file_digest(path))
+    return _Reference(images, of_images, stored, of_stored)
 
 
 def _check_size(images: ImageSet | None, generated: ImageSet, place: object) -> None:
@@ -233,11 +337,11 @@ def _is_archive(path: Path) -> bool:
     return path.is_file() and zipfile.is_zipfile(path)
 
 
-def _reference_features(
-    network: FeatureNetwork, stored: SetFeatures | None, real: ImageSet | None
-) -> SetFeatures | None:
+def _reference_features(network: FeatureNetwork, reference: _Reference) -> SetFeatures | None:
     """What a network sees of the reference; a file's statistics go before its images, as in ADM's evaluation."""
-    seen = see_reference(real, network, cache_folder("references")) if real is not None else None
+    seen, stored = None, reference.stored
+    if reference.images is not None:
+        seen = see_reference(reference.images, network, cache_folder("references"))
     if stored is None or stored.network != network.name:
         return seen
     return stored if seen is None else stored.with_features_of(seen)

@@ -9,6 +9,19 @@ from semtok.commands.table import print_table
 from semtok.errors import UserError
 from semtok.evaluation.predictors import NUM_NEIGHBOURS, PREDICTORS, PROBE, evaluate_latents
 from semtok.evaluation.probe import probed
+from semtok.evaluation.protocol import (
+    PixelDigest,
+    Protocol,
+    data_protocol,
+    shown_names,
+    teacher_protocol,
+    weights_digest,
+)
+
+MEASURES = (
+    "predictors as their texts say, on draws from the posterior, standardised; the attribute probe on its mean, see "
+    "evaluate probe"
+)
 
 
 def add_task(tasks: argparse._SubParsersAction) -> None:
@@ -34,25 +47,40 @@ def _latents(args: argparse.Namespace) -> dict[str, Any]:
         )
     teacher = options.load_teacher(args)
     scores: dict[str, dict[str, float]] = {}
+    shown, models = shown_names(args.tokenizer), {}
     for reference in args.tokenizer:
         tokenizer = options.load_tokenizer(reference, held_out)
+        digest = PixelDigest()
         with errors_at(f"--tokenizer {reference}"):
             scores[reference] = evaluate_latents(
-                tokenizer, held_out, args.num_held_out, teacher, seed=args.seed
+                tokenizer, held_out, args.num_held_out, teacher, seed=args.seed, digest=digest
             )
             mean = probed(tokenizer, train, held_out, args.num_train, args.num_held_out)
         if mean is not None:
             scores[reference][PROBE] = mean.f1
+        models[shown[reference]] = weights_digest(tokenizer)
         print(f"{reference}: done", flush=True)
     _print(scores, f"latents of {args.num_held_out} held-out images, teacher {args.teacher}")
+    told = Protocol(
+        "latents",
+        MEASURES,
+        {args.teacher: teacher_protocol(teacher)},
+        models,
+        data_protocol(held_out, args.num_held_out, str(digest)),  # the same for each tokenizer
+        fitted_on=data_protocol(train, args.num_train, None) if mean is not None else None,
+        latents="sample",
+        seed=args.seed,
+    )
+    print("\n".join(told.lines()))
     return {
+        "protocol": told.to_json(),
         "data": held_out.name,
         "num_images": args.num_held_out,
         "num_train": args.num_train,
         "teacher": args.teacher,
         "seed": args.seed,
         "predictors": {name: predictor.model_dump() for name, predictor in PREDICTORS.items()},
-        "scores": scores,
+        "scores": {shown[reference]: own for reference, own in scores.items()},
     }
 
 

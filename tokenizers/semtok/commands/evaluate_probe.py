@@ -11,7 +11,8 @@ from semtok.commands import evaluate_options as options
 from semtok.commands.table import print_table
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
-from semtok.evaluation.probe import PROTOCOL, AttributeScore, latent_table, mean_score, probe
+from semtok.evaluation.probe import MEASURES, AttributeScore, latent_table, mean_score, probe
+from semtok.evaluation.protocol import Protocol, data_protocol, shown_names, weights_digest
 from semtok.settings import apply_overrides
 
 
@@ -20,7 +21,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     task = tasks.add_parser(
         "probe",
         help="held-out F1 and balanced accuracy of every attribute, "
-        + PROTOCOL.replace("%", "%%"),  # argparse formats its help
+        + MEASURES.replace("%", "%%"),  # argparse formats its help
     )
     options.add_tokenizer_option(task)
     task.add_argument(
@@ -41,6 +42,8 @@ def _probe(args: argparse.Namespace) -> dict[str, Any]:
     chance = {name: 1 / len(train.attributes[name]) for name in names}
     results: dict[str, dict[str, AttributeScore]] = {}
     means: dict[str, AttributeScore] = {}
+    shown = shown_names(args.tokenizer)
+    models: dict[str, str] = {}
     for reference in args.tokenizer:
         tokenizer = options.load_tokenizer(reference, train)
         tables = (
@@ -53,6 +56,7 @@ def _probe(args: argparse.Namespace) -> dict[str, Any]:
                 f"--num-train {args.num_train}: these images show one category of each attribute; give more"
             )
         results[reference], means[reference] = scores, mean_score(scores)
+        models[shown[reference]] = weights_digest(tokenizer)
         _print(f"{reference}: linear probe, in %", scores, means[reference], chance)
 
     # Which images there are, and what they show, is the same for every tokenizer.
@@ -64,8 +68,19 @@ def _probe(args: argparse.Namespace) -> dict[str, Any]:
         rows = [(reference, *_cells(score)) for reference, score in means.items()]
         print_table("mean over attributes, in %", rows, ("tokenizer", *_HEADER))
     print(f"{args.num_train} training images, {args.num_held_out} held-out images, {train.name}")
+    # The last tokenizer saw the images that all saw.
+    told = Protocol(
+        "probe",
+        MEASURES,
+        {},
+        models,
+        data_protocol(held_out, args.num_held_out, tables[1].digest),
+        fitted_on=data_protocol(train, args.num_train, tables[0].digest),
+        latents="mean",
+    )
+    print("\n".join(told.lines()))
     return {
-        "protocol": PROTOCOL,
+        "protocol": told.to_json(),
         "data": train.name,
         "num_train": args.num_train,
         "num_held_out": args.num_held_out,
@@ -76,7 +91,7 @@ def _probe(args: argparse.Namespace) -> dict[str, Any]:
             "attributes": {name: chance[name] for name in probed},
         },
         "scores": {
-            reference: {
+            shown[reference]: {
                 "mean": _plain(means[reference]),
                 "attributes": {name: _plain(score) for name, score in scores.items()},
             }

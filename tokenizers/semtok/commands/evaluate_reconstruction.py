@@ -1,6 +1,7 @@
 """``evaluate reconstruction``: how well tokenizers reconstruct, and what their latents are like."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,26 @@ from torch import nn
 from semtok.commands import evaluate_options as options
 from semtok.commands.around_training import errors_at
 from semtok.commands.table import print_table
+from semtok.data.images.resized import ResizedImages
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
-from semtok.evaluation.inception import load_inception
+from semtok.evaluation.generation import PUBLISHED_NUM_IMAGES
+from semtok.evaluation.inception import Resize, load_inception
+from semtok.evaluation.protocol import (
+    AS_STORED,
+    Network,
+    Protocol,
+    data_protocol,
+    file_digest,
+    shown_names,
+    teacher_protocol,
+    weights_digest,
+    with_version,
+)
 from semtok.evaluation.reconstruction import (
+    PROTOCOLS,
     FeatureExtractor,
+    ReconstructionProtocol,
     ReconstructionReport,
     evaluate_reconstruction,
 )
@@ -23,6 +39,8 @@ from semtok.perceptual import LPIPS, backbone_file
 from semtok.pictures import rows_of_images, write_png
 from semtok.tokenizer import Tokenizer
 
+_DEFAULT_NUMS = {"adm": 2000, "lightningdit": PUBLISHED_NUM_IMAGES}
+_RESIZES: dict[str, Resize] = {"adm": "tensorflow", "lightningdit": "pytorch"}
 _LABELS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
 
 
@@ -32,9 +50,18 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
         "reconstruction", help="PSNR, SSIM, LPIPS, Fréchet distances, and statistics of the latents"
     )
     options.add_tokenizer_option(task)
+    task.add_argument(
+        "--protocol",
+        choices=tuple(PROTOCOLS),
+        default="adm",
+        help="adm (the default): images as training sees them, posterior mean; lightningdit: as published rFIDs "
+        "of VAEs for ImageNet were measured, see docs/evaluation.md",
+    )
     task.add_argument("--sample", action="store_true", help="decode a draw, not the mean")
     task.add_argument("--seed", type=int, default=0, help="of the draws")
-    task.add_argument("--lpips-net", choices=("vgg", "alex", "squeeze"), default="vgg")
+    task.add_argument(
+        "--lpips-net", choices=("vgg", "alex", "squeeze"), help="LPIPS' backbone; default: vgg"
+    )
     options.add_teacher_options(task, "whose features FD-<teacher> compares")
     task.add_argument(
         "--download", action="store_true", help="fetch weights of LPIPS and FID that are not cached"
@@ -44,16 +71,25 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     options.add_data_options(
         task, default=options.SHAPES, shown="the embedded shapes", num_train=False
     )
+    task.set_defaults(num_held_out=None)
 
 
 def _reconstruction(args: argparse.Namespace) -> dict[str, Any]:
+    protocol = _protocol(args)
     _, held_out = options.open_data(args)
     if args.num_held_out < 2:
         raise UserError("--num-held-out: a Fréchet distance needs at least 2 images")
+    if args.protocol == "lightningdit":
+        with errors_at("--data with --protocol lightningdit"):
+            held_out = ResizedImages(held_out)
     missing: dict[str, str] = {}
     perceptual = _perceptual(args, missing)
-    extractors = _extractors(args, missing)
+    extractors, networks = _extractors(args, missing)
+    if perceptual is not None:
+        networks["lpips"] = _lpips_protocol(args.lpips_net)
     reports: dict[str, ReconstructionReport] = {}
+    models: dict[str, str] = {}
+    names = shown_names(args.tokenizer)
     grids = []
     for reference in args.tokenizer:
         tokenizer = options.load_tokenizer(reference, held_out)
@@ -64,18 +100,46 @@ def _reconstruction(args: argparse.Namespace) -> dict[str, Any]:
                 args.num_held_out,
                 perceptual=perceptual,
                 extractors=extractors,
-                sample=args.sample,
+                protocol=protocol,
                 seed=args.seed,
             )
+        models[names[reference]] = weights_digest(tokenizer)
         if args.grid is not None:
             grids += _worst_and_median(tokenizer, held_out, reports[reference])
-    _print(reports, missing, args.num_held_out)
+    images = data_protocol(held_out, args.num_held_out, next(iter(reports.values())).digest)
+    told = Protocol(
+        "reconstruction",
+        protocol.measures,
+        networks,
+        models,
+        images,
+        references=dict.fromkeys(networks, images),
+        latents="sample" if protocol.sample else "mean",
+        seed=args.seed if protocol.sample else None,
+    )
+    _print(reports, missing, args, told)
     if args.grid is not None:
         write_png(args.grid, rows_of_images(grids))
         print(f"worst four and median four of each, with the images above: {args.grid}")
-    scores = {reference: _as_json(report) for reference, report in reports.items()}
-    settings = {"data": held_out.name, "num_images": args.num_held_out, "sample": args.sample}
-    return settings | {"unavailable": missing, "scores": scores}
+    scores = {names[reference]: _as_json(report) for reference, report in reports.items()}
+    settings = {"data": held_out.name, "num_images": args.num_held_out, "sample": protocol.sample}
+    return {"protocol": told.to_json()} | settings | {"unavailable": missing, "scores": scores}
+
+
+def _protocol(args: argparse.Namespace) -> ReconstructionProtocol:
+    """Which the options name; fills in what follows from it, and refuses what goes against it."""
+    if args.protocol == "lightningdit":
+        if args.lpips_net not in (None, "vgg"):
+            raise UserError(
+                f"--lpips-net {args.lpips_net}: --protocol lightningdit takes vgg; leave one out"
+            )
+        if any(word.startswith("crop=") for word in args.data):
+            raise UserError("--data crop=…: --protocol lightningdit crops by itself; leave one out")
+    args.lpips_net = args.lpips_net or "vgg"
+    if args.num_held_out is None:
+        args.num_held_out = _DEFAULT_NUMS[args.protocol]
+    protocol = PROTOCOLS[args.protocol]
+    return replace(protocol, sample=protocol.sample or args.sample)
 
 
 def _perceptual(args: argparse.Namespace, missing: dict[str, str]) -> nn.Module | None:
@@ -92,17 +156,27 @@ def _perceptual(args: argparse.Namespace, missing: dict[str, str]) -> nn.Module 
         return None
 
 
-def _extractors(args: argparse.Namespace, missing: dict[str, str]) -> dict[str, FeatureExtractor]:
+def _lpips_protocol(net: str) -> Network:
+    return Network(with_version("lpips"), net, AS_STORED, file_digest(backbone_file(net)))
+
+
+def _extractors(
+    args: argparse.Namespace, missing: dict[str, str]
+) -> tuple[dict[str, FeatureExtractor], dict[str, Network]]:
+    """Networks for Fréchet distances, by the score's name; and what to record of them, by their own."""
     teacher = options.load_teacher(args)
     extractors: dict[str, FeatureExtractor] = {
         f"FD-{args.teacher}": lambda images: teacher.features(to_pixels(images)).pooled
     }
+    networks = {args.teacher: teacher_protocol(teacher)}
     try:
-        inception = load_inception(download=args.download).to(options.device())
+        inception = load_inception(download=args.download, resize=_RESIZES[args.protocol])
+        inception.to(options.device())
         extractors["rFID"] = lambda images: inception(images).pooled
+        networks["inception"] = inception.protocol
     except UserError as error:
         missing["rFID"] = str(error)
-    return extractors
+    return extractors, networks
 
 
 @torch.no_grad()
@@ -119,7 +193,10 @@ def _worst_and_median(
 
 
 def _print(
-    reports: dict[str, ReconstructionReport], missing: dict[str, str], num_images: int
+    reports: dict[str, ReconstructionReport],
+    missing: dict[str, str],
+    args: argparse.Namespace,
+    told: Protocol,
 ) -> None:
     names = [*next(iter(reports.values())).scores, *missing]
     rows = [
@@ -135,9 +212,11 @@ def _print(
             (f"{part}: mean", *(_range(s.mean) if s else "-" for s in seen)),
             (f"{part}: std", *(_range(s.std) if s else "-" for s in seen)),
         ]
-    print_table(
-        f"reconstruction of {num_images} held-out images", rows, ("score", *map(str, reports))
-    )
+    title = f"reconstruction of {args.num_held_out} held-out images, protocol {args.protocol}"
+    if args.protocol == "lightningdit" and args.num_held_out != PUBLISHED_NUM_IMAGES:
+        title += "; published scores use 50,000"
+    print_table(title, rows, ("score", *map(str, reports)))
+    print("\n".join(told.lines()))
     for name, reason in missing.items():
         print(f"{_LABELS.get(name, name)} is missing: {reason}")
 

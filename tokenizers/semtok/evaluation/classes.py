@@ -13,7 +13,7 @@ from semtok.evaluation.probe import fit
 from semtok.images import to_pixels
 from semtok.teachers import Teacher
 
-PROTOCOL = (
+MEASURES = (
     "multinomial logistic regression (scikit-learn, L-BFGS, at most 1000 iterations) on the teacher's pooled "
     "features, standardised, fitted on real training images"
 )

@@ -23,6 +23,7 @@ from semtok.errors import UserError
 from semtok.evaluation.frechet import Gaussian, frechet_distance
 from semtok.evaluation.image_sets import ImageSet
 from semtok.evaluation.inception import Inception, check_torch_fidelity
+from semtok.evaluation.protocol import Network, PixelDigest, teacher_protocol
 from semtok.images import to_pixels
 from semtok.settings import Config, parse
 from semtok.statistics import StreamingMoments
@@ -34,7 +35,7 @@ _MAX_REFERENCE_FEATURES = 10_000
 _SPLIT = 5_000
 _SUBSETS, _SUBSET_SIZE = 100, 1_000
 _NEIGHBOURS = 3
-PROTOCOL = (
+MEASURES = (
     "Fréchet distances of unbiased moments in float64; by torch-fidelity: precision and recall of the "
     f"{_NEIGHBOURS}-nearest-neighbour balls against at most {_MAX_REFERENCE_FEATURES} references, kernel distance "
     f"(cubic kernel) over {_SUBSETS} subsets of {_SUBSET_SIZE} or as many as there are, Inception Score over shuffled "
@@ -51,17 +52,21 @@ class FeatureNetwork:
         identity: of its weights, for caches.
         see: uint8 images (B, 3, H, W) to features: ``pooled`` (B, D), and of Inception ``spatial`` and
             ``logits`` too.
+        protocol: what to record of it.
     """
 
     name: str
     identity: str
     see: Callable[[Tensor], dict[str, Tensor]]
+    protocol: Network | None = None
 
 
 def inception_network(inception: Inception) -> FeatureNetwork:
     """Inception as a feature network."""
     device = next(inception.parameters()).device
-    return FeatureNetwork("inception", "2015-12-05", lambda x: vars(inception(x.to(device))))
+    return FeatureNetwork(
+        "inception", "2015-12-05", lambda x: vars(inception(x.to(device))), inception.protocol
+    )
 
 
 def teacher_network(teacher: Teacher) -> FeatureNetwork:
@@ -72,7 +77,8 @@ def teacher_network(teacher: Teacher) -> FeatureNetwork:
         return {"pooled": teacher.features(to_pixels(images, device=device)).pooled.float()}
 
     settings = teacher.config.model_dump_json(exclude={"checkpoint"})
-    return FeatureNetwork(teacher.config.name, f"{settings} {teacher.fingerprint()}", see)
+    identity = f"{settings} {teacher.fingerprint()}"
+    return FeatureNetwork(teacher.config.name, identity, see, teacher_protocol(teacher))
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,8 @@ class SetFeatures:
         features: float32 (M, D), of all images or of a fixed random choice; None where a file of
             statistics has none.
         logits: float32 (N, 1008) of Inception, where the Inception Score is wanted.
+        digest: of the images' pixels, see ``PixelDigest``; None where a file does not say.
+        features_source: whose features they are, where not those of the moments' images.
     """
 
     network: str
@@ -100,13 +108,21 @@ class SetFeatures:
     spatial: Gaussian | None = None
     features: Tensor | None = None
     logits: Tensor | None = None
+    digest: str | None = None
+    features_source: str | None = None
 
     def with_features_of(self, images: "SetFeatures") -> "SetFeatures":
         """These statistics with the features of images that lie beside them, as in ADM's references."""
         if self.features is not None:
             return self
-        source = f"statistics of {self.source}; precision, recall and KID by {images.source}"
-        return replace(self, source=source, features=images.features)
+        return replace(self, features=images.features, features_source=images.source)
+
+    @property
+    def sources(self) -> str:
+        """Whose moments and features they are, in a sentence."""
+        if self.features_source is None:
+            return self.source
+        return f"statistics of {self.source}; precision, recall and KID by {self.features_source}"
 
 
 def see(
@@ -129,13 +145,13 @@ def see(
     is_kept = torch.zeros(images.num_images, dtype=torch.bool)
     is_kept[order[:max_features]] = True
     collectors = [_Collector(network) for network in networks]
-    first = 0
-    for batch in images.open():
+    digest, first = PixelDigest(), 0
+    for batch in digest.watch(images.open()):
         for collector in collectors:
             collector.add(batch, is_kept[first : first + len(batch)])
         first += len(batch)
         progress(len(batch))
-    return {c.network.name: c.result(images) for c in collectors}
+    return {c.network.name: replace(c.result(images), digest=str(digest)) for c in collectors}
 
 
 class _Collector:
@@ -182,7 +198,9 @@ def see_reference(images: ImageSet, network: FeatureNetwork, cache: Path) -> Set
     file = cache / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.npz"
     if file.is_file():
         try:
-            return read_statistics(file)
+            stored = read_statistics(file)
+            if stored.digest is not None:  # else of an older version, which did not tell
+                return stored
         except UserError:
             file.unlink(missing_ok=True)  # damaged: made anew
     seen = see(images, [network], max_features=_MAX_REFERENCE_FEATURES)[network.name]
@@ -202,8 +220,7 @@ def write_statistics(path: Path, seen: SetFeatures) -> None:
         arrays |= {"mu_s": seen.spatial.mean, "sigma_s": seen.spatial.covariance}
     if seen.features is not None:
         arrays["features"] = seen.features
-    names = ("network", "identity", "source", "image_size", "num_images")
-    about = json.dumps({name: getattr(seen, name) for name in names})
+    about = json.dumps({name: getattr(seen, name) for name in _About.model_fields})
     with new_file(path) as temporary:
         np.savez(temporary, about=about, **{k: v.cpu().numpy() for k, v in arrays.items()})
 
@@ -237,6 +254,8 @@ def read_statistics(path: Path) -> SetFeatures:
         gaussian,
         spatial,
         tensors.get("features"),
+        digest=told.digest,
+        features_source=told.features_source,
     )
 
 
@@ -250,6 +269,8 @@ class _About(Config):
     source: str | None = None
     image_size: tuple[int, int] | None = None
     num_images: int = 0
+    digest: str | None = None
+    features_source: str | None = None
 
 
 def _gaussian(tensors: Mapping[str, Tensor], mean_key: str, covariance_key: str) -> Gaussian:
@@ -270,7 +291,7 @@ _STATISTICS_KEYS = {"mu", "sigma", "mu_s", "sigma_s", "features"}
 
 
 def generation_scores(generated: SetFeatures, reference: SetFeatures) -> dict[str, float]:
-    """All scores that the features of the two sets allow, by ``PROTOCOL``.
+    """All scores that the features of the two sets allow, by ``MEASURES``.
 
     Returns:
         For ``inception`` FID, sFID, IS, precision, recall, KID; for a teacher FD, precision, recall and KD

@@ -137,6 +137,7 @@ def images_of_generator(
     *,
     seed: int,
     sampler: SamplerConfig | None = None,
+    weak: Generator | None = None,
     batch_size: int = 64,
 ) -> ImageSet:
     """What a generator draws for these labels, rounded to uint8 as files hold it."""
@@ -144,7 +145,9 @@ def images_of_generator(
     def batches() -> Iterator[Tensor]:
         for first in range(0, len(labels), batch_size):
             own = labels[first : first + batch_size]
-            yield to_uint8(generator.sample(own, seed=seed, first=first, sampler=sampler))
+            yield to_uint8(
+                generator.sample(own, seed=seed, first=first, sampler=sampler, weak=weak)
+            )
 
     return ImageSet("generated", "", len(labels), generator.image_size, batches)
 

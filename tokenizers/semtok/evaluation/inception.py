@@ -2,15 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semtok.errors import UserError
+from semtok.evaluation.protocol import Network, file_digest, with_version
 from semtok.extras import need
 from semtok.storage import DAMAGE, first_line
 
+_SIDE = 299
 _SPATIAL_CHANNELS = 7
+_RESIZES = {"tensorflow": "bilinear as TensorFlow 1", "pytorch": "bilinear as PyTorch"}
+Resize = Literal["tensorflow", "pytorch"]
 
 
 @dataclass(frozen=True)
@@ -31,17 +37,38 @@ class InceptionFeatures:
 
 
 class Inception(nn.Module):
-    """torch-fidelity's copy of the TensorFlow network that published FIDs use."""
+    """torch-fidelity's copy of the TensorFlow network that published FIDs use.
 
-    def __init__(self, network: nn.Module) -> None:
+    Args:
+        weights: digest of the weights' file.
+        resize: how images come to 299x299: ``tensorflow`` is the graph's own bilinear resize, which torch-fidelity
+            computes; ``pytorch`` is that of pytorch-fid, which samples at pixels' centres, and maps 0 to 255 on
+            [-1, 1] instead of [-1, 1).
+    """
+
+    def __init__(
+        self, network: nn.Module, *, weights: str = "unknown", resize: Resize = "tensorflow"
+    ) -> None:
         super().__init__()
-        self.network = network
-        self._spatial = torch.empty(0)
+        self.network, self.resize = network, resize
+        self.protocol = Network(
+            with_version("torch-fidelity"),
+            "inception-2015-12-05",
+            f"{_SIDE}x{_SIDE}, {_RESIZES[resize]}",
+            weights,
+        )
+        self._spatial = self._resized = torch.empty(0)
         network.Mixed_6d.register_forward_hook(self._keep_spatial)
+        if resize == "pytorch":
+            network.Conv2d_1a_3x3.register_forward_pre_hook(lambda *_: (self._resized,))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> InceptionFeatures:
-        """Features of uint8 images (B, 3, H, W), which it resizes as the TensorFlow graph does."""
+        """Features of uint8 images (B, 3, H, W), which it resizes."""
+        if self.resize == "pytorch":
+            size = (_SIDE, _SIDE)
+            scaled = F.interpolate(images.float() / 255, size=size, mode="bilinear")
+            self._resized = 2 * scaled - 1
         pooled, logits = self.network(images)
         return InceptionFeatures(pooled, self._spatial, logits)
 
@@ -55,11 +82,12 @@ def check_torch_fidelity() -> None:
     need("torch_fidelity", "torch-fidelity", extra="evaluation")
 
 
-def load_inception(*, download: bool = False) -> Inception:
+def load_inception(*, download: bool = False, resize: Resize = "tensorflow") -> Inception:
     """The network that published FIDs use.
 
     Args:
         download: fetch its weights (91 MB) where torch.hub's cache does not have them.
+        resize: see ``Inception``.
 
     Raises:
         UserError: torch-fidelity is not installed, or the weights can't be had.
@@ -79,10 +107,9 @@ def load_inception(*, download: bool = False) -> Inception:
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file))
         torch.load(file, map_location="cpu", weights_only=True)  # refuses all but tensors
         layers = ["2048", "logits_unbiased"]
-        return Inception(
-            FeatureExtractorInceptionV3(
-                "inception", layers, feature_extractor_weights_path=str(file)
-            )
+        network = FeatureExtractorInceptionV3(
+            "inception", layers, feature_extractor_weights_path=str(file)
         )
+        return Inception(network, weights=file_digest(file), resize=resize)
     except DAMAGE as error:
         raise UserError(f"Inception's weights at {file}: {first_line(error)}") from None

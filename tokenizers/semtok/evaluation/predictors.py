@@ -23,6 +23,7 @@ from torch import Tensor
 from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
+from semtok.evaluation.protocol import PixelDigest
 from semtok.images import to_pixels
 from semtok.sampler.draws import SampleNoise
 from semtok.sampler.latents import Latents, on_texture_grid
@@ -250,6 +251,7 @@ def evaluate_latents(
     *,
     seed: int = 0,
     batch_size: int = 32,
+    digest: PixelDigest | None = None,
 ) -> dict[str, float]:
     """Every predictor of ``PREDICTORS`` but the probe on ``source.chosen(num_images)``, in one pass.
 
@@ -262,6 +264,7 @@ def evaluate_latents(
         teacher: whose last layer is compared. Where it also trained the tokenizer, agreement
             tells that this succeeded, which another teacher may see otherwise.
         seed: of the draws, the noise and the maps.
+        digest: takes in the images.
 
     Raises:
         ValueError: fewer than ``NUM_NEIGHBOURS + 1`` images, a teacher's grid without structure, or
@@ -273,15 +276,15 @@ def evaluate_latents(
     pooled: list[Tensor] = []
     by_image: dict[str, list[Tensor]] = {}
     count = 0
-    for batch in chosen_images(source, num_images, batch_size=batch_size):
-        pixels = to_pixels(batch.images, device=device)
+    images = (batch.images for batch in chosen_images(source, num_images, batch_size=batch_size))
+    for batch in digest.watch(images) if digest is not None else images:
+        pixels = to_pixels(batch, device=device)
         features = teacher.features(pixels)
         noise = SampleNoise(seed, range(count, count + len(pixels)), device)
         posterior = tokenizer.posterior(pixels)
         shapes = {name: tuple(part.shape[1:]) for name, part in posterior.mean.items()}
         latents = posterior.sample_with({name: noise(shape) for name, shape in shapes.items()})
         _check_finite(latents, features, teacher)
-
         maps = torch.cat([x for x in on_texture_grid(latents).values() if x.ndim == 4], dim=1)
         added = {name: noise(shape) for name, shape in shapes.items()}
         values = {

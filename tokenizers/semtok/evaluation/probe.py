@@ -2,7 +2,7 @@
 
 After Send-VAE (arXiv 2601.05823, section 4.4): a linear classifier on the flattened latents of the
 frozen tokenizer, one for each attribute, and the F1 score. The paper leaves open what follows, so these
-choices are ours; ``PROTOCOL`` states them and is stored with every score.
+choices are ours; ``MEASURES`` states them and is stored with every score.
 
 - The latents are the posterior's mean, not a sample, and standardised as the tokenizer does it.
 - The optimiser is L-BFGS on a logistic loss; the L2 strength is chosen on training images.
@@ -25,13 +25,14 @@ from sklearn.metrics import balanced_accuracy_score
 
 from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
+from semtok.evaluation.protocol import PixelDigest
 from semtok.images import to_pixels
 from semtok.tokenizer import Tokenizer
 
 _STRENGTHS = (0.001, 0.01, 0.1)
 _NUM_RESAMPLES = 1000
 _SEED = 0
-PROTOCOL = (
+MEASURES = (
     "multinomial logistic regression (scikit-learn, L-BFGS, at most 300 iterations) on the flattened standardised "
     f"latents (posterior mean); inverse L2 strength chosen by balanced accuracy from {_STRENGTHS} on a quarter of the "
     "training images; F1 of the second of two categories, otherwise macro F1, and balanced accuracy on held-out "
@@ -48,11 +49,13 @@ class LatentTable:
         features: float32 (N, F), all parts flattened.
         attributes: per name int64 (N,).
         num_categories: per name, how many there are in all; not each need occur.
+        digest: of the images, see ``PixelDigest``.
     """
 
     features: np.ndarray
     attributes: dict[str, np.ndarray]
     num_categories: dict[str, int]
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,9 @@ def latent_table(
     if not source.attributes:
         raise ValueError(f"{source.name} has no attributes to probe for")
     features, attributes = [], {name: [] for name in source.attributes}
+    digest = PixelDigest()
     for batch in chosen_images(source, num_images, batch_size=batch_size):
+        digest.add(batch.images)
         latents = tokenizer.encode(to_pixels(batch.images))
         features.append(
             torch.cat([part.flatten(1) for part in latents.values()], dim=1).cpu().numpy()
@@ -95,13 +100,14 @@ def latent_table(
         np.concatenate(features),
         {name: np.concatenate(v) for name, v in attributes.items()},
         {name: len(categories) for name, categories in source.attributes.items()},
+        str(digest),
     )
 
 
 def probe(
     train: LatentTable, held_out: LatentTable, only: Iterable[str] | None = None
 ) -> dict[str, AttributeScore]:
-    """Held-out scores of each attribute, by ``PROTOCOL``.
+    """Held-out scores of each attribute, by ``MEASURES``.
 
     Args:
         only: names of attributes; None: all.

@@ -1,8 +1,6 @@
 """How well a tokenizer reconstructs held-out images, and what its latents are like as numbers.
 
-PSNR, SSIM, LPIPS and rFID follow the field's evaluation of tokenizers (LightningDiT's
-``evaluate_tokenizer``), but for two choices that are stated with the figures: images come as the data
-settings crop them, and the posterior's mean is decoded unless a draw is asked for.
+PSNR, SSIM, LPIPS and rFID by either of two protocols, see ``PROTOCOLS``.
 """
 
 import math
@@ -15,12 +13,50 @@ from torch import Tensor, nn
 from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
 from semtok.evaluation.frechet import Gaussian, frechet_distance
+from semtok.evaluation.protocol import PixelDigest
 from semtok.images import to_pixels, to_uint8
 from semtok.metrics import psnr, ssim
 from semtok.statistics import StreamingMoments
 from semtok.tokenizer import Tokenizer
 
 _DEAD = 1e-2  # of the spread that the statistics promise
+
+
+@dataclass(frozen=True)
+class ReconstructionProtocol:
+    """What is decoded, and what LPIPS is told.
+
+    Attributes:
+        sample: a draw from the posterior is decoded, instead of its mean.
+        clamps: LPIPS sees the decoder's output clamped to [-1, 1]. PSNR and Fréchet distances see 8 bits, and
+            SSIM clamps, by either protocol.
+        measures: the protocol in words.
+    """
+
+    sample: bool
+    clamps: bool
+    measures: str
+
+
+PROTOCOLS = {
+    "adm": ReconstructionProtocol(
+        sample=False,
+        clamps=True,
+        measures="images cropped as ADM does, 8 bits; PSNR of 8 bits; SSIM with a range of (-1, 1); LPIPS of clamped "
+        "output; Fréchet distances between 8-bit images and reconstructions, by unbiased moments in float64; means "
+        "over images",
+    ),
+    "lightningdit": ReconstructionProtocol(
+        sample=True,
+        clamps=False,
+        measures="images resized bilinearly, antialiased, as tensors of floats and cropped at the centre, not rounded "
+        "before they are encoded; PSNR of 8 bits; SSIM with a range of (-1, 1); LPIPS of unclamped output; Fréchet "
+        "distances between 8-bit images and reconstructions, by unbiased moments in float64, Inception's input "
+        "resized as pytorch-fid does; means over images",
+    ),
+}
+"""By name: ``adm`` reads images as everything else here does; ``lightningdit`` is that of LightningDiT's
+``evaluate_tokenizer``, whose figures VA-VAE, REPA-E and Send-VAE compare with."""
 
 FeatureExtractor = Callable[[Tensor], Tensor]
 """uint8 images (B, 3, H, W) to features (B, D)."""
@@ -52,11 +88,13 @@ class ReconstructionReport:
             feature extractor its Fréchet distance, by its name.
         psnr: of each image (N,), in the order of ``source.chosen(N)``.
         parts: per part of the latents.
+        digest: of the images, see ``PixelDigest``.
     """
 
     scores: dict[str, float]
     psnr: Tensor
     parts: dict[str, PartStatistics]
+    digest: str
 
 
 @torch.no_grad()
@@ -67,7 +105,7 @@ def evaluate_reconstruction(
     *,
     perceptual: nn.Module | None = None,
     extractors: dict[str, FeatureExtractor] | None = None,
-    sample: bool = False,
+    protocol: ReconstructionProtocol = PROTOCOLS["adm"],
     seed: int = 0,
     batch_size: int = 32,
 ) -> ReconstructionReport:
@@ -76,7 +114,7 @@ def evaluate_reconstruction(
     Args:
         perceptual: LPIPS; None leaves it out.
         extractors: networks for Fréchet distances, by the name of the score.
-        sample: decode a draw from the posterior, instead of its mean.
+        protocol: what is decoded and how it is compared; how images are read is the source's.
         seed: of the draws.
     """
     device = tokenizer.texture_mean.device
@@ -89,15 +127,19 @@ def evaluate_reconstruction(
     }
     latents = {name: StreamingMoments() for name in tokenizer.spec.names}
     kl_sums: dict[str, tuple[float, int]] = {}
+    digest = PixelDigest()
     for batch in chosen_images(source, num_images, batch_size=batch_size):
+        digest.add(batch.images)
         pixels = to_pixels(batch.images, device=device)
         raw = tokenizer.posterior_raw(pixels)
         posterior = tokenizer.standardise_posterior(raw)
         drawn = posterior.sample(generator)
-        decoded = tokenizer.decode(drawn if sample else posterior.mean)
+        kept = drawn if protocol.sample else posterior.mean
+        output = tokenizer.decode_raw(tokenizer.destandardise(kept))
+        decoded = output.clamp(-1, 1)
         values = {"psnr": psnr(decoded, pixels), "ssim": ssim(decoded, pixels)}
         if perceptual is not None:
-            values["lpips"] = perceptual(decoded, pixels)
+            values["lpips"] = perceptual(decoded if protocol.clamps else output, pixels)
         for name, value in values.items():
             sums[name] = sums.get(name, 0) + value.double().sum()
         all_psnr.append(values["psnr"].cpu())
@@ -114,6 +156,13 @@ def evaluate_reconstruction(
     count = sum(len(values) for values in all_psnr)
     scores = {name: float(value / count) for name, value in sums.items()}
     scores |= {name: frechet_distance(*map(Gaussian.of, pair)) for name, pair in moments.items()}
+    parts = _parts(latents, kl_sums)
+    return ReconstructionReport(scores, torch.cat(all_psnr), parts, str(digest))
+
+
+def _parts(
+    latents: dict[str, StreamingMoments], kl_sums: dict[str, tuple[float, int]]
+) -> dict[str, PartStatistics]:
     parts = {}
     for name, seen in latents.items():
         total, numbers = kl_sums.get(name, (math.nan, 0))
@@ -123,4 +172,4 @@ def evaluate_reconstruction(
             kl_bits=total / numbers / math.log(2) if numbers else None,
             num_dead=int((seen.std < _DEAD).sum()),
         )
-    return ReconstructionReport(scores, torch.cat(all_psnr), parts)
+    return parts

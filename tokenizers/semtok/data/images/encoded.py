@@ -4,9 +4,9 @@ import io
 import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from semtok.data.remote import LASTING, persist
 from semtok.data.source import DataConfig, ImageBatch, ImageSource, Skipped
 from semtok.errors import UserError
 
+T = TypeVar("T")
 VALIDATION_NAMES = ("val", "validation", "valid", "test")
 """What held-out parts are called, the likeliest first."""
 
@@ -158,6 +159,9 @@ class StoredImages(ImageSource):
             )
         self._read(0, {}, [])
 
+    def _cropped(self, image: Image.Image) -> np.ndarray:
+        return np.array(adm_center_crop(image, self.image_size))
+
     def _read(
         self, index: int, contents: dict[int, Path | bytes], skipped: list[str]
     ) -> tuple[np.ndarray, int]:
@@ -167,7 +171,7 @@ class StoredImages(ImageSource):
             if candidate not in self._unreadable:
                 if candidate not in contents:
                     contents[candidate] = self.contents([candidate])[0]
-                image = _decoded(contents[candidate], self.image_size)
+                image = read_image(contents[candidate], self._cropped)
                 if image is not None:
                     return image, candidate
                 self._unreadable.add(candidate)
@@ -198,8 +202,11 @@ def split_rows(
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
 
 
-def _decoded(content: Path | bytes, image_size: tuple[int, int]) -> np.ndarray | None:
-    """The image of a file, or of what it holds; None where it is unreadable.
+def read_image(content: Path | bytes, turn: Callable[[Image.Image], T]) -> T | None:
+    """What becomes of the image of a file, or of what it holds; None where it is unreadable.
+
+    Args:
+        turn: a whole RGB image into what is wanted of it.
 
     Raises:
         UserError: the disk fails, also when it is asked again.
@@ -212,7 +219,7 @@ def _decoded(content: Path | bytes, image_size: tuple[int, int]) -> np.ndarray |
         except OSError as error:
             raise UserError(f"data.path: {content}: {error.strerror}; see to the disk") from None
     try:
-        return decode(content, image_size)
+        return turn(_whole(content))
     except _NO_IMAGE:
         return None
 
@@ -230,6 +237,11 @@ def decode(content: bytes, image_size: tuple[int, int]) -> np.ndarray:
     Raises:
         OSError, SyntaxError, ValueError, DecompressionBombError: it is no image, or cut short.
     """
+    return np.array(adm_center_crop(_whole(content), image_size))
+
+
+def _whole(content: bytes) -> Image.Image:
+    """The RGB image of a file, as ``decode`` reads it, uncropped."""
     file = io.BytesIO(content)
     with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # odd but readable
         image = ImageOps.exif_transpose(image)  # cameras store which way is up beside the pixels
@@ -239,7 +251,7 @@ def decode(content: bytes, image_size: tuple[int, int]) -> np.ndarray:
             image = image.convert("RGBA")
             ground = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(ground, image)
-        return np.array(adm_center_crop(image.convert("RGB"), image_size))
+        return image.convert("RGB")
 
 
 def adm_center_crop(image: Image.Image, image_size: tuple[int, int]) -> Image.Image:

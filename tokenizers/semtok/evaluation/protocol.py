@@ -1,0 +1,242 @@
+"""What a score was measured by: networks, images, references, and digests that tell them from others.
+
+Every command of ``evaluate`` writes one ``Protocol`` with its scores. Two numbers may be compared where theirs
+agree.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor, nn, uint8
+
+from semtok.data.images.encoded import StoredImages
+from semtok.data.images.resized import ResizedImages
+from semtok.data.source import ImageSource
+from semtok.images import to_uint8
+from semtok.privacy import fit_to_show
+from semtok.teachers import Teacher
+from semtok.tokenizer import library_version
+
+_DIGITS = 12
+AS_STORED = "as stored"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that images are seen by.
+
+    Attributes:
+        library: that computes it, with its version.
+        model: the library's name for it.
+        input: how images are brought to its input.
+        weights: digest of its weights.
+    """
+
+    library: str
+    model: str
+    input: str
+    weights: str
+
+
+@dataclass(frozen=True)
+class ImagesProtocol:
+    """A set of images that a score is of, or is compared with. None where a thing does not apply or is not known.
+
+    Attributes:
+        name: where they come from, in a few words.
+        kind: ``model`` (drawn for the score), ``folder``, ``archive``, ``statistics`` (a file), ``data`` (settings).
+        num_images: how many.
+        digest: of their pixels, see ``PixelDigest``; of a file of statistics, of the file.
+        crop: ``adm``, ``lightningdit``, or ``as stored`` where nothing is cropped.
+        uint8: how numbers became 8 bits: ``round``, ``truncate``, or ``as stored``.
+        labels: of generated images: ``balanced``, ``random``, or ``as stored``.
+        seed, sampler: of generated images that were drawn for the score.
+        precision: that the generator computed in.
+        written: what the set itself says of how it was drawn.
+    """
+
+    name: str
+    kind: str
+    num_images: int | None
+    digest: str | None = None
+    crop: str | None = None
+    uint8: str | None = None
+    labels: str | None = None
+    seed: int | None = None
+    sampler: dict[str, Any] | None = None
+    precision: str | None = None
+    written: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a command of ``evaluate`` measured; of one shape for all of them.
+
+    Attributes:
+        task: the command's name.
+        measures: what is computed, in words.
+        networks: that saw the images, by name.
+        models: digests of the weights of what is evaluated, by name.
+        images: what is scored.
+        references: what they are compared with, by the network that sees both; of reconstructions it is the images
+            themselves.
+        fitted_on: images that something was fitted on before.
+        latents: which are looked at or decoded: ``mean`` of the posterior, or ``sample``; None: none.
+        seed: of draws of the command's own.
+        precision: that features and reconstructions are computed in.
+    """
+
+    task: str
+    measures: str
+    networks: dict[str, Network]
+    models: dict[str, str]
+    images: ImagesProtocol
+    references: dict[str, ImagesProtocol] = field(default_factory=dict)
+    fitted_on: ImagesProtocol | None = None
+    latents: str | None = None
+    seed: int | None = None
+    precision: str = "fp32"
+    library: str = field(default_factory=lambda: f"semtok {library_version()}")
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON has it, without places of this machine."""
+        content = asdict(self)
+        sets = [content["images"], content["fitted_on"], *content["references"].values()]
+        for images in filter(None, sets):
+            images |= {key: fit_to_show(images[key]) for key in ("name", "written")}
+        content["models"] = {fit_to_show(name): told for name, told in self.models.items()}
+        return content
+
+    def lines(self) -> list[str]:
+        """A few short lines for people."""
+        shown = self.to_json()
+        lines = [f"protocol: {shown['task']} by {shown['library']}"]
+        if self.latents is not None:
+            lines[0] += f"; posterior {self.latents}"
+        lines += [
+            f"network {name}: {n['model']}, {n['library']}, weights {n['weights']}; input {n['input']}"
+            for name, n in shown["networks"].items()
+        ]
+        lines += [f"weights of {name}: {digest}" for name, digest in shown["models"].items()]
+        lines.append(f"images: {_in_words(shown['images'])}")
+        for name, images in shown["references"].items():
+            lines.append(f"reference for {name}: {_in_words(images)}")
+        if shown["fitted_on"] is not None:
+            lines.append(f"fitted on: {_in_words(shown['fitted_on'])}")
+        return lines
+
+
+def _in_words(images: dict[str, Any]) -> str:
+    words = [images["name"]]
+    if images["num_images"] is not None:
+        words.append(f"{images['num_images']} images")
+    words += [f"{key} {images[key]}" for key in ("crop", "uint8") if images[key] is not None]
+    if images["labels"] is not None:
+        words.append(f"labels {images['labels']}")
+    if images["sampler"] is not None:
+        words.append(f"{images['sampler']['method']} {images['sampler']['steps']} steps")
+    words += [f"seed {images['seed']}"] if images["seed"] is not None else []
+    words += [images["precision"]] if images["precision"] is not None else []
+    words += [f"digest {images['digest']}"] if images["digest"] is not None else []
+    return ", ".join(words)
+
+
+# What things are ---------------------------------------------------------------------------------
+
+
+def data_protocol(
+    source: ImageSource, num_images: int, digest: str | None, *, name: str | None = None
+) -> ImagesProtocol:
+    """Of images of a source, as its settings crop them."""
+    crops = {StoredImages: "adm", ResizedImages: "lightningdit"}
+    crop = next((crop for kind, crop in crops.items() if isinstance(source, kind)), AS_STORED)
+    rounded = "round" if crop != AS_STORED else AS_STORED
+    return ImagesProtocol(name or source.name, "data", num_images, digest, crop=crop, uint8=rounded)
+
+
+def teacher_protocol(teacher: Teacher) -> Network:
+    """Of a teacher."""
+    config = teacher.config
+    model = (
+        config.name if config.name == teacher.timm_name else f"{config.name} ({teacher.timm_name})"
+    )
+    return Network(
+        with_version("timm"),
+        model,
+        f"shorter side {teacher.input_size}, bicubic",
+        weights_digest(teacher.network),
+    )
+
+
+def shown_names(references: Iterable[str]) -> dict[str, str]:
+    """Of each reference a name that is fit to show, and no other's."""
+    names: dict[str, str] = {}
+    for reference in references:
+        name = base = str(fit_to_show(reference))
+        number = 1
+        while name in names.values():
+            number += 1
+            name = f"{base} ({number})"
+        names[reference] = name
+    return names
+
+
+def with_version(library: str) -> str:
+    """A library's name and installed version."""
+    try:
+        return f"{library} {version(library)}"
+    except PackageNotFoundError:
+        return library
+
+
+# Digests -----------------------------------------------------------------------------------------
+
+
+class PixelDigest:
+    """The first 12 hexadecimal digits of the SHA-256 of images, in their order, as bytes uint8 (N, H, W, 3).
+
+    That is of ``arr_0`` of an archive, whatever the images came from.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, images: Tensor) -> None:
+        """Takes in a batch, uint8 or pixels (B, 3, H, W)."""
+        if images.dtype != uint8:
+            images = to_uint8(images)
+        images = rearrange(images.cpu(), "b c h w -> b h w c").contiguous()
+        self._hash.update(images.numpy().data)
+
+    def watch(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The same batches; each is taken in before it is given."""
+        for images in batches:
+            self.add(images)
+            yield images
+
+    def __str__(self) -> str:
+        return self._hash.hexdigest()[:_DIGITS]
+
+
+def file_digest(path: Path) -> str:
+    """The first 12 hexadecimal digits of a file's SHA-256.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
+
+
+def weights_digest(module: nn.Module) -> str:
+    """The first 12 hexadecimal digits of the SHA-256 of a module's tensors: names, types, shapes and bytes."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(uint8).numpy().data)
+    return total.hexdigest()[:_DIGITS]
