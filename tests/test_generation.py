@@ -300,7 +300,11 @@ def test_a_model_is_scored_against_what_it_was_trained_on(model, tmp_path, capsy
     output = tmp_path / "scores.json"
     assert score("--model", model, "--num", 40, "--num-reference", 20, "--output", output) == 0
     printed = capsys.readouterr().out
-    for words in ("FD-demo", "precision-demo", "against the model's own training images, 20 of shapes"):
+    for words in (
+        "FD-demo",
+        "precision-demo",
+        "against the model's own training images, 20 of shapes",
+    ):
         assert words in printed
     assert "Inception's scores" in printed and "missing" in printed, "no weights here, and said so"
     written = json.loads(output.read_text())

@@ -32,7 +32,6 @@ from semtok.evaluation.protocol import (
     data_protocol,
     shown_names,
     teacher_protocol,
-    weights_digest,
 )
 from semtok.sampler.sampling import SamplerConfig
 
@@ -153,7 +152,7 @@ def _protocol(
         MEASURES,
         {args.teacher: network},
         {
-            names[reference]: weights_digest(generator)
+            names[reference]: generator.digest()
             for reference, generator in zip((args.model, args.weak), generators, strict=True)
             if generator is not None
         },

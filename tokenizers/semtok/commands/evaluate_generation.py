@@ -4,7 +4,7 @@ import argparse
 import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
@@ -44,13 +44,13 @@ from semtok.evaluation.protocol import (
     data_protocol,
     file_digest,
     shown_names,
-    weights_digest,
 )
+from semtok.images import Uint8Rule
 from semtok.privacy import fit_to_show
 from semtok.storage import cache_folder
 
 _DRAWING = (
-    *("num", "labels", "seed", "method", "steps"),
+    *("num", "labels", "seed", "uint8", "method", "steps"),
     *("guidance", "interval", "weak", "precision", "compile"),
 )
 
@@ -85,6 +85,11 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
         help="each class equally often (the default), or drawn at random; published scores differ by it",
     )
     task.add_argument("--seed", type=int, help="of the images; default: 0")
+    task.add_argument(
+        "--uint8",
+        choices=get_args(Uint8Rule),
+        help="how images become uint8: rounded (the default), or truncated as REPA does",
+    )
     add_sampler_options(task)
     options.add_weak_option(task)
     options.add_teacher_options(task, "whose features FD-<teacher> compares")
@@ -193,6 +198,7 @@ def _check_options(args: argparse.Namespace) -> None:
     args.num = 2000 if args.num is None else args.num
     args.seed = 0 if args.seed is None else args.seed
     args.labels = args.labels or "balanced"
+    args.uint8 = args.uint8 or "round"
     if min(args.num, args.num_reference) < 2:
         raise UserError("--num and --num-reference must be at least 2")
     if args.save_reference is not None and args.save_reference.suffix != ".npz":
@@ -234,16 +240,19 @@ def _generated(args: argparse.Namespace) -> _Drawn:
     drawn = {
         "labels": args.labels,
         "seed": args.seed,
+        "uint8": args.uint8,
         "sampler": sampler.model_dump(mode="json"),
         "precision": args.precision or "fp32",
     }
     name = str(fit_to_show(args.model))
-    protocol = ImagesProtocol(name, "model", args.num, crop=AS_STORED, uint8="round", **drawn)
+    protocol = ImagesProtocol(name, "model", args.num, crop=AS_STORED, **drawn)
     names = shown_names(filter(None, (args.model, args.weak)))
-    models = {names[args.model]: weights_digest(generator)}
+    models = {names[args.model]: generator.digest()}
     if weak is not None:
-        models[names[args.weak]] = weights_digest(weak)
-    images = images_of_generator(generator, labels, seed=args.seed, sampler=sampler, weak=weak)
+        models[names[args.weak]] = weak.digest()
+    images = images_of_generator(
+        generator, labels, seed=args.seed, sampler=sampler, weak=weak, uint8=args.uint8
+    )
     about = {"images": name, **drawn}
     return _Drawn(images, protocol, about, models, options.data_trained_on(args.model, generator))
 
@@ -256,8 +265,16 @@ def _drawn_before(path: Path) -> _Drawn:
     if images.num_images < 2:
         raise UserError(f"--images {path}: one image; scores are of sets")
     name = str(fit_to_show(str(path)))
+    written = images.protocol or {}
     protocol = ImagesProtocol(
-        name, kind, images.num_images, crop=AS_STORED, uint8=AS_STORED, labels=AS_STORED
+        name,
+        kind,
+        images.num_images,
+        crop=AS_STORED,
+        uint8=written.get("uint8", AS_STORED),
+        labels=written.get("labels", AS_STORED),
+        **{key: written.get(key) for key in ("seed", "sampler", "precision")},
+        written=images.protocol,
     )
     return _Drawn(images, protocol, {"images": name})
 

@@ -55,7 +55,7 @@ class ImagesProtocol:
         crop: ``adm``, ``lightningdit``, or ``as stored`` where nothing is cropped.
         uint8: how numbers became 8 bits: ``round``, ``truncate``, or ``as stored``.
         labels: of generated images: ``balanced``, ``random``, or ``as stored``.
-        seed, sampler: of generated images that were drawn for the score.
+        seed, sampler: of generated images.
         precision: that the generator computed in.
         written: what the set itself says of how it was drawn.
     """
@@ -138,8 +138,8 @@ def _in_words(images: dict[str, Any]) -> str:
     words += [f"{key} {images[key]}" for key in ("crop", "uint8") if images[key] is not None]
     if images["labels"] is not None:
         words.append(f"labels {images['labels']}")
-    if images["sampler"] is not None:
-        words.append(f"{images['sampler']['method']} {images['sampler']['steps']} steps")
+    if isinstance(sampler := images["sampler"], dict):
+        words.append(f"{sampler.get('method')} {sampler.get('steps')} steps")
     words += [f"seed {images['seed']}"] if images["seed"] is not None else []
     words += [images["precision"]] if images["precision"] is not None else []
     words += [f"digest {images['digest']}"] if images["digest"] is not None else []
@@ -176,7 +176,7 @@ def teacher_protocol(teacher: Teacher) -> Network:
 def shown_names(references: Iterable[str]) -> dict[str, str]:
     """Of each reference a name that is fit to show, and no other's."""
     names: dict[str, str] = {}
-    for reference in references:
+    for reference in dict.fromkeys(references):
         name = base = str(fit_to_show(reference))
         number = 1
         while name in names.values():
@@ -198,20 +198,21 @@ def with_version(library: str) -> str:
 
 
 class PixelDigest:
-    """The first 12 hexadecimal digits of the SHA-256 of images, in their order, as bytes uint8 (N, H, W, 3).
+    """The first 12 hexadecimal digits of a SHA-256 of images, the same in any order.
 
-    That is of ``arr_0`` of an archive, whatever the images came from.
+    It is of the SHA-256 of each image's bytes, uint8 (H, W, 3), sorted and joined. So it is of a folder, of an
+    archive of the same images, and of the model that draws them.
     """
 
     def __init__(self) -> None:
-        self._hash = hashlib.sha256()
+        self._images: list[bytes] = []
 
     def add(self, images: Tensor) -> None:
         """Takes in a batch, uint8 or pixels (B, 3, H, W)."""
         if images.dtype != uint8:
             images = to_uint8(images)
-        images = rearrange(images.cpu(), "b c h w -> b h w c").contiguous()
-        self._hash.update(images.numpy().data)
+        rows = rearrange(images.cpu(), "b c h w -> b h w c").contiguous()
+        self._images += [hashlib.sha256(row.numpy().data).digest() for row in rows]
 
     def watch(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """The same batches; each is taken in before it is given."""
@@ -220,7 +221,7 @@ class PixelDigest:
             yield images
 
     def __str__(self) -> str:
-        return self._hash.hexdigest()[:_DIGITS]
+        return hashlib.sha256(b"".join(sorted(self._images))).hexdigest()[:_DIGITS]
 
 
 def file_digest(path: Path) -> str:
