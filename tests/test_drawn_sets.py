@@ -150,11 +150,12 @@ def test_a_batch_is_of_the_same_images_however_few_of_them_are_missing(
     model, tmp_path, monkeypatch
 ):
     """A sampler may make one image depend on those beside it."""
-    options = ["--num", 10, "--batch-size", 4]
+    options = ["--num", 19, "--batch-size", 4]
     assert draw(model, tmp_path / "set", *options) == 0
     before = contents(tmp_path / "set")
     (tmp_path / "set" / "000002.png").unlink()
     (tmp_path / "set" / "000009.png").unlink()
+    flipped(tmp_path / "set" / "000013.png")
     drawn: list[tuple[int, int]] = []
     original = Generator.sample
 
@@ -164,10 +165,10 @@ def test_a_batch_is_of_the_same_images_however_few_of_them_are_missing(
 
     monkeypatch.setattr(Generator, "sample", watch)
     assert draw(model, tmp_path / "set", *options) == 0
-    assert drawn == [(0, 4), (8, 2)]
+    assert drawn == [(0, 4), (8, 4), (12, 4)]
     assert contents(tmp_path / "set") == before
     assert draw(model, tmp_path / "set", *options) == 0
-    assert len(drawn) == 2, "a whole set is left alone"
+    assert len(drawn) == 3, "a whole set is left alone"
 
 
 @pytest.mark.parametrize(
@@ -305,6 +306,27 @@ def test_levels_are_rounded_or_cut_off(model, tmp_path):
         assert draw(model, tmp_path / f"{rule}.npz", "--num", 3, "--uint8", rule) == 0
         images = torch.from_numpy(np.load(tmp_path / f"{rule}.npz")["arr_0"])
         assert torch.equal(images.permute(0, 3, 1, 2), to_uint8(pixels, rule))
+
+
+def test_a_model_is_scored_at_the_levels_that_are_asked_for(model, tmp_path, capsys):
+    data = ["--reference", "kind=shapes", "size=32", "num_images=24", "--num-reference", 20]
+    scores = {}
+    for rule in ("round", "truncate"):
+        assert draw(model, tmp_path / rule, "--num", 8, "--batch-size", 64, "--uint8", rule) == 0
+        for what in (
+            ["--images", tmp_path / rule],
+            ["--model", model, "--num", 8, "--uint8", rule],
+        ):
+            words = ["generation", *what, *data, "--output", tmp_path / "x.json"]
+            assert run(evaluate.main, list(map(str, words))) == 0
+            written = json.loads((tmp_path / "x.json").read_text())
+            scores[rule, what[0]] = written["scores"]["FD-demo"]
+        assert written["uint8"] == rule
+        assert scores[rule, "--images"] == pytest.approx(scores[rule, "--model"], rel=1e-4)
+    assert scores["round", "--model"] != pytest.approx(scores["truncate", "--model"], rel=1e-4)
+    words = ["generation", "--images", str(tmp_path / "round"), "--uint8", "round"]
+    assert run(evaluate.main, words) == 2
+    assert "--uint8: goes with --model" in capsys.readouterr().err
 
 
 def test_what_has_no_effect_on_a_strip_is_refused(model, tmp_path, capsys):
