@@ -150,11 +150,12 @@ def test_a_batch_is_of_the_same_images_however_few_of_them_are_missing(
     model, tmp_path, monkeypatch
 ):
     """A sampler may make one image depend on those beside it."""
-    options = ["--num", 10, "--batch-size", 4]
+    options = ["--num", 19, "--batch-size", 4]
     assert draw(model, tmp_path / "set", *options) == 0
     before = contents(tmp_path / "set")
     (tmp_path / "set" / "000002.png").unlink()
     (tmp_path / "set" / "000009.png").unlink()
+    flipped(tmp_path / "set" / "000013.png")
     drawn: list[tuple[int, int]] = []
     original = Generator.sample
 
@@ -164,10 +165,10 @@ def test_a_batch_is_of_the_same_images_however_few_of_them_are_missing(
 
     monkeypatch.setattr(Generator, "sample", watch)
     assert draw(model, tmp_path / "set", *options) == 0
-    assert drawn == [(0, 4), (8, 2)]
+    assert drawn == [(0, 4), (8, 4), (12, 4)]
     assert contents(tmp_path / "set") == before
     assert draw(model, tmp_path / "set", *options) == 0
-    assert len(drawn) == 2, "a whole set is left alone"
+    assert len(drawn) == 3, "a whole set is left alone"
 
 
 @pytest.mark.parametrize(
@@ -232,6 +233,32 @@ def test_what_is_not_of_the_set_is_not_taken_for_it(model, tmp_path, capsys):
     (output / "protocol.json").write_text("[")
     assert draw(model, output, "--num", 2) == 2
     assert "not readable as JSON" in capsys.readouterr().err
+
+
+def test_what_can_not_be_drawn_leaves_nothing_and_a_batch_that_was_too_large_may_be_smaller(
+    model, tmp_path, monkeypatch, capsys
+):
+    weak = Generator.from_pretrained(model)
+    weak.class_names = ("a", "b", "z")
+    weak.save_pretrained(tmp_path / "weak")
+    output = tmp_path / "out" / "set"
+    words = ["--num", 4, "--guidance", 2, "--weak", tmp_path / "weak"]
+    assert draw(model, output, *words) == 2
+    assert "the weak model has other classes" in capsys.readouterr().err
+    assert not output.parent.exists()
+
+    original = Generator.sample
+
+    def little_memory(self: Generator, labels: Sequence[int], **options: Any) -> Tensor:
+        if len(labels) > 2:
+            raise torch.OutOfMemoryError("too large")
+        return original(self, labels, **options)
+
+    monkeypatch.setattr(Generator, "sample", little_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(model, output, "--num", 4, "--batch-size", 4)
+    assert draw(model, output, "--num", 4, "--batch-size", 2) == 0
+    assert read_protocol(output)["batch_size"] == 2 and len(contents(output)) == 6
 
 
 # What a set says of itself -----------------------------------------------------------------------
@@ -305,6 +332,27 @@ def test_levels_are_rounded_or_cut_off(model, tmp_path):
         assert draw(model, tmp_path / f"{rule}.npz", "--num", 3, "--uint8", rule) == 0
         images = torch.from_numpy(np.load(tmp_path / f"{rule}.npz")["arr_0"])
         assert torch.equal(images.permute(0, 3, 1, 2), to_uint8(pixels, rule))
+
+
+def test_a_model_is_scored_at_the_levels_that_are_asked_for(model, tmp_path, capsys):
+    data = ["--reference", "kind=shapes", "size=32", "num_images=24", "--num-reference", 20]
+    scores = {}
+    for rule in ("round", "truncate"):
+        assert draw(model, tmp_path / rule, "--num", 8, "--batch-size", 64, "--uint8", rule) == 0
+        for what in (
+            ["--images", tmp_path / rule],
+            ["--model", model, "--num", 8, "--uint8", rule],
+        ):
+            words = ["generation", *what, *data, "--output", tmp_path / "x.json"]
+            assert run(evaluate.main, list(map(str, words))) == 0
+            written = json.loads((tmp_path / "x.json").read_text())
+            scores[rule, what[0]] = written["scores"]["FD-demo"]
+        assert written["uint8"] == rule
+        assert scores[rule, "--images"] == pytest.approx(scores[rule, "--model"], rel=1e-4)
+    assert scores["round", "--model"] != pytest.approx(scores["truncate", "--model"], rel=1e-4)
+    words = ["generation", "--images", str(tmp_path / "round"), "--uint8", "round"]
+    assert run(evaluate.main, words) == 2
+    assert "--uint8: goes with --model" in capsys.readouterr().err
 
 
 def test_what_has_no_effect_on_a_strip_is_refused(model, tmp_path, capsys):
@@ -431,10 +479,3 @@ def test_packing_holds_a_few_dozen_images(tmp_path, monkeypatch):
     monkeypatch.setattr(drawn_sets, "decode", decode)
     assert drawn_sets.write_archive(tmp_path / "x.npz", folder, progress=written) == done == 300
     assert most <= 64
-
-
-def test_the_same_images_are_the_same_bytes_at_another_time(numbered, tmp_path, monkeypatch):
-    drawn_sets.write_archive(tmp_path / "a.npz", numbered)
-    monkeypatch.setattr("time.localtime", lambda *_: (2031, 1, 1, 0, 0, 0, 0, 1, 0))
-    drawn_sets.write_archive(tmp_path / "b.npz", numbered)
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()

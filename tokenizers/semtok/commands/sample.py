@@ -106,6 +106,10 @@ def main(arguments: Sequence[str]) -> int:
         sampler.guidance.scale_of(p.name) == 1 for p in generator.network.spec.parts
     ):
         raise UserError("--weak needs a guidance scale other than 1; give --guidance W")
+    try:
+        generator.check_sampling(sampler, weak)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     balanced = args.labels != "random"
     places = labels_for(num, len(classes), balanced=balanced, seed=args.seed)
     labels = [classes[place] for place in places]
@@ -123,20 +127,22 @@ def main(arguments: Sequence[str]) -> int:
 
 def _draw(args: argparse.Namespace, drawing: Drawing, protocol: dict[str, Any], kind: str) -> None:
     """Draws the set, each process its share of the batches, and makes of it what ``kind`` says."""
-    if kind == "npz" and args.output.exists():
-        check_same(args.output, read_protocol(args.output) or {}, protocol)
-        print(f"{args.output}: is there already, whole")
+    output: Path = args.output
+    parts = output.with_name(f"{output.name}{_PARTS}")
+    if kind == "npz" and output.exists():
+        check_same(output, read_protocol(output) or {}, protocol)
+        shutil.rmtree(parts, ignore_errors=True)  # where only this was still to be done
+        print(f"{output}: is there already, whole")
         return
     state = PartialState(cpu=not torch.cuda.is_available())
     for generator in (drawing.generator, drawing.weak):
         if generator is not None:
             sped_up(generator.to(state.device), args)
-    output: Path = args.output
     with contextlib.ExitStack() as stack:
         stack.enter_context(together())
         folder = output
         if kind == "npz":
-            folder = output.with_name(f"{output.name}{_PARTS}")
+            folder = parts
         elif kind == "grid":
             folder = stack.enter_context(_passing_folder(output))
         draw_set(drawing, folder, protocol)

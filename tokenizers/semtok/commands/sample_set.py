@@ -152,15 +152,19 @@ def _begin(drawing: Drawing, folder: Path, protocol: dict[str, Any]) -> None:
     there = read_protocol(folder) if folder.is_dir() else None
     if there is None and not is_free(folder):
         raise UserError(f"--output {folder}: exists already; choose another or remove it")
-    if there is not None:
-        check_same(folder, there, protocol)
     folder.mkdir(parents=True, exist_ok=True)
+    # Without images nothing was drawn: a batch did not fit the memory, perhaps, and now it is smaller.
+    is_begun = there is not None and any(
+        p.suffix.lower() in IMG_EXTENSIONS for p in folder.iterdir()
+    )
+    if is_begun:
+        check_same(folder, there, protocol)
     for path in folder.iterdir():
         if _UNFINISHED.fullmatch(path.name):
             path.unlink()
         elif path.suffix.lower() in IMG_EXTENSIONS and not _is_of(drawing, path.name):
             raise UserError(f"--output {folder}: {path.name} is no image of this set; remove it")
-    if there is None:
+    if not is_begun:
         write_text(folder / PROTOCOL_FILE, protocol_text(protocol))
     write_json(folder / LABELS_FILE, drawing.labels)
 

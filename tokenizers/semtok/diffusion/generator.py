@@ -161,10 +161,7 @@ class Generator(PushToHub, nn.Module):
             watch: told the clock and the state on the way, see ``sampling.integrate``.
         """
         numbers = self._numbers(labels)
-        if weak is not None:
-            self._check_weak(weak)
-        else:
-            check_guidance(self.config, sampler or self.sampler, self.network.spec)
+        self.check_sampling(sampler or self.sampler, weak)
         with computing(self.device, self._precision):
             return sample_latents(
                 self.network,
@@ -230,6 +227,13 @@ class Generator(PushToHub, nn.Module):
                     f"and {num_classes} for none"
                 )
         return numbers
+
+    def check_sampling(self, sampler: SamplerConfig, weak: "Generator | None" = None) -> None:
+        """Raises ValueError where this model can't be guided so, or a weak generator does not fit."""
+        if weak is not None:
+            self._check_weak(weak)
+        else:
+            check_guidance(self.config, sampler, self.network.spec)
 
     def _check_weak(self, weak: "Generator") -> None:
         """Autoguidance compares velocities, so both must mean the same by latents, classes and time."""
