@@ -329,7 +329,7 @@ def test_no_part_moves_before_its_time_or_after_it(method, leads):
     seen: list[tuple[float, dict[str, Tensor]]] = []
     generator = torch.Generator().manual_seed(0)
     integrate(
-        lambda state, clock, decide: {n: torch.ones_like(x) for n, x in state.items()},
+        lambda state, *_: {n: torch.ones_like(x) for n, x in state.items()},
         start,
         SamplerConfig(method=method, steps=7),
         schedule=schedule,

@@ -30,9 +30,10 @@ def gaussian_velocity(path: str, x: Tensor, t: Tensor) -> Tensor:
 
 
 def gaussian_flow(path: str = "linear"):
-    def velocity(state, clock: float, decide: float):
+    def velocity(state, clock, decide, rows=None):
         x = state["texture"]
-        return {"texture": gaussian_velocity(path, x, torch.full((len(x),), clock))}
+        t = clock.to(x) if isinstance(clock, Tensor) else torch.full((len(x),), clock)
+        return {"texture": gaussian_velocity(path, x, t)}
 
     return velocity
 

@@ -9,7 +9,12 @@ from tqdm import tqdm
 
 from semtok.commands import evaluate_options as options
 from semtok.commands.around_training import errors_at
-from semtok.commands.sampler_options import add_sampler_options, sampler_from, sped_up
+from semtok.commands.sampler_options import (
+    SAMPLER_OPTIONS,
+    add_sampler_options,
+    sampler_from,
+    sped_up,
+)
 from semtok.commands.table import print_table
 from semtok.diffusion.diffusion_config import check_guidance
 from semtok.diffusion.generator import Generator
@@ -38,10 +43,7 @@ from semtok.evaluation.image_sets import (
 from semtok.evaluation.inception import check_torch_fidelity, load_inception
 from semtok.storage import cache_folder
 
-_DRAWING = (
-    *("num", "labels", "seed", "method", "steps"),
-    *("guidance", "interval", "precision", "compile"),
-)
+_DRAWING = ("num", "labels", "seed", *SAMPLER_OPTIONS)
 
 
 def add_task(tasks: argparse._SubParsersAction) -> None:
@@ -152,7 +154,9 @@ def _check_options(args: argparse.Namespace) -> None:
     drawing = {key: getattr(args, key) for key in _DRAWING}
     without_effect = [key for key, value in drawing.items() if value is not None]
     if args.images is not None and without_effect:
-        raise UserError(f"--{without_effect[0]}: goes with --model; --images are drawn already")
+        raise UserError(
+            f"--{without_effect[0].replace('_', '-')}: goes with --model; --images are drawn already"
+        )
     args.num = 2000 if args.num is None else args.num
     args.seed = 0 if args.seed is None else args.seed
     args.labels = args.labels or "balanced"

@@ -126,7 +126,8 @@ class Generator(PushToHub, nn.Module):
     ) -> Tensor:
         """Images of the given classes: pixels (B, 3, H, W) in [-1, 1].
 
-        Image i of a seed is the same in a batch of any size.
+        Image i of a seed is the same in a batch of any size, but with ``dopri5`` and ``error_over: batch``, where
+        the images of one call share their steps.
 
         Args:
             labels: classes, by name or number; the number of classes itself asks for any class.
@@ -136,7 +137,8 @@ class Generator(PushToHub, nn.Module):
             weak: a weaker generator of the same latents, for autoguidance.
 
         Raises:
-            ValueError: no label, one out of range, or a weak generator that does not fit.
+            ValueError: no label, one out of range, guidance of what these latents have not, or a weak generator
+                that does not fit.
         """
         return self.tokenizer.decode(
             self.sample_latents(labels, seed=seed, first=first, sampler=sampler, weak=weak)
@@ -158,18 +160,19 @@ class Generator(PushToHub, nn.Module):
         Args:
             watch: told the clock and the state on the way, see ``sampling.integrate``.
         """
-        numbers = self._numbers(labels)
+        numbers, sampler = self._numbers(labels), sampler or self.sampler
+        sampler.guidance.check_fits(self.network.spec)
         if weak is not None:
             self._check_weak(weak)
         else:
-            check_guidance(self.config, sampler or self.sampler, self.network.spec)
+            check_guidance(self.config, sampler, self.network.spec)
         with computing(self.device, self._precision):
             return sample_latents(
                 self.network,
                 SampleNoise(seed, range(first, first + len(numbers)), self.device),
                 torch.tensor(numbers, dtype=torch.int64, device=self.device),
                 self.grid,
-                sampler or self.sampler,
+                sampler,
                 schedule=self.schedule,
                 path=self.config.path,
                 shift=self.shift,
