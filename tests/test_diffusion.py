@@ -3,7 +3,7 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from semtok.objective import Batch
 from semtok.recipe import parse_recipe
 from semtok.sampler.dit import DiTArchitecture
 from semtok.sampler.guidance import GuidanceConfig
-from semtok.sampler.sampling import SamplerConfig
+from semtok.sampler.sampling import Method, SamplerConfig
 from semtok.teachers import Teacher, TeacherConfig
 
 NETWORK = {"depth": 2, "width": 32, "heads": 2, "rope": True, "swiglu": True}
@@ -290,7 +290,7 @@ def test_a_set_is_the_same_whatever_the_batch(model, tmp_path):
     assert not np.array_equal(a["arr_0"], np.load(tmp_path / "c.npz")["arr_0"])
 
 
-@pytest.mark.parametrize("method", ["euler", "heun", "dopri5", "sde"])
+@pytest.mark.parametrize("method", get_args(Method))
 def test_every_sampler_does_so(model, method):
     generator = Generator.from_pretrained(model)
     config = generator.sampler.model_copy(update={"method": method, "steps": 3})
@@ -298,6 +298,41 @@ def test_every_sampler_does_so(model, method):
     last = generator.sample_latents([2], seed=1, first=2, sampler=config).texture
     torch.testing.assert_close(whole[2:], last, atol=1e-4, rtol=0)
     assert torch.equal(whole, generator.sample_latents([0, 1, 2], seed=1, sampler=config).texture)
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "guidance"),
+    [
+        (["--guidance", "4", "--num-channels", "3"], {}, {"scale": 4.0, "num_channels": 3}),
+        (["--method", "midpoint"], {"method": "midpoint"}, {}),
+        (
+            ["--method", "sde", "--diffusion", "increasing-decreasing", "--steps", "9"],
+            {"method": "sde", "diffusion": "increasing-decreasing", "steps": 9},
+            {},
+        ),
+        (
+            ["--method", "dopri5", "--error-over", "batch"],
+            {"method": "dopri5", "error_over": "batch"},
+            {},
+        ),
+    ],
+)
+def test_the_options_are_the_settings_of_those_names(
+    model, tmp_path, words, settings, guidance, monkeypatch
+):
+    own = Generator.from_pretrained(model).sampler
+    wanted = own.model_copy(update={"guidance": own.guidance.model_copy(update=guidance)})
+    wanted = wanted.model_copy(update=settings)
+    used: list[SamplerConfig] = []
+    original = Generator.sample
+
+    def noting(self: Generator, *labels: Any, sampler: SamplerConfig, **others: Any) -> Any:
+        used.append(sampler)
+        return original(self, *labels, sampler=sampler, **others)
+
+    monkeypatch.setattr(Generator, "sample", noting)
+    assert draw(model, tmp_path / "x.npz", "--num", "2", *words) == 0
+    assert used == [wanted] and wanted != own
 
 
 def test_compiled_sampling_draws_the_same_images(model):
@@ -403,6 +438,12 @@ def test_a_model_is_the_same_after_saving_and_its_weak_self_guides_nothing(model
         (["--classes", "²"], "no class '²'"),
         (["--guidance", "semantic=2"], "no part ['semantic']; this model's: texture"),
         (["--interval", "0.5", "0.1"], "--interval: expected 0 <= BEGIN <= END <= 1"),
+        (["--guidance", "1", "--interval", "0", "0.5"], "--interval: nothing is guided"),
+        (["--guidance", "1", "--num-channels", "3"], "--num-channels: the texture is not guided"),
+        (["--num-channels", "5"], "--num-channels: expected 1 to 4, the texture's channels, got 5"),
+        (["--method", "dopri5", "--steps", "3"], "--steps: dopri5 chooses its steps; leave it out"),
+        (["--diffusion", "linear"], "--diffusion: goes with --method sde, not heun"),
+        (["--error-over", "batch"], "--error-over: goes with --method dopri5, not heun"),
         (["--num", "0"], "--num and --batch-size must be at least 1"),
     ],
 )

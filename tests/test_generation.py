@@ -347,6 +347,8 @@ def test_a_set_of_files_is_perfect_against_itself_and_its_statistics(tmp_path, c
         (["--images", "two", "--reference", "adm.npz"], "nothing there that can be compared with"),
         (["--images", "two", "--num", "9"], "--num: goes with --model; --images are drawn already"),
         (["--images", "two", "--guidance", "2"], "--guidance: goes with --model"),
+        (["--images", "two", "--num-channels", "3"], "--num-channels: goes with --model"),
+        (["--images", "two", "--error-over", "batch"], "--error-over: goes with --model"),
         (["--images", "two", "--save-reference", "x.txt"], "x.txt: expected FILE.npz"),
         (["--images", "two", "--num-reference", "1"], "must be at least 2"),
         (["--model", "nobody"], "model 'nobody': no such folder or run"),

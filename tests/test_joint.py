@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ from semtok.recipe import parse_recipe
 from semtok.registry import get_method
 from semtok.sampler.dit import DiTArchitecture
 from semtok.sampler.guidance import GuidanceConfig
-from semtok.sampler.sampling import SamplerConfig, integrate, velocity_function
+from semtok.sampler.sampling import Method, SamplerConfig, integrate, velocity_function
 from semtok.sampler.transport import Schedule
 from semtok.settings import parse
 from semtok.teachers import Teacher, TeacherConfig, alignment_loss
@@ -269,7 +269,7 @@ class Asynchronous(Schedule):
     is_synchronous = False
 
 
-METHODS = ("euler", "heun", "dopri5", "sde")
+METHODS = get_args(Method)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -329,7 +329,7 @@ def test_no_part_moves_before_its_time_or_after_it(method, leads):
     seen: list[tuple[float, dict[str, Tensor]]] = []
     generator = torch.Generator().manual_seed(0)
     integrate(
-        lambda state, clock, decide: {n: torch.ones_like(x) for n, x in state.items()},
+        lambda state, *_: {n: torch.ones_like(x) for n, x in state.items()},
         start,
         SamplerConfig(method=method, steps=7),
         schedule=schedule,
@@ -492,6 +492,18 @@ def test_a_weak_model_must_have_the_same_codes(model):
         next(weak.tokenizer.coder.parameters()).add_(0.1)
     with pytest.raises(ValueError, match="another tokenizer's latents"):
         main.sample([0], weak=weak, sampler=strong)
+
+
+def test_guidance_of_what_a_model_has_not_is_refused_beside_a_weak_model_too(model):
+    main = Generator.from_pretrained(model)
+    for guidance, message in (
+        ({"scale": {"semantc": 2.0}}, r"sampler.guidance.scale: no part \['semantc'\]"),
+        ({"scale": 2.0, "num_channels": 99}, "num_channels: the texture has 8 channels, not 99"),
+    ):
+        sampler = main.sampler.model_copy(update={"guidance": GuidanceConfig(**guidance)})
+        for weak in (None, main):
+            with pytest.raises(ValueError, match=message):
+                main.sample([0], weak=weak, sampler=sampler)
 
 
 def test_what_the_recipe_refuses_sampling_refuses_too(model, tmp_path, capsys):

@@ -94,7 +94,7 @@ def sfd() -> Generator:
     return generator(
         tiny.tokenizer("vae", "semvae", False),
         LIGHTNING,
-        {"method": "sde", "steps": 5},
+        {"method": "sde", "steps": 5, "diffusion": "linear"},
         guidance={"scale": 1.5, "num_channels": 3},
         path="cosine",
     )
@@ -105,7 +105,7 @@ def published() -> Generator:
     return generator(
         tiny.tokenizer("vae", "semvae", False),
         LIGHTNING,
-        {"method": "euler", "steps": 7, "split_at_borders": False, "shift": 0.7},
+        {"method": "heun2", "steps": 7, "split_at_borders": False, "shift": 0.7},
     )
 
 
@@ -194,6 +194,10 @@ def calls(exports: Exports) -> dict[str, dict[str, Any]]:
         "options": {"custom_pipeline": folders["plain"]},
         "sampler": {"method": "heun", "shift": 2.0},
     }
+    asked["in one batch"] = asked["adaptive"] | {
+        "options": {"custom_pipeline": folders["adaptive"]},
+        "sampler": {"error_over": "batch"},
+    }
     return asked
 
 
@@ -281,6 +285,11 @@ def test_a_scheduler_can_be_given_other_settings(exports):
     assert same(exports.images("resampled"), wanted) and same(
         exports.images("by file"), exports.images("plain")
     )
+    model = exports.models["adaptive"]
+    sampler = model.sampler.model_copy(update={"error_over": "batch"})
+    wanted = model.sample([0, "7", 3, 1], seed=5, sampler=sampler)
+    assert same(exports.images("in one batch"), wanted)
+    assert not torch.equal(exports.images("in one batch"), exports.images("adaptive"))
 
 
 def test_noise_can_be_given(exports):
@@ -414,6 +423,17 @@ def test_a_bar_shows_each_step_once(pipeline, capfd):
     pipeline([0, 1])
     pipeline.set_progress_bar_config(disable=True)
     assert "7/7" in capfd.readouterr().err, "five steps, of which the lead splits two"
+
+
+def test_channels_that_a_model_has_not_are_told(pipeline):
+    config = pipeline.scheduler.config
+    guidance = config.sampler["guidance"] | {"num_channels": 9}
+    other = copy.copy(pipeline)
+    other.scheduler = SemtokScheduler.from_config(
+        config, sampler=config.sampler | {"guidance": guidance}
+    )
+    with pytest.raises(ValueError, match="num_channels: the texture has 4 channels, not 9"):
+        other([0])
 
 
 def test_a_texture_of_another_kind_is_refused_before_anything_is_written(tmp_path):

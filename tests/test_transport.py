@@ -30,9 +30,10 @@ def gaussian_velocity(path: str, x: Tensor, t: Tensor) -> Tensor:
 
 
 def gaussian_flow(path: str = "linear"):
-    def velocity(state, clock: float, decide: float):
+    def velocity(state, clock, decide, rows=None):
         x = state["texture"]
-        return {"texture": gaussian_velocity(path, x, torch.full((len(x),), clock))}
+        t = clock.to(x) if isinstance(clock, Tensor) else torch.full((len(x),), clock)
+        return {"texture": gaussian_velocity(path, x, t)}
 
     return velocity
 
@@ -121,7 +122,7 @@ def test_a_lead_of_three_tenths_is_semantic_first_diffusion():
     assert schedule.moved(1.0, 1.3) == {"texture": True, "semantic": False}
 
 
-@pytest.mark.parametrize("method", ["euler", "heun", "dopri5"])
+@pytest.mark.parametrize("method", ["euler", "heun", "heun2", "midpoint", "dopri5"])
 @pytest.mark.parametrize("steps", [1, 7, 13])
 @pytest.mark.parametrize("lead", [0.0, 0.3, 1.0])
 def test_every_part_moves_for_exactly_one_unit_of_time(method, steps, lead):
@@ -156,6 +157,8 @@ def exact_end(noise: Tensor) -> Tensor:
     [
         ("euler", "linear", 0.05),
         ("heun", "linear", 2e-3),
+        ("heun2", "linear", 2e-3),
+        ("midpoint", "linear", 2e-3),
         ("dopri5", "linear", 2e-3),
         ("heun", "cosine", 5e-3),
     ],
@@ -176,7 +179,9 @@ def test_twice_the_steps_halve_eulers_error_and_quarter_heuns():
         return (ends.texture - exact_end(noise)).abs().max().item()
 
     assert error("euler", 40) / error("euler", 80) == pytest.approx(2, rel=0.15)
-    assert error("heun", 40) / error("heun", 80) == pytest.approx(4, rel=0.25)
+    for method in ("heun", "heun2"):
+        assert error(method, 40) / error(method, 80) == pytest.approx(4, rel=0.25)
+    assert error("heun2", 40) < error("heun", 40), "its last step is of second order too"
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])

@@ -10,9 +10,13 @@ from tqdm import tqdm
 
 from semtok.commands import evaluate_options as options
 from semtok.commands.around_training import errors_at
-from semtok.commands.sampler_options import add_sampler_options, sampler_from, sped_up
+from semtok.commands.sampler_options import (
+    SAMPLER_OPTIONS,
+    add_sampler_options,
+    sampler_from,
+    sped_up,
+)
 from semtok.commands.table import print_table
-from semtok.diffusion.diffusion_config import check_guidance
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
 from semtok.evaluation.generation import (
@@ -49,10 +53,7 @@ from semtok.images import Uint8Rule
 from semtok.privacy import fit_to_show
 from semtok.storage import cache_folder
 
-_DRAWING = (
-    *("num", "labels", "seed", "uint8", "method", "steps"),
-    *("guidance", "interval", "weak", "precision", "compile"),
-)
+_DRAWING = ("num", "labels", "seed", "uint8", "weak", *SAMPLER_OPTIONS)
 
 
 def add_task(tasks: argparse._SubParsersAction) -> None:
@@ -194,7 +195,9 @@ def _check_options(args: argparse.Namespace) -> None:
     drawing = {key: getattr(args, key) for key in _DRAWING}
     without_effect = [key for key, value in drawing.items() if value is not None]
     if args.images is not None and without_effect:
-        raise UserError(f"--{without_effect[0]}: goes with --model; --images are drawn already")
+        raise UserError(
+            f"--{without_effect[0].replace('_', '-')}: goes with --model; --images are drawn already"
+        )
     args.num = 2000 if args.num is None else args.num
     args.seed = 0 if args.seed is None else args.seed
     args.labels = args.labels or "balanced"
@@ -228,9 +231,9 @@ def _generated(args: argparse.Namespace) -> _Drawn:
         return _drawn_before(args.images)
     generator = sped_up(Generator.from_pretrained(args.model).to(options.device()), args)
     sampler = sampler_from(args, generator)
-    with errors_at("--guidance"):
-        check_guidance(generator.config, sampler, generator.network.spec)
     weak = options.load_weak(args, generator, sampler)
+    with errors_at("--weak" if weak is not None else "--guidance"):
+        generator.check_sampling(sampler, weak)
     labels = labels_for(
         args.num,
         max(1, generator.network.num_classes),

@@ -2,21 +2,39 @@
 
 import argparse
 import math
-from typing import get_args
+from collections.abc import Mapping
+from typing import Any, get_args
 
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
-from semtok.sampler.sampling import SamplerConfig
+from semtok.sampler.guidance import GuidanceConfig
+from semtok.sampler.sampling import ErrorOver, Method, SamplerConfig
+from semtok.sampler.transport import Diffusion
 from semtok.settings import parse
 from semtok.speed import Compiler
+
+SAMPLER_OPTIONS = (
+    *("method", "steps", "diffusion", "error_over"),
+    *("guidance", "interval", "num_channels", "precision", "compile"),
+)
+"""Names of the options, as ``argparse`` keeps them."""
 
 
 def add_sampler_options(parser: argparse.ArgumentParser) -> None:
     """The sampler's method, steps and guidance; each by default the model's own."""
-    parser.add_argument(
-        "--method", choices=("euler", "heun", "dopri5", "sde"), help="default: the model's own"
-    )
+    parser.add_argument("--method", choices=get_args(Method), help="default: the model's own")
     parser.add_argument("--steps", type=int, help="sampler steps; default: the model's own")
+    parser.add_argument(
+        "--diffusion",
+        choices=get_args(Diffusion),
+        help="form of sde's diffusion coefficient: sigma is SiT's, linear REPA's; default: the model's own",
+    )
+    parser.add_argument(
+        "--error-over",
+        choices=get_args(ErrorOver),
+        help="what dopri5 chooses its steps by: each image's own error, or that of all that are drawn at once, "
+        "so that images depend on how many these are; default: the model's own",
+    )
     parser.add_argument(
         "--guidance",
         nargs="+",
@@ -29,6 +47,12 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar=("BEGIN", "END"),
         help="guide between these times, noise 0 to data 1",
+    )
+    parser.add_argument(
+        "--num-channels",
+        type=int,
+        metavar="N",
+        help="guide the first channels of the texture only, as SiT's and LightningDiT's figures do with 3",
     )
     parser.add_argument(
         "--precision",
@@ -51,21 +75,62 @@ def sampler_from(args: argparse.Namespace, generator: Generator) -> SamplerConfi
     """The model's own sampler, with what the options change.
 
     Raises:
-        UserError: an option out of range, or a part that the model does not have.
+        UserError: an option out of range, one that the sampler makes no use of, or a part that the model does
+            not have.
     """
     own = generator.sampler
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps: expected at least 1, got {args.steps}")
-    guidance = own.guidance.model_dump()
+    changes = {
+        "method": args.method,
+        "steps": args.steps,
+        "diffusion": args.diffusion,
+        "error_over": args.error_over,
+        "guidance": _guidance(args, generator),
+    }
+    given = {k: v for k, v in changes.items() if v is not None}
+    sampler = parse(SamplerConfig, own.model_dump() | given, "--method, --steps")
+    _check_use(args, sampler, generator)
+    return sampler
+
+
+def _guidance(args: argparse.Namespace, generator: Generator) -> Mapping[str, Any]:
+    guidance = generator.sampler.guidance.model_dump()
     if args.guidance is not None:
         guidance["scale"] = _scale(args.guidance, generator)
     if args.interval is not None:
         begin, end = guidance["interval"] = args.interval
         if not 0 <= begin <= end <= 1:
             raise UserError(f"--interval: expected 0 <= BEGIN <= END <= 1, got {args.interval}")
-    changes = {"method": args.method, "steps": args.steps, "guidance": guidance}
-    given = {k: v for k, v in changes.items() if v is not None}
-    return parse(SamplerConfig, own.model_dump() | given, "--method, --steps")
+    if args.num_channels is not None:
+        guidance["num_channels"] = args.num_channels
+        most = generator.network.spec["texture"].channels
+        if not 1 <= args.num_channels <= most:
+            raise UserError(
+                f"--num-channels: expected 1 to {most}, the texture's channels, got {args.num_channels}"
+            )
+    return guidance
+
+
+def _check_use(args: argparse.Namespace, sampler: SamplerConfig, generator: Generator) -> None:
+    """Refuses options that would change nothing."""
+    method, guidance = sampler.method, sampler.guidance
+    if args.steps is not None and method == "dopri5":
+        raise UserError("--steps: dopri5 chooses its steps; leave it out, or take another --method")
+    if args.diffusion is not None and method != "sde":
+        raise UserError(f"--diffusion: goes with --method sde, not {method}")
+    if args.error_over is not None and method != "dopri5":
+        raise UserError(f"--error-over: goes with --method dopri5, not {method}")
+    if args.interval is not None and not _guided(guidance, generator.network.spec.names):
+        raise UserError("--interval: nothing is guided; give --guidance W, other than 1")
+    if args.num_channels is not None and not _guided(guidance, ("texture",)):
+        raise UserError(
+            "--num-channels: the texture is not guided; give --guidance W, other than 1"
+        )
+
+
+def _guided(guidance: GuidanceConfig, parts: tuple[str, ...]) -> bool:
+    return any(guidance.scale_of(part) != 1 for part in parts)
 
 
 def _scale(words: list[str], generator: Generator) -> float | dict[str, float]:

@@ -160,15 +160,8 @@ def resolve_defaults(config: DiffusionConfig, tokenizer: Tokenizer) -> Diffusion
 
 def check_guidance(config: DiffusionConfig, sampler: SamplerConfig, spec: LatentSpec) -> None:
     """Raises ValueError where the sampler guides what the training does not prepare for."""
-    parts = spec.names
-    for key in ("scale", "interval"):
-        value = getattr(sampler.guidance, key)
-        unknown = sorted(value.keys() - set(parts)) if isinstance(value, dict) else []
-        if unknown:
-            raise ValueError(
-                f"sampler.guidance.{key}: no part {unknown}; the parts are {', '.join(parts)}"
-            )
-    if all(sampler.guidance.scale_of(part) == 1 for part in parts):
+    sampler.guidance.check_fits(spec)
+    if all(sampler.guidance.scale_of(part) == 1 for part in spec.names):
         return
     if config.unconditional:
         raise ValueError(

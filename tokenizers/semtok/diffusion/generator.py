@@ -128,7 +128,8 @@ class Generator(PushToHub, nn.Module):
     ) -> Tensor:
         """Images of the given classes: pixels (B, 3, H, W) in [-1, 1].
 
-        Image i of a seed is the same in a batch of any size.
+        Image i of a seed is the same in a batch of any size, but with ``dopri5`` and ``error_over: batch``, where
+        the images of one call share their steps.
 
         Args:
             labels: classes, by name or number; the number of classes itself asks for any class.
@@ -138,7 +139,8 @@ class Generator(PushToHub, nn.Module):
             weak: a weaker generator of the same latents, for autoguidance.
 
         Raises:
-            ValueError: no label, one out of range, or a weak generator that does not fit.
+            ValueError: no label, one out of range, guidance of what these latents have not, or a weak generator
+                that does not fit.
         """
         return self.tokenizer.decode(
             self.sample_latents(labels, seed=seed, first=first, sampler=sampler, weak=weak)
@@ -160,15 +162,15 @@ class Generator(PushToHub, nn.Module):
         Args:
             watch: told the clock and the state on the way, see ``sampling.integrate``.
         """
-        numbers = self._numbers(labels)
-        self.check_sampling(sampler or self.sampler, weak)
+        numbers, sampler = self._numbers(labels), sampler or self.sampler
+        self.check_sampling(sampler, weak)
         with computing(self.device, self._precision):
             return sample_latents(
                 self.network,
                 SampleNoise(seed, range(first, first + len(numbers)), self.device),
                 torch.tensor(numbers, dtype=torch.int64, device=self.device),
                 self.grid,
-                sampler or self.sampler,
+                sampler,
                 schedule=self.schedule,
                 path=self.config.path,
                 shift=self.shift,
@@ -230,6 +232,7 @@ class Generator(PushToHub, nn.Module):
 
     def check_sampling(self, sampler: SamplerConfig, weak: "Generator | None" = None) -> None:
         """Raises ValueError where this model can't be guided so, or a weak generator does not fit."""
+        sampler.guidance.check_fits(self.network.spec)
         if weak is not None:
             self._check_weak(weak)
         else:

@@ -77,7 +77,7 @@ def export_pipeline(
         }
         write_json(temporary / PIPELINE_FILE, index)
         config, papers = generator.to_dict(), generator.papers()
-        packages = _packages(temporary, generator.sampler.method)
+        packages = _packages(temporary)
         write_readme(temporary, config, pictures or {}, papers, packages=packages)
 
 
@@ -182,10 +182,9 @@ def code_of(module: str) -> str:
     return text_of(module)
 
 
-def _packages(folder: Path, method: str) -> list[str]:
+def _packages(folder: Path) -> list[str]:
     """What the code of a folder imports, with the versions that semtok asks for, as pip takes it."""
     needed = {"accelerate"}  # diffusers loads by it
-    needed |= {"torchdiffeq"} if method == "dopri5" else set()
     for file in folder.rglob("*.py"):
         needed |= set(_ANY_IMPORT.findall(file.read_text(encoding="utf-8")))
     try:

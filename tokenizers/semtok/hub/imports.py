@@ -374,12 +374,18 @@ class _Import:
 
 
 def published_sampler(format: Format) -> SamplerConfig:
-    """How the network of that format is sampled in its paper, as its recipe says."""
+    """How the network of that format is sampled in its paper, as its recipe says.
+
+    ``sde`` has REPA's diffusion coefficient for REPA's family and SiT's for others; only on the linear path,
+    which recipes take, are both the same.
+    """
     folder = recipe_folder()
-    if folder is None:
-        return SamplerConfig()
-    file = folder / "imagenet256" / f"{_RECIPES[format]}.yaml"
-    return parse(SamplerConfig, read_yaml(file).get("sampler", {}), f"{file}: sampler")
+    sampler = SamplerConfig()
+    if folder is not None:
+        file = folder / "imagenet256" / f"{_RECIPES[format]}.yaml"
+        sampler = parse(SamplerConfig, read_yaml(file).get("sampler", {}), f"{file}: sampler")
+    is_repas = _FAMILIES.get(format, "repa") == "repa"
+    return sampler.model_copy(update={"diffusion": "linear" if is_repas else "sigma"})
 
 
 def _standardise(tokenizer: Tokenizer, part: str, statistics: tuple[Tensor, Tensor]) -> None:

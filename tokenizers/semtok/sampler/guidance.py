@@ -5,7 +5,7 @@ autoguidance (Karras et al. 2024) moves away from the prediction of a weaker net
 class. Both by a scale per part and in an interval of time (Kynkäänniemi et al. 2024).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from pydantic import Field, field_validator
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from semtok.sampler.config import Config
 from semtok.sampler.dit import DiT
+from semtok.sampler.latents import LatentSpec
 from semtok.sampler.transport import Times
 
 Interval = tuple[float, float]
@@ -23,7 +24,7 @@ class GuidanceConfig(Config):
 
     scale: float | dict[str, float] = 1.0
     """w in base + w (conditional - base), for all parts or per part (others 1). 1 is no guidance, and
-    costs no second forward."""
+    costs no second forward. Below 1 is nearer to the base; the published samplers take it for 1."""
     interval: Interval | dict[str, Interval] = (0.0, 1.0)
     """Times of the part, from noise 0 to data 1, between which it is guided; both ends belong to it.
     For all parts or per part (others always)."""
@@ -58,13 +59,36 @@ class GuidanceConfig(Config):
             if self.scale_of(name) != 1 and guided(name, t)
         }
 
+    def active_each(self, times: Sequence[Mapping[str, float]]) -> dict[str, float | Tensor]:
+        """``active`` of several samples: one scale for all, or (R,), 1 where a sample isn't guided."""
+        each = [self.active(own) for own in times]
+        if all(own == each[0] for own in each):
+            return dict(each[0])
+        names = dict.fromkeys(name for own in each for name in own)
+        return {name: torch.tensor([own.get(name, 1.0) for own in each]) for name in names}
+
+    def check_fits(self, spec: LatentSpec) -> None:
+        """Raises ValueError where a part or the number of channels is not one of these latents."""
+        for key in ("scale", "interval"):
+            value = getattr(self, key)
+            unknown = sorted(value.keys() - set(spec.names)) if isinstance(value, dict) else []
+            if unknown:
+                raise ValueError(
+                    f"sampler.guidance.{key}: no part {unknown}; the parts are {', '.join(spec.names)}"
+                )
+        channels = spec["texture"].channels
+        if self.num_channels is not None and self.num_channels > channels:
+            raise ValueError(
+                f"sampler.guidance.num_channels: the texture has {channels} channels, not {self.num_channels}"
+            )
+
 
 def guided_velocity(
     network: DiT,
     x: Mapping[str, Tensor],
     times: Times,
     labels: Tensor,
-    scales: Mapping[str, float],
+    scales: Mapping[str, float | Tensor],
     *,
     num_channels: int | None = None,
     weak: DiT | None = None,
@@ -77,7 +101,7 @@ def guided_velocity(
     Args:
         x: noised latents, (B, ...).
         labels: int64 (B,).
-        scales: guidance scale per guided part.
+        scales: guidance scale per guided part, for all samples or (B,).
         num_channels: see ``GuidanceConfig``.
         weak: guides away from this network instead of from the null label.
     """
@@ -93,6 +117,8 @@ def guided_velocity(
         base = {name: part.chunk(2)[1] for name, part in both.items()}
     guided = dict(conditional)
     for name, scale in scales.items():
+        if isinstance(scale, Tensor):
+            scale = scale.to(base[name]).view(-1, *(1,) * (base[name].ndim - 1))
         guided[name] = torch.lerp(base[name], conditional[name], scale)
         if name == "texture" and num_channels is not None:
             rest = conditional[name][:, num_channels:]

@@ -2,23 +2,51 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Literal
+from typing import Any, Literal, Protocol
 
+import einops
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from semtok.sampler.config import Config
 from semtok.sampler.dit import DiT
+from semtok.sampler.dormand_prince import DormandPrince
 from semtok.sampler.draws import SampleNoise
 from semtok.sampler.guidance import GuidanceConfig, guided_velocity
 from semtok.sampler.latents import Latents
-from semtok.sampler.transport import PathName, Schedule, coefficients, scaled_score, shift_times
+from semtok.sampler.transport import (
+    Diffusion,
+    PathName,
+    Schedule,
+    coefficients,
+    diffusion_coefficient,
+    scaled_score,
+    shift_times,
+)
 
 State = dict[str, Tensor]
-Velocity = Callable[[State, float, float], State]
-"""(state, clock, clock that decides whether guidance is on) to the velocity of every part."""
+Clock = float | Tensor
+"""A reading for all samples, or one for each of them: (R,), on the CPU."""
+Method = Literal["euler", "heun", "heun2", "midpoint", "dopri5", "sde"]
+ErrorOver = Literal["image", "batch"]
+
+
+class Velocity(Protocol):
+    """The velocity of every part."""
+
+    def __call__(
+        self, state: State, clock: Clock, decide: Clock, rows: Tensor | None = None, /
+    ) -> State:
+        """The velocity at a state.
+
+        Args:
+            decide: the reading that decides whether guidance is on, and whose turn it is.
+            rows: which samples of the batch the state holds (R,), on the CPU; None: all.
+        """
+        ...
+
+
 Watch = Callable[[float, State], None]
 """Told the clock and the state on the way."""
 
@@ -26,13 +54,20 @@ Watch = Callable[[float, State], None]
 class SamplerConfig(Config):
     """How samples are drawn."""
 
-    method: Literal["euler", "heun", "dopri5", "sde"] = "euler"
-    """``sde`` is Euler-Maruyama with diffusion coefficient σ(t), as SiT and REPA sample."""
+    method: Method = "euler"
+    """``heun`` is EDM's and REPA's: its last step is Euler's, and guidance is on or off for a whole step.
+    ``heun2`` and ``midpoint`` are torchdiffeq's, by which the code of SiT, LightningDiT and SFD goes: every step
+    has both evaluations, each guided by its own time. ``dopri5`` chooses its steps. ``sde`` is Euler-Maruyama."""
     steps: int = Field(50, ge=1)
-    """Steps of the fixed-step methods; a lead adds one for each border that falls between two."""
+    """Steps of the fixed-step methods, one less than the points of published grids; a lead adds one for each
+    border that falls between two."""
     split_at_borders: bool = True
-    """Steps end where a part starts or ends. False is how SFD was published: a part moves through a whole
-    step if it is its turn where the step begins, which gives it more or less than its unit of time."""
+    """Steps end where a part starts or ends. False is how SFD was published (with ``euler``, ``heun2``,
+    ``midpoint`` and ``dopri5``): whose turn it is is asked at every evaluation, so that a part moves for more or
+    less than its unit of time. ``heun`` asks where a step begins."""
+    diffusion: Diffusion = "sigma"
+    """Of ``sde``, see ``transport.diffusion_coefficient``: ``sigma`` is SiT's, ``linear`` REPA's. On the linear
+    path both are the same."""
     last_step: float = Field(0.04, gt=0, lt=1)
     """Length of ``sde``'s last step, which adds no noise."""
     shift: float | None = Field(None, gt=0)
@@ -41,12 +76,27 @@ class SamplerConfig(Config):
     rtol: float = Field(1e-3, gt=0)
     atol: float = Field(1e-6, gt=0)
     """Tolerances of ``dopri5``."""
+    error_over: ErrorOver = "image"
+    """What ``dopri5`` takes a step's error over. ``image``: each goes by its own steps, whatever it shares a batch
+    with. ``batch``: all that are drawn in one call share their steps, as torchdiffeq's do, so that an image depends
+    on the others; SFD's figures come from batches of 4."""
     guidance: GuidanceConfig = GuidanceConfig()
+
+    @field_validator("diffusion", mode="before")
+    @classmethod
+    def _finite(cls, diffusion: Any) -> Any:
+        if isinstance(diffusion, str) and diffusion.lower() == "sbdm":
+            raise ValueError(
+                "SBDM's is infinite at pure noise, where sampling starts; take sigma, as SiT's figures do"
+            )
+        return diffusion
 
     @model_validator(mode="after")
     def _consistent(self) -> "SamplerConfig":
         if self.method == "sde" and not self.split_at_borders:
-            raise ValueError("sampler.split_at_borders=false goes with euler, heun and dopri5")
+            raise ValueError(
+                "sampler.split_at_borders=false goes with euler, heun, heun2, midpoint and dopri5"
+            )
         return self
 
 
@@ -67,9 +117,6 @@ def sample_latents(
 ) -> Latents:
     """Draws latents, spatial parts on the texture's grid.
 
-    ``dopri5`` chooses its steps by the error of all it is given, so samples go through it one by
-    one: otherwise each would depend on its batch.
-
     Args:
         network: in eval mode.
         labels: int64 (B,), classes, or ``num_classes`` for none.
@@ -86,22 +133,16 @@ def sample_latents(
     }
     begin = drawn if start is None else start  # ``sde`` draws on from the same place in both cases
 
-    def draw(rows: slice) -> Latents:
-        return integrate(
-            velocity_function(network, labels[rows], schedule, config.guidance, weak=weak),
-            {name: part[rows] for name, part in begin.items()},
-            config,
-            schedule=schedule,
-            path=path,
-            shift=shift if config.shift is None else config.shift,
-            noise=noise,
-            watch=watch,
-        )
-
-    if config.method != "dopri5":
-        return draw(slice(None))
-    singles = [draw(slice(row, row + 1)) for row in range(len(labels))]
-    return Latents({name: torch.cat([single[name] for single in singles]) for name in begin})
+    return integrate(
+        velocity_function(network, labels, schedule, config.guidance, weak=weak),
+        dict(begin),
+        config,
+        schedule=schedule,
+        path=path,
+        shift=shift if config.shift is None else config.shift,
+        noise=noise,
+        watch=watch,
+    )
 
 
 def velocity_function(
@@ -114,15 +155,20 @@ def velocity_function(
 ) -> Velocity:
     """The guided velocity of a network for samples with these labels (B,), as samplers call it."""
 
-    def velocity(state: State, clock: float, decide: float) -> State:
-        device = labels.device
-        times = {
-            name: torch.full((len(labels),), t, device=device)
-            for name, t in schedule.times_at(clock).items()
-        }
-        scales = guidance.active(schedule.times_at(decide))
+    def velocity(state: State, clock: Clock, decide: Clock, rows: Tensor | None = None, /) -> State:
+        own, device = labels if rows is None else labels[rows.to(labels.device)], labels.device
+        if isinstance(clock, Tensor):
+            each = [schedule.times_at(now) for now in clock.tolist()]
+            times = {name: torch.tensor([t[name] for t in each]).to(device) for name in each[0]}
+        else:
+            times = {
+                name: torch.full((len(own),), t, device=device)
+                for name, t in schedule.times_at(clock).items()
+            }
+        readings = decide.tolist() if isinstance(decide, Tensor) else [decide]
+        scales = guidance.active_each([schedule.times_at(now) for now in readings])
         return guided_velocity(
-            network, state, times, labels, scales, num_channels=guidance.num_channels, weak=weak
+            network, state, times, own, scales, num_channels=guidance.num_channels, weak=weak
         )
 
     return velocity
@@ -153,23 +199,44 @@ def integrate(
     """
     watch = watch or (lambda clock, state: None)
     watch(0.0, start)
-    if config.method == "dopri5":
-        return Latents(_dopri5(velocity, start, config, schedule, watch))
-    grid = clock_readings(config, schedule, shift)
-    state = start
+    state, grid = start, clock_readings(config, schedule, shift)
+    if not config.split_at_borders:
+        velocity = _in_turn(velocity, schedule)
     for begin, end in zip(grid, grid[1:], strict=False):
         split = config.split_at_borders
-        moved = schedule.moved(begin, end) if split else schedule.active(begin)
+        moved = schedule.moved(begin, end) if split else dict.fromkeys(start, True)
         step = Step(begin, end, is_last=end == grid[-1], moved=moved)
         if config.method == "euler":
             state = step.move(state, velocity(state, begin, begin))
         elif config.method == "heun":
             state = _heun(velocity, state, step)
+        elif config.method == "heun2":
+            state = _heun2(velocity, state, step)
+        elif config.method == "midpoint":
+            state = _midpoint(velocity, state, step)
+        elif config.method == "dopri5":
+            state = _dopri5(velocity, state, step, config)
         else:
             assert noise is not None, "sde needs a source of noise"
-            state = _euler_maruyama(velocity, state, step, schedule.times_at(begin), path, noise)
+            times = schedule.times_at(begin)
+            state = _euler_maruyama(velocity, state, step, times, path, noise, config.diffusion)
         watch(end, state)
     return Latents(state)
+
+
+def _in_turn(velocity: Velocity, schedule: Schedule) -> Velocity:
+    """The velocity of the parts whose turn it is, the others' zero."""
+
+    def masked(state: State, clock: Clock, decide: Clock, rows: Tensor | None = None, /) -> State:
+        readings = decide.tolist() if isinstance(decide, Tensor) else [decide]
+        turns = [schedule.active(now) for now in readings]
+        speed = velocity(state, clock, decide, rows)
+        for name, part in speed.items():
+            own = torch.tensor([turn[name] for turn in turns]).to(part.device)
+            speed[name] = torch.where(own.view(-1, *(1,) * (part.ndim - 1)), part, 0.0)
+        return speed
+
+    return masked
 
 
 def clock_readings(config: SamplerConfig, schedule: Schedule, shift: float) -> list[float]:
@@ -217,10 +284,11 @@ class Step:
     is_last: bool
     moved: dict[str, bool]
 
-    def move(self, state: State, velocity: State) -> State:
-        """The state after this step at constant velocity."""
+    def move(self, state: State, velocity: State, share: float = 1.0) -> State:
+        """The state after this step, or a share of it, at constant velocity."""
+        length = (self.end - self.begin) * share
         return {
-            name: part + (self.end - self.begin) * velocity[name] if self.moved[name] else part
+            name: part + length * velocity[name] if self.moved[name] else part
             for name, part in state.items()
         }
 
@@ -238,6 +306,20 @@ def _heun(velocity: Velocity, state: State, step: Step) -> State:
     return step.move(state, {name: (first[name] + second[name]) / 2 for name in state})
 
 
+def _heun2(velocity: Velocity, state: State, step: Step) -> State:
+    """The explicit trapezoidal rule, in the last step too."""
+    first = velocity(state, step.begin, step.begin)
+    second = velocity(step.move(state, first), step.end, step.end)
+    return step.move(state, {name: (first[name] + second[name]) / 2 for name in state})
+
+
+def _midpoint(velocity: Velocity, state: State, step: Step) -> State:
+    """The explicit midpoint rule."""
+    middle = step.begin + 0.5 * (step.end - step.begin)
+    halfway = step.move(state, velocity(state, step.begin, step.begin), share=0.5)
+    return step.move(state, velocity(halfway, middle, middle))
+
+
 def _euler_maruyama(
     velocity: Velocity,
     state: State,
@@ -245,13 +327,20 @@ def _euler_maruyama(
     times: dict[str, float],
     path: PathName,
     noise: Callable[[tuple[int, ...]], Tensor],
+    form: Diffusion,
 ) -> State:
-    """dx = (v + σ score) dt + sqrt(2 σ) dw (SiT, eq. 6 with w = 2σ); the last step adds no noise."""
+    """dx = (v + D score) dt + sqrt(2 D) dw (SiT, eq. 6 with w = 2 D).
+
+    The last step has the same drift and adds no noise, as published.
+    """
     drift, spread = velocity(state, step.begin, step.begin), {}
     for name, part in state.items():
-        t = torch.full((1,), times[name], device=part.device)
-        drift[name] = drift[name] + scaled_score(path, drift[name], part, t)
-        spread[name] = (2 * coefficients(path, t).sigma * (step.end - step.begin)).sqrt()
+        if step.moved[name]:
+            t = torch.full((1,), times[name], device=part.device)
+            amount = diffusion_coefficient(form, path, t)
+            share = amount / coefficients(path, t).sigma  # as the score comes times σ
+            drift[name] = drift[name] + share * scaled_score(path, drift[name], part, t)
+            spread[name] = (2 * amount * (step.end - step.begin)).sqrt()
     state = step.move(state, drift)
     if step.is_last:
         return state
@@ -261,47 +350,20 @@ def _euler_maruyama(
     }
 
 
-def _root_mean_square(parts: tuple[Tensor, ...]) -> Tensor:
-    """Over all numbers of all parts, so that the error of a step does not depend on their division."""
-    return torch.cat([part.flatten() for part in parts]).square().mean().sqrt()
+def _dopri5(velocity: Velocity, state: State, step: Step, config: SamplerConfig) -> State:
+    """From one border to the next, in steps of the solver's own choice."""
+    packed, shapes = einops.pack(list(state.values()), "b *")
 
+    def parts(x: Tensor) -> State:
+        return dict(zip(state, einops.unpack(x, shapes, "b *"), strict=True))
 
-def _dopri5(
-    velocity: Velocity, start: State, config: SamplerConfig, schedule: Schedule, watch: Watch
-) -> State:
-    """Dormand-Prince 5(4) by torchdiffeq, restarted where a part starts or ends."""
-    names, state = list(start), tuple(start.values())
-    edges = clock_readings(config, schedule, shift=1.0)
-    for begin, end in zip(edges, edges[1:], strict=False):
-        stretch = schedule.moved(begin, end) if config.split_at_borders else None
+    def slope(x: Tensor, clock: Tensor, rows: Tensor) -> Tensor:
+        speed = velocity(parts(x), clock, clock, rows)
+        moving = [speed[n] if step.moved[n] else torch.zeros_like(speed[n]) for n in state]
+        return einops.pack(moving, "b *")[0]
 
-        def slope(
-            clock: Tensor,
-            parts: tuple[Tensor, ...],
-            stretch: dict[str, bool] | None = stretch,
-        ) -> tuple[Tensor, ...]:
-            now = float(clock)
-            moved = stretch if stretch is not None else schedule.active(now)
-            speed = velocity(dict(zip(names, parts, strict=True)), now, now)
-            return tuple(speed[n] if moved[n] else torch.zeros_like(speed[n]) for n in names)
-
-        # It brings SciPy, which takes a second to import. diffusers takes an import statement in an
-        # exported file, wherever it stands, for a requirement of loading it.
-        odeint = import_module("torchdiffeq").odeint
-        span = torch.tensor([begin, end], device=state[0].device)
-        states = odeint(
-            slope,
-            state,
-            span,
-            method="dopri5",
-            rtol=config.rtol,
-            atol=config.atol,
-            options={"norm": _root_mean_square},
-        )
-        # A part that stands still stays as it is; interpolation would round it.
-        state = tuple(
-            old if stretch is not None and not stretch[name] else part[-1]
-            for name, old, part in zip(names, state, states, strict=True)
-        )
-        watch(end, dict(zip(names, state, strict=True)))
-    return dict(zip(names, state, strict=True))
+    together = config.error_over == "batch"
+    solver = DormandPrince(slope, config.rtol, config.atol, together=together)
+    solved = parts(solver.solve(packed, step.begin, step.end))
+    # A part that stands still stays as it is; interpolation would round it.
+    return {name: solved[name] if step.moved[name] else part for name, part in state.items()}

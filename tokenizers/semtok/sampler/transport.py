@@ -73,6 +73,31 @@ def scaled_score(path: PathName, velocity: Tensor, x: Tensor, t: Tensor) -> Tens
     return (c.alpha * velocity - c.d_alpha * x) / (c.d_alpha * c.sigma - c.alpha * c.d_sigma)
 
 
+Diffusion = Literal["sigma", "linear", "constant", "decreasing", "increasing-decreasing"]
+"""Forms of an SDE's diffusion coefficient, see ``diffusion_coefficient``."""
+
+
+def diffusion_coefficient(form: Diffusion, path: PathName, t: Tensor) -> Tensor:
+    """D(t) in dx = (v + D score) dt + sqrt(2 D) dw, which has the same distributions for every D >= 0.
+
+    ``sigma``: σ(t), as SiT's published figures. ``linear``: 1 - t whatever the path, as REPA, REG, REGLUE and
+    REPA-E sample; their w is 2 D. ``constant``: 1. ``decreasing``: (1 + cos πt)² / 4.
+    ``increasing-decreasing``: sin² πt. All are SiT's, with its norm of 1 (its w is 2 D as well).
+
+    Args:
+        t: in [0, 1], of any shape.
+    """
+    if form == "sigma":
+        return coefficients(path, t).sigma
+    if form == "linear":
+        return 1 - t
+    if form == "constant":
+        return torch.ones_like(t)
+    if form == "decreasing":
+        return (1 + (math.pi * t).cos()).square() / 4
+    return (math.pi * t).sin().square()
+
+
 def _like(t: Tensor, x: Tensor) -> Tensor:
     return t.view(-1, *(1,) * (x.ndim - 1))
 

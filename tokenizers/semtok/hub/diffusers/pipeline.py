@@ -61,7 +61,8 @@ class SemtokPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Draws images. Image i of a seed is the same in a batch of any size.
+        """Draws images. Image i of a seed is the same in a batch of any size, unless the model's sampler is
+        ``dopri5`` with ``error_over: batch``, where the images of one call share their steps.
 
         Args:
             class_labels: classes, by number or name; None, also in a list, is any class.
@@ -89,7 +90,7 @@ class SemtokPipeline(DiffusionPipeline):
         device = self._execution_device
         grid = self._shapes()["texture"][1:]
         start = None if latents is None else self._start(latents, len(labels), device)
-        with self.progress_bar(total=self.scheduler.num_updates(settings, len(labels))) as bar:
+        with self.progress_bar(total=self.scheduler.num_updates(settings)) as bar:
             drawn = self.scheduler.sample(
                 self.transformer,
                 torch.tensor(labels, dtype=torch.int64, device=device),
@@ -147,6 +148,7 @@ class SemtokPipeline(DiffusionPipeline):
             raise ValueError(
                 f"guidance_scale: no part {', '.join(unknown)}; this model's: {', '.join(parts)}"
             )
+        guidance.check_fits(self.transformer.spec)
         is_guided = any(guidance.scale_of(part) != 1 for part in parts)
         if is_guided and not self.config.can_be_guided:
             raise ValueError(

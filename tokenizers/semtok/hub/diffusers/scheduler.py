@@ -74,11 +74,10 @@ class SemtokScheduler(SchedulerMixin, ConfigMixin):
                 message = f"{place}: {message}, got {problem['input']!r}"
             raise ValueError(message) from None
 
-    def num_updates(self, settings: SamplerConfig, num_samples: int) -> int:
+    def num_updates(self, settings: SamplerConfig) -> int:
         """How often ``sample`` will tell its watcher a state, but for the noise that it starts from."""
         shift = self.config.shift if settings.shift is None else settings.shift
-        stretches = len(clock_readings(settings, self.schedule, shift)) - 1
-        return stretches * (num_samples if settings.method == "dopri5" else 1)
+        return len(clock_readings(settings, self.schedule, shift)) - 1
 
     def sample(
         self,
