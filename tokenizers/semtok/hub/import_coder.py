@@ -42,7 +42,10 @@ def import_compressor(
         raise UserError(f"{place}: not a REGLUE compressor ({first_line(error)})") from None
     if not (statistics[1] > 0).all():
         raise UserError(f"{place}: a standard deviation in its statistics is not positive")
-    state |= dict(zip(("feature_mean", "feature_std"), statistics, strict=True))
+    device = state["encoder.0.weight"].device
+    state |= {
+        f"feature_{n}": v.to(device) for n, v in zip(("mean", "std"), statistics, strict=True)
+    }
     *hidden, channels = (shape[0] for shape in convolutions)
     shape = CompressorShape(
         feature_channels=convolutions[0][1], hidden=tuple(hidden), channels=channels

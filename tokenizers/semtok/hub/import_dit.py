@@ -379,7 +379,8 @@ def _projectors(state: Mapping[str, Any]) -> nn.ModuleList:
     while f"{len(heads)}.0.weight" in own:
         hidden, width = sizes(own, f"{len(heads)}.0.weight", 2)
         out, _ = sizes(own, f"{len(heads)}.4.weight", 2)
-        heads.append(silu_mlp(width, hidden, out))
+        with own[f"{len(heads)}.0.weight"].device:
+            heads.append(silu_mlp(width, hidden, out))
     expected = heads.state_dict()
     if unknown := sorted(own.keys() - expected.keys()):
         raise ValueError(f"unknown {', '.join(prefix + name for name in unknown[:3])}")
