@@ -14,6 +14,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 from huggingface_hub import ModelCard, ModelCardData
+from sklearn.decomposition import PCA
 from torch import Tensor
 
 from parity import kits, load_kit
@@ -544,3 +545,57 @@ def test_a_fault_of_ours_is_not_told_as_a_damaged_file(transformer, tmp_path, mo
     for name in ("network", "coder"):
         with pytest.raises(fault, match="ours"):
             load_module(tmp_path / name)
+
+
+# ReDi's principal components ---------------------------------------------------------------------
+
+
+def fitted_pca() -> tuple[PCA, Tensor]:
+    features = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    mean, std = features.mean(0), features.std(0, correction=0)
+    return PCA().fit(((features - mean) / std + 0.5).numpy()), features
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle", "arrays"])
+def test_a_pca_file_is_the_coder_of_its_projection(texture, tmp_path, form):
+    pca, features = fitted_pca()
+    mean, std = features.mean(0).numpy(), features.std(0, correction=0).numpy()
+    file = tmp_path / "dino_pca_model.pth"
+    content = {"pca_model": pca, "mean": mean, "std": std}
+    if form == "torch":
+        torch.save(content, file)
+    elif form == "pickle":
+        file.write_bytes(pickle.dumps(content))
+    else:
+        file = file.with_suffix(".safetensors")
+        arrays = {"components": pca.components_, "pca_mean": pca.mean_, "mean": mean, "std": std}
+        tensors = {n: torch.as_tensor(v).contiguous() for n, v in arrays.items()}
+        safetensors.torch.save_file(tensors, file)
+    assert command("auto", file, "--output", tmp_path / "coder") == 0
+    coder = load_module(tmp_path / "coder")
+    expected = pca.transform((features.numpy() - mean) / std)[:, :8]
+    code, _ = coder.encode(features[:, :, None, None])
+    torch.testing.assert_close(code[..., 0, 0], torch.as_tensor(expected), atol=1e-4, rtol=1e-4)
+    words = ["auto", file, "--tokenizer", texture, "--image-size", 32, "--semantic-channels", 3]
+    assert command(*words, "--teacher", "name=demo", "--output", tmp_path / "out") == 0
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.method == "redi" and tokenizer.spec["semantic"].channels == 3
+    assert torch.equal(tokenizer.coder.components, coder.components[:3])
+
+
+def test_pca_files_that_are_others_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pca, features = fitted_pca()
+    vector = features.mean(0).numpy()
+    whitened = PCA(whiten=True).fit(features.numpy())
+    for content, words in (
+        ({"pca": whitened, "mean": vector, "std": vector}, "it whitens"),
+        ({"pca": PCA(), "mean": vector, "std": vector}, "not fitted"),
+        ({"pca": pca, "mean": vector}, "one entry for the features' std, found 0"),
+        ({"pca": pca, "mean": vector[:3], "std": vector}, "of different features"),
+        ({"pca": pca, "mean": vector, "std": 0 * vector}, "not positive"),
+        ({"pca": pca, "mean": vector, "std": Evil()}, "would run or build"),
+    ):
+        Path("x.pkl").write_bytes(pickle.dumps(content))
+        assert words in refused(capsys, "auto", "x.pkl", "--output", "out")
+    assert not Path("evil").exists()

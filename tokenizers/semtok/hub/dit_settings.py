@@ -269,7 +269,8 @@ def sampler_for(format: Format, network: DiTArchitecture, settings: FileSettings
         recipe = read_yaml(file)
         content = dict(recipe.get("sampler", {}))
         guidance = dict(content.get("guidance", {}))
-        tuned_for = PRESETS[recipe["diffusion"]["network"]]
+        named = recipe["diffusion"]["network"]
+        tuned_for = PRESETS[named] if isinstance(named, str) else DiTArchitecture(**named)
         if (tuned_for.depth, tuned_for.width) != (network.depth, network.width):
             guidance = {n: value for n, value in guidance.items() if n == "num_channels"}
         content["guidance"] = guidance

@@ -174,34 +174,34 @@ def read_settings(content: Any, place: str) -> FileSettings:
     """The settings in a file: a Namespace, OmegaConf's objects, plain dictionaries, or YAML text."""
     for entry in _ENTRIES:
         value = content.get(entry) if isinstance(content, Mapping) else None
-        plain = _plain(value)
-        if isinstance(plain, str):
+        settings = plain(value)
+        if isinstance(settings, str):
             try:
-                plain = yaml.safe_load(plain)
+                settings = yaml.safe_load(settings)
             except yaml.YAMLError:
-                plain = None
-        if not isinstance(plain, dict) or not plain:
+                settings = None
+        if not isinstance(settings, dict) or not settings:
             continue
         if isinstance(value, str):
             runs: Collection[str] = SEMVAE_OF_RUNS
         else:
             runs = CONFIG_OF_RUNS if entry == "config" else ARGUMENTS_OF_RUNS
-        flat = _flat(plain)
+        flat = _flat(settings)
         return FileSettings(place, entry, {n: _resolved(v, flat) for n, v in flat.items()}, runs)
     return FileSettings(place)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Without the classes around it: a Namespace is a dictionary, an OmegaConf node its value."""
     if isinstance(value, Namespace):
         value = vars(value)
     if isinstance(value, StandIn):
         inner = vars(value)
-        return _plain(inner.get("_content", inner.get("_val")))
+        return plain(inner.get("_content", inner.get("_val")))
     if isinstance(value, Mapping):
-        return {str(name): _plain(inner) for name, inner in value.items()}
+        return {str(name): plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     return value
 
 

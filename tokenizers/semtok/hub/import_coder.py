@@ -96,6 +96,12 @@ def read_semvae(settings: FileSettings) -> int | None:
     return settings.take("model.params.transformer_heads", int, "decides the number of heads")
 
 
+def coder_width(state: Mapping[str, Tensor]) -> int | None:
+    """Width of SemVAE's tokens; None: there is no first layer."""
+    first = state.get("encoder.0.weight")
+    return len(first) if first is not None and first.ndim == 2 else None
+
+
 def check_semvae(settings: FileSettings, content: Mapping[str, Any], coder: SemVAE) -> None:
     """Raises UserError where a file says of its network what its tensors are not."""
     shape = coder.shape

@@ -10,6 +10,7 @@ from semtok.hub.formats import Format
 from semtok.hub.import_coder import (
     REDI_COMPONENTS,
     check_semvae,
+    coder_width,
     import_components,
     import_compressor,
     import_semvae,
@@ -111,6 +112,10 @@ def _semvae(job: ImportJob) -> FeatureCoder:
         job.notes.append("the file does not say how many heads there are: 6, as published")
     if read is not None and job.options.heads not in (None, read):
         raise UserError(f"{job.place}: says itself that it has {read} heads; leave --heads out")
+    width = coder_width(job.checkpoint.state)
+    if read is not None and width is not None and (read < 1 or width % read):
+        name = "model.params.transformer_heads"
+        raise job.settings.refusal(name, f"its width of {width} is no multiple of that")
     coder = import_semvae(job.checkpoint.state, place=job.place, heads=job.options.heads or read)
     check_semvae(job.settings, job.checkpoint.content, coder)
     return coder
