@@ -32,9 +32,11 @@ from semtok.methods.vae import Architecture, KLTokenizer, build_autoencoder
 from semtok.sampler.dit import DiT, sincos_positions
 from semtok.sampler.latents import LatentSpec, PartSpec
 from semtok.teachers import Teacher, TeacherConfig
-from test_import_dit import LIGHTNING, network, official
+from test_import_dit import LIGHTNING as DEEP_LIGHTNING
 from test_import_dit import SIT as DEEP_SIT
+from test_import_dit import network, official
 
+LIGHTNING = DEEP_LIGHTNING.model_copy(update={"depth": 1})
 SIT = DEEP_SIT.model_copy(update={"depth": 1})
 KITS = ("sit", "repa_sit", "reglue_sit", "repae", "lightningdit", "sfd_lightningdit", "semvae")
 # Other words where one that means nothing would be refused anyway.

@@ -7,6 +7,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -136,7 +137,7 @@ def built(build: Callable[[], Network], state: Mapping[str, Tensor], place: str)
         expected = build().state_dict()
     check_names_and_shapes(state, expected, place)
     without_contents = any(value.is_meta for value in state.values())
-    with torch.device("meta" if without_contents else "cpu"):
+    with torch.device("meta") if without_contents else nullcontext():
         network = build()
     network.load_state_dict(state)
     return network.eval()

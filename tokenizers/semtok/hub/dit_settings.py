@@ -6,6 +6,7 @@ does not say is as published.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, get_args
 
 from semtok.hub.file_settings import BOOKKEEPING, FileSettings
@@ -262,11 +263,9 @@ def sampler_for(format: Format, network: DiTArchitecture, settings: FileSettings
     Raises:
         UserError: by name, a setting that samplers here have not.
     """
-    folder = recipe_folder()
     content: dict[str, Any] = {}
-    if folder is not None:
-        file = folder / "imagenet256" / f"{_RECIPES[format]}.yaml"
-        recipe = read_yaml(file)
+    recipe = _recipe(_RECIPES[format])
+    if recipe:
         content = dict(recipe.get("sampler", {}))
         guidance = dict(content.get("guidance", {}))
         named = recipe["diffusion"]["network"]
@@ -277,6 +276,13 @@ def sampler_for(format: Format, network: DiTArchitecture, settings: FileSettings
     if format == "sit":
         content["guidance"] = {"num_channels": _SIT_CHANNELS} | content.get("guidance", {})
     return parse(SamplerConfig, content | _own_sampler(settings, content), settings.place)
+
+
+@cache
+def _recipe(name: str) -> Mapping[str, Any]:
+    """The published recipe of that name; empty where there are no recipes. Not to be changed."""
+    folder = recipe_folder()
+    return {} if folder is None else read_yaml(folder / "imagenet256" / f"{name}.yaml")
 
 
 def _own_sampler(settings: FileSettings, published: Mapping[str, Any]) -> dict[str, Any]:
