@@ -87,6 +87,9 @@ FOLDER = ["data={kind: folder, path: images, size: 16}"]
             ],
         ),
         (["method.vae=nothing"], ["'nothing'", "neither a preset (tiny, f8d4, f16d32)"]),
+        # Said before the teacher is looked for.
+        (["method.vae=nothing", "teacher.name=none"], ["'nothing'", "semtok hub import"]),
+        (["method.vae=recipe.yaml"], ["recipe.yaml: a file", "semtok hub import auto recipe.yaml"]),
         (["method.alignment.noise_level=0.5"], ["noise_level", "'fixed'"]),
         (["train.accumulate=3"], ["train.batch_size: 4", "accumulate 3"]),
         (["train.warmup_steps=9"], ["warmup_steps 9", "steps 2"]),

@@ -1,5 +1,6 @@
 """Autoencoders in CompVis' layout: against a kit of the official code, and what must be refused."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,12 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from parity import Kit, kits, load_kit
+from semtok import Tokenizer, UserError
 from semtok.hub.formats import open_checkpoint
 from semtok.hub.import_vae import import_autoencoder
-from semtok.methods.vae import Architecture, build_autoencoder
+from semtok.hub.imports import import_checkpoint
+from semtok.hub.job import ImportOptions
+from semtok.methods.vae import Architecture, build_autoencoder, load_autoencoder
 
 IMAGE, SUM = {"atol": 1e-4, "rtol": 0.0}, {"atol": 0.0, "rtol": 1e-5}
 
@@ -105,6 +109,51 @@ def test_any_size_comes_back(tmp_path, attention):
         assert torch.equal(back(pixels).sample, made(pixels).sample)
 
 
+def of_kinds(down: tuple[str, ...], up: tuple[str, ...], **more: object) -> AutoencoderKL:
+    """An autoencoder with attention where the words say, finest first on both sides."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=tuple(f"{kind}DownEncoderBlock2D" for kind in down),
+        up_block_types=tuple(f"{kind}UpDecoderBlock2D" for kind in reversed(up)),
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        latent_channels=3,
+        norm_num_groups=32,
+        **more,
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "more"),
+    [
+        (("", "Attn"), ("", ""), {}),
+        (("", ""), ("Attn", ""), {}),
+        (("", ""), ("", ""), {"mid_block_add_attention": False}),
+        (("", ""), ("", ""), {"use_quant_conv": False, "use_post_quant_conv": False}),
+    ],
+)
+def test_attention_on_one_side_and_missing_convolutions_come_back(tmp_path, down, up, more):
+    made = of_kinds(down, up, **more)
+    state = {f"first_stage_model.{n}": value for n, value in official(made).items()}
+    content = {"state_dict": state | {"model.diffusion_model.x": torch.zeros(1)}}
+    torch.save(content, tmp_path / "whole.ckpt")
+    imported = import_checkpoint(tmp_path / "whole.ckpt", "auto", ImportOptions(statistics=0.5))
+    assert imported.became["model.diffusion_model.x"] == "left out, of other networks"
+    imported.save(tmp_path / "out")
+    back = Tokenizer.from_pretrained(tmp_path / "out").autoencoder
+    pixels = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(back(pixels).sample, made(pixels).sample)
+
+
+def wider(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With a first multiplier of 2."""
+    return {
+        name: value[:16] if name.startswith("encoder.conv_in.") else value
+        for name, value in state.items()
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -112,6 +161,11 @@ def test_any_size_comes_back(tmp_path, attention):
         (lambda s: {k: v for k, v in s.items() if "norm_out" not in k}, "norm_out.bias missing"),
         (lambda s: s | {"encoder.conv_in.bias": torch.zeros(5)}, r"conv_in.bias \(5,\) instead of"),
         (lambda s: s | {"post_quant_conv.weight": torch.zeros(2, 2, 1, 1)}, "has one number"),
+        (wider, "its first multiplier is 2, from 16 channels to 32; AutoencoderKL has one number"),
+        (
+            lambda s: {k: v for k, v in s.items() if not k.startswith("decoder.mid.attn_1.")},
+            "only one of encoder and decoder has attention in the middle",
+        ),
         (lambda s: {"a": torch.zeros(1)}, "not an autoencoder in CompVis' layout"),
     ],
 )
@@ -122,3 +176,49 @@ def test_what_does_not_fit_is_named(tmp_path, change, message):
     safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, file)
     with pytest.raises(ValueError, match=message):
         read(file)
+
+
+# diffusers' folders ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "form", [{"variant": "fp16"}, {"safe_serialization": False}], ids=["variant", "bin"]
+)
+def test_a_folder_with_only_a_variant_or_older_weights_is_read(tmp_path, form):
+    made = of_kinds(("", ""), ("", ""))
+    made.save_pretrained(tmp_path / "vae", **form)
+    imported = import_checkpoint(tmp_path / "vae", "auto", ImportOptions())
+    state = imported.model.autoencoder.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("evil",))
+
+
+def test_older_weights_run_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    of_kinds(("", ""), ("", "")).save_pretrained("vae", safe_serialization=False)
+    torch.save({"encoder.conv_in.bias": Evil()}, "vae/diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="can't be loaded"):
+        import_checkpoint("vae", "auto", ImportOptions())
+    assert not Path("evil").exists()
+
+
+def test_other_autoencoders_are_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderDC"}')
+    with pytest.raises(UserError, match="is of AutoencoderDC; only AutoencoderKL can be imported"):
+        import_checkpoint(tmp_path, "auto", ImportOptions())
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="is of diffusers' AutoencoderDC; only AutoencoderKL"):
+        load_autoencoder(str(tmp_path))
+
+
+def test_a_file_where_a_folder_belongs_names_the_way(tmp_path):
+    (tmp_path / "x.pt").write_bytes(b"")
+    for reader in (load_autoencoder, Tokenizer.from_pretrained):
+        with pytest.raises(
+            UserError, match="a file; .* semtok hub import auto .*x.pt --output DIR"
+        ):
+            reader(str(tmp_path / "x.pt"))

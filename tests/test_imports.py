@@ -6,8 +6,11 @@ import os
 import pickle
 import shutil
 import struct
+import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -22,7 +25,8 @@ from semtok.commands import hub
 from semtok.commands.cli import run
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.hub.formats import open_checkpoint
-from semtok.hub.imports import ImportOptions, import_checkpoint
+from semtok.hub.imports import import_checkpoint
+from semtok.hub.job import ImportOptions
 from semtok.hub.modules import load_module, save_module
 from semtok.methods.reglue import Compressor, CompressorShape
 from semtok.methods.semvae import SemVAE, SemVAEShape
@@ -96,7 +100,9 @@ def test_parity_kits_are_recognised_and_come_back_as_they_were(folder, tmp_path)
     # Not a tensor of the imported weights, and no entry beside them, goes without a word.
     checkpoint = open_checkpoint(file)
     entries = set(checkpoint.content) - {checkpoint.nest} if checkpoint.nest else set()
-    assert set(checkpoint.state) | entries - {"vae"} <= set(imported.became)
+    said = checkpoint.settings
+    assert set(checkpoint.state) | entries - {"vae", said.entry} <= set(imported.became)
+    assert set(said.became()) <= set(imported.became)
 
 
 # Files in those formats, made here ---------------------------------------------------------------
@@ -541,3 +547,82 @@ def test_a_fault_of_ours_is_not_told_as_a_damaged_file(transformer, tmp_path, mo
     for name in ("network", "coder"):
         with pytest.raises(fault, match="ours"):
             load_module(tmp_path / name)
+
+
+# ReDi's principal components ---------------------------------------------------------------------
+
+
+class PCA:
+    """Pickles as scikit-learn's does, by name and attributes; that library need not be installed."""
+
+    def __init__(self, features: Tensor | None = None, *, whiten: bool = False) -> None:
+        self.n_components, self.whiten, self.random_state = None, whiten, None
+        if features is not None:
+            centred = features - features.mean(0)
+            _, values, directions = torch.linalg.svd(centred, full_matrices=False)
+            self.mean_, self.components_ = features.mean(0).numpy(), directions.numpy()
+            self.singular_values_ = values.numpy()
+            self.noise_variance_ = np.float64(0)
+
+    def transform(self, features: np.ndarray) -> np.ndarray:
+        return (features - self.mean_) @ self.components_.T
+
+
+PCA.__module__ = "sklearn.decomposition._pca"
+
+
+@pytest.fixture
+def pca_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For pickling alone: readers never look for it."""
+    monkeypatch.setitem(sys.modules, PCA.__module__, types.SimpleNamespace(PCA=PCA))
+
+
+def fitted_pca() -> tuple[PCA, Tensor]:
+    features = torch.randn(300, 128, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    mean, std = features.mean(0), features.std(0, correction=0)
+    return PCA((features - mean) / std + 0.5), features
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle", "arrays"])
+def test_a_pca_file_is_the_coder_of_its_projection(texture, tmp_path, pca_module, form):
+    pca, features = fitted_pca()
+    mean, std = features.mean(0).numpy(), features.std(0, correction=0).numpy()
+    file = tmp_path / "dino_pca_model.pth"
+    content = {"pca_model": pca, "mean": mean, "std": std}
+    if form == "torch":
+        torch.save(content, file)
+    elif form == "pickle":
+        file.write_bytes(pickle.dumps(content))
+    else:
+        file = file.with_suffix(".safetensors")
+        arrays = {"components": pca.components_, "pca_mean": pca.mean_, "mean": mean, "std": std}
+        tensors = {n: torch.as_tensor(v).contiguous() for n, v in arrays.items()}
+        safetensors.torch.save_file(tensors, file)
+    assert command("auto", file, "--output", tmp_path / "coder") == 0
+    coder = load_module(tmp_path / "coder")
+    expected = pca.transform((features.numpy() - mean) / std)[:, :8]
+    code, _ = coder.encode(features[:, :, None, None])
+    torch.testing.assert_close(code[..., 0, 0], torch.as_tensor(expected), atol=1e-4, rtol=1e-4)
+    words = ["auto", file, "--tokenizer", texture, "--image-size", 32, "--semantic-channels", 3]
+    assert command(*words, "--teacher", "name=demo", "--output", tmp_path / "out") == 0
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.method == "redi" and tokenizer.spec["semantic"].channels == 3
+    assert torch.equal(tokenizer.coder.components, coder.components[:3])
+
+
+def test_pca_files_that_are_others_are_refused(tmp_path, capsys, monkeypatch, pca_module):
+    monkeypatch.chdir(tmp_path)
+    pca, features = fitted_pca()
+    vector = features.mean(0).numpy()
+    whitened = PCA(features, whiten=True)
+    for content, words in (
+        ({"pca": whitened, "mean": vector, "std": vector}, "it whitens"),
+        ({"pca": PCA(), "mean": vector, "std": vector}, "not fitted"),
+        ({"pca": pca, "mean": vector}, "one entry for the features' std, found 0"),
+        ({"pca": pca, "mean": vector[:3], "std": vector}, "of different features"),
+        ({"pca": pca, "mean": vector, "std": 0 * vector}, "not positive"),
+        ({"pca": pca, "mean": vector, "std": Evil()}, "would run or build"),
+    ):
+        Path("x.pkl").write_bytes(pickle.dumps(content))
+        assert words in refused(capsys, "auto", "x.pkl", "--output", "out")
+    assert not Path("evil").exists()

@@ -52,6 +52,11 @@ def locate_export(
             raise UserError(f"{folder}: is a diffusers pipeline; {way_on}")
         if (folder / "recipe.yaml").is_file():
             raise UserError(f"{folder}: this run has no export yet; let it finish with --resume")
+    if Path(reference).is_file():
+        raise UserError(
+            f"{kind} '{reference}': a file; make an export of it first, semtok hub import auto {reference} --output "
+            "DIR, and give that folder"
+        )
     if Path(reference).is_dir():
         raise UserError(f"{reference}: no {kind} there (no config.json)")
     if reference == DEMO and kind == "tokenizer":

@@ -25,6 +25,13 @@ class MethodConfig(Config):
         """Whether anything is learned by optimiser steps."""
         return True
 
+    def check_references(self) -> None:
+        """Called before anything is loaded.
+
+        Raises:
+            UserError: weights to start from that lead nowhere.
+        """
+
     def texture_reference(self) -> str | None:
         """The tokenizer that this one is built on, where there is one."""
         return None

@@ -220,6 +220,7 @@ def build_objective(
         UserError: a teacher or weights that can't be had, or settings that don't fit each other.
     """
     method = get_method(recipe.method.name, place=place)
+    recipe.method.check_references()
     teacher = (
         Teacher(recipe.teacher)
         if recipe.teacher is not None and recipe.method.needs_teacher()

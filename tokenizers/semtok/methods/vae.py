@@ -84,6 +84,9 @@ PRESETS: dict[str, Architecture] = {
 }
 
 
+_WEIGHTS = "diffusion_pytorch_model"
+
+
 def build_autoencoder(architecture: Architecture) -> AutoencoderKL:
     """A randomly initialised AutoencoderKL."""
     attention = architecture.attention or (False,) * len(architecture.block_channels)
@@ -105,27 +108,18 @@ def load_autoencoder(reference: str) -> AutoencoderKL:
     """Loads a VAE's weights from a folder that diffusers can read, or from a Hub id.
 
     A folder may be a diffusers VAE, a diffusers pipeline (its ``vae`` is taken), a tokenizer that
-    this library exported, or one of its run folders.
+    this library exported, or one of its run folders. Weights may be a variant of diffusers (``fp16``) or an older
+    ``.bin``, of which tensors alone are read; whole safetensors go first.
 
     Raises:
         UserError: nothing there that AutoencoderKL can load, or the weights are damaged.
     """
-    folder, source = Path(reference), reference
-    if folder.is_dir():
-        candidates = [folder, folder / "vae", folder / "export" / "vae"]
-        found = [c for c in candidates if any(c.glob("diffusion_pytorch_model*.safetensors"))]
-        if not found:
-            raise UserError(
-                f"{folder}: holds no diffusers VAE (config.json with diffusion_pytorch_model.safetensors)"
-            )
-        source = str(found[0])
-    elif reference.count("/") != 1 or reference.startswith((".", "/")):
-        raise UserError(
-            f"'{reference}' is neither a preset ({', '.join(PRESETS)}), a folder with a VAE, nor a Hub id (org/name)"
-        )
+    source, files = str(_autoencoder_folder(reference) or reference), {"use_safetensors": True}
+    if Path(source).is_dir():
+        files = _which_weights(Path(source))
     try:
         autoencoder, report = AutoencoderKL.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True
+            source, output_loading_info=True, **files
         )
     except DAMAGE as error:
         raise UserError(f"VAE '{reference}' can't be loaded: {first_line(error)}") from None
@@ -135,6 +129,50 @@ def load_autoencoder(reference: str) -> AutoencoderKL:
             f"VAE '{reference}': its weights do not fit its config.json ({len(wrong)} tensors, such as {wrong[0]})"
         )
     return autoencoder
+
+
+def _autoencoder_folder(reference: str) -> Path | None:
+    """The folder of diffusers that a reference means; None: it is a Hub id.
+
+    Raises:
+        UserError: it is neither.
+    """
+    folder = Path(reference)
+    if folder.is_file():
+        raise UserError(
+            f"{folder}: a file; make an export of it first, semtok hub import auto {folder} --output DIR, and give "
+            "that folder"
+        )
+    if folder.is_dir():
+        candidates = [folder, folder / "vae", folder / "export" / "vae"]
+        found = next((c for c in candidates if any(c.glob(f"{_WEIGHTS}*"))), None)
+        if found is None:
+            raise UserError(
+                f"{folder}: holds no diffusers VAE (config.json with {_WEIGHTS}.safetensors)"
+            )
+        name = read_json(found / "config.json").get("_class_name", "AutoencoderKL")
+        if name != "AutoencoderKL":
+            raise UserError(f"{found}: is of diffusers' {name}; only AutoencoderKL can be loaded")
+        return found
+    if reference.count("/") != 1 or reference.startswith((".", "/")):
+        raise UserError(
+            f"'{reference}' is neither a preset ({', '.join(PRESETS)}), a folder with a VAE, nor a Hub id "
+            "(org/name); of a published file, semtok hub import makes such a folder"
+        )
+    return None
+
+
+def _which_weights(folder: Path) -> dict[str, Any]:
+    """Which of a folder's weights are loaded, as arguments of diffusers: of several variants the first by name."""
+    for suffix in ("safetensors", "bin"):
+        use = {"use_safetensors": suffix == "safetensors"}
+        if any(folder.glob(f"{_WEIGHTS}.{suffix}*")):
+            return use
+        for file in sorted(folder.glob(f"{_WEIGHTS}.*.{suffix}")):
+            return use | {
+                "variant": file.name.removeprefix(f"{_WEIGHTS}.").removesuffix(f".{suffix}")
+            }
+    return {"use_safetensors": True}
 
 
 def autoencoder_stride(autoencoder: AutoencoderKL) -> int:
@@ -175,6 +213,10 @@ class VAEConfig(MethodConfig):
 
     def needs_teacher(self) -> bool:
         return self.perceptual == "teacher"
+
+    def check_references(self) -> None:
+        if isinstance(self.vae, str) and self.vae not in PRESETS:
+            _autoencoder_folder(self.vae)
 
 
 # The tokenizer -----------------------------------------------------------------------------------
