@@ -73,7 +73,8 @@ def test_a_tokenizer_recipe_builds_and_trains_at_toy_size(name, tmp_path):
     if content["method"].get("perceptual") == "lpips":
         content["method"]["perceptual"] = "teacher"  # LPIPS' backbone is not to be had in tests
     if "adversarial" in content["method"]:
-        content["method"]["adversarial"] |= {"width": 8, "num_layers": 1, "start_step": 0}
+        small = {"width": 8, "num_layers": 1, "start_step": 0, "discriminator_start_step": None}
+        content["method"]["adversarial"] |= small
     if "mapper" in content["method"]:
         content["method"]["mapper"]["projector_width"] = 16
     train_tokenizer(parse_recipe(content, name), tmp_path / "run")

@@ -32,7 +32,13 @@ from semtok.diffusion.training import DiffusionObjective
 from semtok.errors import UserError
 from semtok.images import to_pixels
 from semtok.processes import together
-from semtok.recipe import DiffusionRecipe, load_diffusion_recipe, recipe_text
+from semtok.recipe import (
+    DiffusionRecipe,
+    load_diffusion_recipe,
+    locate_recipe,
+    recipe_text,
+    run_name,
+)
 from semtok.references import RUNS, recipe_folder
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
@@ -49,18 +55,20 @@ def main(arguments: Sequence[str]) -> int:
         metavar="REF",
         help="folder, run, Hub id or recipe name; an embedded recipe is trained first",
     )
-    parser.add_argument("--recipe", type=Path, help="a YAML recipe; default: recipes/dit.yaml")
+    parser.add_argument(
+        "--recipe", help="a YAML recipe, or the name of one of the library's; default: dit"
+    )
     around_training.add_run_options(parser, "runs/<recipe>_<tokenizer>")
     args = parser.parse_intermixed_args(arguments)
 
-    path = args.recipe or _default_recipe()
+    path = locate_recipe(args.recipe) if args.recipe else _default_recipe()
     recipe = load_diffusion_recipe(path, args.overrides, tokenizer=args.tokenizer)
     if args.print_recipe:
         print(recipe_text(recipe), end="")
         return 0
     reference = Path(recipe.tokenizer)
     reference = reference.parent if reference.name == "export" else reference
-    folder = Path(args.output or RUNS / f"{path.stem}_{reference.name}")
+    folder = Path(args.output or RUNS / f"{run_name(path)}_{reference.name}")
     train_dit(recipe, folder, resume=args.resume, place=str(path))
     return 0
 

@@ -21,7 +21,7 @@ from semtok.errors import Interrupted
 from semtok.images import to_pixels
 from semtok.objective import Batch, MethodContext, TokenizerObjective
 from semtok.processes import process_index, together
-from semtok.recipe import TokenizerRecipe, load_recipe, recipe_text
+from semtok.recipe import TokenizerRecipe, load_recipe, locate_recipe, recipe_text, run_name
 from semtok.references import RUNS, find_recipe
 from semtok.registry import get_method
 from semtok.teachers import Teacher
@@ -36,17 +36,18 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     parser = Parser(prog="train_tokenizer", description=__doc__)
     parser.add_argument(
-        "recipe", type=Path, help="a YAML recipe, for example recipes/send_vae.yaml"
+        "recipe", help="a YAML recipe, or the name of one of the library's, as imagenet256/send_vae"
     )
     around_training.add_run_options(parser, "runs/<recipe's name>")
     args = parser.parse_intermixed_args(arguments)
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    path = locate_recipe(args.recipe)
+    recipe = load_recipe(path, args.overrides)
     if args.print_recipe:
         print(recipe_text(recipe), end="")
         return 0
-    folder = Path(args.output or RUNS / args.recipe.stem)
-    train_tokenizer(recipe, folder, resume=args.resume, place=str(args.recipe))
+    folder = Path(args.output or RUNS / run_name(path))
+    train_tokenizer(recipe, folder, resume=args.resume, place=str(path))
     return 0
 
 
