@@ -284,7 +284,15 @@ def test_a_recipe_is_shown_and_copied_as_it_stands(tmp_path, capsys):
 # What differs ------------------------------------------------------------------------------------
 
 _REPA = {"data.cache", "sampler's state", "images", "seed"}
-_SFD = {"data.cache", "latents", "sampler.split_at_borders", "solver", "images", "seed"}
+_SFD = {
+    "data.cache",
+    "latents",
+    "sampler.error_over",
+    "sampler.split_at_borders",
+    "solver",
+    "images",
+    "seed",
+}
 _VAE = {"optimiser", "batch norm", "images", "seed"}
 DIFFERENCES = {
     "sit_b2": {"data.cache", "images", "seed"},
@@ -297,16 +305,17 @@ DIFFERENCES = {
     "reglue": {"train.schedule", "train.num_statistics_images", "batch norm", "validation"},
     "reg": {"images"},
     "redi": {"train.num_statistics_images", "components", "signs"},
-    "semvae": {"crop", "warm-up", "train.batch_size", "batch"},
+    "semvae": {"data.crop", "warm-up", "train.batch_size", "batch"},
     "lightningdit_b1_sfd": _SFD,
     "lightningdit_b1_sfd_guide": _SFD,
     "lightningdit_xl1_sfd": _SFD,
     "lightningdit_1p0b1_sfd": _SFD,
     "lightningdit_xl1": {"data.cache", "latents", "images", "seed"},
     "vae_f16d32": _VAE,
-    "vae_f8d4": _VAE | {"train.steps", "train.batch_size", "length", "counter"},
+    "vae_f8d4": _VAE | {"data.crop", "train.steps", "train.batch_size", "length", "counter"},
     "send_vae": {
         "method.reconstruction",
+        "method.adversarial.weights",
         "method.adversarial.optimiser.learning_rate",
         "train.optimiser.betas",
         "train.optimiser.weight_decay",
