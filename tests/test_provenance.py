@@ -1,7 +1,9 @@
 """Recipes at the papers' settings say of each setting where it comes from; ``recipes`` tells."""
 
 import json
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -218,19 +220,21 @@ def test_runs_of_recipes_of_one_name_go_into_folders_of_their_own(monkeypatch, t
     assert run_name(tmp_path / "send_vae.yaml") == "send_vae"
 
 
-def test_recipes_of_an_installation_are_found_where_its_list_of_files_says(tmp_path, monkeypatch):
-    """As ``pip install --target site`` leaves them, beside a stranger's folder of recipes."""
-    site, data = tmp_path / "site", tmp_path / "data/share/semtok/recipes"
-    (tmp_path / "recipes").mkdir()
-    data.mkdir(parents=True)
-    (data / "dit.yaml").touch()
+@pytest.mark.parametrize("data", ["", "site"])
+def test_recipes_of_an_installation_are_found(data, tmp_path, monkeypatch):
+    """As ``pip install --user`` leaves them, where the list of files says; and as ``--target`` does, beside the package
+    and with a list that is no longer right. A stranger's folder of recipes lies near."""
+    site, lies = tmp_path / "lib/site", tmp_path / "lib" / data / "share/semtok/recipes"
+    (tmp_path / "lib/recipes").mkdir(parents=True)
+    lies.mkdir(parents=True)
+    (lies / "dit.yaml").touch()
     (site / "semtok-9.0.dist-info").mkdir(parents=True)
     (site / "semtok-9.0.dist-info/METADATA").write_text("Name: semtok\nVersion: 9.0\n")
-    record = "semtok/references.py,,\n../data/share/semtok/recipes/dit.yaml,,\n"
+    record = "semtok/references.py,,\n../share/semtok/recipes/dit.yaml,,\n"
     (site / "semtok-9.0.dist-info/RECORD").write_text(record)
     monkeypatch.setattr(references, "__file__", str(site / "semtok/references.py"))
     monkeypatch.syspath_prepend(site)
-    assert recipe_folder() == data.resolve()
+    assert recipe_folder().resolve() == lies.resolve()
 
 
 # The command -------------------------------------------------------------------------------------
@@ -264,6 +268,16 @@ def test_diff_tells_settings_official_values_and_reasons(capsys):
     assert {"name": "method.reconstruction", "value": "l1"}.items() <= content["settings"][
         0
     ].items()
+
+
+def test_what_is_read_no_further_ends_quietly(monkeypatch):
+    """As under ``| head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert command.main(["diff", "send_vae"]) == 141
+        closed.flush()
 
 
 def test_diff_of_a_laptops_recipe_says_which_have_one(capsys):

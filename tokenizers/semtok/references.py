@@ -86,18 +86,18 @@ def is_hub_id(reference: str) -> bool:
 def recipe_folder() -> Path | None:
     """Where the embedded recipes lie: in the checkout, or where the wheel put them.
 
-    What was installed with ``--user`` or ``--target`` lies elsewhere than this Python's own data: the wheel's list of
-    files tells.
+    Of ``pip install --user`` the wheel's list of files tells; ``--target`` puts them beside the package.
     """
     source = Path(__file__).parents[1]
     # A folder of that name beside site-packages is somebody else's.
     candidates = [source.parent / "recipes"] if source.name == "tokenizers" else []
-    candidates += _installed_recipes()
-    candidates.append(Path(sysconfig.get_path("data")) / "share" / "semtok" / "recipes")
+    candidates += _listed_recipes()
+    for data in (source, Path(sysconfig.get_path("data"))):
+        candidates.append(data / "share" / "semtok" / "recipes")
     return next((folder for folder in candidates if folder.is_dir()), None)
 
 
-def _installed_recipes() -> list[Path]:
+def _listed_recipes() -> list[Path]:
     try:
         listed = metadata.files("semtok") or []
     except metadata.PackageNotFoundError:

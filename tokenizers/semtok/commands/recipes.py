@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import os
 import shutil
+import signal
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -48,28 +51,31 @@ def main(arguments: Sequence[str]) -> int:
         )
     copy.add_argument("folder", type=Path, metavar="FOLDER")
     args = parser.parse_args(arguments)
-    args.command(args)
+    try:
+        print(args.command(args), flush=True)
+    except BrokenPipeError:  # whoever reads has seen enough, as head has
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return 0
 
 
-def _list(args: argparse.Namespace) -> None:
+def _list(args: argparse.Namespace) -> str:
     known = embedded_recipes()
     if not known:
         raise UserError("no recipes folder beside the library; install semtok again")
     titles = {name: read_title(path) for name, path in known.items()}
     if args.json:
-        print(json.dumps(titles, indent=2, ensure_ascii=False))
-        return
+        return json.dumps(titles, indent=2, ensure_ascii=False)
     width = max(map(len, titles))
-    for name, title in titles.items():
-        print(f"{name:<{width}}  {title}")
+    return "\n".join(f"{name:<{width}}  {title}" for name, title in titles.items())
 
 
-def _show(args: argparse.Namespace) -> None:
-    print(_published(args.name).read_text(encoding="utf-8"), end="")
+def _show(args: argparse.Namespace) -> str:
+    return _published(args.name).read_text(encoding="utf-8").rstrip("\n")
 
 
-def _copy(args: argparse.Namespace) -> None:
+def _copy(args: argparse.Namespace) -> str:
     path = _published(args.name)
     target = args.folder / path.name
     if target.exists():
@@ -77,10 +83,10 @@ def _copy(args: argparse.Namespace) -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     with new_file(target) as temporary:
         shutil.copyfile(path, temporary)
-    print(f"recipe: {target}")
+    return f"recipe: {target}"
 
 
-def _diff(args: argparse.Namespace) -> None:
+def _diff(args: argparse.Namespace) -> str:
     path = _published(args.name)
     if "\n# Differs:" not in path.read_text(encoding="utf-8"):
         raise UserError(
@@ -89,16 +95,14 @@ def _diff(args: argparse.Namespace) -> None:
     found = read_provenance(path)
     kinds: tuple[Kind, ...] = tuple(_HEADINGS) if args.all else ("ours", "closest choice")
     if args.json:
-        print(json.dumps(_as_json(found, kinds), indent=2, ensure_ascii=False))
-        return
-    print(f"{path}\n{found.title}")
+        return json.dumps(_as_json(found, kinds), indent=2, ensure_ascii=False)
+    lines = [str(path), found.title]
     for kind in kinds:
-        _print_block(_HEADINGS[kind], [_told(setting) for setting in found.of_kind(kind)])
-    _print_block("differs beside the settings", [_told_fact(fact) for fact in found.differs])
-    _print_block("unknown beside the settings", [_told_fact(fact) for fact in found.unknown])
-    print("\nsources")
-    for tag, source in found.sources.items():
-        print(f"  [{tag}] {source}")
+        lines += _block(_HEADINGS[kind], [_told(setting) for setting in found.of_kind(kind)])
+    lines += _block("differs beside the settings", [_told_fact(fact) for fact in found.differs])
+    lines += _block("unknown beside the settings", [_told_fact(fact) for fact in found.unknown])
+    sources = [f"  [{tag}] {source}" for tag, source in found.sources.items()]
+    return "\n".join([*lines, "", "sources", *sources])
 
 
 def _as_json(found: Provenance, kinds: Sequence[Kind]) -> dict[str, Any]:
@@ -120,15 +124,16 @@ def _told_fact(fact: Fact) -> tuple[str, str]:
     return fact.about, fact.text
 
 
-def _print_block(heading: str, told: Sequence[tuple[str, str]]) -> None:
+def _block(heading: str, told: Sequence[tuple[str, str]]) -> list[str]:
     """A heading with the number of what follows, then each with its reason beside it, or below where that is long."""
-    print(f"\n{heading}: {len(told) or 'none'}")
+    lines = ["", f"{heading}: {len(told) or 'none'}"]
     for line, why in told:
         if len(line) + len(why) < _WIDTH - 5:
-            print(f"  {line}   {why}")
+            lines.append(f"  {line}   {why}")
             continue
-        print(f"  {line}")
-        print(textwrap.fill(why, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        lines.append(f"  {line}")
+        lines += textwrap.wrap(why, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return lines
 
 
 def _published(name: str) -> Path:
