@@ -318,7 +318,7 @@ DIFFERENCES = {
     "sit_b2_redi": {"data.cache", "images", "seed"},
     "reglue": {"train.schedule", "train.num_statistics_images", "batch norm", "validation"},
     "reg": {"images"},
-    "redi": {"train.num_statistics_images", "components", "signs"},
+    "redi": {"train.num_statistics_images", "signs"},
     "semvae": {"data.crop", "warm-up", "train.batch_size", "batch"},
     "lightningdit_b1_sfd": _SFD,
     "lightningdit_b1_sfd_guide": _SFD,

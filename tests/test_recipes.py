@@ -113,9 +113,9 @@ def at_toy_size(content: dict[str, Any]) -> dict[str, Any]:
     """A recipe with its method's settings, but with data, teacher and length of a test."""
     toy = tiny.content(steps=2, log_every=1)
     content["data"], content["teacher"] = toy["data"], toy["teacher"]
-    content["train"]["accumulate"] = 1 if content["train"].get("accumulate", 1) == 1 else 2
-    for key in ("memory", "export_at"):  # of a step and a run of full size
-        content["train"].pop(key, None)
+    accumulate = content["train"].get("accumulate", 1)
+    content["train"]["accumulate"] = accumulate if accumulate == "auto" else min(accumulate, 2)
+    content["train"].pop("export_at", None)
     learns = content["train"]["steps"] > 0
     for key in toy["train"].keys() - {"optimiser", "ema_decay", "schedule"}:
         if key not in ("steps", "warmup_steps") or learns:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from semtok.commands import around_training
 from semtok.commands.cli import Parser
@@ -128,6 +129,17 @@ def check_dit(
     """
     check_run_folder(folder, recipe, resume=resume)
     check_launch(recipe.train)
+    return plan_dit(recipe, folder, resume=resume, place=place)
+
+
+def plan_dit(
+    recipe: DiffusionRecipe[Any], folder: Path, *, resume: bool, place: str
+) -> GeneratorPlan:
+    """``check_dit`` without checking that this folder and this machine can take the run.
+
+    Raises:
+        UserError: see there.
+    """
     stored = stored_latents(recipe.data)
     images = open_sources(recipe.data) if stored is None else None
     teacher = Teacher(recipe.teacher) if _needs_teacher(recipe) and stored is None else None
@@ -179,15 +191,20 @@ def run_dit(plan: GeneratorPlan) -> Generator:
         if accelerator.is_main_process:
             keep_tokenizer(tokenizer, folder / _TOKENIZER)
 
-    averaged = trainer.run()
+    def export_on_the_way(module: nn.Module, step: int) -> None:
+        target = around_training.export_at(folder, step)
+        if around_training.is_export(target):
+            return
+        early = objective.generator(module)
+        early.training_info = training_info(recipe, sources[0], step, {})
+        with together():
+            if accelerator.is_main_process:
+                early.save_pretrained(target, pictures=around_training.card_pictures(folder))
+
+    averaged = trainer.run(export_on_the_way)
     metrics = trainer.validate()
     generator = objective.generator(averaged)
-    generator.training_info = {
-        "data": sources[0].name,
-        "metrics": metrics,
-        "steps": trainer.step,
-        "recipe": json.loads(recipe.model_dump_json()),
-    }
+    generator.training_info = training_info(recipe, sources[0], trainer.step, metrics)
     with together():
         if accelerator.is_main_process:
             pictures = around_training.card_pictures(folder)
@@ -195,6 +212,18 @@ def run_dit(plan: GeneratorPlan) -> Generator:
             seconds = time.perf_counter() - start
             around_training.summarise(trainer, metrics, folder, "generator", total_seconds=seconds)
     return generator
+
+
+def training_info(
+    recipe: DiffusionRecipe[Any], train: ImageSource, step: int, metrics: dict[str, float]
+) -> dict[str, Any]:
+    """What a generator's export says of its training up to a step."""
+    return {
+        "data": train.name,
+        "metrics": metrics,
+        "steps": step,
+        "recipe": json.loads(recipe.model_dump_json()),
+    }
 
 
 def build_diffusion_objective(
