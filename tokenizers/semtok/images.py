@@ -5,6 +5,7 @@ uint8 tensors in [0, 255] and PIL images.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 Images = Tensor | Image.Image | Sequence[Image.Image]
+Uint8Rule = Literal["round", "truncate"]
+"""How pixels become uint8: to the nearest level, or to the next lower one."""
 
 
 def to_pixels(images: Images, device: torch.device | str | None = None) -> Tensor:
@@ -58,9 +61,15 @@ def to_pixels(images: Images, device: torch.device | str | None = None) -> Tenso
     return images
 
 
-def to_uint8(pixels: Tensor) -> Tensor:
-    """Rounds pixels in [-1, 1] to uint8 in [0, 255]; values outside are clamped."""
-    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+def to_uint8(pixels: Tensor, rule: Uint8Rule = "round") -> Tensor:
+    """Turns pixels in [-1, 1] into uint8 in [0, 255]; values outside are clamped.
+
+    Args:
+        rule: ``round`` as SiT, SFD and LightningDiT write samples (127.5 x + 128, cut off); ``truncate`` as
+            REPA, REG and REGLUE do (255 (x + 1) / 2, cut off), half a level darker on average.
+    """
+    levels = ((pixels.float() + 1) * 127.5).clamp(0, 255)
+    return (levels.round() if rule == "round" else levels).to(torch.uint8)
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:

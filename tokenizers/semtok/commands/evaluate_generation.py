@@ -3,7 +3,7 @@
 import argparse
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
@@ -36,10 +36,11 @@ from semtok.evaluation.image_sets import (
     labels_for,
 )
 from semtok.evaluation.inception import check_torch_fidelity, load_inception
+from semtok.images import Uint8Rule
 from semtok.storage import cache_folder
 
 _DRAWING = (
-    *("num", "labels", "seed", "method", "steps"),
+    *("num", "labels", "seed", "uint8", "method", "steps"),
     *("guidance", "interval", "precision", "compile"),
 )
 
@@ -72,6 +73,11 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
         help="each class equally often (the default), or drawn at random; published scores differ by it",
     )
     task.add_argument("--seed", type=int, help="of the images; default: 0")
+    task.add_argument(
+        "--uint8",
+        choices=get_args(Uint8Rule),
+        help="how images become uint8: rounded (the default), or truncated as REPA does",
+    )
     add_sampler_options(task)
     options.add_teacher_options(task, "whose features FD-<teacher> compares")
     task.add_argument(
@@ -156,6 +162,7 @@ def _check_options(args: argparse.Namespace) -> None:
     args.num = 2000 if args.num is None else args.num
     args.seed = 0 if args.seed is None else args.seed
     args.labels = args.labels or "balanced"
+    args.uint8 = args.uint8 or "round"
     if min(args.num, args.num_reference) < 2:
         raise UserError("--num and --num-reference must be at least 2")
     if args.save_reference is not None and args.save_reference.suffix != ".npz":
@@ -189,10 +196,13 @@ def _generated(
         "images": args.model,
         "labels": args.labels,
         "seed": args.seed,
+        "uint8": args.uint8,
         "sampler": sampler.model_dump(mode="json"),
         "precision": args.precision or "fp32",
     }
-    images = images_of_generator(generator, labels, seed=args.seed, sampler=sampler)
+    images = images_of_generator(
+        generator, labels, seed=args.seed, sampler=sampler, uint8=args.uint8
+    )
     return images, about, options.data_trained_on(args.model, generator)
 
 

@@ -6,30 +6,44 @@ import math
 import os
 import shutil
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from einops import rearrange
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from semtok.commands import sample_pack
 from semtok.commands.cli import Parser, add_plugin_option
+from semtok.commands.sample_set import (
+    Drawing,
+    check_same,
+    draw_set,
+    image_name,
+    is_free,
+    protocol_of,
+)
 from semtok.commands.sampler_options import add_sampler_options, sampler_from, sped_up
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
-from semtok.images import to_uint8
+from semtok.evaluation.drawn_sets import image_files, read_images, read_protocol, write_archive
+from semtok.evaluation.image_sets import labels_for
+from semtok.images import Uint8Rule
 from semtok.pictures import write_png
-from semtok.processes import gather, num_processes, process_index, progress, together
+from semtok.processes import gather, process_index, progress, together
 from semtok.registry import load_plugins
 from semtok.sampler.sampling import SamplerConfig
-from semtok.storage import new_file
+
+_PACK = "'sample pack FOLDER FILE.npz' packs a folder of images as ADM's evaluation reads it."
+_PARTS = ".parts"
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="sample", description=__doc__)
+    parser = Parser(prog="sample", description=__doc__, epilog=_PACK)
     parser.add_argument("model", help="folder, run name or Hub id of a generator")
     parser.add_argument(
         "--classes",
@@ -49,9 +63,24 @@ def _parser() -> Parser:
         help="show sampling over time, one image a row, its semantic part below; to FILE.png",
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images")
-    parser.add_argument("--batch-size", type=int, default=32, help="changes speed, not images")
     parser.add_argument(
-        "--output", type=Path, required=True, help="FILE.png (a grid), FILE.npz, or a folder"
+        "--labels",
+        choices=("balanced", "random"),
+        help="classes take turns (the default), or each image's is drawn; published scores differ by it",
+    )
+    parser.add_argument(
+        "--uint8",
+        choices=get_args(Uint8Rule),
+        help="how images become uint8: rounded (the default), or truncated as REPA does",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help="default: 32; images differ by rounding, speed by much"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="FILE.png (a grid), FILE.npz, or a folder; the same command goes on with one that was interrupted",
     )
     add_plugin_option(parser)
     return parser
@@ -59,126 +88,106 @@ def _parser() -> Parser:
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
+    if arguments and arguments[0] == "pack":
+        return sample_pack.main(arguments[1:])
     args = _parser().parse_args(arguments)
     load_plugins(args.plugin)
     kind = _check_output(args.output)
-    generator = sped_up(Generator.from_pretrained(args.model), args)
-    weak = sped_up(Generator.from_pretrained(args.weak), args) if args.weak else None
+    _check_options(args)
+    generator = Generator.from_pretrained(args.model)
+    weak = Generator.from_pretrained(args.weak) if args.weak else None
     sampler = sampler_from(args, generator)
     classes = _classes(args.classes, generator)
     num = args.num if args.num is not None else 4 * len(classes)
-    if min(num, args.batch_size) < 1:
+    size = args.batch_size if args.batch_size is not None else 32
+    if min(num, size) < 1:
         raise UserError("--num and --batch-size must be at least 1")
     if weak is not None and all(
         sampler.guidance.scale_of(p.name) == 1 for p in generator.network.spec.parts
     ):
         raise UserError("--weak needs a guidance scale other than 1; give --guidance W")
-    # Classes take turns, so that any share of the set is balanced: Inception Score reads it in
-    # consecutive parts.
-    labels = [classes[i % len(classes)] for i in range(num)]
+    balanced = args.labels != "random"
+    places = labels_for(num, len(classes), balanced=balanced, seed=args.seed)
+    labels = [classes[place] for place in places]
 
     if args.strip is not None:
+        generator = sped_up(generator, args)
         _strip(args, generator, sampler, labels if args.num is not None else classes[:4])
-    else:
-        _draw(args, generator, weak, sampler, labels, kind)
+        return 0
+    drawing = Drawing(
+        generator, weak, sampler, labels, args.seed, size, uint8=args.uint8 or "round"
+    )
+    _draw(args, drawing, protocol_of(drawing, args, classes), kind)
     return 0
 
 
-def _draw(
-    args: argparse.Namespace,
-    generator: Generator,
-    weak: Generator | None,
-    sampler: SamplerConfig,
-    labels: list[int],
-    kind: str,
-) -> None:
-    """Draws the set, each process its share of the batches, and writes it as ``kind`` says."""
+def _draw(args: argparse.Namespace, drawing: Drawing, protocol: dict[str, Any], kind: str) -> None:
+    """Draws the set, each process its share of the batches, and makes of it what ``kind`` says."""
+    if kind == "npz" and args.output.exists():
+        check_same(args.output, read_protocol(args.output) or {}, protocol)
+        print(f"{args.output}: is there already, whole")
+        return
     state = PartialState(cpu=not torch.cuda.is_available())
-    generator.to(state.device)
-    weak = weak.to(state.device) if weak is not None else None
-    num = len(labels)
-    size = args.batch_size
-    num_batches = math.ceil(math.ceil(num / size) / num_processes())  # of each process
-    share = range(num)[process_index() * num_batches * size :][: num_batches * size]
-    with (
-        together(),
-        _writer(args.output, kind, labels, generator.image_size) as write,
-        progress("sampling", num) as advance,
-    ):
-        for first in range(0, num_batches * size, size):
-            gather(None)
-            batch = share[first : first + size]
-            if batch:
-                own = [labels[i] for i in batch]
-                try:
-                    pixels = generator.sample(
-                        own, seed=args.seed, first=batch[0], sampler=sampler, weak=weak
-                    )
-                except ValueError as error:
-                    raise UserError(str(error)) from None
-                write(batch[0], to_uint8(pixels).cpu())
-            advance(min(size * num_processes(), num - first * num_processes()))
-    if state.is_main_process:
-        names = [_name(generator, label) for label in dict.fromkeys(labels)]
-        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-        print(f"{num} images of {shown}: {args.output}")
+    for generator in (drawing.generator, drawing.weak):
+        if generator is not None:
+            sped_up(generator.to(state.device), args)
+    output: Path = args.output
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(together())
+        folder = output
+        if kind == "npz":
+            folder = output.with_name(f"{output.name}{_PARTS}")
+        elif kind == "grid":
+            folder = stack.enter_context(_passing_folder(output))
+        draw_set(drawing, folder, protocol)
+        gather(None)  # all are written
+        if kind == "grid" and state.is_main_process:
+            write_png(output, _grid(folder, drawing.labels, drawing.generator.image_size))
+    if not state.is_main_process:
+        return  # the others need not wait while the first packs
+    if kind == "npz":
+        _pack(folder, output)
+    names = [_name(drawing.generator, label) for label in dict.fromkeys(drawing.labels)]
+    shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    print(f"{len(drawing.labels)} images of {shown}: {output}")
+
+
+def _pack(folder: Path, output: Path) -> None:
+    """Makes an archive of a folder of the command's own, and removes it."""
+    # Inside, where what a killed process leaves of it is removed when it goes on.
+    with progress("packing", len(image_files(folder))) as advance:
+        write_archive(folder / output.name, folder, progress=advance)
+    (folder / output.name).replace(output)
+    shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
-def _writer(
-    output: Path, kind: str, labels: list[int], image_size: tuple[int, int]
-) -> Iterator[Callable[[int, Tensor], None]]:
-    """Gives a function that takes uint8 images (B, 3, H, W) and the number of the first; at the end they are in
-    ``output``. Each process writes its own, in order; none holds more than a batch."""
-    if kind == "folder":
-
-        def write(first: int, images: Tensor) -> None:
-            for i, image in enumerate(images, start=first):
-                write_png(output / f"{i:06d}.png", image)
-
-        yield write
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    made = (
-        None if process_index() else tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent)
-    )
+def _passing_folder(output: Path) -> Iterator[Path]:
+    """A folder for what is no longer wanted at the end, the same in all processes."""
+    made = None
+    if not process_index():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        made = tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent)
     try:
-        parts = Path(gather(made)[0])
-        with (parts / f"{process_index():06d}").open("wb") as part:
-            yield lambda _, images: part.write(images.permute(0, 2, 3, 1).numpy().tobytes())
-        gather(None)  # all are written
-        if made is not None:
-            _assemble(sorted(parts.iterdir()), labels, image_size, output, kind)
+        yield Path(gather(made)[0])
     finally:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
 
 
-def _assemble(
-    parts: list[Path], labels: list[int], image_size: tuple[int, int], output: Path, kind: str
-) -> None:
-    """Writes the output from the processes' parts, uint8 (N, H, W, 3), which follow one another."""
-    shape = (len(labels), *image_size, 3)
-    if kind == "npz":
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        with new_file(output) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for part in parts:
-                    with part.open("rb") as content:
-                        shutil.copyfileobj(content, file)
-            with archive.open("arr_1.npy", "w") as file:
-                np.lib.format.write_array(file, np.array(labels, dtype=np.int64))
-        return
-    # In a grid each class stands together, as many classes in a row as make it about square.
+def _grid(folder: Path, labels: list[int], image_size: tuple[int, int]) -> Tensor:
+    """All images of a folder as one picture, uint8 (3, H, W).
+
+    Each class stands together, as many classes in a row as make it about square.
+    """
     order = sorted(range(len(labels)), key=lambda i: labels[i])
     per_class, rest = divmod(len(labels), len(set(labels)))
     columns = max(1, round(len(labels) ** 0.5 / per_class)) * per_class
     if rest or len(set(labels)) == 1:
         columns = math.ceil(len(labels) ** 0.5)
-    content = np.concatenate([np.fromfile(part, np.uint8) for part in parts])  # as the grid does
-    images = torch.from_numpy(content.reshape(shape)).permute(0, 3, 1, 2)
-    write_png(output, make_grid(images[order], nrow=columns, padding=2, pad_value=255))
+    images = np.stack(list(read_images(folder, [image_name(i) for i in order], image_size)))
+    pixels = rearrange(torch.from_numpy(images), "n h w c -> n c h w")
+    return make_grid(pixels, nrow=columns, padding=2, pad_value=255)
 
 
 def _strip(
@@ -195,16 +204,26 @@ def _strip(
 
 
 def _check_output(output: Path) -> str:
-    """``grid``, ``npz`` or ``folder``; refuses to write over anything."""
+    """``grid``, ``npz`` or ``folder``; refuses to write over anything but a set of its own, which may go on."""
     parent = next(p for p in output.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--output {output}: {parent} is no folder that can be written to")
     kind = {".png": "grid", ".npz": "npz"}.get(output.suffix.lower(), "folder")
     if kind == "folder" and output.suffix:
         raise UserError(f"--output {output}: expected FILE.png, FILE.npz or a folder")
-    if output.is_dir() and any(output.iterdir()) or output.is_file():
+    begun = kind != "grid" and output.exists() and read_protocol(output) is not None
+    is_new = is_free(output) if output.is_dir() and kind == "folder" else not output.exists()
+    if not begun and not is_new:
         raise UserError(f"--output {output}: exists already; choose another or remove it")
     return kind
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuses what would have no effect."""
+    sets = {"--labels": args.labels, "--uint8": args.uint8, "--batch-size": args.batch_size}
+    without_effect = [option for option, value in sets.items() if value is not None]
+    if args.strip is not None and without_effect:
+        raise UserError(f"{without_effect[0]}: goes with a set of images, not with --strip")
 
 
 def _classes(words: list[str] | None, generator: Generator) -> list[int]:

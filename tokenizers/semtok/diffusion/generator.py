@@ -1,5 +1,7 @@
 """Generator: a trained diffusion transformer with its tokenizer, from class labels to images."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -245,6 +247,16 @@ class Generator(PushToHub, nn.Module):
                 raise ValueError(f"the weak model has other {what} than this one")
         if not self.tokenizer.means_the_same(weak.tokenizer):
             raise ValueError("the weak model was trained on another tokenizer's latents")
+
+    def digest(self) -> str:
+        """Twelve hex digits (of SHA-256) of what images follow from beside sampler, seed and labels: weights,
+        statistics, path and times. They are those of every copy."""
+        meaning = [self.network.spec.to_dict(), self.image_size, self.config.path, self.shift]
+        hashed = hashlib.sha256(json.dumps([*meaning, dict(self.schedule.starts)]).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            hashed.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return hashed.hexdigest()[:12]
 
     # Files --------------------------------------------------------------------------------------
 

@@ -4,26 +4,29 @@ import contextlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from semtok.data.images.folder import Folder, Names
 from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
-from semtok.images import to_uint8
+from semtok.evaluation.drawn_sets import (
+    IMAGES_KEY,
+    check_complete,
+    image_files,
+    image_size_of,
+    read_protocol,
+)
+from semtok.images import Uint8Rule, to_uint8
 from semtok.sampler.sampling import SamplerConfig
 from semtok.storage import DAMAGE, first_line
-
-_IMAGES_KEY = "arr_0"
-_ORIENTATION = 0x0112  # of EXIF
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class ImageSet:
         name: where they come from, in a few words.
         identity: what they are, for caches.
         open: begins a pass: uint8 batches (B, 3, H, W).
+        protocol: how ``sample`` drew them, where the set says so.
     """
 
     name: str
@@ -41,6 +45,7 @@ class ImageSet:
     num_images: int
     image_size: tuple[int, int]
     open: Callable[[], Iterator[Tensor]]
+    protocol: dict[str, Any] | None = None
 
 
 def images_of_source(source: ImageSource, num_images: int, *, batch_size: int = 64) -> ImageSet:
@@ -66,34 +71,30 @@ def images_of_folder(path: Path, image_size: tuple[int, int] | None = None) -> I
         image_size: (height, width) to crop to, as ADM does; None: they must be of one size.
 
     Raises:
-        UserError: no images there, or of several sizes.
+        UserError: no images there, of several sizes, or fewer than its protocol tells of.
     """
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-    if not files:
+    names = image_files(path)
+    if not names:
         raise UserError(f"{path}: no images there")
-    size = image_size or _common_size(files)
+    protocol = read_protocol(path)
+    check_complete(path, len(names), protocol)
+    size = image_size or _common_size(path, names)
     source = Folder(
         path,
-        Names([file.relative_to(path).as_posix() for file in files]),
-        np.arange(len(files)),
-        torch.zeros(len(files), dtype=torch.int64),
+        Names(names),
+        np.arange(len(names)),
+        torch.zeros(len(names), dtype=torch.int64),
         class_names=(path.name,),
         image_size=size,
         flip=False,
     )
-    return images_of_source(source, len(source))
+    return replace(images_of_source(source, len(source)), protocol=protocol)
 
 
-def _common_size(files: Sequence[Path]) -> tuple[int, int]:
+def _common_size(folder: Path, names: Sequence[str]) -> tuple[int, int]:
     sizes: dict[tuple[int, int], Path] = {}
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                turned = image.getexif().get(_ORIENTATION, 1) >= 5  # as cameras note it
-                size = (image.width, image.height) if turned else (image.height, image.width)
-                sizes.setdefault(size, file)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{file}: can't be read as an image ({first_line(error)})") from None
+    for name in names:
+        sizes.setdefault(image_size_of(folder / name), folder / name)
         if len(sizes) > 1:
             (a, one), (b, other) = sizes.items()
             raise UserError(
@@ -112,7 +113,7 @@ def images_of_npz(path: Path, *, batch_size: int = 64) -> ImageSet:
         shape, fortran, dtype = _header(file)
     if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran or not shape[0]:
         raise UserError(
-            f"{path}: {_IMAGES_KEY} is {dtype} {shape}; expected uint8 (N, height, width, 3)"
+            f"{path}: {IMAGES_KEY} is {dtype} {shape}; expected uint8 (N, height, width, 3)"
         )
     num, height, width, _ = shape
 
@@ -128,7 +129,8 @@ def images_of_npz(path: Path, *, batch_size: int = 64) -> ImageSet:
 
     state = path.stat()
     identity = f"{path.absolute()} {state.st_size} {state.st_mtime_ns}"
-    return ImageSet(f"{path.name}, {num} images", identity, num, (height, width), batches)
+    name, size = f"{path.name}, {num} images", (height, width)
+    return ImageSet(name, identity, num, size, batches, read_protocol(path))
 
 
 def images_of_generator(
@@ -138,13 +140,15 @@ def images_of_generator(
     seed: int,
     sampler: SamplerConfig | None = None,
     batch_size: int = 64,
+    uint8: Uint8Rule = "round",
 ) -> ImageSet:
-    """What a generator draws for these labels, rounded to uint8 as files hold it."""
+    """What a generator draws for these labels, as uint8 as files hold it."""
 
     def batches() -> Iterator[Tensor]:
         for first in range(0, len(labels), batch_size):
             own = labels[first : first + batch_size]
-            yield to_uint8(generator.sample(own, seed=seed, first=first, sampler=sampler))
+            pixels = generator.sample(own, seed=seed, first=first, sampler=sampler)
+            yield to_uint8(pixels, uint8)
 
     return ImageSet("generated", "", len(labels), generator.image_size, batches)
 
@@ -162,9 +166,9 @@ def labels_for(num_images: int, num_classes: int, *, balanced: bool, seed: int) 
 
 
 def _member(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipExtFile:
-    name = f"{_IMAGES_KEY}.npy"
+    name = f"{IMAGES_KEY}.npy"
     if name not in archive.namelist():
-        raise UserError(f"{path}: holds no {_IMAGES_KEY}; expected an archive as ADM's samples")
+        raise UserError(f"{path}: holds no {IMAGES_KEY}; expected an archive as ADM's samples")
     return archive.open(name)
 
 
