@@ -121,7 +121,7 @@ def test_files_that_are_no_checkpoints(tmp_path, monkeypatch):
     torch.save({"ema": [1, 2]}, "list.pt")
     Path("text.pt").write_text("hello")
     for name, words in (
-        ("evil.pt", "it would run or build something .* is refused"),
+        ("evil.pt", "it would run or build '.*mkdir' .* is refused"),
         ("saved.pt", "it would run or build '.*mkdir' .* is refused"),
         ("list.pt", "holds no state dict"),
         ("text.pt", "can't be read as a checkpoint"),

@@ -22,7 +22,8 @@ from semtok.commands import hub
 from semtok.commands.cli import run
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.hub.formats import open_checkpoint
-from semtok.hub.imports import ImportOptions, import_checkpoint
+from semtok.hub.imports import import_checkpoint
+from semtok.hub.job import ImportOptions
 from semtok.hub.modules import load_module, save_module
 from semtok.methods.reglue import Compressor, CompressorShape
 from semtok.methods.semvae import SemVAE, SemVAEShape
@@ -96,7 +97,9 @@ def test_parity_kits_are_recognised_and_come_back_as_they_were(folder, tmp_path)
     # Not a tensor of the imported weights, and no entry beside them, goes without a word.
     checkpoint = open_checkpoint(file)
     entries = set(checkpoint.content) - {checkpoint.nest} if checkpoint.nest else set()
-    assert set(checkpoint.state) | entries - {"vae"} <= set(imported.became)
+    said = checkpoint.settings
+    assert set(checkpoint.state) | entries - {"vae", said.entry} <= set(imported.became)
+    assert set(said.became()) <= set(imported.became)
 
 
 # Files in those formats, made here ---------------------------------------------------------------

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from parity import Kit, kits, load_kit
 from semtok.hub.formats import open_checkpoint, read_statistics
-from semtok.hub.import_coder import import_compressor, import_semvae, semvae_heads
+from semtok.hub.import_coder import import_compressor, import_semvae, read_semvae
 from semtok.methods.composite import feature_cosine
 from semtok.methods.reglue import Compressor
 from semtok.methods.semvae import SemVAE, cosine_loss
@@ -117,7 +117,7 @@ def coder(kit: Kit) -> SemVAE:
     checkpoint, weights = (
         open_checkpoint(kit.folder / files[f]) for f in ("checkpoint", "weights")
     )
-    heads = semvae_heads(checkpoint.content)
+    heads = read_semvae(checkpoint.settings)
     ours = import_semvae(checkpoint.state, place="checkpoint", heads=heads)
     assert ours.shape.heads == kwargs["transformer_heads"], "read from the settings in the file"
     bare = import_semvae(weights.state, place="weights", heads=ours.shape.heads)

@@ -13,7 +13,8 @@ from semtok.diffusion.training import squared_error
 from semtok.hub.formats import open_checkpoint, read_statistics
 from semtok.hub.import_dit import ImportedDiT, import_dit, our_name
 from semtok.hub.import_vae import our_name as our_vae_name
-from semtok.hub.imports import ImportOptions, import_checkpoint
+from semtok.hub.imports import import_checkpoint
+from semtok.hub.job import ImportOptions
 from semtok.images import to_pixels
 from semtok.methods.adversarial import PatchDiscriminator, hinge_loss
 from semtok.methods.vae import kl_loss, reconstruction_loss

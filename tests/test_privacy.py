@@ -21,7 +21,8 @@ from semtok.commands import evaluate, hub
 from semtok.commands.cli import run
 from semtok.commands.train_dit import train_dit
 from semtok.commands.train_tokenizer import train_tokenizer
-from semtok.hub.imports import ImportOptions, import_checkpoint
+from semtok.hub.imports import import_checkpoint
+from semtok.hub.job import ImportOptions
 from semtok.methods.vae import KLTokenizer
 from semtok.privacy import first_left_out, fit_to_show
 from semtok.publish import push_export

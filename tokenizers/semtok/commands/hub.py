@@ -18,7 +18,8 @@ from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
 from semtok.hub.export_pipeline import export_pipeline
 from semtok.hub.formats import Format
-from semtok.hub.imports import ImportOptions, import_checkpoint
+from semtok.hub.imports import import_checkpoint
+from semtok.hub.job import ImportOptions
 from semtok.publish import check_repo_id, export_files, is_pipeline, push_export
 from semtok.references import locate_export
 from semtok.registry import load_plugins
@@ -76,6 +77,12 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         "default: the statistics file beside PATH",
     )
     parser.add_argument("--image-size", type=int, help="of a coder's images; default: 256")
+    parser.add_argument(
+        "--semantic-channels",
+        type=int,
+        help="how many of a transformer's channels are semantic, where neither --tokenizer nor the file says it; "
+        "components to keep of ReDi's PCA",
+    )
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
     parser.add_argument("--heads", type=int, help="of a network of unpublished width")
     parser.set_defaults(command=_import)
@@ -105,14 +112,16 @@ def _import(args: argparse.Namespace) -> None:
     if args.teacher is not None:
         content = apply_overrides({}, args.teacher)
         teacher = Teacher(parse(TeacherConfig, content, "--teacher"))
-    if min(args.image_size or 1, args.heads or 1) < 1:
-        raise UserError("--image-size and --heads must be at least 1")
+    numbers = (args.image_size, args.heads, args.semantic_channels)
+    if min(number if number is not None else 1 for number in numbers) < 1:
+        raise UserError("--image-size, --heads and --semantic-channels must be at least 1")
     options = ImportOptions(
         weights=args.weights,
         tokenizer=Tokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None,
         teacher=teacher,
         statistics=args.statistics,
         heads=args.heads,
+        semantic_channels=args.semantic_channels,
         image_size=args.image_size,
     )
     imported = import_checkpoint(args.path, args.format, options)

@@ -2,7 +2,10 @@
 
 import argparse
 import collections
+import operator
+import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +20,12 @@ from semtok.storage import DAMAGE, first_line, read_tensors
 Network = TypeVar("Network", bound=nn.Module)
 
 
-class _Inert:
-    """Stands for a class of a settings library whose contents nobody here reads."""
+class StandIn:
+    """Stands for an object of a class that is not loaded: its attributes and nothing else."""
+
+
+class PCAStandIn(StandIn):
+    """Stands for scikit-learn's PCA."""
 
 
 _SETTINGS_CLASSES = (
@@ -32,27 +39,49 @@ _SETTINGS_CLASSES = (
     "omegaconf.nodes.IntegerNode",
     "omegaconf.nodes.StringNode",
 )
+_ARRAYS = ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
 # Beside tensors and plain containers, published files hold arguments (a Namespace, or OmegaConf's
-# objects) and statistics as numpy arrays. Nothing else is admitted.
+# objects), statistics as numpy arrays, and a PCA. Nothing else is admitted.
 _ADMITTED: list[Any] = [
     argparse.Namespace,
     collections.defaultdict,
     dict,
-    (_Inert, "typing.Any"),
-    *((_Inert, name) for name in _SETTINGS_CLASSES),
-    (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
-    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    (StandIn, "typing.Any"),
+    *((StandIn, name) for name in _SETTINGS_CLASSES),
+    (PCAStandIn, "sklearn.decomposition._pca.PCA"),
+    *(
+        (operator.attrgetter(name)(np._core), f"numpy.{core}.{name}")
+        for core in ("_core", "core")  # before numpy 2
+        for name in _ARRAYS
+    ),
     np.ndarray,
     np.dtype,
-    *(type(np.dtype(kind)) for kind in (np.float32, np.float64)),
+    *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)),
 ]
 
 
-def read_checkpoint(path: str | Path) -> Any:
-    """What a ``.pt``, ``.pth`` or ``.safetensors`` file holds.
+class _ArrayUnpickler(pickle.Unpickler):
+    """Of pickles that torch did not write: arrays, plain containers, and stand-ins by name."""
 
-    Pickles are read with ``weights_only``: no code in them runs, and a class that is not admitted by
-    name is refused by name.
+    _classes: Mapping[tuple[str, str], Any] = {
+        tuple(name.rsplit(".", 1)): value
+        for value, name in (
+            *(one for one in _ADMITTED if isinstance(one, tuple)),
+            (np.ndarray, "numpy.ndarray"),
+            (np.dtype, "numpy.dtype"),
+        )
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._classes:
+            raise pickle.UnpicklingError(f"weights_only: GLOBAL {module}.{name} is not admitted")
+        return self._classes[module, name]
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """What a ``.pt``, ``.pth``, ``.ckpt``, ``.pkl`` or ``.safetensors`` file holds.
+
+    No code in a pickle runs, and a class that is not admitted by name is refused by name.
 
     Raises:
         UserError: no such file, or one that can't be read so.
@@ -63,9 +92,14 @@ def read_checkpoint(path: str | Path) -> Any:
     if path.suffix == ".safetensors":
         return read_tensors(path)
     try:
+        if not zipfile.is_zipfile(path):  # a plain pickle, or one of torch before 1.6
+            with path.open("rb") as file:
+                content = _ArrayUnpickler(file).load()
+            if isinstance(content, dict):
+                return content
         with torch.serialization.safe_globals(_ADMITTED):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (MemoryError, *DAMAGE) as error:
+    except (MemoryError, TypeError, AttributeError, *DAMAGE) as error:
         if "weights_only" in str(error):  # torch's own advice is to trust the file
             foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = f"'{foreign[1]}'" if foreign else "something"
@@ -92,7 +126,8 @@ def sizes(state: Mapping[str, Tensor], name: str, num: int) -> tuple[int, ...]:
 
 
 def built(build: Callable[[], Network], state: Mapping[str, Tensor], place: str) -> Network:
-    """A network with these weights, in eval mode; nothing is allocated before they are known to fit.
+    """A network with these weights, in eval mode; nothing is allocated before they are known to fit. Weights
+    without contents, on torch's meta device, make a network without contents.
 
     Raises:
         UserError: see ``check_names_and_shapes``.
@@ -100,7 +135,9 @@ def built(build: Callable[[], Network], state: Mapping[str, Tensor], place: str)
     with torch.device("meta"):
         expected = build().state_dict()
     check_names_and_shapes(state, expected, place)
-    network = build()
+    without_contents = any(value.is_meta for value in state.values())
+    with torch.device("meta" if without_contents else "cpu"):
+        network = build()
     network.load_state_dict(state)
     return network.eval()
 
@@ -130,6 +167,8 @@ def _unsound(name: str, value: Tensor) -> str | None:
         return None
     if not value.is_floating_point():
         return f"of {str(value.dtype).removeprefix('torch.')}"
+    if value.is_meta:  # has no contents to look at
+        return None
     return None if bool(value.isfinite().all()) else "not finite"
 
 

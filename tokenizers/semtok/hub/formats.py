@@ -1,7 +1,7 @@
 """Published checkpoint formats: how each is told from the names in a file, and how it is opened."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from semtok.errors import UserError
-from semtok.hub.checkpoints import read_checkpoint, sizes
-from semtok.hub.import_dit import learns_sigma
+from semtok.hub.checkpoints import PCAStandIn, read_checkpoint, sizes
+from semtok.hub.file_settings import FileSettings, read_settings
+from semtok.hub.import_dit import PUBLISHED_SEMANTIC, is_lightningdit, learns_sigma
 from semtok.storage import first_line, read_json
 
 Format = Literal[
     "sit",
+    "redi",
     "repa",
     "reg",
     "reglue",
@@ -24,11 +26,18 @@ Format = Literal[
     "sfd",
     "compvis-vae",
     "reglue-compressor",
+    "redi-pca",
     "semvae",
     "diffusers-vae",
 ]
-DITS: tuple[Format, ...] = ("sit", "repa", "reg", "reglue", "repa-e", "lightningdit", "sfd")
+DITS: tuple[Format, ...] = ("sit", "redi", "repa", "reg", "reglue", "repa-e", "lightningdit", "sfd")
 _NESTS = ("ema", "model", "state_dict", "model_state_dict")
+# What parallel training and compilers put into names; and larger models around the imported one.
+_WRAPPERS = ("module.", "_orig_mod.")
+_AROUND = ("first_stage_model.", "ema_model.", "vae.")
+_SIT_ARGUMENTS = ("loss_weight", "sample_eps", "train_eps")
+_REPA_ARGUMENTS = ("proj_coeff", "weighting")
+_REGLUE_ARGUMENTS = ("feat_channels", "encoder_channel_list", "compression_model_path")
 _STATISTICS_NAMES = (("mean", "std"), ("latents_bias", "latents_scale"))
 
 
@@ -39,23 +48,27 @@ class Checkpoint:
     Attributes:
         content: all that the file holds; of a folder, nothing.
         nest: under which entry the imported weights stand; None: they are the whole file.
-        state: those weights, without the ``module.`` that parallel training puts before names.
+        state: those weights, without what training puts before their names.
+        others: names of tensors beside them that are of other networks.
+        settings: what the file says of its training.
     """
 
     path: Path
     content: Mapping[str, Any]
     nest: str | None
     state: Mapping[str, Tensor]
+    others: tuple[str, ...] = ()
+    settings: FileSettings = field(default_factory=lambda: FileSettings(""))
 
     def beside(self) -> dict[str, str]:
-        """What else is in the file, by entry."""
-        if self.nest is None:
-            return {}
-        return {
+        """What else is in the file, by entry; settings are told one by one."""
+        entries = {} if self.nest is None else self.content
+        beside = {
             str(name): "left out, other weights" if _is_state(value) else "left out, no weights"
-            for name, value in self.content.items()
-            if name != self.nest
+            for name, value in entries.items()
+            if name not in (self.nest, self.settings.entry)
         }
+        return beside | dict.fromkeys(self.others, "left out, of other networks")
 
 
 def open_checkpoint(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Checkpoint:
@@ -70,22 +83,67 @@ def open_checkpoint(path: str | Path, weights: Literal["ema", "model"] = "ema") 
     path = Path(path)
     if path.is_dir():
         return Checkpoint(path, {}, None, {})
-    content = read_checkpoint(path)
+    return checkpoint_of(read_checkpoint(path), path, weights)
+
+
+def checkpoint_of(content: Any, path: Path, weights: Literal["ema", "model"] = "ema") -> Checkpoint:
+    """What a file holds, once it is read.
+
+    Args:
+        content: as it was read; tensors may be without contents, on torch's meta device.
+        path: starts every message.
+
+    Raises:
+        UserError: it has no weights.
+    """
     nests = (weights, *(nest for nest in _NESTS if nest != weights))
     for name in {weights, "ema"}:
         held = content.get(name) if isinstance(content, dict) else None
         if held is not None and not isinstance(held, Tensor) and not _is_state(held):
             raise UserError(f"{path}: '{name}' holds no state dict")
     nest = next((n for n in nests if isinstance(content, dict) and _is_state(content.get(n))), None)
+    if nest is None and is_pca(content):
+        return Checkpoint(path, content, None, {})
     state = content if nest is None else content[nest]
     if not _is_state(state):
         raise UserError(f"{path}: holds no state dict, neither bare nor under {', '.join(_NESTS)}")
     if weights == "model" and nest == "ema":
         raise UserError(f"{path}: holds no 'model' beside 'ema'; leave --weights out")
-    names = {name: name.removeprefix("module.") for name in state}
+    names = {name: unwrapped(name) for name in state}
+    around = next((a for a in _AROUND if any(n.startswith(a) for n in names.values())), None)
+    others: tuple[str, ...] = ()
+    if around is not None:
+        others = tuple(name for name, inner in names.items() if not inner.startswith(around))
+        if weights == "model" and around == "ema_model.":
+            raise UserError(f"{path}: holds averaged weights, 'ema_model.'; leave --weights out")
+        names = {
+            name: unwrapped(inner.removeprefix(around))
+            for name, inner in names.items()
+            if inner.startswith(around)
+        }
     if len(set(names.values())) < len(names):
         raise UserError(f"{path}: holds names with and without 'module.' that mean the same tensor")
-    return Checkpoint(path, content, nest, {names[n]: value for n, value in state.items()})
+    inner_state = {names[n]: value for n, value in state.items() if n in names}
+    settings = read_settings(content, str(path))
+    return Checkpoint(path, content, nest, inner_state, others, settings)
+
+
+def unwrapped(name: str) -> str:
+    """A name without what parallel training and compilers put before it, or before a compiled block's."""
+    before = None
+    while name != before:
+        before = name
+        for wrapper in _WRAPPERS:
+            name = name.removeprefix(wrapper)
+    return name.replace("._orig_mod.", ".")
+
+
+def is_pca(content: Any) -> bool:
+    """Whether a file is a PCA with the statistics of what it was fitted to: scikit-learn's, or as arrays."""
+    return isinstance(content, dict) and (
+        any(isinstance(value, PCAStandIn) for value in content.values())
+        or {"components", "pca_mean", "mean", "std"} <= content.keys()
+    )
 
 
 def recognise(checkpoint: Checkpoint) -> tuple[Format, ...]:
@@ -96,14 +154,12 @@ def recognise(checkpoint: Checkpoint) -> tuple[Format, ...]:
     """
     state, path = checkpoint.state, checkpoint.path
     if path.is_dir():
-        for folder in (path, path / "vae"):
-            file = folder / "config.json"
-            if file.is_file() and read_json(file).get("_class_name") == "AutoencoderKL":
-                return ("diffusers-vae",)
-        raise UserError(f"{path}: a folder without a diffusers AutoencoderKL; give a file")
+        return _of_folder(path)
+    if is_pca(checkpoint.content):
+        return ("redi-pca",)
     if "x_embedder.proj.weight" in state:
         try:
-            return _dits(state)
+            return _dits(state, checkpoint.settings)
         except ValueError as error:
             raise UserError(f"{path}: of no known format ({first_line(error)})") from None
     if "encoder.conv_in.weight" in state and any(n.startswith("encoder.down.") for n in state):
@@ -121,19 +177,60 @@ def recognise(checkpoint: Checkpoint) -> tuple[Format, ...]:
     raise UserError(f"{path}: of no known format; it holds {some}{more}")
 
 
-def _dits(state: Mapping[str, Tensor]) -> tuple[Format, ...]:
+def _of_folder(path: Path) -> tuple[Format, ...]:
+    found = []
+    for folder in (path, path / "vae"):
+        file = folder / "config.json"
+        if file.is_file():
+            name = read_json(file).get("_class_name")
+            if name == "AutoencoderKL":
+                return ("diffusers-vae",)
+            found.append(f"{file} is of {name or 'no diffusers class'}")
+    if found:
+        raise UserError(f"{'; '.join(found)}; only AutoencoderKL can be imported")
+    raise UserError(f"{path}: a folder without a diffusers AutoencoderKL; give a file")
+
+
+def _dits(state: Mapping[str, Tensor], settings: FileSettings) -> tuple[Format, ...]:
+    _, channels, _, _ = sizes(state, "x_embedder.proj.weight", 4)
     if "t_embedder_sem.mlp.0.weight" in state:
         return ("sfd",)
-    if "blocks.0.mlp.w12.weight" in state:
+    if settings.has_network_config:  # of LightningDiT's or of SFD's script
+        return ("sfd",) if settings.values.get("model.semantic_chans") else ("lightningdit",)
+    if is_lightningdit(state):
         return ("lightningdit",)
     if any(name.startswith("bn.") for name in state):
         return ("repa-e",)
     if "cls_projectors2.weight" in state:
-        # The published latents: 4 channels alone, or 4 and the 16 of the compressor.
-        return ("reglue",) if sizes(state, "x_embedder.proj.weight", 4)[1] > 16 else ("reg",)
+        return _with_a_class_token(channels, settings)
     if "projectors.0.0.weight" in state:
         return ("repa",)
-    return ("sit",) if learns_sigma(state) else ("sit", "repa")
+    return _told_by_arguments(state, channels, settings)
+
+
+def _with_a_class_token(channels: int, settings: FileSettings) -> tuple[Format, ...]:
+    if any(name in settings for name in _REGLUE_ARGUMENTS):
+        return ("reglue",)
+    # The published latents: 4 channels alone, or 4 and the 16 of the compressor. REG's arguments have no others.
+    if channels == 4 or ("cls" in settings and channels not in PUBLISHED_SEMANTIC["reglue"]):
+        return ("reg",)
+    return ("reglue",) if channels in PUBLISHED_SEMANTIC["reglue"] else ("reg", "reglue")
+
+
+def _told_by_arguments(
+    state: Mapping[str, Tensor], channels: int, settings: FileSettings
+) -> tuple[Format, ...]:
+    """SiT and ReDi run time from noise to data, REPA from data to noise; the tensors can be the same."""
+    prediction = settings.values.get("prediction")
+    sit = prediction == "velocity" or any(name in settings for name in _SIT_ARGUMENTS)
+    sit = sit or learns_sigma(state) or "projector.0.weight" in state
+    repa = prediction == "v" or any(name in settings for name in _REPA_ARGUMENTS)
+    forward: tuple[Format, ...] = ("sit",)
+    if channels in PUBLISHED_SEMANTIC["redi"]:
+        forward = ("redi",) if sit else ("redi", "sit")
+    if sit != repa:
+        return forward if sit else ("repa",)
+    return (*forward, "repa")
 
 
 def read_statistics(path: Path) -> tuple[Tensor, Tensor]:

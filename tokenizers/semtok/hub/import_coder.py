@@ -1,16 +1,22 @@
-"""Official checkpoints of feature coders: REGLUE's compressor with its statistics, SemVAE."""
+"""Official checkpoints of feature coders: REGLUE's compressor with its statistics, SemVAE, ReDi's components."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
+import torch
 from torch import Tensor
 
 from semtok.errors import UserError
-from semtok.hub.checkpoints import built, count_numbered, sizes
+from semtok.hub.checkpoints import PCAStandIn, built, count_numbered, sizes
+from semtok.hub.file_settings import FileSettings
+from semtok.methods.composite import CoderShape
+from semtok.methods.redi import PrincipalComponents
 from semtok.methods.reglue import Compressor, CompressorShape
 from semtok.methods.semvae import SemVAE, SemVAEShape
 from semtok.storage import first_line
+
+REDI_COMPONENTS = 8
+"""How many principal components its paper keeps."""
 
 
 def import_compressor(
@@ -76,11 +82,80 @@ def import_semvae(state: Mapping[str, Tensor], *, place: str, heads: int | None 
     return built(lambda: SemVAE(shape), state, place)
 
 
-def semvae_heads(content: Mapping[str, Any]) -> int | None:
-    """The number of heads, from the YAML text that SemVAE's training script puts beside the weights."""
-    text = content.get("config")
+def read_semvae(settings: FileSettings) -> int | None:
+    """The number of heads, from the YAML text that SemVAE's training script puts beside the weights; None: not said.
+
+    Raises:
+        UserError: settings of a network that this library has not.
+    """
+    settings.only("model.variational", True, instead="variational coders")
+    settings.only("model.arch", "transformer", instead="transformers")
+    return settings.take("model.params.transformer_heads", int, "decides the number of heads")
+
+
+def check_semvae(settings: FileSettings, content: Mapping[str, Any], coder: SemVAE) -> None:
+    """Raises UserError where a file says of its network what its tensors are not."""
+    shape = coder.shape
+    settings.check("model.bottleneck_dim", shape.channels)
+    settings.check("model.params.hidden_dim", shape.width)
+    settings.check("model.params.transformer_blocks", shape.blocks)
+    beside = FileSettings(settings.place, "file", content)
+    beside.check("input_dim", shape.feature_channels)
+    beside.check("bottleneck_dim", shape.channels)
+
+
+def import_components(
+    content: Mapping[str, Any], channels: int, *, place: str
+) -> PrincipalComponents:
+    """ReDi's principal components, in eval mode.
+
+    There features are standardised, centred once more by the PCA's own mean, and projected; the two means are
+    one here.
+
+    Args:
+        content: scikit-learn's PCA beside the mean and the standard deviation (D,) of the features; or arrays
+            ``components`` (K, D), ``pca_mean``, ``mean`` and ``std`` (D,).
+        channels: how many components are kept, the first ones.
+        place: starts every message.
+
+    Raises:
+        UserError: something missing, sizes that do not go together, or a whitened PCA.
+    """
     try:
-        told = yaml.safe_load(text) if isinstance(text, str) else None
-        return int(told["model"]["params"]["transformer_heads"])
-    except (LookupError, TypeError, ValueError, yaml.YAMLError):
-        return None
+        components, pca_mean, mean, std = _pca_arrays(content)
+        if components.ndim != 2 or {len(v) for v in (pca_mean, mean, std)} != {components.shape[1]}:
+            raise ValueError("its components, means and deviations are of different features")
+        if not 1 <= channels <= len(components):
+            raise ValueError(f"it has {len(components)} components, not {channels}")
+        if not bool((std > 0).all()):
+            raise ValueError("a standard deviation is not positive")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{place}: not ReDi's PCA ({first_line(error)})") from None
+    shape = CoderShape(feature_channels=components.shape[1], channels=channels)
+    state = {
+        "components": components[:channels].float(),
+        "feature_mean": (mean + std * pca_mean).float(),
+        "feature_std": std.float(),
+    }
+    return built(lambda: PrincipalComponents(shape), state, place)
+
+
+def _pca_arrays(content: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Components, the PCA's own mean, and the features' mean and standard deviation, in float64."""
+    pca = next((value for value in content.values() if isinstance(value, PCAStandIn)), None)
+    if pca is not None:
+        fitted = vars(pca)
+        if fitted.get("whiten"):
+            raise ValueError("it whitens, which ReDi does not")
+        arrays = [fitted.get("components_"), fitted.get("mean_")]
+    else:
+        arrays = [content.get("components"), content.get("pca_mean")]
+    for word in ("mean", "std"):
+        names = [n for n in content if word in str(n) and n != "pca_mean"]
+        if len(names) != 1:
+            raise ValueError(f"expected one entry for the features' {word}, found {len(names)}")
+        arrays.append(content[names[0]])
+    if any(array is None for array in arrays):
+        raise ValueError("it was not fitted")
+    components, *vectors = (torch.as_tensor(array, dtype=torch.float64) for array in arrays)
+    return components, *(vector.flatten() for vector in vectors)

@@ -1,7 +1,7 @@
 """Official checkpoints of diffusion transformers, read into this library's network and conventions:
-SiT, REPA, REG, REGLUE, REPA-E, LightningDiT, SFD.
+SiT, ReDi, REPA, REG, REGLUE, REPA-E, LightningDiT, SFD.
 
-SiT, LightningDiT and SFD run time from noise to data as we do. REPA and its family run it from data to
+SiT, ReDi, LightningDiT and SFD run time from noise to data as we do. REPA and its family run it from data to
 noise and predict the opposite velocity; both are folded into the weights, exactly, so that an
 imported network is one like any other: v(x, t) = -v'(x, 1 - t).
 """
@@ -36,6 +36,7 @@ _RENAMED = (
     (r"wg_norm\.", "vector_embed.global.1."),
     (r"final_layer\.linear_cls\.", "final.vectors.global."),
     (r"repa_projector\.", "projectors.0."),
+    (r"projector\.", "projectors.0."),
     (r"x_embedder\.proj\.", "patch_embed."),
     (r"t_embedder\.", "time_embed.all."),
     (r"y_embedder\.embedding_table\.", "label_embed."),
@@ -45,11 +46,20 @@ _RENAMED = (
     (r"(blocks\.\d+)\.adaLN_modulation\.1\.", r"\1.modulation."),
 )
 _VECTOR, _LEADS = "cls_projectors2.weight", "t_embedder_sem.mlp.0.weight"
+# What no SiT has, of LightningDiT: SwiGLU, RMSNorm, rotary tables.
+_LIGHTNING = ("blocks.0.mlp.w12.weight", "blocks.0.norm1.weight", "feat_rope.freqs_cos")
+_LIGHTNING += ("feat_rope.freqs_sin", "final_layer.norm_final.weight")
+PUBLISHED_SEMANTIC: Mapping[str, Mapping[int, int]] = {
+    "sfd": {48: 16},
+    "reglue": {20: 16},
+    "redi": {12: 8},
+}
+"""Of the published networks with a semantic part: by the number of all their channels, that of the semantic ones."""
 _PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
 
 
 _COMPUTED = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
-_PROJECTORS = ("projectors.", "repa_projector.")
+_PROJECTORS = ("projectors.", "repa_projector.", "projector.")
 # REPA-E standardises latents by a BatchNorm without weights.
 _STATISTICS = ("bn.running_mean", "bn.running_var", "bn.num_batches_tracked")
 
@@ -65,12 +75,20 @@ class ImportedDiT:
         grid: (rows, columns) of the texture that it was trained on.
         statistics: mean and standard deviation (C,) per channel of the raw latents, where the checkpoint
             has them (REPA-E).
+        channels: of all spatial latents.
+        learns_sigma: whether it had SiT's second half of outputs.
+        without_shifts: whether its blocks had no shifts, for which rows of zeros stand now.
+        first_blocks: of REPA's older files, after how many blocks numbers start anew; None of others.
     """
 
     network: DiT
     projectors: nn.ModuleList
     grid: tuple[int, int]
     statistics: tuple[Tensor, Tensor] | None
+    channels: int
+    learns_sigma: bool
+    without_shifts: bool
+    first_blocks: int | None
 
 
 def what_became_of(name: str) -> str:
@@ -82,6 +100,11 @@ def what_became_of(name: str) -> str:
     if name in _STATISTICS:
         return "latent statistics"
     return "network"
+
+
+def is_lightningdit(state: Mapping[str, Tensor]) -> bool:
+    """Whether there is a tensor that LightningDiT has and SiT has not."""
+    return any(name in state for name in _LIGHTNING)
 
 
 def learns_sigma(state: Mapping[str, Tensor]) -> bool:
@@ -101,6 +124,7 @@ def import_dit(
     family: Family | None = None,
     heads: int | None = None,
     spec: LatentSpec | None = None,
+    null_label: bool = True,
 ) -> ImportedDiT:
     """Builds the network that a state dict is of, of any size.
 
@@ -109,11 +133,13 @@ def import_dit(
         place: starts every message.
         family: whose conventions hold; None: told from the names.
         heads: attention heads; None: from the rotary table, or the published size of that width.
-        spec: of the latents that the checkpoint was trained on; None: the published ones of its kind.
+        spec: of the latents that the checkpoint was trained on; None: see ``spec_of``.
+        null_label: whether its last label means none; otherwise one is added, of zeros.
 
     Raises:
         UserError: names or shapes that are not of these networks.
     """
+    official = state
     try:
         state = _with_all_blocks(state)
         family = family or _family(state)
@@ -121,12 +147,15 @@ def import_dit(
             raise ValueError(f"family {family}, {heads} heads")
         projectors = _projectors(state)
         config = _architecture(state, heads)
-        spec = _checked(spec, state) if spec is not None else _published_spec(state)
-        num_classes = sizes(state, "y_embedder.embedding_table.weight", 2)[0] - 1
+        spec = _checked(spec or spec_of(state), state)
+        num_classes = sizes(state, "y_embedder.embedding_table.weight", 2)[0] - null_label
         side = _check_positions(state, config)
         ours = {our_name(n): v for n, v in state.items() if what_became_of(n) == "network"}
         statistics = _statistics(state)
-        ours |= _velocity_rows(state)
+        ours |= _velocity_rows(state) | _shift_rows(ours, config.width)
+        if not null_label:
+            labels = ours["label_embed.weight"]
+            ours["label_embed.weight"] = torch.cat([labels, torch.zeros_like(labels[:1])])
         if family == "repa":
             ours |= _reversed_time(ours)
     except ValueError as error:
@@ -136,8 +165,17 @@ def import_dit(
     network = built(
         lambda: DiT(config, spec, num_classes=num_classes, timed_parts=timed_parts), ours, place
     )
-    grid = (side * config.patch_size, side * config.patch_size)
-    return ImportedDiT(network, projectors, grid, statistics)
+    legacy = any(name.startswith("decoder_blocks.") for name in official)
+    return ImportedDiT(
+        network,
+        projectors,
+        (side * config.patch_size, side * config.patch_size),
+        statistics,
+        channels=sizes(state, "x_embedder.proj.weight", 4)[1],
+        learns_sigma=learns_sigma(state),
+        without_shifts=_is_without_shifts(state, config.width),
+        first_blocks=count_numbered(official, "blocks.") if legacy else None,
+    )
 
 
 def _with_all_blocks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -164,20 +202,45 @@ def _statistics(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
 
 
 def _family(state: Mapping[str, Tensor]) -> Family:
-    if "blocks.0.mlp.w12.weight" in state:
+    if is_lightningdit(state):
         return "lightningdit"
     return "repa" if {"projectors.0.0.weight", _VECTOR} & state.keys() else "sit"
 
 
-def _published_spec(state: Mapping[str, Tensor]) -> LatentSpec:
-    """SFD: 16 semantic channels after the texture, both of stride 16. REGLUE: the same beside a texture of
-    stride 8, and the class token. Others: a texture of stride 8."""
+def spec_of(
+    state: Mapping[str, Tensor],
+    semantic: int | None = None,
+    stride: int | None = None,
+    *,
+    published: Literal["sfd", "reglue", "redi"] | None = None,
+) -> LatentSpec:
+    """The latents that a checkpoint was trained on, as far as its tensors tell.
+
+    Args:
+        semantic: how many of its channels, the last ones, are the semantic part; None: as published.
+        stride: image pixels per cell of the texture; None: the published 16 of LightningDiT, 8 of others.
+        published: whose split of the channels it is; None: told from the names.
+
+    Raises:
+        ValueError: a split that is not known, or leaves no texture.
+    """
     channels = sizes(state, "x_embedder.proj.weight", 4)[1]
-    leads, vector = _LEADS in state, _VECTOR in state
-    semantic = 16 if leads or (vector and channels > 16) else 0
-    if channels <= semantic:
+    lightning, vector = is_lightningdit(state) or _LEADS in state, _VECTOR in state
+    if published is None and _LEADS in state:
+        published = "sfd"
+    if published is None and vector and channels in PUBLISHED_SEMANTIC["reglue"]:
+        published = "reglue"
+    if semantic is None:
+        split = PUBLISHED_SEMANTIC[published] if published is not None else {channels: 0}
+        if channels not in split:
+            raise ValueError(
+                f"how many of its {channels} channels are semantic is not known; give --tokenizer or "
+                "--semantic-channels"
+            )
+        semantic = split[channels]
+    if not 0 <= semantic < channels:
         raise ValueError(f"{semantic} semantic of {channels} channels leave no texture")
-    parts = [PartSpec("texture", channels - semantic, 16 if leads else 8)]
+    parts = [PartSpec("texture", channels - semantic, stride or (16 if lightning else 8))]
     parts += [PartSpec("semantic", semantic, 16)] if semantic else []
     parts += [PartSpec("global", sizes(state, _VECTOR, 2)[1], None)] if vector else []
     return LatentSpec(tuple(parts))
@@ -242,7 +305,9 @@ def _check_positions(state: Mapping[str, Tensor], config: DiTArchitecture) -> in
         expected |= {"feat_rope.freqs_cos": table[0], "feat_rope.freqs_sin": table[1]}
     for name, value in expected.items():
         own = state[name].float() if name in state else None
-        if own is None or own.shape != value.shape or not torch.allclose(own, value, atol=1e-4):
+        fits = own is not None and own.shape == value.shape
+        # Without contents, on the meta device, the shape is all that there is to compare.
+        if not fits or not (own.is_meta or torch.allclose(own, value, atol=1e-4)):
             raise ValueError(f"{name} is not the fixed code of a {side}x{side} grid")
     return side
 
@@ -267,6 +332,22 @@ def _velocity_rows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return rows
 
 
+def _is_without_shifts(state: Mapping[str, Tensor], width: int) -> bool:
+    return sizes(state, "blocks.0.adaLN_modulation.1.weight", 2)[0] == 4 * width
+
+
+def _shift_rows(ours: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
+    """The modulations of blocks that have no shifts (LightningDiT's ``wo_shift``), with rows of zeros for them:
+    scale and gate of attention and MLP become shift, scale and gate of each."""
+    rows = {}
+    for name, value in ours.items():
+        if re.match(r"blocks\.\d+\.modulation\.", name) and value.shape[:1] == (4 * width,):
+            attention, mlp = value.chunk(2)
+            zeros = torch.zeros_like(value[:width])
+            rows[name] = torch.cat([zeros, attention, zeros, mlp])
+    return rows
+
+
 def _reversed_time(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Folds t -> 1 - t and v -> -v into the weights: those of ours that change.
 
@@ -274,6 +355,8 @@ def _reversed_time(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     the first layer of the time embedding takes both up.
     """
     name, frequency = "time_embed.all.mlp.0.weight", time_frequencies(torch.device("cpu")).double()
+    if name in state:
+        frequency = frequency.to(state[name].device)
     if sizes(state, name, 2)[1] != 2 * len(frequency):
         raise ValueError(f"{name} is of another number of frequencies")
     cos, sin = state[name].double().chunk(2, dim=1)

@@ -29,7 +29,7 @@ from semtok.storage import (
 from semtok.tokenizer import FORMAT_VERSION, check_format_version, library_version
 
 _CONFIG_FILE, _TENSORS_FILE = "config.json", "part.safetensors"
-_CODERS = ("reglue", "semvae")
+_CODERS = ("reglue", "semvae", "redi")
 
 
 def save_module(
