@@ -1,6 +1,7 @@
 """Two processes are one process with the same global batch."""
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,42 @@ def test_two_processes_train_a_missing_tokenizer_together_first(tmp_path, ranks)
     outputs = ranks.run("test_distributed:train_in", str(tmp_path))
     assert "not trained yet: training" in outputs[0]
     assert (tmp_path / "runs/dit/export/config.json").is_file()
+
+
+def write_recipe(path: Path, **train: Any) -> str:
+    settings = {"schedule": "constant", "log_every": 1, "checkpoint_every": 2, "keep_last": 9}
+    content = tiny.content({"name": "vae"}, **settings, **train)
+    content["train"]["optimiser"] = {"learning_rate": 1e-4}
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, ranks, capsys):
+    memory = {"gpu": 6, "fixed": 1, "per_image": 2}
+    auto = write_recipe(tmp_path / "auto.yaml", accumulate="auto", memory=memory, steps=2)
+    stated = write_recipe(tmp_path / "stated.yaml", accumulate=2, steps=2)
+    train = [auto, "--output", str(tmp_path / "run")]
+    assert run(train_tokenizer.main, train) == 0
+    line = "accumulate=2: 2 images at once need 5 of 6 GB on one process"
+    assert line in capsys.readouterr().out
+    assert run(train_tokenizer.main, [stated, "--output", str(tmp_path / "stated")]) == 0
+    ours, theirs = (tiny.final_tensors(tmp_path / name) for name in ("run", "stated"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs), "as with that number"
+
+    outputs = ranks.command("train_tokenizer", [*train, "--resume", "train.steps=4"])
+    line = "accumulate=1: 2 images at once need 5 of 6 GB on each of 2 processes"
+    assert line in outputs[0] and line not in outputs[1], "one process speaks"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["accumulate"] == 1
+    # A number takes its place where memory turned out to be less: what is learned is the same.
+    words = [stated, "--output", str(tmp_path / "stated"), "--resume", "train.accumulate=4"]
+    assert run(train_tokenizer.main, [*words, "train.steps=4"]) == 0
+    ours, theirs = (tiny.final_tensors(tmp_path / name) for name in ("run", "stated"))
+    for key in (k for k in theirs if k.startswith(("learners.", "ema."))):
+        torch.testing.assert_close(ours[key], theirs[key], atol=2e-5, rtol=1e-3)
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("run", "stated")
+    ]
+    assert [row["step"] for row in rows[0]] == [1, 2, 3, 4]
+    for one, other in zip(*rows, strict=True):
+        assert one["loss/l1"] == pytest.approx(other["loss/l1"], rel=1e-3)

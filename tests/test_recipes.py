@@ -73,7 +73,8 @@ def test_a_tokenizer_recipe_builds_and_trains_at_toy_size(name, tmp_path):
     if content["method"].get("perceptual") == "lpips":
         content["method"]["perceptual"] = "teacher"  # LPIPS' backbone is not to be had in tests
     if "adversarial" in content["method"]:
-        content["method"]["adversarial"] |= {"width": 8, "num_layers": 1, "start_step": 0}
+        small = {"width": 8, "num_layers": 1, "start_step": 0, "discriminator_start_step": None}
+        content["method"]["adversarial"] |= small
     if "mapper" in content["method"]:
         content["method"]["mapper"]["projector_width"] = 16
     train_tokenizer(parse_recipe(content, name), tmp_path / "run")
@@ -112,7 +113,9 @@ def at_toy_size(content: dict[str, Any]) -> dict[str, Any]:
     """A recipe with its method's settings, but with data, teacher and length of a test."""
     toy = tiny.content(steps=2, log_every=1)
     content["data"], content["teacher"] = toy["data"], toy["teacher"]
-    content["train"]["accumulate"] = min(content["train"].get("accumulate", 1), 2)
+    accumulate = content["train"].get("accumulate", 1)
+    content["train"]["accumulate"] = accumulate if accumulate == "auto" else min(accumulate, 2)
+    content["train"].pop("export_at", None)
     learns = content["train"]["steps"] > 0
     for key in toy["train"].keys() - {"optimiser", "ema_decay", "schedule"}:
         if key not in ("steps", "warmup_steps") or learns:

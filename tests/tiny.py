@@ -171,12 +171,17 @@ def ten_steps_without_synchronisation(quiet: Trainer) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def final_tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a run's newest checkpoint: networks, EMA, optimisers."""
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The networks of a checkpoint: trained ones, and their average."""
     import safetensors.torch
 
+    return safetensors.torch.load_file(checkpoint / "model.safetensors")
+
+
+def final_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's newest checkpoint: networks, EMA, optimisers."""
     newest = sorted((run / "checkpoints").glob("step_*"))[-1]
-    tensors = safetensors.torch.load_file(newest / "model.safetensors")
+    tensors = tensors_of(newest)
     state = torch.load(newest / "state.pt", weights_only=True)
     for learner, optimiser in state["optimisers"].items():
         for index, values in optimiser["state"].items():

@@ -10,6 +10,7 @@ COMMANDS = {
     "cache_latents": "compute a tokenizer's latents of all images once",
     "sample": "draw images from a trained generator",
     "evaluate": "measure what a tokenizer's latents hold",
+    "recipes": "list the library's recipes, and what differs from the official runs",
     "hub": "to and from the Hugging Face Hub, published checkpoints and diffusers",
 }
 

@@ -161,7 +161,7 @@ def _rows(trained: Mapping[str, Any]) -> list[tuple[str, object]]:
         ("imported from", trained.get("imported_from")),
         ("data", trained.get("data")),
         ("teacher", teacher.get("name")),
-        ("steps", train.get("steps")),
+        ("steps", trained.get("steps", train.get("steps"))),
         ("images per step", train.get("batch_size")),
     ]
     metrics: Mapping[str, float] = trained.get("metrics") or {}

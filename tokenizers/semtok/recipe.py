@@ -1,5 +1,6 @@
 """Recipes: one validated, frozen description of a run."""
 
+import difflib
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -10,6 +11,7 @@ from semtok.data.images.kinds import data_config_class
 from semtok.data.source import DataConfig
 from semtok.diffusion.diffusion_config import DiffusionConfig
 from semtok.errors import UserError
+from semtok.references import recipe_folder
 from semtok.registry import MethodConfig, get_method, load_plugins
 from semtok.sampler.sampling import SamplerConfig
 from semtok.settings import Config, apply_overrides, parse, read_yaml
@@ -19,6 +21,9 @@ from semtok.training.train_config import TrainConfig
 
 MethodType = TypeVar("MethodType", bound=MethodConfig)
 DataType = TypeVar("DataType", bound=DataConfig)
+
+PUBLISHED = "imagenet256"
+"""The folder of the embedded recipes that holds those at the papers' settings."""
 
 
 class TokenizerRecipe(Config, Generic[MethodType, DataType]):
@@ -64,6 +69,51 @@ class DiffusionRecipe(Config, Generic[DataType]):
         if not self.train.steps:
             raise ValueError("train.steps: expected at least 1, got 0")
         return self
+
+
+def embedded_recipes() -> dict[str, Path]:
+    """The embedded recipes by name: where they lie in their folder, as ``dit`` and ``imagenet256/sit_b2``."""
+    folder = recipe_folder()
+    found = sorted(folder.rglob("*.yaml")) if folder else []
+    names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
+    return dict(sorted(names.items(), key=lambda item: ("/" in item[0], item[0])))
+
+
+def locate_recipe(reference: str | Path, *, first: str = "") -> Path:
+    """The file of a recipe: a path; or an embedded one, by its name or the last part of it.
+
+    Also ``recipes/imagenet256/sit_b2.yaml`` is found from any folder. A file that is there goes before names.
+
+    Args:
+        first: the embedded folder that goes before the others where several hold one of that name.
+
+    Raises:
+        UserError: there is none; the message names those that are near.
+    """
+    path = Path(reference)
+    if path.exists() and not path.is_dir():
+        return path
+    known = embedded_recipes()
+    name = str(reference).removeprefix("recipes/").removesuffix(".yaml")
+    ends = [other for other in known if other == name or other.endswith(f"/{name}")]
+    if ends:
+        preferred = [other for other in ends if first and other.startswith(f"{first}/")]
+        return known[(preferred or ends)[0]]
+    if path.exists():
+        return path
+    last = {other.rpartition("/")[2]: other for other in reversed(known)}
+    near = difflib.get_close_matches(name, known, n=3)
+    near += [last[other] for other in difflib.get_close_matches(name, last, n=2)]
+    hint = " or ".join(f"'{other}'" for other in dict.fromkeys(near))
+    raise UserError(
+        f"{reference}: no such file" + (f" or recipe; did you mean {hint}?" if hint else "")
+    )
+
+
+def run_name(path: Path) -> str:
+    """What a recipe's run is called by default: its name, of an embedded one with its folder."""
+    known = {file.resolve(): name for name, file in embedded_recipes().items()}
+    return known.get(path.resolve(), path.stem)
 
 
 def load_recipe(path: Path, overrides: list[str]) -> TokenizerRecipe[Any, Any]:

@@ -2,6 +2,7 @@
 
 import re
 import sysconfig
+from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -88,10 +89,26 @@ def is_hub_id(reference: str) -> bool:
 
 
 def recipe_folder() -> Path | None:
-    """Where the embedded recipes lie: in the checkout, or where the wheel put them."""
-    checkout = Path(__file__).parents[2] / "recipes"
-    installed = Path(sysconfig.get_path("data")) / "share" / "semtok" / "recipes"
-    return next((folder for folder in (checkout, installed) if folder.is_dir()), None)
+    """Where the embedded recipes lie: in the checkout, or where the wheel put them.
+
+    Of ``pip install --user`` the wheel's list of files tells; ``--target`` puts them beside the package.
+    """
+    source = Path(__file__).parents[1]
+    # A folder of that name beside site-packages is somebody else's.
+    candidates = [source.parent / "recipes"] if source.name == "tokenizers" else []
+    candidates += _listed_recipes()
+    for data in (source, Path(sysconfig.get_path("data"))):
+        candidates.append(data / "share" / "semtok" / "recipes")
+    return next((folder for folder in candidates if folder.is_dir()), None)
+
+
+def _listed_recipes() -> list[Path]:
+    try:
+        listed = metadata.files("semtok") or []
+    except metadata.PackageNotFoundError:
+        return []
+    ending = ("share", "semtok", "recipes", "dit.yaml")
+    return [Path(file.locate()).resolve().parent for file in listed if file.parts[-4:] == ending]
 
 
 def recipe_names() -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 
 from benchmarks.caching import cache_rates, encoding_rate
-from benchmarks.memory import estimate_memory
+from benchmarks.memory import recipe_memory
 from benchmarks.reglue import reglue_steps
 from benchmarks.sampling import sampling
 from benchmarks.synthetic import PUBLISHED
@@ -78,21 +78,22 @@ def _parser() -> Parser:
     )
     _add_shared(task)
     task.set_defaults(command=_cache)
-    task = tasks.add_parser("memory", help="what a training step needs, estimated without a GPU")
-    _add_network(task, network="SiT-XL/2", batch_size=256)
-    task.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    task.add_argument("--checkpointing", action="store_true")
+    task = tasks.add_parser(
+        "memory", help="what a recipe's training step needs on a GPU, found without one"
+    )
+    task.add_argument("recipe", type=Path)
+    task.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
+    task.add_argument("--latents", choices=PUBLISHED, help="whose shapes, for a generator")
+    task.add_argument("--gpu", type=float, default=80, help="GB of the GPU in mind; default: 80")
     _add_shared(task)
     task.set_defaults(command=_memory)
     return parser
 
 
-def _add_network(
-    task: argparse.ArgumentParser, *, network: str = "SiT-B/2", batch_size: int = 4
-) -> None:
+def _add_network(task: argparse.ArgumentParser) -> None:
     task.add_argument("--latents", choices=PUBLISHED, default="sit", help="whose shapes")
-    task.add_argument("--network", choices=PRESETS, default=network, metavar="PRESET")
-    task.add_argument("--batch-size", type=int, default=batch_size)
+    task.add_argument("--network", choices=PRESETS, default="SiT-B/2", metavar="PRESET")
+    task.add_argument("--batch-size", type=int, default=4)
 
 
 def _add_settings(task: argparse.ArgumentParser, *, against: bool = True) -> None:
@@ -239,17 +240,16 @@ def _cache(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    estimate = estimate_memory(
-        args.latents,
-        args.network,
-        args.batch_size,
-        precision=args.precision,
-        checkpointing=args.checkpointing,
+    if not args.gpu > 0:
+        raise UserError("--gpu must be more than 0")
+    estimate = recipe_memory(args.recipe, args.overrides, args.latents, folder)
+    rows = [(name, f"{value:.3g} GB") for name, value in vars(estimate).items()]
+    print_table(f"a training step of {args.recipe}", [*rows, ("fixed", f"{estimate.fixed:.3g} GB")])
+    block = estimate.block(args.gpu)
+    print(
+        f"  memory: {{gpu: {block.gpu:g}, fixed: {block.fixed:g}, per_image: {block.per_image:g}}}"
     )
-    content = {**vars(estimate), "total": estimate.total}
-    title = f"{args.network} on {args.latents}'s latents, batch {args.batch_size}, {args.precision}"
-    print_table(title, [(name, f"{value:.1f} GB") for name, value in content.items()])
-    return content
+    return {**vars(estimate), "memory": block.model_dump()}
 
 
 def _report(title: str, timings: list[Timing], *, matmul: bool = True) -> dict[str, Any]:

@@ -36,6 +36,12 @@ _SEMANTIC, _CLS = PartSpec("semantic", 16, 16), PartSpec("global", 768, None)
 PUBLISHED = {
     "sit": Published(LatentSpec((_F8D4,)), {"repa": False}, None),
     "repa": Published(LatentSpec((_F8D4,)), {"repa": {"weight": 0.5}}, 768),
+    "reg": Published(
+        LatentSpec((_F8D4, _CLS)),
+        {"repa": {"weight": 0.5, "with_global": True}, "loss_weights": {"global": 0.03}},
+        768,
+    ),
+    "redi": Published(LatentSpec((_F8D4, PartSpec("semantic", 8, 16))), {"repa": False}, None),
     "reglue": Published(
         LatentSpec((_F8D4, _SEMANTIC, _CLS)),
         {"repa": {"weight": 0.5, "with_global": True}, "loss_weights": {"global": 0.03}},

@@ -14,7 +14,7 @@ from semtok.commands.table import print_table
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
 from semtok.objective import Objective
-from semtok.processes import together
+from semtok.processes import gather, together
 from semtok.recipe import DiffusionRecipe, TokenizerRecipe, write_recipe
 from semtok.storage import write_json
 from semtok.tokenizer import library_version
@@ -22,6 +22,7 @@ from semtok.training.loop import Trainer
 
 Recipe = TokenizerRecipe[Any, Any] | DiffusionRecipe[Any]
 
+_EXPORTS = "exports"
 _LABELS = {
     "psnr": ("PSNR", "{:.2f} dB"),
     "ssim": ("SSIM", "{:.3f}"),
@@ -93,6 +94,7 @@ def start_trainer(
         if resume:
             check_files(folder, train.file_states)
             trainer.resume()
+            _check_exports_on_the_way(trainer)
         if accelerator.is_main_process:
             write_recipe(recipe, folder / RECIPE_FILE)
             record_files(folder, train.file_states)
@@ -100,6 +102,8 @@ def start_trainer(
             print(
                 f"training {what} on {train.name} at {height}x{width}; output: {folder}", flush=True
             )
+            if trainer.memory_line:
+                print(trainer.memory_line, flush=True)
             if trainer.step:
                 print(f"resuming after step {trainer.step}", flush=True)
     return trainer
@@ -129,6 +133,7 @@ def summarise(
         "library_version": library_version(),
         "torch_version": torch.__version__,
         "num_processes": trainer.accelerator.num_processes,
+        "accumulate": trainer.accumulate,
     }
     write_json(folder / "summary.json", summary)
     rows = []
@@ -144,9 +149,29 @@ def summarise(
     print_table(
         f"held-out images: {summary['num_validation_images']}, {summary['weights']} weights", rows
     )
-    places = {what: "export", "pictures": "samples", "curves": "curves.png"}
+    places = {what: "export", "on the way": _EXPORTS, "pictures": "samples", "curves": "curves.png"}
     found = {name: folder / file for name, file in places.items() if (folder / file).exists()}
     print("   ".join(f"{name}: {path}" for name, path in found.items()))
+
+
+def export_at(folder: Path, step: int) -> Path:
+    """Where a run keeps the export that it made after a step on the way."""
+    return folder / _EXPORTS / f"{step:07d}"
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a whole export is there, as the first process sees it; all have to ask."""
+    return gather((folder / "config.json").is_file())[0]
+
+
+def _check_exports_on_the_way(trainer: Trainer) -> None:
+    """Raises UserError where ``train.export_at`` names a step that is past and was not exported."""
+    for step in trainer.config.export_at:
+        if step < trainer.step and not export_at(trainer.folder, step).is_dir():
+            raise UserError(
+                f"{trainer.folder}: train.export_at names step {step}, which is past and was not exported; leave it "
+                f"out, or where its checkpoint is kept: hub checkpoint {trainer.folder} --step {step}"
+            )
 
 
 def card_pictures(folder: Path) -> dict[str, Path]:

@@ -1,5 +1,6 @@
 """``hub push RUN org/name``: tokenizers and generators to the Hugging Face Hub; ``hub import FORMAT PATH``:
-published checkpoints as exports of this library; ``hub export MODEL``: a generator for diffusers."""
+published checkpoints as exports of this library; ``hub export MODEL``: a generator for diffusers; ``hub checkpoint
+RUN``: what a run has kept of an earlier step, as an export."""
 
 import argparse
 import sys
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from semtok.card import PICTURES, loading_lines
 from semtok.commands.cli import Parser, add_plugin_option
+from semtok.commands.export_checkpoint import export_checkpoint
 from semtok.commands.table import print_table
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
@@ -43,6 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     push.set_defaults(command=_push)
     _add_import(tasks.add_parser("import", help="a published checkpoint, as an export"))
     _add_export(tasks.add_parser("export", help="a generator, as a pipeline for diffusers alone"))
+    _add_checkpoint(tasks.add_parser("checkpoint", help="a run's checkpoint, as an export"))
     args = parser.parse_args(arguments)
     args.command(args)
     return 0
@@ -85,9 +88,26 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_import)
 
 
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run's name or its folder")
+    parser.add_argument("--step", type=int, help="of a checkpoint that is kept; default: the last")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.set_defaults(command=_checkpoint)
+
+
+def _checkpoint(args: argparse.Namespace) -> None:
+    _check_new(args.output)
+    step = export_checkpoint(args.run, args.step, args.output)
+    print(f"exported as after step {step}: {args.output}")
+
+
+def _check_new(output: Path) -> None:
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise UserError(f"--output {output}: exists already; choose another or remove it")
+
+
 def _import(args: argparse.Namespace) -> None:
-    if args.output.is_file() or (args.output.is_dir() and any(args.output.iterdir())):
-        raise UserError(f"--output {args.output}: exists already; choose another or remove it")
+    _check_new(args.output)
     teacher = None
     if args.teacher is not None:
         content = apply_overrides({}, args.teacher)

@@ -1,12 +1,12 @@
 """The folder of a run: whose it is, and what may be written there."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from semtok.errors import UserError
-from semtok.settings import Config, read_yaml
+from semtok.settings import Config, parse, read_yaml
 from semtok.storage import read_json, write_json
 
 RECIPE_FILE = "recipe.yaml"
@@ -18,6 +18,9 @@ _FREE_ON_RESUME = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_last",
+    "train.export_at",
+    "train.accumulate",
+    "train.memory",
     "train.sample_every",
     "train.num_sample_images",
     "train.num_validation_images",
@@ -54,13 +57,13 @@ def check_run_folder(folder: Path, recipe: Config, *, resume: bool) -> None:
         raise UserError(
             f"{folder}: no run to resume there (no {RECIPE_FILE}); leave --resume out to start one"
         )
-    old, new = flatten(read_yaml(recorded)), flatten(recipe.model_dump(mode="json"))
+    old, new = flatten(_recorded(recorded, recipe)), flatten(recipe.model_dump(mode="json"))
     # The cosine's shape depends on the number of steps; a constant rate only goes on for longer.
     free = _FREE_ON_RESUME + (("train.steps",) if new.get("train.schedule") == "constant" else ())
     changed = [
         key
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in free
+        if old.get(key) != new.get(key) and not _is_of(key, free)
     ]
     if changed:
         key = changed[0]
@@ -69,6 +72,20 @@ def check_run_folder(folder: Path, recipe: Config, *, resume: bool) -> None:
             + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")
             + "; start anew with --output"
         )
+
+
+def _recorded(file: Path, recipe: Config) -> dict[str, Any]:
+    """What a run's recipe says; a setting that came into the library later has its default."""
+    content = read_yaml(file)
+    try:
+        return parse(type(recipe), content, str(file)).model_dump(mode="json")
+    except UserError:  # of another method, or of settings that are gone: compared as it stands
+        return content
+
+
+def _is_of(key: str, settings: Iterable[str]) -> bool:
+    """Whether a dotted key is one of the settings, or of a section among them."""
+    return any(key == name or key.startswith(f"{name}.") for name in settings)
 
 
 def check_files(folder: Path, states: Mapping[str, str]) -> None:

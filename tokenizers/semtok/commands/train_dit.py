@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from semtok.commands import around_training
 from semtok.commands.cli import Parser
@@ -32,7 +33,13 @@ from semtok.diffusion.training import DiffusionObjective
 from semtok.errors import UserError
 from semtok.images import to_pixels
 from semtok.processes import together
-from semtok.recipe import DiffusionRecipe, load_diffusion_recipe, recipe_text
+from semtok.recipe import (
+    DiffusionRecipe,
+    load_diffusion_recipe,
+    locate_recipe,
+    recipe_text,
+    run_name,
+)
 from semtok.references import RUNS, recipe_folder
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
@@ -49,18 +56,20 @@ def main(arguments: Sequence[str]) -> int:
         metavar="REF",
         help="folder, run, Hub id or recipe name; an embedded recipe is trained first",
     )
-    parser.add_argument("--recipe", type=Path, help="a YAML recipe; default: recipes/dit.yaml")
+    parser.add_argument(
+        "--recipe", help="a YAML recipe, or the name of one of the library's; default: dit"
+    )
     around_training.add_run_options(parser, "runs/<recipe>_<tokenizer>")
     args = parser.parse_intermixed_args(arguments)
 
-    path = args.recipe or _default_recipe()
+    path = locate_recipe(args.recipe) if args.recipe else _default_recipe()
     recipe = load_diffusion_recipe(path, args.overrides, tokenizer=args.tokenizer)
     if args.print_recipe:
         print(recipe_text(recipe), end="")
         return 0
     reference = Path(recipe.tokenizer)
     reference = reference.parent if reference.name == "export" else reference
-    folder = Path(args.output or RUNS / f"{path.stem}_{reference.name}")
+    folder = Path(args.output or RUNS / f"{run_name(path)}_{reference.name}")
     train_dit(recipe, folder, resume=args.resume, place=str(path))
     return 0
 
@@ -120,6 +129,17 @@ def check_dit(
     """
     check_run_folder(folder, recipe, resume=resume)
     check_launch(recipe.train)
+    return plan_dit(recipe, folder, resume=resume, place=place)
+
+
+def plan_dit(
+    recipe: DiffusionRecipe[Any], folder: Path, *, resume: bool, place: str
+) -> GeneratorPlan:
+    """``check_dit`` without checking that this folder and this machine can take the run.
+
+    Raises:
+        UserError: see there.
+    """
     stored = stored_latents(recipe.data)
     images = open_sources(recipe.data) if stored is None else None
     teacher = Teacher(recipe.teacher) if _needs_teacher(recipe) and stored is None else None
@@ -171,15 +191,20 @@ def run_dit(plan: GeneratorPlan) -> Generator:
         if accelerator.is_main_process:
             keep_tokenizer(tokenizer, folder / _TOKENIZER)
 
-    averaged = trainer.run()
+    def export_on_the_way(module: nn.Module, step: int) -> None:
+        target = around_training.export_at(folder, step)
+        if around_training.is_export(target):
+            return
+        early = objective.generator(module)
+        early.training_info = training_info(recipe, sources[0], step, {})
+        with together():
+            if accelerator.is_main_process:
+                early.save_pretrained(target, pictures=around_training.card_pictures(folder))
+
+    averaged = trainer.run(export_on_the_way)
     metrics = trainer.validate()
     generator = objective.generator(averaged)
-    generator.training_info = {
-        "data": sources[0].name,
-        "metrics": metrics,
-        "steps": trainer.step,
-        "recipe": json.loads(recipe.model_dump_json()),
-    }
+    generator.training_info = training_info(recipe, sources[0], trainer.step, metrics)
     with together():
         if accelerator.is_main_process:
             pictures = around_training.card_pictures(folder)
@@ -187,6 +212,18 @@ def run_dit(plan: GeneratorPlan) -> Generator:
             seconds = time.perf_counter() - start
             around_training.summarise(trainer, metrics, folder, "generator", total_seconds=seconds)
     return generator
+
+
+def training_info(
+    recipe: DiffusionRecipe[Any], train: ImageSource, step: int, metrics: dict[str, float]
+) -> dict[str, Any]:
+    """What a generator's export says of its training up to a step."""
+    return {
+        "data": train.name,
+        "metrics": metrics,
+        "steps": step,
+        "recipe": json.loads(recipe.model_dump_json()),
+    }
 
 
 def build_diffusion_objective(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from semtok.commands import around_training
 from semtok.commands.cli import Parser
@@ -21,7 +22,7 @@ from semtok.errors import Interrupted
 from semtok.images import to_pixels
 from semtok.objective import Batch, MethodContext, TokenizerObjective
 from semtok.processes import process_index, together
-from semtok.recipe import TokenizerRecipe, load_recipe, recipe_text
+from semtok.recipe import TokenizerRecipe, load_recipe, locate_recipe, recipe_text, run_name
 from semtok.references import RUNS, find_recipe
 from semtok.registry import get_method
 from semtok.teachers import Teacher
@@ -36,17 +37,18 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     parser = Parser(prog="train_tokenizer", description=__doc__)
     parser.add_argument(
-        "recipe", type=Path, help="a YAML recipe, for example recipes/send_vae.yaml"
+        "recipe", help="a YAML recipe, or the name of one of the library's, as imagenet256/send_vae"
     )
     around_training.add_run_options(parser, "runs/<recipe's name>")
     args = parser.parse_intermixed_args(arguments)
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    path = locate_recipe(args.recipe)
+    recipe = load_recipe(path, args.overrides)
     if args.print_recipe:
         print(recipe_text(recipe), end="")
         return 0
-    folder = Path(args.output or RUNS / args.recipe.stem)
-    train_tokenizer(recipe, folder, resume=args.resume, place=str(args.recipe))
+    folder = Path(args.output or RUNS / run_name(path))
+    train_tokenizer(recipe, folder, resume=args.resume, place=str(path))
     return 0
 
 
@@ -100,6 +102,17 @@ def check_tokenizer(
     """
     check_run_folder(folder, recipe, resume=resume)
     check_launch(recipe.train)
+    return plan_tokenizer(recipe, folder, resume=resume, place=place)
+
+
+def plan_tokenizer(
+    recipe: TokenizerRecipe[Any, Any], folder: Path, *, resume: bool, place: str
+) -> TokenizerPlan:
+    """``check_tokenizer`` without checking that this folder and this machine can take the run.
+
+    Raises:
+        UserError: see there.
+    """
     sources = open_sources(recipe.data)
     texture, reference = None, recipe.method.texture_reference()
     if reference is not None:
@@ -136,11 +149,19 @@ def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
         with together():
             batches = statistics_batches(read, recipe, accelerator.device)
             objective.measure(batch for _, batch in batches)
-    averaged = trainer.run()
+    averaged = trainer.run(lambda module, step: _export_on_the_way(plan, objective, module, step))
     metrics = trainer.validate()
     tokenizer = objective.tokenizer(averaged)
     with together():  # and other processes may read the export next
-        _export(tokenizer, recipe, plan.sources[0], folder, metrics)
+        export_tokenizer(
+            tokenizer,
+            recipe,
+            plan.sources[0],
+            folder / "export",
+            step=trainer.step,
+            metrics=metrics,
+            pictures=around_training.card_pictures(folder),
+        )
         if accelerator.is_main_process:
             seconds = time.perf_counter() - start
             around_training.summarise(trainer, metrics, folder, "tokenizer", total_seconds=seconds)
@@ -254,18 +275,52 @@ def statistics_batches(
         yield places, on_device(batch, device)
 
 
-def _export(
+def _export_on_the_way(
+    plan: TokenizerPlan, objective: TokenizerObjective, averaged: nn.Module, step: int
+) -> None:
+    """In the middle of a run; an export that is there already stays."""
+    target = around_training.export_at(plan.folder, step)
+    if around_training.is_export(target):
+        return
+    tokenizer = objective.tokenizer(averaged).to(next(averaged.parameters()).device)
+    with together():
+        export_tokenizer(
+            tokenizer,
+            plan.recipe,
+            plan.sources[0],
+            target,
+            step=step,
+            metrics={},
+            pictures=around_training.card_pictures(plan.folder),
+        )
+
+
+def export_tokenizer(
     tokenizer: Tokenizer,
     recipe: TokenizerRecipe[Any, Any],
     train: ImageSource,
-    folder: Path,
+    target: Path,
+    *,
+    step: int,
     metrics: dict[str, float],
+    pictures: dict[str, Path],
 ) -> None:
-    """Measures the latents' statistics, in all processes; the first writes ``export/`` and checks what a reader
-    of it gets."""
+    """Measures the latents' statistics, in all processes; the first writes the export and checks what a reader
+    of it gets.
+
+    Args:
+        train: images to measure on.
+        target: the export's folder.
+        step: after which the tokenizer is.
+        metrics: held-out, as far as they were measured.
+        pictures: for the card.
+
+    Raises:
+        UserError: latents that do not vary.
+    """
     tokenizer.eval()
     device = tokenizer.texture_mean.device
-    with around_training.errors_at(str(folder)):
+    with around_training.errors_at(str(target)):
         batches = statistics_batches(train, recipe, device)
         pixels = ((places, batch.pixels) for places, batch in batches)
         tokenizer.measure_statistics(pixels, recipe.train.seed)
@@ -274,16 +329,17 @@ def _export(
         "image_size": list(recipe.data.image_size),
         "teacher": recipe.teacher.model_dump() if recipe.method.needs_teacher() else None,
         "metrics": metrics,
+        "steps": step,
         "recipe": json.loads(recipe.model_dump_json()),
     }
     if process_index():
         return
-    tokenizer.save_pretrained(folder / "export", pictures=around_training.card_pictures(folder))
+    tokenizer.save_pretrained(target, pictures=pictures)
 
     pixels = to_pixels(train.load([0]).images, device=device)
-    reloaded = Tokenizer.from_pretrained(folder / "export").to(device)
+    reloaded = Tokenizer.from_pretrained(target).to(device)
     with torch.no_grad():
         ours, theirs = tokenizer.encode(pixels), reloaded.encode(pixels)
     # On a GPU two calls of one network may differ by rounding.
     same = all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
-    assert same, f"{folder / 'export'} does not encode as the tokenizer that it was made from"
+    assert same, f"{target} does not encode as the tokenizer that it was made from"

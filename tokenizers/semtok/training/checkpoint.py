@@ -65,17 +65,31 @@ def load_checkpoint(path: Path, *, modules: dict[str, torch.nn.Module]) -> dict[
         UserError: the checkpoint is cut short, damaged, or of other networks.
     """
     way_out = f"delete {path} to go on from the one before it, or start a new run with --output"
+    load_networks(path, modules=modules, way_out=way_out)
     try:
-        tensors = read_tensors(path / MODEL_FILE)
         state = torch.load(path / _STATE_FILE, map_location="cpu", weights_only=True)
-    except UserError as error:
-        raise UserError(f"{error}; {way_out}") from None
     except DAMAGE as error:
         raise UserError(
             f"{path / _STATE_FILE}: cut short or damaged ({first_line(error)}); {way_out}"
         ) from None
     if not isinstance(state, dict) or not state.keys() >= _STATE_KEYS:
         raise UserError(f"{path / _STATE_FILE}: damaged, or of another version; {way_out}")
+    return state
+
+
+def load_networks(path: Path, *, modules: dict[str, torch.nn.Module], way_out: str) -> None:
+    """Restores networks, strictly.
+
+    Args:
+        way_out: of what can't be read, in a few words.
+
+    Raises:
+        UserError: the checkpoint is cut short, damaged, or of other networks.
+    """
+    try:
+        tensors = read_tensors(path / MODEL_FILE)
+    except UserError as error:
+        raise UserError(f"{error}; {way_out}") from None
     for name, module in modules.items():
         prefix = f"{name}."
         own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
@@ -85,7 +99,6 @@ def load_checkpoint(path: Path, *, modules: dict[str, torch.nn.Module]) -> dict[
             raise UserError(
                 f"{path}: does not fit this recipe's networks ({first_line(error)}); {way_out}"
             ) from None
-    return state
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -96,6 +109,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first, by the number in their names."""
     return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name))
+
+
+def step_of(checkpoint: Path) -> int:
+    """After which step one of ``list_checkpoints`` was written."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def random_state() -> dict[str, Any]:

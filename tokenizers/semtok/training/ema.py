@@ -9,17 +9,17 @@ from torch import nn
 class ModelEMA(nn.Module):
     """A copy of a module that follows it: parameters averaged, buffers copied.
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that short runs are
-    not dominated by the first weights.
-
     Args:
         module: is followed; its parameters stay the same objects from now on.
+        decay: the average's share in each update, in [0, 1).
+        warmup: the decay after n updates is min(decay, (1 + n) / (10 + n)), so that short runs are not
+            dominated by the first weights; else it is the same from the first update.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, *, warmup: bool = True) -> None:
         super().__init__()
         self.module = copy.deepcopy(module).requires_grad_(False).eval()
-        self.decay = decay
+        self.decay, self.warmup = decay, warmup
         self.num_updates = 0
         # Looked up once: to walk through a large network takes milliseconds, and each step would.
         self._mine, self._theirs = list(self.module.parameters()), list(module.parameters())
@@ -39,7 +39,9 @@ class ModelEMA(nn.Module):
     @torch.no_grad()
     def update(self) -> None:
         """Moves towards the module's present weights; a few fused kernels, no host synchronisation."""
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        decay = self.decay
+        if self.warmup:
+            decay = min(decay, (1 + self.num_updates) / (10 + self.num_updates))
         torch._foreach_lerp_(self._mine, self._theirs, 1 - decay)
         self._copy_buffers()
         self.num_updates += 1

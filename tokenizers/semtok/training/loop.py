@@ -1,10 +1,11 @@
 """The one training loop. A stage plugs in an ``Objective``; nothing here knows what it learns."""
 
 import contextlib
+import copy
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from semtok.processes import gather, together
 from semtok.sampler.draws import Draws
 from semtok.speed import compile_networks, use_channels_last
 from semtok.teachers import Teacher, TeacherFeatures
+from semtok.training.accumulation import device_gb, micro_batches
 from semtok.training.agreement import RunningStatistics, StopSignals
 from semtok.training.checkpoint import (
     list_checkpoints,
@@ -91,9 +93,14 @@ class Trainer:
         self.source, self.validation, self.num_workers = source, validation, num_workers
         self.log: RunLog | None = None  # while it runs
         self.tracked = tracked
+        # Of all GPUs the smallest counts: processes share each micro-batch equally.
+        sizes = [size for size in gather(device_gb(self.device)) if size is not None]
+        self.accumulate, self.memory_line = micro_batches(
+            config, accelerator.num_processes, min(sizes, default=None)
+        )
         self.share = BatchSlice(
             config.batch_size,
-            config.accumulate,
+            self.accumulate,
             accelerator.process_index,
             accelerator.num_processes,
         )
@@ -103,7 +110,7 @@ class Trainer:
         if config.channels_last and not use_channels_last(networks):
             raise UserError("train.channels_last: no network here has a convolution; leave it out")
         self.ema = (
-            ModelEMA(objective.averaged_module(), config.ema_decay)
+            ModelEMA(objective.averaged_module(), config.ema_decay, warmup=config.ema_warmup)
             if config.ema_decay is not None and objective.learners
             else None
         )
@@ -179,8 +186,12 @@ class Trainer:
 
     # The loop -----------------------------------------------------------------------------------
 
-    def run(self) -> nn.Module:
+    def run(self, export: Callable[[nn.Module, int], None] | None = None) -> nn.Module:
         """Trains to the last step and returns the module to evaluate and export: the EMA's, or the trained one.
+
+        Args:
+            export: asked for after each step of ``train.export_at``, in all processes, with a copy of that
+                module as it is then, and the step.
 
         Raises:
             Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
@@ -202,15 +213,18 @@ class Trainer:
         self._mark()
         try:
             with self._signals:
-                self._run(batches)
+                self._run(batches, export)
         finally:
             self.log.close()
             for tracker in self.accelerator.trackers:
                 tracker.finish()
         return self.averaged
 
-    def _run(self, batches: Iterator[ImageBatch]) -> None:
+    def _run(
+        self, batches: Iterator[ImageBatch], export: Callable[[nn.Module, int], None] | None
+    ) -> None:
         config = self.config
+        self._export(export)  # which a run that was killed after its checkpoint may lack
         if not config.steps:
             self._sample()
         while self.step < config.steps:
@@ -225,11 +239,12 @@ class Trainer:
                 self._pause(self._sample)
             if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                 self._pause(self.save)
+            self._pause(lambda: self._export(export))
 
     def train_step(self, batches: Iterator[ImageBatch]) -> None:
         """One optimiser step of every active learner. Nothing here waits for the device."""
         active = self.objective.active_learners(self.step)
-        for micro_step in range(self.config.accumulate):
+        for micro_step in range(self.accumulate):
             _, inputs = self._prepared(next(batches))
             draws = Draws(
                 seed=self.config.seed,
@@ -242,10 +257,10 @@ class Trainer:
             carry: dict[str, Tensor] = {}
             for name in active:
                 learner = self.learners[name]
-                is_last = micro_step == self.config.accumulate - 1
+                is_last = micro_step == self.accumulate - 1
                 with contextlib.nullcontext() if is_last else self.accelerator.no_sync(learner):
                     output = learner(inputs, draws, self.step, carry)
-                    self.accelerator.backward(self._total(output) / self.config.accumulate)
+                    self.accelerator.backward(self._total(output) / self.accumulate)
                 carry = {**carry, **output.carry}
 
         self._note(self.optimisers.step(active))
@@ -344,6 +359,15 @@ class Trainer:
         result = work()
         self._marked_time += time.perf_counter() - start
         return result
+
+    def _export(self, export: Callable[[nn.Module, int], None] | None) -> None:
+        if self.step not in self.config.export_at:
+            return
+        assert export is not None, "train.export_at asks for exports, and nobody makes them"
+        self._check_finite(self.metrics.read(self._mean_over_processes))
+        before = random_state()
+        export(copy.deepcopy(self.averaged), self.step)
+        restore_random_state(before)
 
     def _sample(self) -> None:
         with together():

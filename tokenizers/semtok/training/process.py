@@ -11,6 +11,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from semtok.errors import UserError
 from semtok.speed import Precision, allow_tf32, autocast_dtype
+from semtok.training.accumulation import device_gb, micro_batches
 from semtok.training.agreement import PATIENCE
 from semtok.training.train_config import TrainConfig
 
@@ -67,11 +68,10 @@ def check_launch(config: TrainConfig) -> None:
             f"train.tracker: {config.tracker} is not installed; pip install {config.tracker}"
         )
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.batch_size % (num_processes * config.accumulate):
-        raise UserError(
-            f"train.batch_size: {config.batch_size} is not divisible by {num_processes} processes "
-            f"times train.accumulate {config.accumulate}"
-        )
+    gpu = None
+    if torch.cuda.is_available():
+        gpu = device_gb(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+    micro_batches(config, num_processes, gpu)
 
 
 def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:

@@ -1,13 +1,24 @@
 """How a stage is trained: the ``train:`` section of every recipe."""
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from semtok.optimiser import OptimiserConfig
 from semtok.settings import Config
 from semtok.speed import Compiler, Precision
+
+
+class MemoryConfig(Config):
+    """What a step needs of a GPU, in GB (10^9 bytes), as ``python tools/benchmark.py memory RECIPE`` estimates it."""
+
+    gpu: float = Field(gt=0)
+    """Memory of one GPU that the recipe is written for; one that has less counts as what it has."""
+    fixed: float = Field(ge=0)
+    """Of one process, whatever its images: networks, gradients, optimiser, average."""
+    per_image: float = Field(gt=0)
+    """Of each image of a micro-batch."""
 
 
 class TrainConfig(Config):
@@ -17,8 +28,12 @@ class TrainConfig(Config):
     """Optimiser steps; 0 for methods that learn nothing by steps."""
     batch_size: int = Field(ge=1)
     """Images per optimiser step, over all processes and micro-batches."""
-    accumulate: int = Field(1, ge=1)
-    """Micro-batches per optimiser step."""
+    accumulate: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Micro-batches per optimiser step. ``auto``: the fewest that ``memory`` and the number of processes
+    allow. Losses do not depend on them but by rounding, except where a layer or a weight is made from what
+    one micro-batch holds: batch norm, and the adaptive weight of a discriminator."""
+    memory: MemoryConfig | None = None
+    """What ``accumulate: auto`` goes by; a number of micro-batches that needs more than that is told of."""
     optimiser: OptimiserConfig | None = None
     """Needed wherever there are steps."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -36,6 +51,9 @@ class TrainConfig(Config):
     float32, as its export is used (in TF32 where the precision allows that)."""
     ema_decay: float | None = Field(None, ge=0, lt=1)
     """None: no average; the trained weights are evaluated and exported."""
+    ema_warmup: bool = True
+    """The decay after n updates is at most (1 + n) / (10 + n), so that short runs are not dominated by the
+    first weights. False: the same decay from the first step, as the published training codes have it."""
     compile: Compiler = "none"
     """torch.compile's backend for the networks, the blocks of frozen teachers among them."""
     channels_last: bool = False
@@ -53,12 +71,22 @@ class TrainConfig(Config):
     """Steps between readings of the metrics; the host waits for the device at no other step."""
     checkpoint_every: int = Field(1000, ge=1)
     keep_last: int = Field(2, ge=1)
+    """How many checkpoints stay; earlier ones are removed as new ones are written."""
+    export_at: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Steps after which the averaged network is exported on the way, to ``exports/0070000/`` of the run."""
     sample_every: int = Field(1000, ge=1)
     num_sample_images: int = Field(8, ge=1)
     num_validation_images: int = Field(512, ge=1)
     num_statistics_images: int = Field(2048, ge=1)
     """Training images that the latents' statistics are measured on."""
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
+
+    @field_validator("export_at")
+    @classmethod
+    def _distinct(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(steps)) != len(steps):
+            raise ValueError(f"a step is named twice in {list(steps)}")
+        return tuple(sorted(steps))
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
@@ -70,6 +98,16 @@ class TrainConfig(Config):
             told = f" and train.constant_steps {self.constant_steps}" if self.constant_steps else ""
             raise ValueError(
                 f"train.warmup_steps {self.warmup_steps}{told} is more than train.steps {self.steps}; pass {what}=…"
+            )
+        if not self.ema_warmup and self.ema_decay is None:
+            raise ValueError("train.ema_warmup takes effect with train.ema_decay only")
+        if self.accumulate == "auto" and self.memory is None:
+            raise ValueError(
+                "train.accumulate: auto needs train.memory={gpu: …, fixed: …, per_image: …}, in GB; or give a number"
+            )
+        if self.export_at and self.export_at[-1] > self.steps:
+            raise ValueError(
+                f"train.export_at: {self.export_at[-1]} is more than train.steps {self.steps}"
             )
         if self.steps and self.optimiser is None:
             raise ValueError("train.optimiser is missing; give train.optimiser.learning_rate=…")
