@@ -11,7 +11,7 @@ import yaml
 import tiny
 from benchmarks import caching
 from benchmarks import command as benchmark
-from benchmarks.memory import estimate_memory
+from benchmarks.memory import LiveBytes, MemoryEstimate, autocast_as_on_cuda, recipe_memory
 from benchmarks.plain import PlainREGLUEStep, PlainSiT
 from benchmarks.synthetic import PUBLISHED, SyntheticLatents
 from benchmarks.timing import counted_flops
@@ -33,6 +33,7 @@ from semtok.sampler.dit import DiT, DiTArchitecture
 from semtok.sampler.latents import Latents, Posterior
 from semtok.training.loop import Trainer
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 SHAPE = DiTArchitecture(depth=2, width=24, heads=2, patch_size=2)
 
 
@@ -133,18 +134,73 @@ def test_operations_of_a_step_are_those_that_it_takes(tmp_path):
     assert taken[1] == pytest.approx(1.5 * taken[0], rel=1e-3), "3 forwards against 2"
 
 
-def test_memory_adds_up_and_falls_with_checkpointing():
-    def estimate(batch: int, **changes: Any):
-        settings = {"precision": "bf16", "checkpointing": False} | changes
-        return estimate_memory("sit", "SiT-S/4", batch, **settings)
+def write(path: Path, content: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
 
-    one, two = estimate(8), estimate(16)
-    parameters = one.gradients / 4
-    assert one.optimiser == pytest.approx(8 * parameters) and one.average == one.gradients
-    assert one.weights == pytest.approx(6 * parameters)
-    assert two.activations == pytest.approx(2 * one.activations, rel=0.05)
-    assert estimate(16, checkpointing=True).activations < 0.3 * two.activations
-    assert estimate(16, precision="fp32").activations > two.activations
+
+def test_memory_of_a_tokenizers_step_is_what_a_real_one_takes(tmp_path):
+    """On tensors with contents, in the loop itself; its gradients are counted apart."""
+    method = {"perceptual": "teacher", "adversarial": {**tiny.ADVERSARIAL, "weight": 0.5}}
+    content = tiny.content(method, batch_size=16, steps=9)
+    content["data"]["size"] = 32
+    estimate = recipe_memory(write(tmp_path / "recipe.yaml", content), [], None, tmp_path)
+    recipe = parse_recipe(content, "tiny")
+    source, _ = open_sources(recipe.data)
+    objective = build_objective(recipe, place="tiny")
+    trainer = make_trainer(objective, recipe.train, source, tmp_path)
+    batches = trainer._batches()
+    trainer.train_step(batches)
+    with LiveBytes() as live:
+        trainer.train_step(batches)
+    assert 1e-9 * live.most == pytest.approx(estimate.step + 16 * estimate.per_image, rel=0.05)
+    sizes = [p.numel() for p in objective.learners.parameters()]
+    assert estimate.gradients == estimate.optimiser == pytest.approx(8e-9 * sum(sizes))
+    averaged = [p.numel() for p in objective.averaged_module().parameters()]
+    assert estimate.average == pytest.approx(4e-9 * sum(averaged))
+    others = [p.numel() for p in trainer.objective.frozen_modules()[0].parameters()]
+    assert estimate.networks == pytest.approx(4e-9 * (sum(sizes) + sum(others)), rel=0.01)
+
+
+def test_memory_of_a_generators_step_falls_with_half_precision_and_checkpointing(tmp_path):
+    content = {key: tiny.content()[key] for key in ("data", "train")}
+    shape = {"depth": 4, "width": 192, "heads": 3, "patch_size": 4}
+    content["diffusion"] = {"network": shape, "repa": {"weight": 0.5}}
+    recipe = write(tmp_path / "recipe.yaml", content)
+
+    def estimate(*words: str) -> MemoryEstimate:
+        return recipe_memory(recipe, list(words), "repa", tmp_path)
+
+    plain, half = estimate(), estimate("train.precision=bf16")
+    # Norms are in float32 all the same, so that it is no half.
+    assert 0.5 * plain.per_image < half.per_image < 0.8 * plain.per_image
+    copies = (half.step - plain.step) / plain.networks
+    assert copies == pytest.approx(0.5, abs=0.1), "weights in 16 bits are there beside the others"
+    for words in ([], ["train.precision=bf16"]):
+        less = estimate("diffusion.checkpointing=true", *words)
+        assert less.per_image < 0.5 * estimate(*words).per_image
+    assert estimate("train.ema_decay=null").average == 0
+
+
+def test_on_a_gpu_norms_of_half_precision_are_in_float32():
+    with autocast_as_on_cuda(), torch.autocast("cpu", torch.bfloat16):
+        x = torch.nn.Linear(4, 4)(torch.randn(2, 4))
+        assert x.dtype == torch.bfloat16
+        assert torch.nn.LayerNorm(4)(x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.nn.LayerNorm(4)(x).dtype == torch.bfloat16, "elsewhere as before"
+
+
+def test_the_block_that_the_memory_command_prints_is_one_for_a_recipe(tmp_path, capsys):
+    recipe = write(tmp_path / "recipe.yaml", tiny.content({"name": "vae"}))
+    assert bench("memory", recipe, "--gpu", "40", "--output", tmp_path / "x.json") == 0
+    (line,) = (each for each in capsys.readouterr().out.splitlines() if "memory:" in each)
+    memory = yaml.safe_load(line)["memory"]
+    content = tiny.content({"name": "vae"}, accumulate="auto", memory=memory)
+    assert parse_recipe(content, "tiny").train.memory.model_dump() == memory
+    figures = json.loads((tmp_path / "x.json").read_text())
+    assert figures["memory"] == memory and memory["gpu"] == 40
+    assert figures["per_image"] <= memory["per_image"] < figures["per_image"] + 0.002
 
 
 def test_the_report_is_whole(tmp_path, capsys):
@@ -162,7 +218,7 @@ def test_the_report_is_whole(tmp_path, capsys):
         )
         == 0
     )
-    recipe = Path(__file__).parents[1] / "recipes/vae.yaml"
+    recipe = RECIPES / "vae.yaml"
     assert bench("tokenizer", recipe, "--rounds", 1, "train.batch_size=2") == 0
     assert "training step of" in capsys.readouterr().out
 
@@ -247,7 +303,11 @@ def test_both_sides_of_a_tokenizer_keep_their_own_settings_of_the_process(tmp_pa
         (["tokenizer", "none.yaml"], "none.yaml: no such file"),
         (["reglue", "train.batch_size=2"], "train.batch_size: not here"),
         (["dit", "data.size=32"], "data.size: not here"),
-        (["memory", "--output", "."], "--output .: not a file that can be written"),
+        (["memory", "x.yaml", "--output", "."], "--output .: not a file that can be written"),
+        (["memory", RECIPES / "vae.yaml", "--latents", "sit"], "trains a tokenizer, which sees"),
+        (["memory", RECIPES / "dit.yaml"], "trains a generator; give --latents sit or"),
+        (["memory", RECIPES / "redi.yaml"], "learns nothing by steps"),
+        (["memory", "x.yaml", "--gpu", "0"], "--gpu must be more than 0"),
     ],
 )
 def test_wrong_words_are_one_line(capsys, words, message):

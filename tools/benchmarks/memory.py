@@ -1,16 +1,17 @@
 """How much memory a recipe's training step needs on a GPU, found without computing anything."""
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,13 +36,12 @@ _CPU = torch.device("cpu")
 _FEW, _MORE = 8, 16  # images, between which a step's memory is a straight line
 # What CUDA's autocast computes in float32 and the CPU's does not, of all that holds much memory.
 _IN_FLOAT32 = (
-    F.layer_norm,
-    F.group_norm,
-    F.rms_norm,
-    F.interpolate,
-    F.cosine_similarity,
-    F.normalize,
+    torch.ops.aten.layer_norm.default,
+    torch.ops.aten.group_norm.default,
+    torch.ops.aten.rms_norm.default,
+    torch.ops.aten.upsample_nearest2d.vec,
 )
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
 
 @dataclass(frozen=True)
@@ -148,13 +148,13 @@ def _peak_of_a_step(objective: Objective, config: TrainConfig, batch: Batch) -> 
 
     for parameter in objective.learners.parameters():
         parameter.grad = torch.empty_like(parameter)
-    with _LiveBytes() as live:
-        with autocast(), _CUDAAutocast(enabled=dtype is not None):
+    with autocast_as_on_cuda(), LiveBytes() as live:
+        with autocast():
             inputs = objective.prepare(batch)
         draws = Draws(seed=0, step=step, global_batch=num, first=0, num=num, device=_CPU)
         carry: dict[str, Tensor] = {}
         for name in objective.active_learners(step):
-            with autocast(), _CUDAAutocast(enabled=dtype is not None):
+            with autocast():
                 output = objective.learners[name](inputs, draws, step, carry)
             terms = [term.weight * term.value.float().mean() for term in output.terms.values()]
             torch.stack(terms).sum().backward()
@@ -193,7 +193,7 @@ def _without_contents(batch: Batch, mode: FakeTensorMode) -> Batch:
     )
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that come into being within this context and are still there."""
 
     def __init__(self) -> None:
@@ -228,22 +228,15 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-class _CUDAAutocast(TorchFunctionMode):
-    """Computes in float32 what autocast does so on CUDA alone."""
+@contextmanager
+def autocast_as_on_cuda() -> Iterator[None]:
+    """Within this context the CPU's autocast computes norms and magnified images in float32, as CUDA's does."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for operator in _IN_FLOAT32:
+            library.impl(operator, partial(_in_float32, operator), "AutocastCPU")
+        yield
 
-    def __init__(self, *, enabled: bool) -> None:
-        super().__init__()
-        self.enabled = enabled
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if self.enabled and func in _IN_FLOAT32:
-            args = tuple(
-                a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
-            )
-        return func(*args, **(kwargs or {}))
+def _in_float32(operator: OpOverload, *args: Any, **kwargs: Any) -> Any:
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        return operator(*(a.float() if isinstance(a, Tensor) else a for a in args), **kwargs)
