@@ -7,6 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from benchmarks.random_inputs import random_teacher
 from rehearsal import command, rehearsal
 from rehearsal.children import Outcome, run_command
 from rehearsal.headers import Sampling, read_header
@@ -21,11 +22,13 @@ from rehearsal.plan import (
     small_settings,
 )
 from rehearsal.sizes import Size
+from semtok import teachers
 from semtok.commands.cli import run
 from semtok.errors import UserError
 from semtok.recipe import DiffusionRecipe, load_diffusion_recipe, load_recipe
 from semtok.sampler.dit import architecture
 from semtok.settings import apply_overrides, read_yaml
+from semtok.teachers import Teacher, TeacherConfig
 from semtok.tokenizer import Tokenizer
 
 RECIPES = all_recipes()
@@ -235,6 +238,13 @@ def test_random_weights_are_found_by_the_recipes_own_reference(tmp_path, monkeyp
     lay_autoencoder("org/vae-tiny")
     assert (tmp_path / "org/vae-tiny/config.json").stat().st_mtime_ns == before
     assert Tokenizer.from_pretrained("org/vae-tiny").spec.names == ("texture",)
+
+
+def test_a_teacher_has_random_weights_by_its_short_name_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(teachers._SHORT_NAMES, "short", "test_vit")
+    config = random_teacher(TeacherConfig(name="short", input_size=160), tmp_path)
+    assert Path(config.checkpoint).is_file()
+    assert Teacher(config).timm_name == "test_vit"
 
 
 @pytest.mark.parametrize("reference", ["../vae-tiny", "/somewhere/vae-tiny"])
