@@ -10,8 +10,9 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 import tiny
-from semtok.hub.imports import published_sampler
-from semtok.sampler.dit import DiT, DiTArchitecture
+from semtok.hub.dit_settings import sampler_for
+from semtok.hub.file_settings import FileSettings
+from semtok.sampler.dit import DiT, DiTArchitecture, architecture
 from semtok.sampler.draws import SampleNoise
 from semtok.sampler.guidance import GuidanceConfig
 from semtok.sampler.latents import LatentSpec, PartSpec
@@ -266,7 +267,10 @@ def test_a_form_that_is_infinite_where_sampling_starts_is_refused():
 
 
 def test_imported_networks_sample_with_their_familys_form():
-    forms = {name: published_sampler(name).diffusion for name in ("sit", "lightningdit", "sfd")}
-    assert set(forms.values()) == {"sigma"}
-    for name in ("repa", "reg", "reglue", "repa-e"):
-        assert published_sampler(name).diffusion == "linear"
+    network = architecture("SiT-XL/2")
+
+    def form(name):
+        return sampler_for(name, network, FileSettings("file")).diffusion
+
+    assert {form(name) for name in ("sit", "redi", "lightningdit", "sfd")} == {"sigma"}
+    assert {form(name) for name in ("repa", "reg", "reglue", "repa-e")} == {"linear"}

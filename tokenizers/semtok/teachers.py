@@ -132,7 +132,7 @@ class Teacher(nn.Module):
     def __init__(self, config: TeacherConfig) -> None:
         super().__init__()
         self.config = config
-        self.timm_name = _SHORT_NAMES.get(config.name, config.name)
+        self.timm_name = name_in_timm(config.name)
         self.network = _create(config, self.timm_name)
         self.network.requires_grad_(False)
         data = timm.data.resolve_model_data_config(self.network)
@@ -305,11 +305,21 @@ def demo_network() -> nn.Module:
     return network
 
 
-def _create(config: TeacherConfig, name: str) -> nn.Module:
+def name_in_timm(name: str) -> str:
+    """What timm calls the network of a teacher's name; ``demo`` stays.
+
+    Raises:
+        UserError: timm knows no such model.
+    """
+    name = _SHORT_NAMES.get(name, name)
     if name != DEMO and not timm.is_model(name):
         near = difflib.get_close_matches(name, [DEMO, *_SHORT_NAMES, *timm.list_models()], n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise UserError(f"teacher.name: timm knows no model '{name}'{hint}")
+    return name
+
+
+def _create(config: TeacherConfig, name: str) -> nn.Module:
     options: dict[str, object] = {}
     if config.checkpoint is not None and not Path(config.checkpoint).is_file():
         raise UserError(

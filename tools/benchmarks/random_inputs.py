@@ -14,7 +14,7 @@ from semtok.data.source import ImageBatch, ImageSource
 from semtok.perceptual import backbone_file
 from semtok.recipe import TokenizerRecipe
 from semtok.storage import write_tensors
-from semtok.teachers import TeacherConfig
+from semtok.teachers import TeacherConfig, name_in_timm
 
 POOL = 64
 """Different images; more would only take memory."""
@@ -54,12 +54,16 @@ class RandomImages(RandomSource):
 
 
 def random_teacher(config: TeacherConfig, folder: Path) -> TeacherConfig:
-    """The same teacher with random weights, which are written to the folder; the embedded one is at hand anyway."""
+    """The same teacher with random weights, which are written to the folder; the embedded one is at hand anyway.
+
+    Raises:
+        UserError: timm knows no such network.
+    """
     if config.name == "demo" or config.checkpoint is not None:
         return config
     weights = folder / f"{config.name}.safetensors"
     if not weights.is_file():
-        network = timm.create_model(config.name, pretrained=False, num_classes=0)
+        network = timm.create_model(name_in_timm(config.name), pretrained=False, num_classes=0)
         write_tensors(weights, network.state_dict())
     return config.model_copy(update={"checkpoint": str(weights)})
 

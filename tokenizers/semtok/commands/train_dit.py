@@ -142,7 +142,7 @@ def plan_dit(
     """
     stored = stored_latents(recipe.data)
     images = open_sources(recipe.data) if stored is None else None
-    teacher = Teacher(recipe.teacher) if _needs_teacher(recipe) and stored is None else None
+    teacher = Teacher(recipe.teacher) if needs_teacher(recipe) and stored is None else None
     tokenizer = check_tokenizer_of_run(recipe.tokenizer, folder / _TOKENIZER, resume=resume)
     is_made = isinstance(tokenizer, Tokenizer)
     built_on, latents = tokenizer if is_made else tokenizer.stand_in, None
@@ -255,7 +255,7 @@ def build_diffusion_objective(
     return objective
 
 
-def _needs_teacher(recipe: DiffusionRecipe[Any]) -> bool:
+def needs_teacher(recipe: DiffusionRecipe[Any]) -> bool:
     """Whether the recipe names a teacher that REPA may ask."""
     repa = recipe.diffusion.repa
     decoded = repa not in (None, False) and repa.targets == "decoded"
