@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from semtok.errors import UserError
-from semtok.settings import Config, read_yaml
+from semtok.settings import Config, parse, read_yaml
 from semtok.storage import read_json, write_json
 
 RECIPE_FILE = "recipe.yaml"
@@ -54,7 +54,7 @@ def check_run_folder(folder: Path, recipe: Config, *, resume: bool) -> None:
         raise UserError(
             f"{folder}: no run to resume there (no {RECIPE_FILE}); leave --resume out to start one"
         )
-    old, new = flatten(read_yaml(recorded)), flatten(recipe.model_dump(mode="json"))
+    old, new = flatten(_recorded(recorded, type(recipe))), flatten(recipe.model_dump(mode="json"))
     # The cosine's shape depends on the number of steps; a constant rate only goes on for longer.
     free = _FREE_ON_RESUME + (("train.steps",) if new.get("train.schedule") == "constant" else ())
     changed = [
@@ -69,6 +69,15 @@ def check_run_folder(folder: Path, recipe: Config, *, resume: bool) -> None:
             + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")
             + "; start anew with --output"
         )
+
+
+def _recorded(file: Path, kind: type[Config]) -> dict[str, Any]:
+    """The settings of a run. What it does not name came later, and stands as the default that the run had."""
+    content = read_yaml(file)
+    try:
+        return parse(kind, content, str(file)).model_dump(mode="json")
+    except UserError:  # of another method, or kind of images: told by what differs
+        return content
 
 
 def check_files(folder: Path, states: Mapping[str, str]) -> None:
