@@ -95,6 +95,6 @@ def check_order(
     for epoch in range(2):
         own = whole[epoch * num_images : (epoch + 1) * num_images]
         assert sorted(own) == list(range(num_images)), "each image once in an epoch"
-    assert whole == [index for step in range(num_steps) for index, _ in order.keys(step)]
+    assert whole == [index for step in range(num_steps) for index, _, _ in order.keys(step)]
     middle = num_steps // 2
     assert seen(middle) == whole[middle * batch_size :], "a resumed run sees what is left"

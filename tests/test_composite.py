@@ -18,6 +18,7 @@ from semtok.commands.train_tokenizer import statistics_batches, train_tokenizer
 from semtok.data.caches.feature_cache import CachedFeatures
 from semtok.data.caches.shards import Shards
 from semtok.data.images.shapes import Shapes, ShapesConfig
+from semtok.data.source import Key
 from semtok.images import to_pixels
 from semtok.methods.composite import CoderShape, CompositeTokenizer, feature_cosine, feature_stride
 from semtok.methods.redi import PrincipalComponents
@@ -370,7 +371,7 @@ def test_cached_features_are_those_of_each_step(tmp_path, monkeypatch, capsys):
     source, _ = open_sources(parsed.data)
     shards = Shards(tmp_path / "cache", "test")
     cache, teacher = CachedFeatures(source, shards), Teacher(parsed.teacher)
-    keys = [(2, True), (0, False), (5, True)]
+    keys = [Key(2, True), Key(0), Key(5, True)]
     batch = source.load_keys(keys)
     expected = teacher.features(to_pixels(batch.images), grid=(8, 8))
     loaded = cache.load_keys(keys)

@@ -158,9 +158,9 @@ def test_every_epoch_shows_every_image_once_in_an_order_of_its_own(kind, tmp_pat
 def test_every_epoch_mirrors_other_images(block_size):
     order = DataOrder(48, 48, seed=0, flip=True, block_size=block_size)
     orders = [order.keys(epoch) for epoch in range(3)]
-    mirrored = [{index for index, is_mirrored in keys if is_mirrored} for keys in orders]
+    mirrored = [{index for index, is_mirrored, _ in keys if is_mirrored} for keys in orders]
     for keys, own in zip(orders, mirrored, strict=True):
-        assert sorted(index for index, _ in keys) == list(range(48))
+        assert sorted(index for index, _, _ in keys) == list(range(48))
         assert 12 <= len(own) <= 36
     for one, other in itertools.combinations(range(3), 2):
         assert orders[one] != orders[other] and mirrored[one] != mirrored[other]

@@ -386,19 +386,19 @@ def test_names_of_any_kind_are_found_in_the_order_of_their_parts(tmp_path):
 
 def test_each_epoch_has_each_image_once_even_across_step_borders():
     order = DataOrder(num_images=10, batch_size=4, seed=0, flip=False)
-    seen = [index for step in range(5) for index, _ in order.keys(step)]
+    seen = [index for step in range(5) for index, _, _ in order.keys(step)]
     assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))
     assert seen[:10] != seen[10:20], "epochs are shuffled anew"
     big = DataOrder(num_images=3, batch_size=8, seed=0, flip=False).keys(0)
-    assert sorted(index for index, _ in big[:3]) == [0, 1, 2] and len(big) == 8
+    assert sorted(index for index, _, _ in big[:3]) == [0, 1, 2] and len(big) == 8
 
 
 def test_flips_are_half_of_the_images_and_change_by_epoch():
     order = DataOrder(num_images=400, batch_size=400, seed=0, flip=True)
-    first, second = dict(order.keys(0)), dict(order.keys(1))
+    first, second = ({i: mirrored for i, mirrored, _ in order.keys(step)} for step in range(2))
     assert 150 < sum(first.values()) < 250
     assert 120 < sum(first[i] != second[i] for i in range(400)) < 280
-    assert not any(flip for _, flip in DataOrder(400, 400, 0, flip=False).keys(0))
+    assert not any(flip for _, flip, _ in DataOrder(400, 400, 0, flip=False).keys(0))
 
 
 def test_processes_and_micro_batches_share_out_the_global_batch():
@@ -440,7 +440,7 @@ def test_flipped_images_are_mirrored():
     order = DataOrder(20, 20, seed=1, flip=True)
     settings = {"first_step": 0, "last_step": 1, "num_workers": 0, "pin_memory": False}
     (batch,) = training_batches(source, order, share, **settings)
-    for image, (index, flip) in zip(batch.images, order.keys(0), strict=True):
+    for image, (index, flip, _) in zip(batch.images, order.keys(0), strict=True):
         original = source.load([index]).images[0]
         assert torch.equal(image, original.flip(-1) if flip else original)
 

@@ -27,6 +27,7 @@ from semtok.data.caches.shards import Shards, open_shard, shard_checksum
 from semtok.data.images.kinds import open_sources
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.data.order import BLOCKS_AT_A_TIME, DataOrder
+from semtok.data.source import Key
 from semtok.images import to_pixels
 from semtok.recipe import parse_data, parse_diffusion_recipe
 from semtok.teachers import Teacher
@@ -78,7 +79,7 @@ def test_the_cache_holds_the_posterior_the_labels_and_the_teachers_tokens(place,
     cached, held_out = opened(place, cache)
     source, validation = open_sources(parse_data(words(place), place="test"))
     tokenizer = Tokenizer.from_pretrained(place / "tokenizer")
-    keys = [(9, False), (0, True), (5, True), (5, False), (3, False)]
+    keys = [Key(9), Key(0, True), Key(5, True), Key(5), Key(3)]
     chosen = validation.chosen(4)
     for batch, images in (
         (cached.load_keys(keys), source.load_keys(keys)),
@@ -107,7 +108,7 @@ def test_the_cache_holds_the_posterior_the_labels_and_the_teachers_tokens(place,
 def test_rows_in_any_order_across_shards_are_those_one_by_one(place, cache):
     cached, _ = opened(place, cache)
     assert len(list((cache / "train").glob("shard-*.safetensors"))) == 3
-    keys = [(i, bool(m)) for i in range(NUM) for m in range(2)]
+    keys = [Key(i, bool(m)) for i in range(NUM) for m in range(2)]
     order = np.random.default_rng(0).permutation(len(keys))
     together = cached.shards.rows([keys[i] for i in order])
     for place_, i in enumerate(order):
@@ -338,7 +339,7 @@ def test_a_cache_behind_a_url_is_fetched_shard_by_shard(place, cache, tmp_path, 
         local, _ = opened(place, cache)
         assert remote.block_size == 4 and local.block_size is None
         before = server.num_bytes
-        keys = [(1, False), (3, True)]
+        keys = [Key(1), Key(3, True)]
         for ours, theirs in zip(
             remote.shards.rows(keys).items(), local.shards.rows(keys).items(), strict=True
         ):
@@ -353,16 +354,14 @@ def test_a_cache_behind_a_url_is_fetched_shard_by_shard(place, cache, tmp_path, 
         )
         # Few are kept, and one that comes changed is refused.
         few = RemoteShards(f"{url}/train", "test", kept=1)
-        assert torch.equal(
-            few.labels([(0, False), (9, False), (5, False)]), local.load([0, 9, 5]).labels
-        )
+        assert torch.equal(few.labels([Key(0), Key(9), Key(5)]), local.load([0, 9, 5]).labels)
         assert [file.name for file in few.local.iterdir()] == [few.local_file(1).name]
         content = bytearray(files["/c/train/shard-000001.safetensors"])
         content[-1] ^= 1
         files["/c/train/shard-000001.safetensors"] = bytes(content)
         shutil.rmtree(few.local)
         with pytest.raises(UserError, match="shard-000001.safetensors came with another checksum"):
-            RemoteShards(f"{url}/train", "test").labels([(5, False)])
+            RemoteShards(f"{url}/train", "test").labels([Key(5)])
         with pytest.raises(UserError, match=r"data.cache: http://.*latents.json: no such file"):
             opened(place, f"{url}/nothing")
 
@@ -387,16 +386,16 @@ def test_local_copies_are_those_of_the_store_as_it_is(place, cache, tmp_path, mo
         url = f"{server.address}/c/train"
         server.fails = 1
         first = RemoteShards(url, "test")
-        before = first.rows([(0, False), (4, False)])
+        before = first.rows([Key(0), Key(4)])
         assert server.fails == 0, "it asked again"
         server.files.update(files(other))
         again = RemoteShards(url, "test")
-        again.rows([(0, False), (4, False)])
+        again.rows([Key(0), Key(4)])
         assert again.local_file(0).read_bytes() == shard.read_bytes()
         flip_a_bit(again.local_file(1))
-        mended = RemoteShards(url, "test").rows([(4, False)])
+        mended = RemoteShards(url, "test").rows([Key(4)])
         assert all(torch.equal(mended[name], before[name][1:]) for name in mended)
-        RemoteShards(url, "test", kept=1).rows([(8, False)])
+        RemoteShards(url, "test", kept=1).rows([Key(8)])
         assert list(first.local.iterdir()) == [first.local_file(2)]
 
 
@@ -418,15 +417,15 @@ def test_a_shard_that_another_process_removes_is_fetched_again(
             return open_shard(file, num_rows)
 
         monkeypatch.setattr("semtok.data.caches.remote_shards.open_shard", open_removed)
-        expected = Shards(cache / "train", "test").rows([(0, False)])
-        rows = shards.rows([(0, False)])
+        expected = Shards(cache / "train", "test").rows([Key(0)])
+        rows = shards.rows([Key(0)])
         assert all(torch.equal(rows[name], expected[name]) for name in rows)
         monkeypatch.setattr(
             "semtok.data.caches.remote_shards.open_shard",
             lambda f, num_rows: f.unlink() or open_shard(f, num_rows),
         )
         with pytest.raises(UserError, match="set another SEMTOK_CACHE"):
-            shards.rows([(4, False)])
+            shards.rows([Key(4)])
 
 
 @pytest.mark.parametrize(
@@ -451,7 +450,7 @@ def test_an_index_that_names_other_files_is_refused(place, cache, tmp_path, monk
             lambda: Shards(tmp_path / "local", "test"),
         ):
             with pytest.raises(UserError, match="is damaged") as refused_:
-                opened_().rows([(0, False), (4, False)])
+                opened_().rows([Key(0), Key(4)])
             assert "\n" not in str(refused_.value)
     assert victim.read_text() == "mine"
     assert not list((tmp_path / "deep").rglob("*.safetensors"))
@@ -521,9 +520,9 @@ def test_a_part_of_a_cache_that_is_removed_is_computed_again(place, cache, tmp_p
 @pytest.mark.parametrize(("num_images", "block"), [(100, 4), (1000, 7), (5, 8), (130, 1)])
 def test_an_epoch_in_blocks_shows_every_image_once_from_few_blocks_at_a_time(num_images, block):
     order = DataOrder(num_images, num_images, seed=3, flip=False, block_size=block)
-    indices = [index for index, _ in order.keys(0)]
+    indices = [index for index, _, _ in order.keys(0)]
     assert sorted(indices) == list(range(num_images))
     window = BLOCKS_AT_A_TIME * block
     for first in range(0, num_images, window):
         assert len({i // block for i in indices[first : first + window]}) <= BLOCKS_AT_A_TIME + 1
-    assert indices != [index for index, _ in order.keys(1)]
+    assert indices != [index for index, _, _ in order.keys(1)]

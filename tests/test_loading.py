@@ -8,7 +8,7 @@ from semtok.data.images.folder import Folder, FolderConfig
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.data.order import BatchSlice, DataOrder, training_batches
 from semtok.data.passes import chosen_images
-from semtok.data.source import ImageBatch, ImageSource
+from semtok.data.source import ImageBatch, ImageSource, Key
 
 ALONE = {"process_index": 0, "num_processes": 1}
 
@@ -42,7 +42,7 @@ def test_every_epoch_shows_every_image_once_whatever_the_batch_size(num_images, 
     order = DataOrder(num_images, batch_size, seed=5, flip=True)
     steps = [order.keys(step) for step in range(4 * num_images)]
     assert all(len(keys) == batch_size for keys in steps)
-    seen = [index for keys in steps for index, _ in keys]
+    seen = [index for keys in steps for index, _, _ in keys]
     for start in range(0, len(seen) - num_images + 1, num_images):
         assert sorted(seen[start : start + num_images]) == list(range(num_images))
 
@@ -56,7 +56,7 @@ def test_a_step_does_not_depend_on_which_steps_were_asked_for_before():
 
 
 def test_the_batch_size_changes_where_steps_end_not_the_sequence():
-    def sequence(batch_size: int) -> list[tuple[int, bool]]:
+    def sequence(batch_size: int) -> list[Key]:
         order = DataOrder(10, batch_size, seed=0, flip=True)
         return [key for step in range(60 // batch_size) for key in order.keys(step)]
 
@@ -66,8 +66,8 @@ def test_the_batch_size_changes_where_steps_end_not_the_sequence():
 def test_without_flips_the_images_are_in_the_same_order():
     with_flips, without = (DataOrder(50, 50, seed=0, flip=flip) for flip in (True, False))
     for epoch in range(3):
-        assert not any(mirrored for _, mirrored in without.keys(epoch))
-        assert [i for i, _ in with_flips.keys(epoch)] == [i for i, _ in without.keys(epoch)]
+        assert not any(mirrored for _, mirrored, _ in without.keys(epoch))
+        assert [i for i, _, _ in with_flips.keys(epoch)] == [i for i, _, _ in without.keys(epoch)]
 
 
 @pytest.mark.parametrize(("num_processes", "accumulate"), [(2, 2), (1, 4), (4, 1)])
@@ -102,7 +102,7 @@ def test_a_loader_that_starts_later_continues_the_same_steps(first_step):
 def test_labels_and_attributes_belong_to_the_images_they_come_with():
     source, order = shapes(), DataOrder(20, 20, seed=3, flip=False)
     (batch,) = load(source, order, BatchSlice(20, 1, **ALONE), (0, 1))
-    expected = source.load([index for index, _ in order.keys(0)])
+    expected = source.load([index for index, _, _ in order.keys(0)])
     assert torch.equal(batch.images, expected.images)
     assert torch.equal(batch.labels, expected.labels)
     for name, values in expected.attributes.items():

@@ -20,6 +20,7 @@ from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.data.caches.latent_cache import open_latent_cache
 from semtok.data.order import BatchSlice, DataOrder, training_batches
+from semtok.data.source import Key
 from semtok.recipe import parse_data, parse_recipe
 
 datasets = pytest.importorskip("datasets")
@@ -413,7 +414,7 @@ def test_latents_are_cached_as_those_of_the_converted_set(server, tmp_path):
         settings = parse_data(words, place="test")
         cached.append(open_latent_cache(output, Tokenizer.from_pretrained("demo"), data=settings))
     assert server.num_parts < 3 * NUM_GROUPS, "of half as many, for each part, mirrored or not"
-    keys = [(index, bool(index % 2)) for index in range(57)]
+    keys = [Key(index, bool(index % 2)) for index in range(57)]
     ours, theirs = (train.load_keys(keys) for train, _ in cached)
     assert torch.equal(ours.labels, theirs.labels)
     assert torch.equal(ours.latents.mean["texture"], theirs.latents.mean["texture"])

@@ -306,7 +306,7 @@ def shares(
 @pytest.mark.parametrize("num_images", [1, 7, 24])
 def test_every_image_is_read_once_whatever_the_number_of_processes(monkeypatch, num, num_images):
     source = Shapes(ShapesConfig(size=8, num_images=24), train=True)
-    keys = [((5 * i) % 24, bool(i % 2)) for i in range(num_images)]
+    keys = [Key((5 * i) % 24, bool(i % 2)) for i in range(num_images)]
     found = shares(monkeypatch, source, keys, num, batch_size=3)
     places = [place for batches in found for batch in batches for place in batch]
     assert places == list(range(num_images)), "in order"
@@ -318,7 +318,7 @@ def test_every_image_is_read_once_whatever_the_number_of_processes(monkeypatch, 
 def test_images_of_a_block_are_read_together(monkeypatch, num):
     source = Blocks()
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0)).tolist()
-    found = shares(monkeypatch, source, [(i, False) for i in order], num, batch_size=4)
+    found = shares(monkeypatch, source, [Key(i) for i in order], num, batch_size=4)
     whole = [order[place] for batches in found for batch in batches for place in batch]
     assert sorted(whole) == list(range(len(source)))
     read = [block_of(i) for i in whole]
@@ -330,7 +330,7 @@ def test_images_of_a_block_are_read_together(monkeypatch, num):
 @pytest.mark.parametrize("num", [1, 2, 5])
 def test_what_belongs_together_is_read_by_one_process_in_batches_of_its_own(monkeypatch, num):
     source = Shapes(ShapesConfig(size=8, num_images=24), train=True)
-    keys = [(i, False) for i in range(22)]
+    keys = [Key(i) for i in range(22)]
     found = shares(monkeypatch, source, keys, num, batch_size=3, together=5)
     whole = [batch for batches in found for batch in batches]
     assert [place for batch in whole for place in batch] == list(range(22))
@@ -341,7 +341,7 @@ def test_what_belongs_together_is_read_by_one_process_in_batches_of_its_own(monk
 
 def test_each_block_is_fetched_by_one_loader_process():
     source = Blocks(num_workers=2)
-    keys = [(i, False) for i in range(len(source))]
+    keys = [Key(i) for i in range(len(source))]
     fetched = [
         (block_of(keys[place][0]), int(label))
         for places, batch in read_images(source, keys, batch_size=3)
@@ -354,7 +354,7 @@ def test_each_block_is_fetched_by_one_loader_process():
 def test_a_long_pass_tells_how_far_it_is(monkeypatch, capsys):
     monkeypatch.setattr(processes, "_LINE_SECONDS", 0)
     source = Shapes(ShapesConfig(size=8, num_images=24), train=True)
-    keys = [(i, False) for i in range(24)]
+    keys = [Key(i) for i in range(24)]
     for _ in read_images(source, keys, batch_size=6, what="held-out images"):
         pass
     lines = capsys.readouterr().out.splitlines()
@@ -417,8 +417,8 @@ def test_an_image_is_decoded_once_for_itself_and_its_mirror_image(pictures, tmp_
     cached, _ = ensure_latent_cache(sources, tokenizer, tmp_path / "cache", data=config)
     assert sorted(loaded) == [0, *range(8)], "the first tells the sizes"
     with torch.no_grad():
-        mirrored = tokenizer.posterior(sources[0].load_keys([(5, True)]).images).mean.texture
-    kept = cached.load_keys([(5, True)]).latents.mean.texture
+        mirrored = tokenizer.posterior(sources[0].load_keys([Key(5, True)]).images).mean.texture
+    kept = cached.load_keys([Key(5, True)]).latents.mean.texture
     torch.testing.assert_close(kept.float(), mirrored, atol=2e-3, rtol=2e-3)
 
 

@@ -24,9 +24,10 @@ from semtok.data.caches.remote_shards import RemoteShards
 from semtok.data.images import parquet_stream
 from semtok.data.images.parquet import Parquet, ParquetConfig
 from semtok.data.images.tars import Tars, TarsConfig
+from semtok.data.source import Key
 
 NUM = 12
-keys = [(i, False) for i in range(NUM)]
+keys = [Key(i) for i in range(NUM)]
 
 class Sources(Dataset):
     def __init__(self, address):
@@ -44,7 +45,7 @@ class Sources(Dataset):
         if i < 2:
             gc.collect()  # as happens sooner or later
         numbers = [stored.numbers(s.load([i]).images)[0] for s in (self.tars, self.parquet)]
-        return [*numbers, int(self.shards.rows([(i, False)])["x"][0])]
+        return [*numbers, int(self.shards.rows([Key(i)])["x"][0])]
 
 def read(sources, method, num_workers=2):
     context = multiprocessing.get_context(method)

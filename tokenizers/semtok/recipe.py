@@ -42,6 +42,11 @@ class TokenizerRecipe(Config, Generic[MethodType, DataType]):
         what = f"method '{self.method.name}' with these settings"
         if self.method.needs_teacher() and self.teacher is None:
             raise ValueError(f"{what} needs a teacher; give teacher.name=…")
+        if self.method.needs_same_images() and self.data.draws_crops:
+            raise ValueError(
+                "method.feature_cache: it would hold one crop of each image, and data.crop=random sees another in each "
+                "epoch; leave it out, or pass data.crop=center"
+            )
         if self.method.has_steps() and not self.train.steps:
             raise ValueError("train.steps: expected at least 1, got 0")
         if self.train.steps and not self.method.has_steps():

@@ -32,6 +32,10 @@ class MethodConfig(Config):
             UserError: weights to start from that lead nowhere.
         """
 
+    def needs_same_images(self) -> bool:
+        """Whether training keeps what it has computed of an image, which then has to look the same in each epoch."""
+        return False
+
     def texture_reference(self) -> str | None:
         """The tokenizer that this one is built on, where there is one."""
         return None

@@ -192,7 +192,7 @@ def _plain_step(
                 for p in (batch.latents.mean, batch.latents.std)
             )
         )
-        pixels = to_pixels(decoded[[index for index, _ in keys]].to(plain.device))
+        pixels = to_pixels(decoded[[key.index for key in keys]].to(plain.device))
         plain(pixels, texture, batch.labels.to(plain.device))
         wait_for(plain.device)
 

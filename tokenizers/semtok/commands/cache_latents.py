@@ -70,6 +70,10 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("--batch-size and --shard-size must be at least 1")
     load_plugins(args.plugin)
     data = parse_data(args.data, place="--data")
+    if data.draws_crops:
+        raise UserError(
+            "--data: crop=random: a cache holds one crop of each image, the one at the centre; leave it out"
+        )
     sources = open_sources(data)
     tokenizer = tokenizer_from_reference(args.tokenizer).eval()
     with errors_at("--data"):

@@ -155,6 +155,7 @@ def data_of(
     Raises:
         UserError: neither says where they are.
     """
+    is_told = settings is not None
     if settings is None:
         if not trained_on:
             raise UserError(
@@ -166,7 +167,12 @@ def data_of(
                 f"give {place} kind={trained_on['kind']} path=… size=…"
             )
         settings = [f"{key}={json.dumps(value)}" for key, value in trained_on.items()]
-    return open_sources(parse_data(settings, place=place))
+    data = parse_data(settings, place=place)
+    if is_told and data.draws_crops:
+        raise UserError(
+            f"{place}: crop=random: only training sees random crops, scores are of the crop at the centre; leave it out"
+        )
+    return open_sources(data)
 
 
 def check_one_process() -> None:

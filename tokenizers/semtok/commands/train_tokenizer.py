@@ -258,14 +258,15 @@ def build_objective(
 def statistics_batches(
     source: ImageSource, recipe: TokenizerRecipe[Any, Any], device: torch.device
 ) -> Iterator[tuple[list[int], Batch]]:
-    """This process's share of the first training images, in the order and with the mirroring of the first epoch.
+    """This process's share of the first training images in the order of the first epoch, unmirrored and cropped at the
+    centre.
 
     Yields:
         The images' numbers in that order, and the images.
     """
     train = recipe.train
     num_images = min(train.num_statistics_images, len(source))
-    order = DataOrder(len(source), num_images, train.seed, source.flip, source.block_size)
+    order = DataOrder(len(source), num_images, train.seed, False, source.block_size)
     for places, batch in read_images(
         source,
         order.keys(0),

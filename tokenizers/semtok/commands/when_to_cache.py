@@ -78,6 +78,13 @@ def cached_latents(
     data, tokenizer = recipe.data, objective.tokenizer
     if data.cache == "none":
         return None
+    if data.draws_crops:
+        if accelerator.is_main_process:
+            print(
+                "note: latents are computed in each step (data.crop=random: a cache holds one crop of each image)",
+                flush=True,
+            )
+        return None
     folder = Path(data.cache)
     if data.cache == "auto":
         if not pays(recipe, images[0]):
@@ -114,7 +121,7 @@ def _digest(
     content = [
         fingerprint(objective.tokenizer),
         images.identity,
-        recipe.data.model_dump(mode="json", exclude={"cache", "num_workers"}),
+        recipe.data.model_dump(mode="json", exclude={"cache", "num_workers", "crop"}),
         teacher.fingerprint() if teacher is not None else None,
     ]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from semtok.data.source import ImageBatch, ImageSource, Key
+from semtok.data.source import Crop, ImageBatch, ImageSource, Key
 from semtok.errors import UserError
 
 
@@ -25,6 +25,7 @@ class DataOrder:
         flip: mirror each image with probability one half, chosen anew in each epoch.
         block_size: see ``ImageSource.block_size``. An epoch then takes the blocks in random order and
             shuffles the images of ``BLOCKS_AT_A_TIME`` of them together.
+        crop: where it is random, each image's place of the crop is chosen anew in each epoch.
     """
 
     num_images: int
@@ -32,6 +33,7 @@ class DataOrder:
     seed: int
     flip: bool
     block_size: int | tuple[int, ...] | None = None
+    crop: Crop = "center"
 
     def keys(self, step: int) -> list[Key]:
         """The global batch of a step (0-based)."""
@@ -39,19 +41,26 @@ class DataOrder:
         position = step * self.batch_size
         while len(keys) < self.batch_size:
             epoch, offset = divmod(position + len(keys), self.num_images)
-            order, mirrored = _epoch(self, epoch)
+            images, mirrored, crops = _epoch(self, epoch)
             chosen = slice(offset, offset + self.batch_size - len(keys))
-            keys += zip(order[chosen].tolist(), mirrored[chosen].tolist(), strict=True)
+            places = [None] * len(images[chosen])
+            if crops is not None:
+                places = [(down, right) for down, right in crops[chosen].tolist()]
+            seen = zip(images[chosen].tolist(), mirrored[chosen].tolist(), places, strict=True)
+            keys += [Key(*each) for each in seen]
         return keys
 
 
 @lru_cache(maxsize=1)
-def _epoch(order: DataOrder, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images of an epoch, and which are mirrored."""
+def _epoch(order: DataOrder, epoch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The images of an epoch, which are mirrored, and the places (N, 2) of their crops where these are random."""
     generator = torch.Generator().manual_seed(order.seed * 1_000_003 + epoch)
     images = permutation(order.num_images, order.block_size, generator)
     mirrored = torch.rand(order.num_images, generator=generator) < 0.5
-    return images, mirrored if order.flip else torch.zeros_like(mirrored)
+    crops = None
+    if order.crop == "random":
+        crops = torch.rand(order.num_images, 2, generator=generator, dtype=torch.float64)
+    return images, mirrored if order.flip else torch.zeros_like(mirrored), crops
 
 
 BLOCKS_AT_A_TIME = 16

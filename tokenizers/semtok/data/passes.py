@@ -65,14 +65,14 @@ def read_images(
 
 
 def chosen_images(source: ImageSource, num_images: int, *, batch_size: int) -> Iterator[ImageBatch]:
-    """``source.chosen(num_images)``, unflipped, all in this process and in that order."""
+    """``source.chosen(num_images)``, unflipped and cropped at the centre, all in this process and in that order."""
     chosen = source.chosen(num_images)
     # Each loader process would fetch the blocks anew.
     workers = 0 if source.is_cheap or source.block_size is not None else source.num_workers
     firsts = range(0, len(chosen), batch_size)
     yield from load_batches(
         source,
-        [[(index, False) for index in chosen[first : first + batch_size]] for first in firsts],
+        [[Key(index) for index in chosen[first : first + batch_size]] for first in firsts],
         num_workers=min(workers, len(firsts)),
         pin_memory=torch.cuda.is_available(),
     )
@@ -87,7 +87,7 @@ def _reading_order(
         return places, places // together
     if source.block_size is None:
         return places, places
-    indices = np.array([index for index, _ in keys], dtype=np.int64)
+    indices = np.array([key.index for key in keys], dtype=np.int64)
     if isinstance(source.block_size, int):
         blocks = indices // source.block_size
     else:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field, field_validator
@@ -13,8 +13,23 @@ from semtok.sampler.latents import Posterior
 from semtok.settings import Config
 from semtok.teachers import StoredFeatures
 
-Key = tuple[int, bool]
-"""An image's index, and whether it is mirrored."""
+Crop = Literal["center", "random"]
+"""Which part of an image training sees where its shape is another than asked for."""
+
+
+class Key(NamedTuple):
+    """What is read of a source: an image, and how it is to be seen.
+
+    Attributes:
+        index: in ``range(len(source))``.
+        mirrored: left to right.
+        crop: (vertical, horizontal) place of a random crop, each in [0, 1): from the top or left to the bottom or
+            right; None: the crop at the centre.
+    """
+
+    index: int
+    mirrored: bool = False
+    crop: tuple[float, float] | None = None
 
 
 class Skipped(NamedTuple):
@@ -49,6 +64,11 @@ class DataConfig(Config):
         if min((size,) if isinstance(size, int) else size) < 1:
             raise ValueError(f"expected pixels, at least 1, got {size}")
         return size
+
+    @property
+    def draws_crops(self) -> bool:
+        """Whether training sees another crop of an image in each epoch, which no cache can hold."""
+        return False
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -102,6 +122,8 @@ class ImageSource(ABC):
     """Category names of each attribute that probes may ask for; empty where none are known."""
     flip: bool
     """Whether training may mirror an image left to right."""
+    crop: Crop = "center"
+    """Which part of an image training sees; whatever else looks at images sees the centre."""
     name: str
     """A few words for logs and cards."""
     block_size: int | tuple[int, ...] | None = None
@@ -141,9 +163,14 @@ class ImageSource(ABC):
         return list(range(min(num_images, len(self))))
 
     def load_keys(self, keys: Sequence[Key]) -> ImageBatch:
-        """Reads images, mirrored left to right where their key says so."""
-        batch = self.load([index for index, _ in keys])
-        mirrored = torch.tensor([mirror for _, mirror in keys])[:, None, None, None]
-        if not mirrored.any():
-            return batch
-        return replace(batch, images=torch.where(mirrored, batch.images.flip(-1), batch.images))
+        """Reads images as their keys say; only a source whose ``crop`` is random is asked for random crops."""
+        assert all(key.crop is None for key in keys), f"{self.name} has no random crops"
+        return mirror(self.load([key.index for key in keys]), keys)
+
+
+def mirror(batch: ImageBatch, keys: Sequence[Key]) -> ImageBatch:
+    """Images left to right where their key says so."""
+    mirrored = torch.tensor([key.mirrored for key in keys])[:, None, None, None]
+    if not mirrored.any():
+        return batch
+    return replace(batch, images=torch.where(mirrored, batch.images.flip(-1), batch.images))

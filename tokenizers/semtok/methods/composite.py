@@ -64,6 +64,9 @@ class CompositeConfig(MethodConfig):
     def needs_teacher(self) -> bool:
         return True
 
+    def needs_same_images(self) -> bool:
+        return self.feature_cache is not None
+
     def texture_reference(self) -> str | None:
         return self.texture
 

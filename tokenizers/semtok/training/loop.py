@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from semtok.data.order import BatchSlice, DataOrder, training_batches
 from semtok.data.passes import read_images
-from semtok.data.source import ImageBatch, ImageSource
+from semtok.data.source import ImageBatch, ImageSource, Key
 from semtok.errors import Interrupted, UserError
 from semtok.images import to_pixels
 from semtok.objective import Batch, Objective, StepOutput
@@ -276,6 +276,7 @@ class Trainer:
             self.config.seed,
             self.source.flip,
             self.source.block_size,
+            self.source.crop,
         )
         return training_batches(
             self.source,
@@ -387,7 +388,7 @@ class Trainer:
         """Held-out metrics of the averaged weights, over ``num_validation_images``, shared among processes."""
         sums: dict[str, Tensor] = {}
         count = 0
-        keys = [(i, False) for i in self.validation.chosen(self.config.num_validation_images)]
+        keys = [Key(i) for i in self.validation.chosen(self.config.num_validation_images)]
         with together(), self._evaluating():
             for places, images in read_images(
                 self.validation,

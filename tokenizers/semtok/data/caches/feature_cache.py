@@ -34,7 +34,7 @@ class CachedFeatures(ImageSource):
         return len(self.source)
 
     def load(self, indices: Sequence[int]) -> ImageBatch:
-        return self.load_keys([(index, False) for index in indices])
+        return self.load_keys([Key(index) for index in indices])
 
     def load_keys(self, keys: Sequence[Key]) -> ImageBatch:
         rows = self.shards.rows(keys)

@@ -91,7 +91,7 @@ class CachedLatents(ImageSource):
         return self.shards.num_images
 
     def load(self, indices: Sequence[int]) -> ImageBatch:
-        return self.load_keys([(index, False) for index in indices])
+        return self.load_keys([Key(index) for index in indices])
 
     def load_keys(self, keys: Sequence[Key]) -> ImageBatch:
         rows = self.shards.rows(keys)
@@ -298,8 +298,8 @@ def _pack_features(features: TeacherFeatures | None) -> dict[str, Tensor]:
 
 
 def _data_about(data: DataConfig) -> dict[str, Any]:
-    """The settings that decide which images there are."""
-    return data.model_dump(mode="json", exclude={"cache", "num_workers", "streaming"})
+    """The settings that decide which images there are; not ``crop``, as a cache holds the one at the centre."""
+    return data.model_dump(mode="json", exclude={"cache", "num_workers", "streaming", "crop"})
 
 
 class _Unmirrored(ImageSource):

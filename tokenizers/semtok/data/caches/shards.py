@@ -155,13 +155,13 @@ class Shards:
 
     def labels(self, keys: Sequence[Key]) -> Tensor:
         """int64 (B,)."""
-        return self._column(_LABELS, [(index, False) for index, _ in keys], torch.int64, ())
+        return self._column(_LABELS, [Key(key.index) for key in keys], torch.int64, ())
 
     def batch(self, keys: Sequence[Key], **computed: Any) -> ImageBatch:
         """A batch without pixels: labels, what was computed, and which images could not be read for that."""
         skipped = [
             Skipped(place, self.skipped[i])
-            for place, (i, _) in enumerate(keys)
+            for place, (i, _, _) in enumerate(keys)
             if i in self.skipped
         ]
         return ImageBatch(None, self.labels(keys), skipped=tuple(skipped), **computed)
@@ -171,7 +171,7 @@ class Shards:
     ) -> Tensor:
         rows = torch.empty((len(keys), *shape), dtype=dtype)
         target, size = _as_numpy(rows), self.shard_size
-        for place, (index, mirror) in enumerate(keys):
+        for place, (index, mirror, _) in enumerate(keys):
             shard = self._shard(index // size)
             target[place] = shard[_MIRRORED + name if mirror else name][1][index % size]
         return rows
@@ -201,6 +201,11 @@ def ensure_shards(
         UserError: the folder holds something else, or the disk has too little room; in all processes, where it
             is raised in one.
     """
+    if source.crop == "random":
+        raise UserError(
+            f"{place}: {folder} would hold one crop of each image, and data.crop=random sees another in each epoch; "
+            "pass data.crop=center"
+        )
     wanted = {**about, "num_images": len(source), "flip": source.flip}
     with together():
         if not gather((folder / INDEX).is_file())[0]:
@@ -288,11 +293,11 @@ class _Writer:
         # Several are begun at a time, as loader processes take one each.
         begun: defaultdict[int, list[dict[str, Tensor]]] = defaultdict(list)
         skipped: defaultdict[int, dict[str, str]] = defaultdict(dict)
-        keys = [(i, False) for number in shards for i in self._images(number)]
+        keys = [Key(i) for number in shards for i in self._images(number)]
         for places, batch in read_images(
             self.source, keys, batch_size=self.batch_size, what=what, together=self.shard_size
         ):
-            first, _ = keys[places[0]]
+            first = keys[places[0]].index
             number = first // self.shard_size
             begun[number].append(self._rows(batch))
             for position, name in batch.skipped:  # first at a position is whose place it is

@@ -5,18 +5,21 @@ import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image, ImageOps
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from semtok.data.images.attributes import ImageAttributes
 from semtok.data.remote import LASTING, persist
-from semtok.data.source import DataConfig, ImageBatch, ImageSource, Skipped
+from semtok.data.source import Crop, DataConfig, ImageBatch, ImageSource, Key, Skipped, mirror
 from semtok.errors import UserError
 
 T = TypeVar("T")
@@ -37,10 +40,26 @@ class StoredConfig(DataConfig):
 
     flip: bool = True
     """Mirror training images at random."""
+    crop: Crop = "center"
+    """Of training images: ``center`` is ADM's crop; ``random`` resizes the smaller side to the size and crops anywhere,
+    anew in each epoch. Whatever else looks at images (validation, statistics, scores, caches) sees ADM's crop."""
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     """Share of the images that is held out where there is no part of its own for that."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Chooses the held-out images where there is no part of its own for that."""
+
+    @property
+    def draws_crops(self) -> bool:
+        return self.crop == "random"
+
+    @model_validator(mode="after")
+    def _no_cache_of_random_crops(self) -> "StoredConfig":
+        if self.draws_crops and self.cache not in ("auto", "none"):
+            raise ValueError(
+                f"data.cache: {self.cache} would hold one crop of each image, and data.crop=random sees another in "
+                "each epoch; pass data.cache=none or data.crop=center"
+            )
+        return self
 
 
 class StoredImages(ImageSource):
@@ -54,6 +73,7 @@ class StoredImages(ImageSource):
         labels: int64 (N,), class of each.
         place: the store, for messages.
         title: the store in a few words, for logs and cards.
+        crop: of these images in training.
         attributes: of these images, in their order; None where nothing is known.
     """
 
@@ -70,10 +90,12 @@ class StoredImages(ImageSource):
         class_names: tuple[str, ...],
         image_size: tuple[int, int],
         flip: bool,
+        crop: Crop = "center",
         attributes: ImageAttributes | None = None,
     ) -> None:
         self.rows, self.labels, self.place = rows, labels, place
-        self.class_names, self.image_size, self.flip = class_names, image_size, flip
+        self.class_names, self.image_size = class_names, image_size
+        self.flip, self.crop = flip, crop
         known = attributes or ImageAttributes({}, torch.zeros(len(labels), 0, dtype=torch.int64))
         self.attributes, self._values = known.categories, known.values
         self.name = f"{title} ({len(labels)} images)"
@@ -108,9 +130,10 @@ class StoredImages(ImageSource):
                 class_names=class_names,
                 image_size=config.image_size,
                 flip=config.flip,
+                crop=crop,
                 attributes=attributes.rows(rows) if attributes is not None else None,
             )
-            for rows in parts
+            for rows, crop in zip(parts, (config.crop, "center"), strict=True)
         )
         train.check_readable()
         held_out.check_readable()
@@ -137,13 +160,23 @@ class StoredImages(ImageSource):
         return torch.randperm(len(self), generator=generator)[:num_images].tolist()
 
     def load(self, indices: Sequence[int]) -> ImageBatch:
+        return self._load([Key(index) for index in indices])
+
+    def load_keys(self, keys: Sequence[Key]) -> ImageBatch:
+        if self.crop == "center":
+            return super().load_keys(keys)
+        return mirror(self._load(keys), keys)
+
+    def _load(self, keys: Sequence[Key]) -> ImageBatch:
+        """Reads images, cropped as their keys say."""
+        indices = [key.index for key in keys]
         wanted = [index for index in dict.fromkeys(indices) if index not in self._unreadable]
         found = self.contents(wanted) if wanted else []  # a server is asked for all at once
         contents = dict(zip(wanted, found, strict=True))
         images, rows, skipped = [], [], []
-        for position, index in enumerate(indices):
+        for position, key in enumerate(keys):
             unreadable: list[str] = []
-            image, used = self._read(index, contents, unreadable)
+            image, used = self._read(key, contents, unreadable)
             skipped += [Skipped(position, name) for name in unreadable]
             images.append(torch.from_numpy(image).permute(2, 0, 1))
             rows.append(used)
@@ -157,21 +190,19 @@ class StoredImages(ImageSource):
                 f"data.path: no images in '{self.place}' (or too few to hold some out); "
                 f"expected {self.expected}"
             )
-        self._read(0, {}, [])
-
-    def _cropped(self, image: Image.Image) -> np.ndarray:
-        return np.array(adm_center_crop(image, self.image_size))
+        self._read(Key(0), {}, [])
 
     def _read(
-        self, index: int, contents: dict[int, Path | bytes], skipped: list[str]
+        self, key: Key, contents: dict[int, Path | bytes], skipped: list[str]
     ) -> tuple[np.ndarray, int]:
-        """The image at ``index``, or the next readable one, as uint8 (H, W, 3), and whose it is."""
+        """The image of a key, or the next readable one, unmirrored, as uint8 (H, W, 3), and whose it is."""
         for offset in range(len(self)):
-            candidate = (index + offset) % len(self)
+            candidate = (key.index + offset) % len(self)
             if candidate not in self._unreadable:
                 if candidate not in contents:
                     contents[candidate] = self.contents([candidate])[0]
-                image = read_image(contents[candidate], self._cropped)
+                crop = partial(_cropped, image_size=self.image_size, place=key.crop)
+                image = read_image(contents[candidate], crop)
                 if image is not None:
                     return image, candidate
                 self._unreadable.add(candidate)
@@ -224,12 +255,15 @@ def read_image(content: Path | bytes, turn: Callable[[Image.Image], T]) -> T | N
         return None
 
 
-def decode(content: bytes, image_size: tuple[int, int]) -> np.ndarray:
-    """Reads an image as the camera held it, transparency on white, cropped as ADM does.
+def decode(
+    content: bytes, image_size: tuple[int, int], place: tuple[float, float] | None = None
+) -> np.ndarray:
+    """Reads an image as the camera held it, transparency on white, cropped.
 
     Args:
         content: what an image file holds.
         image_size: (height, width) in pixels.
+        place: see ``random_crop``; None: cropped as ADM does.
 
     Returns:
         uint8 (H, W, 3).
@@ -237,7 +271,15 @@ def decode(content: bytes, image_size: tuple[int, int]) -> np.ndarray:
     Raises:
         OSError, SyntaxError, ValueError, DecompressionBombError: it is no image, or cut short.
     """
-    return np.array(adm_center_crop(_whole(content), image_size))
+    return _cropped(_whole(content), image_size, place)
+
+
+def _cropped(
+    image: Image.Image, image_size: tuple[int, int], place: tuple[float, float] | None
+) -> np.ndarray:
+    if place is None:
+        return np.array(adm_center_crop(image, image_size))
+    return random_crop(image, image_size, place)
 
 
 def _whole(content: bytes) -> Image.Image:
@@ -268,3 +310,32 @@ def adm_center_crop(image: Image.Image, image_size: tuple[int, int]) -> Image.Im
     image = image.resize(size, resample=Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def random_crop(
+    image: Image.Image, image_size: tuple[int, int], place: tuple[float, float]
+) -> np.ndarray:
+    """The crop that taming-transformers' ``ImagePaths`` draws (``taming/data/base.py``), on which LightningDiT's
+    autoencoders are trained, for any target (height, width).
+
+    Resized so that it just covers the target, then cropped. The resizing is OpenCV's bilinear one, which is used there:
+    each pixel is read from four, however much the image shrinks.
+
+    Args:
+        image: RGB.
+        place: (vertical, horizontal), each in [0, 1); where they are uniform, so are the places of the crop.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    height, width = image_size
+    scale = max(width / image.width, height / image.height)
+    size = (max(height, round(image.height * scale)), max(width, round(image.width * scale)))
+    pixels = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").float()
+    resized = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=False)
+    top, left = (
+        int((side - target + 1) * u)
+        for side, target, u in zip(size, image_size, place, strict=True)
+    )
+    cropped = resized[0, :, top : top + height, left : left + width]
+    return rearrange(cropped.round().to(torch.uint8), "c h w -> h w c").numpy()

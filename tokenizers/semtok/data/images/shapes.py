@@ -10,7 +10,7 @@ from itertools import product
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from semtok.data.source import DataConfig, ImageBatch, ImageSource
@@ -33,6 +33,13 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 
 
+_WITHOUT_EFFECT = {
+    "flip": "drawn scenes are never mirrored, as their 'rotation' and 'position' would be others",
+    "crop": "scenes are drawn in the size that is asked for, and never cropped",
+}
+"""Settings of stored images that have no meaning here, and why."""
+
+
 class ShapesConfig(DataConfig):
     """Settings of the embedded data."""
 
@@ -45,6 +52,18 @@ class ShapesConfig(DataConfig):
     classes: tuple[str, ...] = ("hue", "position")
     """Attributes whose combinations are the class labels. These two a small generator learns in
     minutes; shapes take longer."""
+
+    flip: None = Field(None, exclude=True)
+    crop: None = Field(None, exclude=True)
+    """Refused, with the reason."""
+
+    @field_validator("flip", "crop", mode="before")
+    @classmethod
+    def _without_effect(cls, value: object, info: ValidationInfo) -> None:
+        why = _WITHOUT_EFFECT[str(info.field_name)]
+        raise ValueError(
+            f"data.{info.field_name}: {why}; leave it out, or choose another data.kind"
+        )
 
     @model_validator(mode="after")
     def _known_classes(self) -> "ShapesConfig":
