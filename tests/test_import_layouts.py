@@ -20,8 +20,7 @@ from semtok.sampler.dit import DiT
 _FILE = Path(__file__).parent / "layouts" / "layouts.json.gz"
 LAYOUTS: dict[str, Any] = json.loads(gzip.decompress(_FILE.read_bytes()))
 
-# What each is, and how many parameters its network has without what only training reads; None: only asked, since
-# its tensors say neither.
+# What each is, and how many parameters its network has without what only training reads.
 EXPECTED = {
     "sit_B_2.pt": ("sit", 130_303_504),
     "sit_XL_2.pt": ("sit", 674_816_272),
