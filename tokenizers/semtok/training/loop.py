@@ -25,6 +25,7 @@ from semtok.speed import compile_networks, use_channels_last
 from semtok.teachers import Teacher, TeacherFeatures
 from semtok.training.agreement import RunningStatistics, StopSignals
 from semtok.training.checkpoint import (
+    CHECKPOINTS,
     list_checkpoints,
     load_checkpoint,
     random_state,
@@ -125,7 +126,7 @@ class Trainer:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     def _modules(self) -> dict[str, nn.Module]:
         return {"learners": self.objective.learners} | (
