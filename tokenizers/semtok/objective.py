@@ -139,12 +139,14 @@ class MethodContext:
     Attributes:
         image_size: (height, width) of the training images.
         texture: the tokenizer that ``MethodConfig.texture_reference`` names.
+        resumes: a checkpoint's weights will take the place of the first ones, so that files of these need not be there.
     """
 
     image_size: tuple[int, int]
     teacher: Teacher | None
     steps: int
     texture: Tokenizer | None = None
+    resumes: bool = False
 
 
 class TokenizerObjective(Objective):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -126,6 +127,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except DAMAGE as error:
+        raise UserError(f"{path}: cut short or damaged ({first_line(error)})") from None
+
+
+def read_weights(path: Path) -> Any:
+    """What a safetensors file holds, or a pickled one (``.pt``, ``.pth``, ``.ckpt``) of tensors and plain containers.
+
+    No code in a pickle runs: one that holds anything else is refused.
+
+    Raises:
+        UserError: the file is missing, cut short, or holds something else.
+    """
+    if path.suffix == ".safetensors" or not path.is_file():
+        return read_tensors(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except DAMAGE as error:
+        if "weights_only" in str(error):  # torch's own advice is to trust the file
+            raise UserError(
+                f"{path}: holds more than tensors, and is refused as it could run code; save its tensors alone"
+            ) from None
         raise UserError(f"{path}: cut short or damaged ({first_line(error)})") from None
 
 

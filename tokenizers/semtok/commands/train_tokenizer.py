@@ -27,6 +27,7 @@ from semtok.references import RUNS, find_recipe
 from semtok.registry import get_method
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
+from semtok.training.checkpoint import CHECKPOINTS, list_checkpoints
 from semtok.training.loop import on_device
 from semtok.training.process import check_launch, make_accelerator
 
@@ -118,7 +119,8 @@ def plan_tokenizer(
     if reference is not None:
         texture = check_tokenizer_of_run(reference, folder / _TEXTURE, resume=resume)
     built_on = texture.stand_in if isinstance(texture, TokenizerPlan) else texture
-    objective = build_objective(recipe, built_on, place=place)
+    resumes = resume and bool(list_checkpoints(folder / CHECKPOINTS))
+    objective = build_objective(recipe, built_on, place=place, resumes=resumes)
     return TokenizerPlan(recipe, folder, place, resume, sources, texture, objective)
 
 
@@ -129,7 +131,8 @@ def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
     texture = plan.texture
     if isinstance(texture, TokenizerPlan):
         texture = run_first(texture)
-        objective = build_objective(recipe, texture, place=plan.place)
+        resumes = plan.resume and bool(list_checkpoints(folder / CHECKPOINTS))
+        objective = build_objective(recipe, texture, place=plan.place, resumes=resumes)
     accelerator = make_accelerator(recipe.train, folder)
     with around_training.errors_at(plan.place):
         read = objective.training_source(plan.sources[0], accelerator)
@@ -230,12 +233,17 @@ def keep_tokenizer(tokenizer: Tokenizer, kept: Path) -> None:
 
 
 def build_objective(
-    recipe: TokenizerRecipe[Any, Any], texture: Tokenizer | None = None, *, place: str
+    recipe: TokenizerRecipe[Any, Any],
+    texture: Tokenizer | None = None,
+    *,
+    place: str,
+    resumes: bool = False,
 ) -> TokenizerObjective:
     """Builds the networks that a recipe describes, on the CPU, from its seed.
 
     Args:
         texture: the tokenizer that the method is built on, where it is on one.
+        resumes: see ``MethodContext``.
 
     Raises:
         UserError: a teacher or weights that can't be had, or settings that don't fit each other.
@@ -251,7 +259,7 @@ def build_objective(
     with around_training.errors_at(place):
         return method.objective(
             recipe.method,
-            MethodContext(recipe.data.image_size, teacher, recipe.train.steps, texture),
+            MethodContext(recipe.data.image_size, teacher, recipe.train.steps, texture, resumes),
         )
 
 

@@ -1,6 +1,9 @@
 """The adversarial part of a VAE's training: the patch discriminator, its losses, its learner."""
 
-from typing import Literal
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -8,10 +11,12 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from semtok.errors import UserError
 from semtok.objective import Carry, Inputs, StepOutput, Term, without_gradients
 from semtok.optimiser import OptimiserConfig
 from semtok.sampler.draws import Draws
 from semtok.settings import Config
+from semtok.storage import read_weights
 
 # Settings ----------------------------------------------------------------------------------------
 
@@ -37,6 +42,10 @@ class AdversarialConfig(Config):
     width: int = Field(64, ge=8, multiple_of=8)
     num_layers: int = Field(3, ge=1)
     norm: Literal["batch", "group", "none"] = "group"
+    weights: str | None = None
+    """A file (``.safetensors``, ``.pt``, ``.pth``, ``.ckpt``) with a discriminator of this shape to start from: one of
+    taming-transformers' layout (``main.0.weight`` …), alone or within the loss of a checkpoint, or a checkpoint's
+    ``model.safetensors`` of a run of this library. None: N(0, 0.02). A resumed run does not read it again."""
     optimiser: OptimiserConfig | None = None
     """None: the same as ``train.optimiser``."""
 
@@ -118,6 +127,82 @@ def _init(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+# Weights to start from ---------------------------------------------------------------------------
+
+_LAYER = re.compile(
+    r"(?:(?:module|_orig_mod|learners|loss|discriminator)\.)*(?:main|layers)\.(\d+\..+)"
+)
+_NESTS = ("discriminator", "state_dict")
+
+
+def load_discriminator(discriminator: PatchDiscriminator, path: Path) -> None:
+    """Reads a discriminator's weights: taming-transformers' layout, or this library's.
+
+    Raises:
+        UserError: the file can't be read, or holds no discriminator, or one of another shape, or numbers that are not
+            finite.
+    """
+    place = f"method.adversarial.weights: {path}"
+    try:
+        content = read_weights(path)
+    except UserError as error:
+        raise UserError(f"method.adversarial.weights: {error}") from None
+    found = _discriminator_tensors(content)
+    if not found:
+        raise UserError(
+            f"{place}: holds no discriminator (tensors named main.0.weight, main.2.weight, …, also behind "
+            "discriminator. or loss.discriminator.)"
+        )
+    own = discriminator.state_dict()
+    counters = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
+    found = counters | found  # which some files leave out
+    wrong = sorted(
+        name
+        for name in own.keys() | found.keys()
+        if name not in own or name not in found or own[name].shape != found[name].shape
+    )
+    if wrong:
+        raise UserError(
+            f"{place}: its discriminator is of another shape ({wrong[0].replace('layers.', 'main.')}"
+            f"{f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''}); pass {_shape(found)}, or another file"
+        )
+    if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+        raise UserError(f"{place}: holds numbers that are not finite; choose another file")
+    discriminator.load_state_dict(found)
+
+
+def _discriminator_tensors(content: Any) -> dict[str, Tensor]:
+    """The discriminator's tensors by this library's names; empty where there are none."""
+    if not isinstance(content, Mapping):
+        return {}
+    for nest in _NESTS:
+        if isinstance(content.get(nest), Mapping):
+            return _discriminator_tensors(content[nest])
+    names = {name: _LAYER.fullmatch(name) for name in content if isinstance(name, str)}
+    return {
+        f"layers.{match[1]}": content[name]
+        for name, match in names.items()
+        if match is not None and isinstance(content[name], Tensor)
+    }
+
+
+def _shape(found: Mapping[str, Tensor]) -> str:
+    """The settings that give a network of these tensors' shape."""
+    kernels = [t for name, t in found.items() if name.endswith(".weight") and t.ndim == 4]
+    if any(name.endswith("running_mean") for name in found):
+        norm = "batch"
+    else:
+        norm = (
+            "group"
+            if any(t.ndim == 1 for n, t in found.items() if n.endswith("weight"))
+            else "none"
+        )
+    settings = {"norm": norm, "num_layers": len(kernels) - 2}
+    first = found.get("layers.0.weight")
+    settings |= {"width": len(first)} if first is not None and first.ndim else {}
+    return " ".join(f"method.adversarial.{key}={value}" for key, value in settings.items())
+
+
 # Losses ------------------------------------------------------------------------------------------
 
 _GRADIENT_SCALE = 2.0**10
@@ -186,13 +271,22 @@ def generator_term(
 
 
 class DiscriminatorLearner(nn.Module):
-    """Trains the discriminator on images and the reconstructions that the autoencoder's learner left."""
+    """Trains the discriminator on images and the reconstructions that the autoencoder's learner left.
 
-    def __init__(self, config: AdversarialConfig) -> None:
+    Args:
+        resumes: a checkpoint's weights will take the place of the first ones.
+
+    Raises:
+        UserError: see ``load_discriminator``.
+    """
+
+    def __init__(self, config: AdversarialConfig, *, resumes: bool = False) -> None:
         super().__init__()
         self.discriminator = PatchDiscriminator(
             width=config.width, num_layers=config.num_layers, norm=config.norm
         )
+        if config.weights is not None and not resumes:
+            load_discriminator(self.discriminator, Path(config.weights))
 
     @torch.no_grad()
     def check_image_size(self, image_size: tuple[int, int]) -> None:

@@ -205,7 +205,8 @@ class VAEConfig(MethodConfig):
     reconstruction: Literal["l1", "mse"] = "l1"
     reconstruction_weight: float = Field(1.0, ge=0)
     kl_weight: float = Field(1e-6, ge=0)
-    """Of the KL summed over the latent, in nats per image."""
+    """Of the KL summed over the latent, in nats per image. Weights published beside losses that are sums over its
+    numbers, as latent diffusion's, are to be divided by how many these are, and so is ``adversarial.max_adaptive``."""
     perceptual: Literal["lpips", "teacher", "none"] = "none"
     perceptual_weight: float = Field(1.0, ge=0)
     lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
@@ -402,7 +403,7 @@ class VAEObjective(TokenizerObjective):
         self.teacher = Unregistered(context.teacher) if context.teacher is not None else None
         adversary = None
         if config.adversarial is not None:
-            adversary = DiscriminatorLearner(config.adversarial)
+            adversary = DiscriminatorLearner(config.adversarial, resumes=context.resumes)
             adversary.check_image_size(context.image_size)
         autoencoder = learner_class(config, context, adversary and adversary.discriminator)
         self.learners = nn.ModuleDict({"autoencoder": autoencoder})

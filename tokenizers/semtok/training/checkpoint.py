@@ -13,6 +13,8 @@ import torch
 from semtok.errors import UserError
 from semtok.storage import DAMAGE, first_line, new_folder, read_tensors
 
+CHECKPOINTS = "checkpoints"
+"""The folder of a run that holds them."""
 _NAME = "step_{:08d}"
 MODEL_FILE, _STATE_FILE = "model.safetensors", "state.pt"
 _STATE_KEYS = {

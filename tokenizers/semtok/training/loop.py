@@ -27,6 +27,7 @@ from semtok.teachers import Teacher, TeacherFeatures
 from semtok.training.accumulation import device_gb, micro_batches
 from semtok.training.agreement import RunningStatistics, StopSignals
 from semtok.training.checkpoint import (
+    CHECKPOINTS,
     list_checkpoints,
     load_checkpoint,
     random_state,
@@ -132,7 +133,7 @@ class Trainer:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     def _modules(self) -> dict[str, nn.Module]:
         return {"learners": self.objective.learners} | (
