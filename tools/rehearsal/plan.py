@@ -13,6 +13,7 @@ from semtok.errors import UserError
 from semtok.methods.vae import PRESETS
 from semtok.recipe import DiffusionRecipe, TokenizerRecipe, load_diffusion_recipe, load_recipe
 from semtok.references import DEMO, RUNS, recipe_folder
+from semtok.registry import MethodConfig
 from semtok.sampler.dit import architecture
 from semtok.settings import read_yaml
 from semtok.training.train_config import TrainConfig
@@ -209,13 +210,22 @@ def small_settings(run: Run) -> list[str]:
             wanted |= {"sampler.rtol": 0.5, "sampler.atol": 0.5}
         else:
             wanted["sampler.steps"] = min(2, recipe.sampler.steps)
-    elif getattr(recipe.method, "adversarial", None) is not None:
-        wanted["method.adversarial.start_step"] = 0  # so that the one step has all of its losses
-        if getattr(recipe.method.adversarial, "weights", None) is not None:
-            wanted["method.adversarial.weights"] = None  # they are as random
+    else:
+        wanted |= _all_losses(recipe.method)
     content = recipe.model_dump(mode="json")
     changed = {key: value for key, value in wanted.items() if _value(content, key) != value}
     return [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in changed.items()]
+
+
+def _all_losses(method: MethodConfig) -> dict[str, Any]:
+    """Settings by which the first step has the losses of an adversary too, from random weights."""
+    adversarial = getattr(method, "adversarial", None)
+    if adversarial is None:
+        return {}
+    given = {name for name, value in adversarial if value is not None}
+    starts = {name: 0 for name in given if name.endswith("start_step")}
+    weights: dict[str, Any] = {"weights": None} if "weights" in given else {}
+    return {f"method.adversarial.{name}": value for name, value in (starts | weights).items()}
 
 
 def depth_settings(recipe: DiffusionRecipe[Any], depth: int) -> list[str]:
