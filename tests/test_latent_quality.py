@@ -29,6 +29,7 @@ from semtok.evaluation.predictors import (
     self_similarity,
 )
 from semtok.images import to_pixels
+from semtok.privacy import fit_to_show
 from semtok.recipe import parse_recipe
 from semtok.sampler.latents import Latents
 from semtok.teachers import Teacher, TeacherConfig
@@ -270,7 +271,7 @@ def test_the_command_compares_tokenizers_and_says_what_numbers_mean(reglue, tmp_
     written = json.loads(output.read_text())
     assert written["num_images"] == 40 and written["teacher"] == "demo" and written["seed"] == 0
     assert written["predictors"]["cknna"]["better"] == "higher"
-    plain, semantic = written["scores"]["demo"], written["scores"][str(reglue)]
+    plain, semantic = written["scores"]["demo"], written["scores"][str(fit_to_show(str(reglue)))]
     assert plain.keys() == semantic.keys() == PREDICTORS.keys()
     assert all(np.isfinite([*plain.values(), *semantic.values()]))
     assert semantic["cknna"] > plain["cknna"], "it holds the teacher's pooled token"

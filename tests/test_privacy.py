@@ -192,7 +192,8 @@ def test_a_run_knows_its_images_and_a_copy_of_its_export_says_that_it_does_not(
 ):
     for place in (runs.generator, runs.generator / "export"):
         assert score(place) == 0
-        assert "reference, seen by demo: images (11 images)" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "against the model's own training images, 8 of images (11 images)" in out
     shutil.copytree(runs.generator / "export", tmp_path / "export")
     for beside in (None, runs.root / "texture/recipe.yaml"):  # that of another run says nothing
         if beside is not None:

@@ -18,6 +18,7 @@ from semtok.evaluation.probe import (
     mean_score,
     probe,
 )
+from semtok.privacy import fit_to_show
 
 
 def labels(rng: np.random.Generator, num: int, num_categories: int, right: float = 0.7):
@@ -222,7 +223,7 @@ def test_the_command_on_the_embedded_data(tmp_path, capsys):
     low, high = values["mean"]["f1_interval"]
     assert f"{100 * low:.1f} to {100 * high:.1f}" in shown
     assert "mean over attributes" in shown and "rotation" not in shown
-    assert written["scores"][DEMO] == values
+    assert written["scores"][str(fit_to_show(DEMO))] == values
 
 
 def test_the_command_on_a_folder_with_a_table(tmp_path, capsys):
