@@ -427,12 +427,16 @@ def test_channel_splits_that_are_not_certain_are_asked_for():
         import_opened(opened, "reglue", ImportOptions())
 
 
-def test_labels_without_one_for_none_get_it():
-    content, spec = made_here("lightningdit")
+@pytest.mark.parametrize("kind", ["lightningdit", "reglue"])
+def test_labels_without_one_for_none_get_it(kind):
+    content, spec = made_here(kind)
     table = "y_embedder.embedding_table.weight"
     content["ema"] = content["ema"] | {table: content["ema"][table][:7]}
-    content = with_setting(content, "config", "model.class_dropout_prob", 0)
-    content = with_setting(content, "config", "sample.cfg_scale", 1.0)
+    if kind == "lightningdit":
+        content = with_setting(content, "config", "model.class_dropout_prob", 0)
+        content = with_setting(content, "config", "sample.cfg_scale", 1.0)
+    else:
+        content = with_setting(content, "args", "cfg_prob", 0.0)
     generator = read(content, ImportOptions(tokenizer=composite(spec))).model
     assert generator.network.num_classes == 7 and generator.config.class_dropout == 0
     assert not generator.network.label_embed.weight[7].any()

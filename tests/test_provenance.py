@@ -143,6 +143,8 @@ def test_the_commands_of_a_recipe_have_the_options_and_settings_that_there_are(n
         tool, words = re.search(r"tools/(\w+)\.py (.*)", line).groups()
         assert set(re.findall(r"(?<= )--[\w-]+", f" {words}")) <= options_of(tool), line
         overrides = re.findall(r"[a-z_.]+=\S+", words) if tool.startswith("train") else []
+        if tool == "evaluate" and words.startswith("reconstruction"):
+            assert " --data " in words, "without, it is of the embedded images"
         path = re.search(r"recipes/(\S+)\.yaml", words)
         if path:
             load = load_recipe if tool == "train_tokenizer" else load_diffusion_recipe
@@ -192,6 +194,7 @@ def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
             "recipes/semvea.yaml: no such file or recipe; did you mean 'semvae'",
         ),
         ("/nowhere/at/all.yaml", "^/nowhere/at/all.yaml: no such file$"),
+        ("zzz", "^zzz: no such file or recipe; semtok recipes lists those there are$"),
     ],
 )
 def test_a_recipe_that_is_not_there_is_told_with_those_near(word, message):
@@ -321,7 +324,7 @@ DIFFERENCES = {
     "redi": {"train.num_statistics_images", "signs"},
     "semvae": {"data.crop", "warm-up", "train.batch_size", "batch"},
     "lightningdit_b1_sfd": _SFD,
-    "lightningdit_b1_sfd_guide": _SFD,
+    "lightningdit_b1_sfd_guide": _SFD | {"train.steps"},
     "lightningdit_xl1_sfd": _SFD,
     "lightningdit_1p0b1_sfd": _SFD,
     "lightningdit_xl1": {"data.cache", "latents", "images", "seed"},

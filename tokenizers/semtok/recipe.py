@@ -110,9 +110,10 @@ def locate_recipe(reference: str | Path, *, first: str = "") -> Path:
     near = difflib.get_close_matches(name, known, n=3)
     near += [last[other] for other in difflib.get_close_matches(name, last, n=2)]
     hint = " or ".join(f"'{other}'" for other in dict.fromkeys(near))
-    raise UserError(
-        f"{reference}: no such file" + (f" or recipe; did you mean {hint}?" if hint else "")
-    )
+    if not hint and path.suffix:
+        raise UserError(f"{reference}: no such file")
+    way = f"did you mean {hint}?" if hint else "semtok recipes lists those there are"
+    raise UserError(f"{reference}: no such file or recipe; {way}")
 
 
 def run_name(path: Path) -> str:

@@ -120,6 +120,7 @@ def _of_arguments(settings: FileSettings, format: Format) -> TrainedWith:
         path=path,
         time=time if "weighting" in settings else None,
         class_dropout=dropout,
+        null_label=dropout > 0,
         part_weights=weights,
         semantic_channels=_coded_channels(settings),
         shown=shown,

@@ -94,7 +94,8 @@ def _spec(job: ImportJob, trained: TrainedWith) -> LatentSpec:
 def _has_null_label(job: ImportJob, trained: TrainedWith) -> bool:
     """A table of labels without a row for none is what training without class dropout makes."""
     table = job.checkpoint.state.get("y_embedder.embedding_table.weight")
-    classes = job.settings.values.get("data.num_classes")
+    values = job.settings.values
+    classes = values.get("data.num_classes", values.get("num_classes"))
     if trained.null_label or table is None or table.ndim != 2 or classes is None:
         return True
     return len(table) != classes
@@ -123,7 +124,7 @@ def _alone(job: ImportJob, trained: TrainedWith, imported: dits.ImportedDiT) -> 
         "a network alone; with --tokenizer it becomes a generator that tools/sample.py takes"
     )
     for name in job.settings.values:
-        if name.startswith("sample."):
+        if name.startswith("sample.") or name == "model.semfirst_infer_interval_mode":
             job.settings.fates[name] = "left out: a network alone is not sampled"
     config = _config(trained, imported.network.config, imported.network.spec)
     said = config.model_dump(mode="json", exclude_unset=True, exclude={"network", "repa"})
