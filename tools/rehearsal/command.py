@@ -61,10 +61,10 @@ def main(arguments: Sequence[str]) -> int:
         rehearsal = Rehearsal(memory=memory, depth=args.depth)
         for file in files:
             rehearsal.run(file)
+            if json_file is not None:  # each time: the whole takes long
+                write_json(json_file, [result.to_dict() for result in rehearsal.results.values()])
     results = list(rehearsal.results.values())
     print_table("one step each, with random weights", [_row(r) for r in results], _HEADER)
-    if json_file is not None:
-        write_json(json_file, [result.to_dict() for result in results])
     failed = [result for result in results if result.error is not None]
     for result in failed:
         print(f"{result.name} failed: {result.error}", file=sys.stderr)
