@@ -8,15 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 import tiny
 from comparison import command as compare
 from semtok.commands import evaluate, sample
 from semtok.commands.cli import run
-from semtok.commands.train_dit import train_dit
-from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.data.images.folder import Folder, FolderConfig
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.evaluation.frechet import Gaussian
@@ -38,7 +35,6 @@ from semtok.evaluation.image_sets import (
     labels_for,
 )
 from semtok.evaluation.inception import Inception
-from semtok.recipe import parse_diffusion_recipe, parse_recipe
 from semtok.statistics import StreamingMoments
 from semtok.teachers import Teacher, TeacherConfig
 
@@ -281,14 +277,7 @@ def test_a_teacher_that_sees_otherwise_is_another_network():
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A generator that was trained for six steps."""
     root = tmp_path_factory.mktemp("generation")
-    train_tokenizer(parse_recipe(tiny.content({"name": "vae"}, steps=2), "tiny"), root / "tok")
-    content = tiny.content()
-    del content["method"], content["teacher"]
-    shape = {"depth": 1, "width": 24, "heads": 2, "patch_size": 2}
-    content |= {"tokenizer": str(root / "tok"), "diffusion": {"network": shape}}
-    content["sampler"] = {"steps": 2}
-    recipe = parse_diffusion_recipe(yaml.safe_load(yaml.safe_dump(content)), "tiny")
-    train_dit(recipe, root / "dit")
+    tiny.runs(root)
     return root / "dit"
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from PIL import Image
 from torch import nn
 
@@ -18,8 +17,6 @@ import tiny
 from semtok import Generator, Tokenizer
 from semtok.commands import evaluate, sample
 from semtok.commands.cli import run
-from semtok.commands.train_dit import train_dit
-from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.data.images.folder import Folder, FolderConfig
 from semtok.data.images.resized import ResizedImages
 from semtok.data.images.shapes import Shapes, ShapesConfig
@@ -30,7 +27,6 @@ from semtok.evaluation.image_sets import images_of_source
 from semtok.evaluation.inception import Inception
 from semtok.evaluation.protocol import PixelDigest, shown_names, weights_digest
 from semtok.evaluation.reconstruction import PROTOCOLS, evaluate_reconstruction
-from semtok.recipe import parse_diffusion_recipe, parse_recipe
 from semtok.teachers import Teacher, TeacherConfig
 
 KEYS = {
@@ -45,14 +41,7 @@ DATA = ("--data", "kind=shapes", "size=16")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer ``tok`` and a generator ``dit``, trained for two steps."""
     root = tmp_path_factory.mktemp("protocols")
-    train_tokenizer(parse_recipe(tiny.content({"name": "vae"}, steps=2), "tiny"), root / "tok")
-    content = tiny.content(steps=2, warmup_steps=0)
-    del content["method"], content["teacher"]
-    shape = {"depth": 1, "width": 24, "heads": 2, "patch_size": 2}
-    content |= {"tokenizer": str(root / "tok"), "diffusion": {"network": shape}}
-    content["sampler"] = {"steps": 2}
-    recipe = parse_diffusion_recipe(yaml.safe_load(yaml.safe_dump(content)), "tiny")
-    train_dit(recipe, root / "dit")
+    tiny.runs(root, steps=2, warmup_steps=0)
     return root
 
 

@@ -8,12 +8,17 @@ from typing import Any
 import torch
 
 from semtok import Tokenizer
-from semtok.commands.train_tokenizer import build_objective, statistics_batches
+from semtok.commands.train_dit import train_dit
+from semtok.commands.train_tokenizer import (
+    build_objective,
+    statistics_batches,
+    train_tokenizer,
+)
 from semtok.data.images.kinds import open_sources
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.images import to_pixels
 from semtok.objective import TokenizerObjective
-from semtok.recipe import parse_recipe
+from semtok.recipe import parse_diffusion_recipe, parse_recipe
 from semtok.sampler.dit import DiT
 from semtok.sampler.draws import Draws
 from semtok.training.loop import Trainer, on_device
@@ -105,6 +110,17 @@ def trainer(
         num_workers=0,
         tracked={},
     )
+
+
+def runs(root: Path, **train: Any) -> None:
+    """A VAE, two steps long, in ``root/tok``, and a generator on its latents in ``root/dit``."""
+    train_tokenizer(parse_recipe(content({"name": "vae"}, steps=2), "tiny"), root / "tok")
+    recipe = content(**train)
+    del recipe["method"], recipe["teacher"]
+    shape = {"depth": 1, "width": 24, "heads": 2, "patch_size": 2}
+    recipe |= {"tokenizer": str(root / "tok"), "diffusion": {"network": shape}}
+    recipe["sampler"] = {"steps": 2}
+    train_dit(parse_diffusion_recipe(recipe, "tiny"), root / "dit")
 
 
 def measured(method: dict[str, Any], texture: Tokenizer | None = None) -> Tokenizer:

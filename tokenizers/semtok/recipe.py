@@ -11,7 +11,7 @@ from semtok.data.images.kinds import data_config_class
 from semtok.data.source import DataConfig
 from semtok.diffusion.diffusion_config import DiffusionConfig
 from semtok.errors import UserError
-from semtok.references import recipe_folder
+from semtok.references import RUNS, recipe_folder
 from semtok.registry import MethodConfig, get_method, load_plugins
 from semtok.sampler.sampling import SamplerConfig
 from semtok.settings import Config, apply_overrides, parse, read_yaml
@@ -120,6 +120,19 @@ def run_name(path: Path) -> str:
     """What a recipe's run is called by default: its name, of an embedded one with its folder."""
     known = {file.resolve(): name for name, file in embedded_recipes().items()}
     return known.get(path.resolve(), path.stem)
+
+
+def default_run(path: Path, tokenizer: str | None = None) -> Path:
+    """The folder of a recipe's run where none is named.
+
+    Args:
+        tokenizer: the reference that a generator is trained on, whose name follows; None: it is a tokenizer's recipe.
+    """
+    if tokenizer is None:
+        return RUNS / run_name(path)
+    reference = Path(tokenizer)
+    reference = reference.parent if reference.name == "export" else reference
+    return RUNS / f"{run_name(path)}_{reference.name}"
 
 
 def load_recipe(path: Path, overrides: list[str]) -> TokenizerRecipe[Any, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -148,6 +149,12 @@ def read_weights(path: Path) -> Any:
                 f"{path}: holds more than tensors, and is refused as it could run code; save its tensors alone"
             ) from None
         raise UserError(f"{path}: cut short or damaged ({first_line(error)})") from None
+
+
+def tensor_bytes(module: nn.Module) -> Iterator[tuple[str, Tensor, np.ndarray]]:
+    """A module's parameters and buffers, by name, each with its bytes as uint8 (N,): what digests are made of."""
+    for name, tensor in sorted(module.state_dict().items()):
+        yield name, tensor, tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from semtok.errors import UserError
 from semtok.settings import Config
-from semtok.storage import DAMAGE, first_line
+from semtok.storage import DAMAGE, first_line, tensor_bytes
 
 DEMO = "demo"
 DEMO_FILE = "demo_teacher.safetensors"
@@ -170,9 +170,9 @@ class Teacher(nn.Module):
     def fingerprint(self) -> str:
         """A digest of the weights: tokenizers that encode by a teacher know theirs by it."""
         digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(self.network.state_dict().items()):
+        for name, _, content in tensor_bytes(self.network):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(content)
         return digest.hexdigest()
 
     def preprocess(self, pixels: Tensor, grid: tuple[int, int] | None = None) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from semtok.errors import UserError
-from semtok.references import RUNS
 
 TRAINING = ("train_tokenizer", "train_dit")
 _COMMAND = re.compile(
@@ -63,19 +62,6 @@ def read_header(path: Path) -> Header:
             kind = *(_kind(word) for word in sampling.options), str(sampling.weak is not None)
             samplings.setdefault(kind, sampling)
     return Header(words, output, tuple(samplings.values()))
-
-
-def default_output(path: Path, tokenizer: str | None) -> str:
-    """Where a training command writes that names no folder.
-
-    Args:
-        tokenizer: the reference of a generator's tokenizer; None: the recipe is a tokenizer's.
-    """
-    if tokenizer is None:
-        return str(RUNS / path.stem)
-    reference = Path(tokenizer)
-    reference = reference.parent if reference.name == "export" else reference
-    return str(RUNS / f"{path.stem}_{reference.name}")
 
 
 def take(words: Sequence[str], option: str) -> tuple[str | None, list[str]]:

@@ -7,12 +7,21 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rehearsal.headers import Header, Sampling, default_output, read_header
+from rehearsal.headers import Header, Sampling, read_header
 from rehearsal.inputs import IMAGES
 from semtok.errors import UserError
 from semtok.methods.vae import PRESETS
-from semtok.recipe import DiffusionRecipe, TokenizerRecipe, load_diffusion_recipe, load_recipe
-from semtok.references import DEMO, RUNS, recipe_folder
+from semtok.recipe import (
+    PUBLISHED,
+    DiffusionRecipe,
+    TokenizerRecipe,
+    default_run,
+    embedded_recipes,
+    load_diffusion_recipe,
+    load_recipe,
+    locate_recipe,
+)
+from semtok.references import DEMO, RUNS
 from semtok.registry import MethodConfig
 from semtok.sampler.dit import architecture
 from semtok.settings import read_yaml
@@ -67,28 +76,21 @@ def find_recipes(names: Iterable[str]) -> list[Path]:
     Raises:
         UserError: there is none of that name.
     """
-    folders = _embedded_folders()
-    found = []
-    for name in names:
-        candidates = [Path(name), *(folder / f"{name}.yaml" for folder in folders)]
-        file = next((c for c in candidates if c.is_file()), None)
-        if file is None:
-            known = ", ".join(sorted(p.stem for f in folders[:1] for p in f.glob("*.yaml")))
-            raise UserError(f"recipe '{name}': no such file; embedded at 256 pixels: {known}")
-        found.append(file.resolve())
-    return found
+    return [_file_of(name).resolve() for name in names]
+
+
+def _file_of(name: str) -> Path:
+    try:
+        return locate_recipe(name, first=PUBLISHED)
+    except UserError:
+        known = ", ".join(file.stem for file in all_recipes())
+        raise UserError(f"recipe '{name}': no such file; embedded at 256 pixels: {known}") from None
 
 
 def all_recipes() -> list[Path]:
     """All embedded recipes at 256 pixels."""
-    return sorted(_embedded_folders()[0].glob("*.yaml"))
-
-
-def _embedded_folders() -> tuple[Path, Path]:
-    folder = recipe_folder()
-    if folder is None:
-        raise UserError("no recipes folder beside the library; give recipes by their paths")
-    return folder / "imagenet256", folder
+    known = embedded_recipes()
+    return [file for name, file in known.items() if name.startswith(f"{PUBLISHED}/")]
 
 
 def plan_run(file: Path) -> Run:
@@ -110,7 +112,7 @@ def plan_run(file: Path) -> Run:
     recipe = _load(file, words, is_generator="diffusion" in content)
     tokenizer = recipe.tokenizer if isinstance(recipe, DiffusionRecipe) else None
     samplings = (header.samplings or (Sampling(),)) if tokenizer is not None else ()
-    output = header.output or default_output(file, tokenizer)
+    output = header.output or str(default_run(file, tokenizer))
     return Run(file, recipe, words, output, header.output is None, samplings)
 
 
@@ -160,8 +162,8 @@ def same_output(run: Run) -> list[Path]:
 
 
 def _others(beside: Path) -> list[Path]:
-    folders = dict.fromkeys((beside.parent, *_embedded_folders()))
-    return [file.resolve() for folder in folders for file in sorted(folder.glob("*.yaml"))]
+    files = (*sorted(beside.parent.glob("*.yaml")), *embedded_recipes().values())
+    return list(dict.fromkeys(file.resolve() for file in files))
 
 
 def _output(file: Path) -> str | None:
@@ -175,9 +177,9 @@ def _output_of(file: Path, _changed: int) -> str | None:
     if header.output is not None:
         return header.output
     if "diffusion" not in content:
-        return default_output(file, None)
+        return str(default_run(file))
     tokenizer = _option(header, "--tokenizer") or content.get("tokenizer")
-    return default_output(file, tokenizer) if isinstance(tokenizer, str) else None
+    return str(default_run(file, tokenizer)) if isinstance(tokenizer, str) else None
 
 
 def _option(header: Header, name: str) -> str | None:

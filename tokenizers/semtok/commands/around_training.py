@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from semtok.commands.run_folder import RECIPE_FILE, check_files, flatten, record_files
+from semtok.commands.run_folder import RECIPE_FILE, check_files, record_files
 from semtok.commands.table import print_table
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
 from semtok.objective import Objective
 from semtok.processes import gather, together
 from semtok.recipe import DiffusionRecipe, TokenizerRecipe, write_recipe
+from semtok.settings import flatten
 from semtok.storage import write_json
 from semtok.tokenizer import library_version
 from semtok.training.loop import Trainer

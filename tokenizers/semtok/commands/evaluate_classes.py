@@ -10,7 +10,13 @@ from tqdm import tqdm
 
 from semtok.commands import evaluate_options as options
 from semtok.commands.around_training import errors_at
-from semtok.commands.sampler_options import add_sampler_options, sampler_from, sped_up
+from semtok.commands.sampler_options import (
+    add_sampler_options,
+    add_weak_option,
+    load_weak,
+    sampler_from,
+    sped_up,
+)
 from semtok.commands.table import print_table
 from semtok.data.source import ImageSource
 from semtok.diffusion.generator import Generator
@@ -45,7 +51,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     task.add_argument("--num", type=int, help="generated images; default: 20 of each class")
     task.add_argument("--seed", type=int, default=0, help="of the generated images")
     add_sampler_options(task)
-    options.add_weak_option(task)
+    add_weak_option(task)
     options.add_teacher_options(task, "whose features the classifier reads")
     task.set_defaults(command=_classes)
     options.add_data_options(task, default=None, shown="what the model was trained on")
@@ -73,7 +79,8 @@ def _classes(args: argparse.Namespace) -> dict[str, Any]:
     sampler = sampler_from(args, generator)
     if num < 1:
         raise UserError("--num must be at least 1")
-    weak = options.load_weak(args, generator, sampler)
+    weak = load_weak(args, generator, sampler)
+    weak = sped_up(weak.to(options.device()), args) if weak is not None else None
     digests = {name: PixelDigest() for name in ("train", "held out", "drawn")}
 
     with errors_at("--data"):

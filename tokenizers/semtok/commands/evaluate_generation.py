@@ -13,6 +13,8 @@ from semtok.commands.around_training import errors_at
 from semtok.commands.sampler_options import (
     SAMPLER_OPTIONS,
     add_sampler_options,
+    add_weak_option,
+    load_weak,
     sampler_from,
     sped_up,
 )
@@ -92,7 +94,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
         help="how images become uint8: rounded (the default), or truncated as REPA does",
     )
     add_sampler_options(task)
-    options.add_weak_option(task)
+    add_weak_option(task)
     options.add_teacher_options(task, "whose features FD-<teacher> compares")
     task.add_argument(
         "--download", action="store_true", help="fetch Inception's weights if not cached"
@@ -231,7 +233,8 @@ def _generated(args: argparse.Namespace) -> _Drawn:
         return _drawn_before(args.images)
     generator = sped_up(Generator.from_pretrained(args.model).to(options.device()), args)
     sampler = sampler_from(args, generator)
-    weak = options.load_weak(args, generator, sampler)
+    weak = load_weak(args, generator, sampler)
+    weak = sped_up(weak.to(options.device()), args) if weak is not None else None
     with errors_at("--weak" if weak is not None else "--guidance"):
         generator.check_sampling(sampler, weak)
     labels = labels_for(

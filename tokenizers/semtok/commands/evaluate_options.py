@@ -11,7 +11,6 @@ import torch
 from semtok.commands.around_training import errors_at
 from semtok.commands.cli import add_plugin_option
 from semtok.commands.run_folder import RECIPE_FILE
-from semtok.commands.sampler_options import sped_up
 from semtok.commands.train_tokenizer import tokenizer_from_reference
 from semtok.data.images.kinds import open_sources
 from semtok.data.source import ImageSource
@@ -20,7 +19,6 @@ from semtok.errors import UserError
 from semtok.privacy import first_left_out, fit_to_show
 from semtok.recipe import parse_data
 from semtok.references import locate_export
-from semtok.sampler.sampling import SamplerConfig
 from semtok.settings import read_yaml
 from semtok.teachers import Teacher, TeacherConfig
 from semtok.tokenizer import Tokenizer
@@ -61,29 +59,6 @@ def add_tokenizer_option(task: argparse.ArgumentParser) -> None:
         metavar="REF",
         help="folder, run, Hub id or recipe name; several are compared",
     )
-
-
-def add_weak_option(task: argparse.ArgumentParser) -> None:
-    """Which weaker model guides, where images are drawn."""
-    task.add_argument(
-        "--weak", metavar="MODEL", help="autoguidance: guide away from this weaker model"
-    )
-
-
-def load_weak(
-    args: argparse.Namespace, generator: Generator, sampler: SamplerConfig
-) -> Generator | None:
-    """The weaker model that the options name, as fast as the other, or None.
-
-    Raises:
-        UserError: there is none, or it would have no effect.
-    """
-    if args.weak is None:
-        return None
-    scales = [sampler.guidance.scale_of(part.name) for part in generator.network.spec.parts]
-    if all(scale == 1 for scale in scales):
-        raise UserError("--weak needs a guidance scale other than 1; give --guidance W")
-    return sped_up(Generator.from_pretrained(args.weak).to(device()), args)
 
 
 def add_teacher_options(task: argparse.ArgumentParser, purpose: str) -> None:

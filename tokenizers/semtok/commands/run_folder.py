@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from semtok.errors import UserError
-from semtok.settings import Config, parse, read_yaml
+from semtok.settings import Config, flatten, parse, read_yaml
 from semtok.storage import read_json, write_json
 
 RECIPE_FILE = "recipe.yaml"
@@ -113,14 +113,3 @@ def record_files(folder: Path, states: Mapping[str, str]) -> None:
     """Notes the files of images that the run begins with."""
     if states and not (folder / _FILES_FILE).is_file():
         write_json(folder / _FILES_FILE, dict(states))
-
-
-def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as a flat mapping of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

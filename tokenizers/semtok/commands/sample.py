@@ -27,7 +27,13 @@ from semtok.commands.sample_set import (
     is_free,
     protocol_of,
 )
-from semtok.commands.sampler_options import add_sampler_options, sampler_from, sped_up
+from semtok.commands.sampler_options import (
+    add_sampler_options,
+    add_weak_option,
+    load_weak,
+    sampler_from,
+    sped_up,
+)
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
 from semtok.evaluation.drawn_sets import image_files, read_images, read_protocol, write_archive
@@ -53,9 +59,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--num", type=int, help="images in all; default: 4 of each class")
     add_sampler_options(parser)
-    parser.add_argument(
-        "--weak", metavar="MODEL", help="autoguidance: guide away from this weaker model"
-    )
+    add_weak_option(parser)
     parser.add_argument(
         "--strip",
         type=int,
@@ -95,17 +99,13 @@ def main(arguments: Sequence[str]) -> int:
     kind = _check_output(args.output)
     _check_options(args)
     generator = Generator.from_pretrained(args.model)
-    weak = Generator.from_pretrained(args.weak) if args.weak else None
     sampler = sampler_from(args, generator)
+    weak = load_weak(args, generator, sampler)
     classes = _classes(args.classes, generator)
     num = args.num if args.num is not None else 4 * len(classes)
     size = args.batch_size if args.batch_size is not None else 32
     if min(num, size) < 1:
         raise UserError("--num and --batch-size must be at least 1")
-    if weak is not None and all(
-        sampler.guidance.scale_of(p.name) == 1 for p in generator.network.spec.parts
-    ):
-        raise UserError("--weak needs a guidance scale other than 1; give --guidance W")
     try:
         generator.check_sampling(sampler, weak)
     except ValueError as error:

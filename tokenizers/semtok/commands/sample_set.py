@@ -2,7 +2,6 @@
 
 import argparse
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from semtok.pictures import write_png
 from semtok.privacy import fit_to_show
 from semtok.processes import gather, num_processes, process_index, progress
 from semtok.sampler.sampling import SamplerConfig
+from semtok.settings import flatten
 from semtok.storage import write_json, write_text
 from semtok.tokenizer import library_version
 
@@ -92,7 +92,7 @@ def check_same(place: Path, there: dict[str, Any], wanted: dict[str, Any]) -> No
 
     Models are compared by their digests: a folder may have moved.
     """
-    ours, theirs = dict(_flat(wanted)), dict(_flat(there))
+    ours, theirs = flatten(wanted), flatten(there)
     differing = [
         f"{key} {theirs.get(key, 'not said')}, now {ours.get(key, 'not said')}"
         for key in dict.fromkeys((*ours, *theirs))
@@ -104,14 +104,6 @@ def check_same(place: Path, there: dict[str, Any], wanted: dict[str, Any]) -> No
         raise UserError(
             f"--output {place}: holds a set drawn otherwise ({shown}); choose another, remove it, or go on as it began"
         )
-
-
-def _flat(settings: dict[str, Any], of: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{of}{key}.")
-        else:
-            yield f"{of}{key}", value
 
 
 def is_free(folder: Path) -> bool:

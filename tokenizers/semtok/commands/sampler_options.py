@@ -66,6 +66,28 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_weak_option(parser: argparse.ArgumentParser) -> None:
+    """Which weaker model guides."""
+    parser.add_argument(
+        "--weak", metavar="MODEL", help="autoguidance: guide away from this weaker model"
+    )
+
+
+def load_weak(
+    args: argparse.Namespace, generator: Generator, sampler: SamplerConfig
+) -> Generator | None:
+    """The weaker model that the options name, on the CPU; None: no other guides.
+
+    Raises:
+        UserError: there is none, or it would have no effect.
+    """
+    if args.weak is None:
+        return None
+    if not _guided(sampler.guidance, generator.network.spec.names):
+        raise UserError("--weak needs a guidance scale other than 1; give --guidance W")
+    return Generator.from_pretrained(args.weak)
+
+
 def sped_up(generator: Generator, args: argparse.Namespace) -> Generator:
     """The same generator, as fast as the options say."""
     return generator.speed_up(precision=args.precision or "fp32", compile=args.compile or "none")

@@ -35,12 +35,12 @@ from semtok.images import to_pixels
 from semtok.processes import together
 from semtok.recipe import (
     DiffusionRecipe,
+    default_run,
     load_diffusion_recipe,
     locate_recipe,
     recipe_text,
-    run_name,
 )
-from semtok.references import RUNS, recipe_folder
+from semtok.references import recipe_folder
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 from semtok.training.process import check_launch, make_accelerator
@@ -67,9 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     if args.print_recipe:
         print(recipe_text(recipe), end="")
         return 0
-    reference = Path(recipe.tokenizer)
-    reference = reference.parent if reference.name == "export" else reference
-    folder = Path(args.output or RUNS / f"{run_name(path)}_{reference.name}")
+    folder = Path(args.output or default_run(path, recipe.tokenizer))
     train_dit(recipe, folder, resume=args.resume, place=str(path))
     return 0
 

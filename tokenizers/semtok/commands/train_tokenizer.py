@@ -22,7 +22,7 @@ from semtok.errors import Interrupted
 from semtok.images import to_pixels
 from semtok.objective import Batch, MethodContext, TokenizerObjective
 from semtok.processes import process_index, together
-from semtok.recipe import TokenizerRecipe, load_recipe, locate_recipe, recipe_text, run_name
+from semtok.recipe import TokenizerRecipe, default_run, load_recipe, locate_recipe, recipe_text
 from semtok.references import RUNS, find_recipe
 from semtok.registry import get_method
 from semtok.teachers import Teacher
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     if args.print_recipe:
         print(recipe_text(recipe), end="")
         return 0
-    folder = Path(args.output or RUNS / run_name(path))
+    folder = Path(args.output or default_run(path))
     train_tokenizer(recipe, folder, resume=args.resume, place=str(path))
     return 0
 
@@ -119,9 +119,13 @@ def plan_tokenizer(
     if reference is not None:
         texture = check_tokenizer_of_run(reference, folder / _TEXTURE, resume=resume)
     built_on = texture.stand_in if isinstance(texture, TokenizerPlan) else texture
-    resumes = resume and bool(list_checkpoints(folder / CHECKPOINTS))
+    resumes = resume and _has_checkpoints(folder)
     objective = build_objective(recipe, built_on, place=place, resumes=resumes)
     return TokenizerPlan(recipe, folder, place, resume, sources, texture, objective)
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return bool(list_checkpoints(folder / CHECKPOINTS))
 
 
 def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
@@ -131,7 +135,7 @@ def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
     texture = plan.texture
     if isinstance(texture, TokenizerPlan):
         texture = run_first(texture)
-        resumes = plan.resume and bool(list_checkpoints(folder / CHECKPOINTS))
+        resumes = plan.resume and _has_checkpoints(folder)
         objective = build_objective(recipe, texture, place=plan.place, resumes=resumes)
     accelerator = make_accelerator(recipe.train, folder)
     with around_training.errors_at(plan.place):

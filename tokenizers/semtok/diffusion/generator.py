@@ -29,6 +29,7 @@ from semtok.storage import (
     load_weights,
     new_folder,
     read_json,
+    tensor_bytes,
     write_json,
     write_tensors,
 )
@@ -260,9 +261,9 @@ class Generator(PushToHub, nn.Module):
         statistics, path and times. They are those of every copy."""
         meaning = [self.network.spec.to_dict(), self.image_size, self.config.path, self.shift]
         hashed = hashlib.sha256(json.dumps([*meaning, dict(self.schedule.starts)]).encode())
-        for name, tensor in sorted(self.state_dict().items()):
+        for name, tensor, content in tensor_bytes(self):
             hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            hashed.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            hashed.update(content)
         return hashed.hexdigest()[:12]
 
     # Files --------------------------------------------------------------------------------------

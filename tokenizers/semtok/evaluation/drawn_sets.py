@@ -17,14 +17,12 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from semtok.data.images.encoded import decode
+from semtok.data.images.encoded import NO_IMAGE, decode
 from semtok.errors import UserError
 from semtok.storage import DAMAGE, first_line, new_file, read_json
 
 PROTOCOL_FILE, LABELS_FILE = "protocol.json", "labels.json"
 IMAGES_KEY, LABELS_KEY, PROTOCOL_KEY = "arr_0", "arr_1", "protocol"
-NO_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What reading a file as an image can raise."""
 _ORIENTATION = 0x0112  # of EXIF
 _READ_AT_ONCE = 64
 _READERS = 8

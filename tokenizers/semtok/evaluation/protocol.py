@@ -19,6 +19,7 @@ from semtok.data.images.resized import ResizedImages
 from semtok.data.source import ImageSource
 from semtok.images import to_uint8
 from semtok.privacy import fit_to_show
+from semtok.storage import tensor_bytes
 from semtok.teachers import Teacher
 from semtok.tokenizer import library_version
 
@@ -237,7 +238,7 @@ def file_digest(path: Path) -> str:
 def weights_digest(module: nn.Module) -> str:
     """The first 12 hexadecimal digits of the SHA-256 of a module's tensors: names, types, shapes and bytes."""
     total = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor, content in tensor_bytes(module):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.detach().cpu().contiguous().view(-1).view(uint8).numpy().data)
+        total.update(content)
     return total.hexdigest()[:_DIGITS]

@@ -14,6 +14,7 @@ import yaml
 
 from semtok.errors import UserError
 from semtok.hub.checkpoints import StandIn
+from semtok.settings import flatten
 
 Value = TypeVar("Value")
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
@@ -186,7 +187,7 @@ def read_settings(content: Any, place: str) -> FileSettings:
             runs: Collection[str] = SEMVAE_OF_RUNS
         else:
             runs = CONFIG_OF_RUNS if entry == "config" else ARGUMENTS_OF_RUNS
-        flat = _flat(settings)
+        flat = flatten(settings)
         return FileSettings(place, entry, {n: _resolved(v, flat) for n, v in flat.items()}, runs)
     return FileSettings(place)
 
@@ -203,16 +204,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(inner) for inner in value]
     return value
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _resolved(value: Any, flat: Mapping[str, Any]) -> Any:

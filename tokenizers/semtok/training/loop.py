@@ -225,7 +225,10 @@ class Trainer:
         self, batches: Iterator[ImageBatch], export: Callable[[nn.Module, int], None] | None
     ) -> None:
         config = self.config
-        self._export(export)  # which a run that was killed after its checkpoint may lack
+        if (
+            self.step in config.export_at
+        ):  # which a run that was killed after its checkpoint may lack
+            self._export(export)
         if not config.steps:
             self._sample()
         while self.step < config.steps:
@@ -240,7 +243,8 @@ class Trainer:
                 self._pause(self._sample)
             if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                 self._pause(self.save)
-            self._pause(lambda: self._export(export))
+            if self.step in config.export_at:
+                self._pause(lambda: self._export(export))
 
     def train_step(self, batches: Iterator[ImageBatch]) -> None:
         """One optimiser step of every active learner. Nothing here waits for the device."""
@@ -363,8 +367,6 @@ class Trainer:
         return result
 
     def _export(self, export: Callable[[nn.Module, int], None] | None) -> None:
-        if self.step not in self.config.export_at:
-            return
         assert export is not None, "train.export_at asks for exports, and nobody makes them"
         self._check_finite(self.metrics.read(self._mean_over_processes))
         before = random_state()

@@ -26,7 +26,7 @@ from semtok.images import to_pixels
 from semtok.processes import process_index, together
 from semtok.sampler.latents import Latents, Posterior
 from semtok.settings import Config, parse
-from semtok.storage import first_line, read_json, write_json
+from semtok.storage import first_line, read_json, tensor_bytes, write_json
 from semtok.teachers import StoredFeatures, Teacher, TeacherFeatures
 from semtok.tokenizer import Tokenizer
 
@@ -250,9 +250,9 @@ def _at_hand(path: Any) -> bool:
 def fingerprint(tokenizer: Tokenizer) -> str:
     """A digest of all that decides what a tokenizer's latents are."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(tokenizer.state_dict().items()):
+    for name, value, content in tensor_bytes(tokenizer):
         digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(content)
     digest.update(str(getattr(tokenizer, "teacher_fingerprint", None)).encode())
     return digest.hexdigest()
 

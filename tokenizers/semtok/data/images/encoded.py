@@ -26,7 +26,7 @@ T = TypeVar("T")
 VALIDATION_NAMES = ("val", "validation", "valid", "test")
 """What held-out parts are called, the likeliest first."""
 
-_NO_IMAGE = (
+NO_IMAGE = (
     OSError,  # Pillow's own, UnidentifiedImageError among them: what is decoded is in memory
     SyntaxError,
     ValueError,
@@ -251,7 +251,7 @@ def read_image(content: Path | bytes, turn: Callable[[Image.Image], T]) -> T | N
             raise UserError(f"data.path: {content}: {error.strerror}; see to the disk") from None
     try:
         return turn(_whole(content))
-    except _NO_IMAGE:
+    except NO_IMAGE:
         return None
 
 
