@@ -235,6 +235,61 @@ def test_what_is_not_of_the_set_is_not_taken_for_it(model, tmp_path, capsys):
     assert "not readable as JSON" in capsys.readouterr().err
 
 
+def test_a_command_that_another_has_overtaken_leaves_the_archive_whole(
+    model, tmp_path, monkeypatch
+):
+    """Two of the same command at once: the other packs, and removes the images that this one still adds to."""
+    output, options = tmp_path / "set.npz", ["--num", 9, "--batch-size", 4]
+    draw_set = sample.draw_set
+
+    def overtaken(drawing: Any, folder: Path, protocol: dict[str, Any]) -> None:
+        monkeypatch.setattr(sample, "draw_set", draw_set)
+        draw_set(drawing, folder, protocol)
+        last = (folder / "000008.png").read_bytes()
+        assert draw(model, output, *options) == 0
+        assert output.exists() and not folder.exists()
+        folder.mkdir()
+        (folder / "000008.png").write_bytes(last)
+
+    monkeypatch.setattr(sample, "draw_set", overtaken)
+    assert draw(model, output, *options) == 0
+    with np.load(output, allow_pickle=False) as archive:
+        assert sorted(archive.files) == ["arr_0", "arr_1", "protocol"]
+        assert len(archive["arr_0"]) == len(archive["arr_1"]) == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["set.npz"]
+
+
+def test_what_another_command_has_taken_away_is_never_packed(model, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "set.npz"
+    draw_set = sample.draw_set
+
+    def lose(drawing: Any, folder: Path, protocol: dict[str, Any]) -> None:
+        draw_set(drawing, folder, protocol)
+        for name in ("protocol.json", "labels.json", "000001.png"):
+            (folder / name).unlink()
+
+    monkeypatch.setattr(sample, "draw_set", lose)
+    assert draw(model, output, "--num", 4) == 2
+    assert "holds 3 of 4 images" in capsys.readouterr().err and not output.exists()
+
+
+def test_a_folder_may_have_a_point_and_a_number_in_its_name(model, tmp_path, capsys):
+    for name in ("cfg1.5", "v0.1"):
+        assert draw(model, tmp_path / name, "--num", 2) == 0
+        assert len(list((tmp_path / name).glob("*.png"))) == 2
+    assert draw(model, tmp_path / "set.tar", "--num", 2) == 2
+    assert "expected FILE.png, FILE.npz or a folder" in capsys.readouterr().err
+
+
+def test_a_foreign_image_is_found_in_a_folder_within_too(model, tmp_path, capsys):
+    output = tmp_path / "set"
+    assert draw(model, output, "--num", 2) == 0
+    (output / "sub").mkdir()
+    shutil.copy(output / "000000.png", output / "sub" / "x.png")
+    assert draw(model, output, "--num", 2) == 2
+    assert "sub/x.png is no image of this set; remove it" in capsys.readouterr().err
+
+
 def test_what_can_not_be_drawn_leaves_nothing_and_a_batch_that_was_too_large_may_be_smaller(
     model, tmp_path, monkeypatch, capsys
 ):

@@ -22,6 +22,7 @@ from semtok.data.images.resized import ResizedImages
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.data.images.tars import Tars, TarsConfig
 from semtok.data.passes import chosen_images
+from semtok.evaluation.drawn_sets import read_protocol
 from semtok.evaluation.generation import FeatureNetwork, see_reference
 from semtok.evaluation.image_sets import images_of_source
 from semtok.evaluation.inception import Inception
@@ -115,6 +116,37 @@ def test_a_digest_of_images_is_the_same_wherever_they_come_from(root, tmp_path):
     arrays = np.load(tmp_path / "set.npz")["arr_0"]
     each = sorted(hashlib.sha256(image.tobytes()).digest() for image in arrays)
     assert digests == {hashlib.sha256(b"".join(each)).hexdigest()[:12]}
+
+
+def test_a_model_is_drawn_and_told_as_sample_would_draw_and_tell_it(root, tmp_path, capsys):
+    """More images than one batch of either command's: rounding depends on what is drawn together."""
+    pytest.importorskip("torch_fidelity")
+    weak = Generator.from_pretrained(root / "dit")
+    with torch.no_grad():
+        next(weak.network.parameters()).add_(0.1)
+    weak.save_pretrained(tmp_path / "weak")
+    draws = ["--num", 70, "--method", "dopri5", "--error-over", "batch", "--guidance", 2]
+    draws = [*draws, "--interval", 0.2, 1, "--weak", tmp_path / "weak", "--uint8", "truncate"]
+    reference = ["--reference", "kind=shapes", "size=16", "num_images=24"]
+    told = evaluated(tmp_path, "generation", "--model", root / "dit", *draws, *reference)
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("images: "))
+    assert "dopri5" in line and "steps" not in line and "error over batch" in line
+    assert "rtol 0.001" in line and "guidance 2.0" in line and "0.2" in line
+    words = [str(root / "dit"), *map(str, draws), "--output", str(tmp_path / "set.npz")]
+    assert run(sample.main, words) == 0
+    images = told["protocol"]["images"]
+    assert images["written"] == read_protocol(tmp_path / "set.npz")
+    assert images["written"]["weak"]["digest"] == weak.digest()
+    again = evaluated(tmp_path, "generation", "--images", tmp_path / "set.npz", *reference)
+    assert again["protocol"]["images"]["digest"] == images["digest"]
+    assert "round" not in told["protocol"]["measures"], "these were truncated"
+
+
+def test_what_is_missing_is_told_without_places_of_this_machine(root, tmp_path, capsys):
+    told = evaluated(tmp_path, "reconstruction", "--tokenizer", root / "tok", *DATA)
+    assert told["unavailable"] and "checkpoints" in json.dumps(told["unavailable"])
+    assert torch.hub.get_dir() in capsys.readouterr().out, "on the screen it says where to put them"
+    assert torch.hub.get_dir() not in json.dumps(told)
 
 
 def test_each_score_names_what_it_is_compared_with(root, tmp_path, capsys):
@@ -326,6 +358,7 @@ def test_the_protocol_by_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "protocol lightningdit; published scores use 50,000" in printed
     assert told["protocol"]["images"]["crop"] == "lightningdit"
+    assert told["protocol"]["images"]["uint8"] == "round, for scores of 8 bits alone"
     assert told["protocol"]["latents"] == "sample" and told["protocol"]["seed"] == 0
     other = evaluated(tmp_path, *words[:3], *data)
     assert other["protocol"]["images"]["crop"] == "adm" and other["protocol"]["latents"] == "mean"

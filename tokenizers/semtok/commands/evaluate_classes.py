@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from semtok.commands import evaluate_options as options
 from semtok.commands.around_training import errors_at
+from semtok.commands.sample_set import Drawing, protocol_of
 from semtok.commands.sampler_options import (
     add_sampler_options,
     add_weak_option,
@@ -28,18 +29,16 @@ from semtok.evaluation.classes import (
     features_and_labels,
     real_batches,
 )
-from semtok.evaluation.image_sets import images_of_generator, labels_for
+from semtok.evaluation.image_sets import DRAWN_AT_ONCE, images_of_generator, labels_for
 from semtok.evaluation.protocol import (
-    AS_STORED,
-    ImagesProtocol,
     Network,
     PixelDigest,
     Protocol,
     data_protocol,
+    drawn_protocol,
     shown_names,
     teacher_protocol,
 )
-from semtok.sampler.sampling import SamplerConfig
 
 
 def add_task(tasks: argparse._SubParsersAction) -> None:
@@ -93,10 +92,8 @@ def _classes(args: argparse.Namespace) -> dict[str, Any]:
 
     real, _ = read(real_batches(held_out, args.num_held_out), "held out")
     labels = labels_for(num, len(train.class_names), balanced=True, seed=args.seed)
-    images = images_of_generator(
-        generator, labels, seed=args.seed, sampler=sampler, weak=weak, batch_size=64
-    )
-    batches = torch.tensor(labels).split(64)
+    images = images_of_generator(generator, labels, seed=args.seed, sampler=sampler, weak=weak)
+    batches = torch.tensor(labels).split(DRAWN_AT_ONCE)
     with errors_at("--guidance"):
         drawn = tqdm(images.open(), total=len(batches), desc="sampling", unit="batch")
         share, by_label = read(zip(drawn, batches, strict=True), "drawn")
@@ -109,7 +106,8 @@ def _classes(args: argparse.Namespace) -> dict[str, Any]:
     ]
     print_table("images that show their class, in % (the three worst classes below)", rows)
     network = teacher_protocol(teacher)
-    told = _protocol(args, (train, held_out), (generator, weak), sampler, network, digests)
+    drawing = Drawing(generator, weak, sampler, labels, args.seed, DRAWN_AT_ONCE, uint8="round")
+    told = _protocol(args, (train, held_out), drawing, network, digests)
     print("\n".join(told.lines()))
     return {
         "protocol": told.to_json(),
@@ -127,8 +125,7 @@ def _classes(args: argparse.Namespace) -> dict[str, Any]:
 def _protocol(
     args: argparse.Namespace,
     sources: tuple[ImageSource, ImageSource],
-    generators: tuple[Generator, Generator | None],
-    sampler: SamplerConfig,
+    drawing: Drawing,
     network: Network,
     digests: dict[str, PixelDigest],
 ) -> Protocol:
@@ -136,32 +133,22 @@ def _protocol(
 
     Args:
         sources: training and held-out images.
-        generators: the model, and the weaker one that guides.
         network: that reads the images.
     """
     train, held_out = sources
     names = shown_names(filter(None, (args.model, args.weak)))
-    drawn = ImagesProtocol(
-        names[args.model],
-        "model",
-        args.num,
-        str(digests["drawn"]),
-        crop=AS_STORED,
-        uint8="round",
-        labels="balanced",
-        seed=args.seed,
-        sampler=sampler.model_dump(mode="json"),
-        precision=args.precision or "fp32",
-    )
+    written = protocol_of(drawing, args)
+    digest = str(digests["drawn"])
+    drawn = drawn_protocol(names[args.model], "model", args.num, written, digest)
     real = data_protocol(held_out, args.num_held_out, str(digests["held out"]))
     return Protocol(
         "classes",
         MEASURES,
         {args.teacher: network},
         {
-            names[reference]: generator.digest()
-            for reference, generator in zip((args.model, args.weak), generators, strict=True)
-            if generator is not None
+            names[reference]: written[role]["digest"]
+            for role, reference in (("model", args.model), ("weak", args.weak))
+            if reference is not None
         },
         drawn,
         references={args.teacher: real},

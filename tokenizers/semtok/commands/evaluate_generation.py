@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from semtok.commands import evaluate_options as options
 from semtok.commands.around_training import errors_at
+from semtok.commands.sample_set import Drawing, protocol_of
 from semtok.commands.sampler_options import (
     SAMPLER_OPTIONS,
     add_sampler_options,
@@ -35,6 +36,7 @@ from semtok.evaluation.generation import (
     write_statistics,
 )
 from semtok.evaluation.image_sets import (
+    DRAWN_AT_ONCE,
     ImageSet,
     images_of_folder,
     images_of_generator,
@@ -48,6 +50,7 @@ from semtok.evaluation.protocol import (
     ImagesProtocol,
     Protocol,
     data_protocol,
+    drawn_protocol,
     file_digest,
     shown_names,
 )
@@ -55,6 +58,7 @@ from semtok.images import Uint8Rule
 from semtok.privacy import fit_to_show
 from semtok.storage import cache_folder
 
+_ABOUT = ("labels", "seed", "uint8", "sampler", "precision")
 _DRAWING = ("num", "labels", "seed", "uint8", "weak", *SAMPLER_OPTIONS)
 
 
@@ -163,7 +167,7 @@ def _generation(args: argparse.Namespace) -> dict[str, Any]:
         **drawn.about,
         "num_images": generated.num_images,
         "references": {name: features.sources for name, features in references.items()},
-        "unavailable": missing,
+        "unavailable": options.without_places(missing),
         "scores": {name: value for own in scores.values() for name, value in own.items()},
     }
 
@@ -243,23 +247,18 @@ def _generated(args: argparse.Namespace) -> _Drawn:
         balanced=args.labels == "balanced",
         seed=args.seed,
     )
-    drawn = {
-        "labels": args.labels,
-        "seed": args.seed,
-        "uint8": args.uint8,
-        "sampler": sampler.model_dump(mode="json"),
-        "precision": args.precision or "fp32",
-    }
+    drawing = Drawing(generator, weak, sampler, labels, args.seed, DRAWN_AT_ONCE, uint8=args.uint8)
+    written = protocol_of(drawing, args, labels=args.labels)
     name = str(fit_to_show(args.model))
-    protocol = ImagesProtocol(name, "model", args.num, crop=AS_STORED, **drawn)
+    protocol = drawn_protocol(name, "model", args.num, written)
     names = shown_names(filter(None, (args.model, args.weak)))
-    models = {names[args.model]: generator.digest()}
+    models = {names[args.model]: written["model"]["digest"]}
     if weak is not None:
-        models[names[args.weak]] = weak.digest()
+        models[names[args.weak]] = written["weak"]["digest"]
     images = images_of_generator(
         generator, labels, seed=args.seed, sampler=sampler, weak=weak, uint8=args.uint8
     )
-    about = {"images": name, **drawn}
+    about = {"images": name} | {key: written[key] for key in _ABOUT}
     return _Drawn(images, protocol, about, models, options.data_trained_on(args.model, generator))
 
 
@@ -271,17 +270,7 @@ def _drawn_before(path: Path) -> _Drawn:
     if images.num_images < 2:
         raise UserError(f"--images {path}: one image; scores are of sets")
     name = str(fit_to_show(str(path)))
-    written = images.protocol or {}
-    protocol = ImagesProtocol(
-        name,
-        kind,
-        images.num_images,
-        crop=AS_STORED,
-        uint8=written.get("uint8", AS_STORED),
-        labels=written.get("labels", AS_STORED),
-        **{key: written.get(key) for key in ("seed", "sampler", "precision")},
-        written=images.protocol,
-    )
+    protocol = drawn_protocol(name, kind, images.num_images, images.protocol)
     return _Drawn(images, protocol, {"images": name})
 
 

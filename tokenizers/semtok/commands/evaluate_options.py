@@ -150,6 +150,11 @@ def data_of(
     return open_sources(data)
 
 
+def without_places(missing: dict[str, str]) -> dict[str, str]:
+    """Why scores are missing, without the folder of this machine in which torch keeps weights."""
+    return {name: reason.replace(torch.hub.get_dir(), "…") for name, reason in missing.items()}
+
+
 def check_one_process() -> None:
     """Raises UserError within a launcher's processes, each of which would do all of the work."""
     number = os.environ.get("WORLD_SIZE", "1")

@@ -123,7 +123,11 @@ def _reconstruction(args: argparse.Namespace) -> dict[str, Any]:
         print(f"worst four and median four of each, with the images above: {args.grid}")
     scores = {names[reference]: _as_json(report) for reference, report in reports.items()}
     settings = {"data": held_out.name, "num_images": args.num_held_out, "sample": protocol.sample}
-    return {"protocol": told.to_json()} | settings | {"unavailable": missing, "scores": scores}
+    return (
+        {"protocol": told.to_json()}
+        | settings
+        | {"unavailable": options.without_places(missing), "scores": scores}
+    )
 
 
 def _protocol(args: argparse.Namespace) -> ReconstructionProtocol:

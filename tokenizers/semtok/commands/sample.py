@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,7 @@ from semtok.commands.sampler_options import (
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
 from semtok.evaluation.drawn_sets import image_files, read_images, read_protocol, write_archive
-from semtok.evaluation.image_sets import labels_for
+from semtok.evaluation.image_sets import DRAWN_AT_ONCE, labels_for
 from semtok.images import Uint8Rule
 from semtok.pictures import write_png
 from semtok.processes import gather, process_index, progress, together
@@ -78,7 +79,9 @@ def _parser() -> Parser:
         help="how images become uint8: rounded (the default), or truncated as REPA does",
     )
     parser.add_argument(
-        "--batch-size", type=int, help="default: 32; images differ by rounding, speed by much"
+        "--batch-size",
+        type=int,
+        help=f"default: {DRAWN_AT_ONCE}; images differ by rounding, speed by much",
     )
     parser.add_argument(
         "--output",
@@ -103,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
     weak = load_weak(args, generator, sampler)
     classes = _classes(args.classes, generator)
     num = args.num if args.num is not None else 4 * len(classes)
-    size = args.batch_size if args.batch_size is not None else 32
+    size = args.batch_size if args.batch_size is not None else DRAWN_AT_ONCE
     if min(num, size) < 1:
         raise UserError("--num and --batch-size must be at least 1")
     try:
@@ -121,7 +124,9 @@ def main(arguments: Sequence[str]) -> int:
     drawing = Drawing(
         generator, weak, sampler, labels, args.seed, size, uint8=args.uint8 or "round"
     )
-    _draw(args, drawing, protocol_of(drawing, args, classes), kind)
+    chosen = classes if args.classes is not None else None
+    protocol = protocol_of(drawing, args, labels=args.labels or "balanced", classes=chosen)
+    _draw(args, drawing, protocol, kind)
     return 0
 
 
@@ -129,10 +134,7 @@ def _draw(args: argparse.Namespace, drawing: Drawing, protocol: dict[str, Any], 
     """Draws the set, each process its share of the batches, and makes of it what ``kind`` says."""
     output: Path = args.output
     parts = output.with_name(f"{output.name}{_PARTS}")
-    if kind == "npz" and output.exists():
-        check_same(output, read_protocol(output) or {}, protocol)
-        shutil.rmtree(parts, ignore_errors=True)  # where only this was still to be done
-        print(f"{output}: is there already, whole")
+    if kind == "npz" and _is_packed(output, parts, protocol):
         return
     state = PartialState(cpu=not torch.cuda.is_available())
     for generator in (drawing.generator, drawing.weak):
@@ -152,17 +154,37 @@ def _draw(args: argparse.Namespace, drawing: Drawing, protocol: dict[str, Any], 
     if not state.is_main_process:
         return  # the others need not wait while the first packs
     if kind == "npz":
-        _pack(folder, output)
+        if _is_packed(output, parts, protocol):  # by another of this command
+            return
+        _pack(folder, output, len(drawing.labels))
     names = [_name(drawing.generator, label) for label in dict.fromkeys(drawing.labels)]
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     print(f"{len(drawing.labels)} images of {shown}: {output}")
 
 
-def _pack(folder: Path, output: Path) -> None:
-    """Makes an archive of a folder of the command's own, and removes it."""
+def _is_packed(output: Path, parts: Path, protocol: dict[str, Any]) -> bool:
+    """Whether the archive is there; what is left of its making is then removed.
+
+    Raises:
+        UserError: there is one that was drawn otherwise.
+    """
+    if not output.exists():
+        return False
+    check_same(output, read_protocol(output) or {}, protocol)
+    shutil.rmtree(parts, ignore_errors=True)
+    print(f"{output}: is there already, whole")
+    return True
+
+
+def _pack(folder: Path, output: Path, num_images: int) -> None:
+    """Makes an archive of a folder of the command's own, and removes it.
+
+    Raises:
+        UserError: the folder does not hold the whole set, as where another of this command packs it.
+    """
     # Inside, where what a killed process leaves of it is removed when it goes on.
     with progress("packing", len(image_files(folder))) as advance:
-        write_archive(folder / output.name, folder, progress=advance)
+        write_archive(folder / output.name, folder, num_images=num_images, progress=advance)
     (folder / output.name).replace(output)
     shutil.rmtree(folder)
 
@@ -215,7 +237,7 @@ def _check_output(output: Path) -> str:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--output {output}: {parent} is no folder that can be written to")
     kind = {".png": "grid", ".npz": "npz"}.get(output.suffix.lower(), "folder")
-    if kind == "folder" and output.suffix:
+    if kind == "folder" and not re.fullmatch(r"(\.\d+)?", output.suffix):  # cfg1.5 is a folder
         raise UserError(f"--output {output}: expected FILE.png, FILE.npz or a folder")
     begun = kind != "grid" and output.exists() and read_protocol(output) is not None
     is_new = is_free(output) if output.is_dir() and kind == "folder" else not output.exists()

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
 from semtok.evaluation.drawn_sets import (
     LABELS_FILE,
     PROTOCOL_FILE,
+    image_files,
     is_whole,
     protocol_text,
     read_protocol,
@@ -61,11 +60,19 @@ class Drawing:
         return -(-len(self.labels) // self.batch_size)
 
 
-def protocol_of(drawing: Drawing, args: argparse.Namespace, classes: list[int]) -> dict[str, Any]:
+def protocol_of(
+    drawing: Drawing,
+    args: argparse.Namespace,
+    *,
+    labels: str = "balanced",
+    classes: list[int] | None = None,
+) -> dict[str, Any]:
     """What a set says of itself: all that its images follow from, and nothing of this machine or person.
 
     Args:
-        classes: that labels are of, in their order.
+        args: the options of a command that draws.
+        labels: ``balanced`` or ``random``.
+        classes: that labels are of, in their order; None: all.
     """
     generator, weak = drawing.generator, drawing.weak
     return {
@@ -77,8 +84,8 @@ def protocol_of(drawing: Drawing, args: argparse.Namespace, classes: list[int]) 
         "num_images": len(drawing.labels),
         "image_size": list(generator.image_size),
         "num_classes": len(generator.class_names),
-        "labels": args.labels or "balanced",
-        "classes": classes if args.classes is not None else "all",
+        "labels": labels,
+        "classes": classes if classes is not None else "all",
         "seed": drawing.seed,
         "uint8": drawing.uint8,
         "precision": args.precision or "fp32",
@@ -146,16 +153,16 @@ def _begin(drawing: Drawing, folder: Path, protocol: dict[str, Any]) -> None:
         raise UserError(f"--output {folder}: exists already; choose another or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     # Without images nothing was drawn: a batch did not fit the memory, perhaps, and now it is smaller.
-    is_begun = there is not None and any(
-        p.suffix.lower() in IMG_EXTENSIONS for p in folder.iterdir()
-    )
+    images = image_files(folder)
+    is_begun = there is not None and bool(images)
     if is_begun:
         check_same(folder, there, protocol)
     for path in folder.iterdir():
         if _UNFINISHED.fullmatch(path.name):
             path.unlink()
-        elif path.suffix.lower() in IMG_EXTENSIONS and not _is_of(drawing, path.name):
-            raise UserError(f"--output {folder}: {path.name} is no image of this set; remove it")
+    foreign = next((name for name in images if not _is_of(drawing, name)), None)
+    if foreign is not None:
+        raise UserError(f"--output {folder}: {foreign} is no image of this set; remove it")
     if not is_begun:
         write_text(folder / PROTOCOL_FILE, protocol_text(protocol))
     write_json(folder / LABELS_FILE, drawing.labels)

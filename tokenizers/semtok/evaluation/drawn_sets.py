@@ -175,6 +175,7 @@ def write_archive(
     folder: Path,
     *,
     shuffle: int | None = None,
+    num_images: int | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> int:
     """Packs a folder's images as ADM's evaluation reads them, holding no more than a few dozen; the number of images.
@@ -186,17 +187,22 @@ def write_archive(
             labels, and ``protocol``, its text.
         shuffle: seed of a random order, for sets that are sorted by class, as the Inception Score is of
             consecutive parts; None: the order of ``image_files``.
+        num_images: how many there have to be, with labels and protocol; None: as many as the protocol says.
         progress: is told the number of images that were packed.
 
     Raises:
-        UserError: no images, too few for the folder's protocol, damaged ones, or several sizes.
+        UserError: no images, another number than that, damaged ones, or several sizes.
     """
     names = image_files(folder)
     if not names:
         raise UserError(f"{folder}: no images there")
     protocol = read_protocol(folder)
-    check_complete(folder, len(names), protocol)
+    check_complete(
+        folder, len(names), protocol if num_images is None else {"num_images": num_images}
+    )
     labels = read_labels(folder, len(names))
+    if num_images is not None and (labels is None or protocol is None):
+        raise UserError(f"{folder}: its labels or protocol are gone; the same command goes on")
     image_size = image_size_of(folder / names[0])
     if shuffle is not None:
         order = np.random.default_rng(shuffle).permutation(len(names)).tolist()

@@ -39,7 +39,7 @@ MEASURES = (
     "Fréchet distances of unbiased moments in float64; by torch-fidelity: precision and recall of the "
     f"{_NEIGHBOURS}-nearest-neighbour balls against at most {_MAX_REFERENCE_FEATURES} references, kernel distance "
     f"(cubic kernel) over {_SUBSETS} subsets of {_SUBSET_SIZE} or as many as there are, Inception Score over shuffled "
-    f"splits of {_SPLIT} (one split of fewer than {2 * _SPLIT}); images rounded to uint8"
+    f"splits of {_SPLIT} (one split of fewer than {2 * _SPLIT}); images of 8 bits"
 )
 
 

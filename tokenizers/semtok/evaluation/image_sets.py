@@ -28,6 +28,9 @@ from semtok.images import Uint8Rule, to_uint8
 from semtok.sampler.sampling import SamplerConfig
 from semtok.storage import DAMAGE, first_line
 
+DRAWN_AT_ONCE = 32
+"""Images in a batch of a generator's, by default in every command: rounding depends on it."""
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -140,7 +143,7 @@ def images_of_generator(
     seed: int,
     sampler: SamplerConfig | None = None,
     weak: Generator | None = None,
-    batch_size: int = 64,
+    batch_size: int = DRAWN_AT_ONCE,
     uint8: Uint8Rule = "round",
 ) -> ImageSet:
     """What a generator draws for these labels, as uint8 as files hold it."""

@@ -5,14 +5,15 @@ agree.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from einops import rearrange
-from torch import Tensor, nn, uint8
+from torch import Tensor, nn
 
 from semtok.data.images.encoded import StoredImages
 from semtok.data.images.resized import ResizedImages
@@ -58,7 +59,7 @@ class ImagesProtocol:
         labels: of generated images: ``balanced``, ``random``, or ``as stored``.
         seed, sampler: of generated images.
         precision: that the generator computed in.
-        written: what the set itself says of how it was drawn.
+        written: how they were drawn, as ``sample`` writes it beside a set.
     """
 
     name: str
@@ -140,24 +141,71 @@ def _in_words(images: dict[str, Any]) -> str:
     if images["labels"] is not None:
         words.append(f"labels {images['labels']}")
     if isinstance(sampler := images["sampler"], dict):
-        words.append(f"{sampler.get('method')} {sampler.get('steps')} steps")
+        words += _sampler_in_words(sampler)
     words += [f"seed {images['seed']}"] if images["seed"] is not None else []
     words += [images["precision"]] if images["precision"] is not None else []
     words += [f"digest {images['digest']}"] if images["digest"] is not None else []
     return ", ".join(words)
 
 
+def _sampler_in_words(sampler: Mapping[str, Any]) -> list[str]:
+    """What decides the images, of a sampler's settings as a set has them."""
+    if sampler.get("method") == "dopri5":
+        words = ["dopri5", *(f"{key} {sampler.get(key)}" for key in ("rtol", "atol"))]
+        words.append(f"error over {sampler.get('error_over')}")
+    else:
+        words = [f"{sampler.get('method')} {sampler.get('steps')} steps"]
+    if sampler.get("method") == "sde":
+        words.append(f"diffusion {sampler.get('diffusion')}")
+    guidance = sampler.get("guidance")
+    if isinstance(guidance, Mapping) and guidance.get("scale") != 1:
+        words.append(f"guidance {guidance.get('scale')} within {guidance.get('interval')}")
+        if guidance.get("num_channels") is not None:
+            words[-1] += f" on {guidance['num_channels']} channels"
+    return words
+
+
 # What things are ---------------------------------------------------------------------------------
+
+
+def drawn_protocol(
+    name: str,
+    kind: str,
+    num_images: int,
+    written: dict[str, Any] | None,
+    digest: str | None = None,
+) -> ImagesProtocol:
+    """Of a set that a model drew.
+
+    Args:
+        written: what ``sample`` writes of it, or would; None: nobody says how it was drawn.
+    """
+    said = written or {}
+    return ImagesProtocol(
+        name,
+        kind,
+        num_images,
+        digest,
+        crop=AS_STORED,
+        uint8=said.get("uint8", AS_STORED),
+        labels=said.get("labels", AS_STORED),
+        seed=said.get("seed"),
+        sampler=said.get("sampler"),
+        precision=said.get("precision"),
+        written=written,
+    )
 
 
 def data_protocol(
     source: ImageSource, num_images: int, digest: str | None, *, name: str | None = None
 ) -> ImagesProtocol:
     """Of images of a source, as its settings crop them."""
-    crops = {StoredImages: "adm", ResizedImages: "lightningdit"}
-    crop = next((crop for kind, crop in crops.items() if isinstance(source, kind)), AS_STORED)
-    rounded = "round" if crop != AS_STORED else AS_STORED
-    return ImagesProtocol(name or source.name, "data", num_images, digest, crop=crop, uint8=rounded)
+    crop = uint8 = AS_STORED
+    if isinstance(source, StoredImages):
+        crop, uint8 = "adm", "round"
+    elif isinstance(source, ResizedImages):
+        crop, uint8 = "lightningdit", "round, for scores of 8 bits alone"
+    return ImagesProtocol(name or source.name, "data", num_images, digest, crop=crop, uint8=uint8)
 
 
 def teacher_protocol(teacher: Teacher) -> Network:
@@ -210,7 +258,7 @@ class PixelDigest:
 
     def add(self, images: Tensor) -> None:
         """Takes in a batch, uint8 or pixels (B, 3, H, W)."""
-        if images.dtype != uint8:
+        if images.dtype != torch.uint8:
             images = to_uint8(images)
         rows = rearrange(images.cpu(), "b c h w -> b h w c").contiguous()
         self._images += [hashlib.sha256(row.numpy().data).digest() for row in rows]
