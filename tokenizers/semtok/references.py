@@ -2,6 +2,7 @@
 
 import re
 import sysconfig
+from collections.abc import Iterator
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
@@ -54,10 +55,7 @@ def locate_export(
         if (folder / "recipe.yaml").is_file():
             raise UserError(f"{folder}: this run has no export yet; let it finish with --resume")
     if Path(reference).is_file():
-        raise UserError(
-            f"{kind} '{reference}': a file; make an export of it first, semtok hub import auto {reference} --output "
-            "DIR, and give that folder"
-        )
+        raise UserError(f"{kind} '{reference}': {from_a_file(reference)}")
     if Path(reference).is_dir():
         raise UserError(f"{reference}: no {kind} there (no config.json)")
     if reference == DEMO and kind == "tokenizer":
@@ -81,6 +79,14 @@ def locate_export(
     )
 
 
+def from_a_file(path: str | Path) -> str:
+    """What to do with a published file where a folder belongs, for messages."""
+    return (
+        f"a file; make an export of it first, semtok hub import auto {path} --output DIR, and give "
+        "that folder"
+    )
+
+
 def is_hub_id(reference: str) -> bool:
     """Whether a reference reads as ``org/name``."""
     if reference.startswith((".", f"{RUNS}/")):
@@ -93,13 +99,17 @@ def recipe_folder() -> Path | None:
 
     Of ``pip install --user`` the wheel's list of files tells; ``--target`` puts them beside the package.
     """
+    return next((folder for folder in _recipe_folders() if folder.is_dir()), None)
+
+
+def _recipe_folders() -> Iterator[Path]:
+    """Where they may lie, the likeliest first; what costs more to find is looked for later."""
     source = Path(__file__).parents[1]
-    # A folder of that name beside site-packages is somebody else's.
-    candidates = [source.parent / "recipes"] if source.name == "tokenizers" else []
-    candidates += _listed_recipes()
+    if source.name == "tokenizers":  # a folder of that name beside site-packages is somebody else's
+        yield source.parent / "recipes"
+    yield from _listed_recipes()
     for data in (source, Path(sysconfig.get_path("data"))):
-        candidates.append(data / "share" / "semtok" / "recipes")
-    return next((folder for folder in candidates if folder.is_dir()), None)
+        yield data / "share" / "semtok" / "recipes"
 
 
 def _listed_recipes() -> list[Path]:

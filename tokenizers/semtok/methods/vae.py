@@ -33,6 +33,7 @@ from semtok.objective import (
 from semtok.optimiser import OptimiserConfig
 from semtok.perceptual import LPIPS, teacher_distance
 from semtok.pictures import principal_components, rows_of_images
+from semtok.references import from_a_file
 from semtok.registry import MethodConfig, register_method
 from semtok.sampler.draws import Draws
 from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
@@ -139,10 +140,7 @@ def _autoencoder_folder(reference: str) -> Path | None:
     """
     folder = Path(reference)
     if folder.is_file():
-        raise UserError(
-            f"{folder}: a file; make an export of it first, semtok hub import auto {folder} --output DIR, and give "
-            "that folder"
-        )
+        raise UserError(f"{folder}: {from_a_file(folder)}")
     if folder.is_dir():
         candidates = [folder, folder / "vae", folder / "export" / "vae"]
         found = next((c for c in candidates if any(c.glob(f"{_WEIGHTS}*"))), None)
