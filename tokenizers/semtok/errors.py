@@ -26,3 +26,8 @@ class Interrupted(Exception):
         super().__init__(f"stopped by {name}; checkpoint: {checkpoint}; {way_on}")
         self.signal_number, self.checkpoint = signal_number, checkpoint
         self.exit_code = 128 + signal_number
+
+
+def printable(name: str) -> str:
+    """A file's name as any terminal and file can take it: bytes that are no UTF-8 become replacement characters."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from semtok.data.left_out import LeftOut
 from semtok.sampler.latents import Posterior
 from semtok.settings import Config
 from semtok.teachers import StoredFeatures
@@ -133,6 +134,9 @@ class ImageSource(ABC):
     """Whether loading costs less than handing batches from process to process: then no worker helps."""
     num_workers: int = 0
     """Loader processes that a pass over the images may use; see ``DataConfig``."""
+    left_out: LeftOut | None = None
+    """What of the given data this source, and the held-out one that was opened with it, do not use; None: nothing
+    can be left out."""
 
     @property
     def num_classes(self) -> int:
