@@ -1,6 +1,8 @@
 """What commands turn into a one-line message instead of a traceback."""
 
+import difflib
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -31,3 +33,15 @@ class Interrupted(Exception):
 def printable(name: str) -> str:
     """A file's name as any terminal and file can take it: bytes that are no UTF-8 become replacement characters."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def did_you_mean(
+    word: str, known: Iterable[str], otherwise: str = "", *, cutoff: float = 0.6
+) -> str:
+    """``did you mean 'x'?`` with the known word that is nearest, or ``otherwise`` where none is near.
+
+    Args:
+        cutoff: how alike they must be at least, in [0, 1].
+    """
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"did you mean '{near[0]}'?" if near else otherwise

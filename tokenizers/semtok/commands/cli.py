@@ -3,21 +3,43 @@
 import argparse
 import errno
 import importlib
+import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import torch.distributed as dist
 
-from semtok.errors import Interrupted, NonFiniteLoss, UserError
+from semtok.errors import Interrupted, NonFiniteLoss, UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors like all others: one line, and where to read more."""
+    """argparse with errors like all others: one line, what may have been meant, and where to read more."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        wrong, known = _misspelt(message), [*self._words()]
+        hints = [did_you_mean(word, known) for word in wrong if word not in known]
+        told = " ".join(hint for hint in hints if hint)
+        raise UserError(f"{message}; {told + ' ' if told else ''}see {self.prog} --help")
+
+    def _words(self) -> Iterator[str]:
+        """Options, and names of commands within this one with their own options."""
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                yield from action.choices
+                for inner in action.choices.values():
+                    yield from inner._words()
+
+
+def _misspelt(message: str) -> list[str]:
+    """Of argparse's message, the words that nothing here is called."""
+    unknown = re.search("unrecognized arguments: (.*)", message)
+    if unknown:
+        return [w.partition("=")[0] for w in unknown[1].split() if w.startswith("--")]
+    choice = re.search("invalid choice: '([^']*)'", message)
+    return [choice[1]] if choice else []
 
 
 def add_plugin_option(parser: argparse.ArgumentParser) -> None:
