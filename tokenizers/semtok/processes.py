@@ -5,20 +5,16 @@ and all end, or go on, together. Outside a launcher there is one process, and no
 """
 
 import contextlib
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 from semtok.errors import UserError
 from semtok.storage import first_line
 
 T = TypeVar("T")
-_LINE_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -96,34 +92,3 @@ def _is_known(error: BaseException | None) -> bool:
             return True
         error = error.__context__
     return False
-
-
-@contextlib.contextmanager
-def progress(what: str | None, total: int, unit: str = "image") -> Iterator[Callable[[int], Any]]:
-    """Tells how far something is, in the first process: a bar on a terminal, elsewhere a line every ten seconds.
-
-    Args:
-        what: in a few words; None: nothing is told.
-        total: of units, over all processes.
-
-    Yields:
-        To be called with the number of units that were done.
-    """
-    if what is None or process_index():
-        yield lambda num: None
-    elif sys.stderr.isatty():
-        with tqdm(total=total, desc=what, unit=unit) as bar:
-            yield bar.update
-    else:
-        start = told = time.monotonic()
-        done = 0
-
-        def tell(num: int) -> None:
-            nonlocal done, told
-            done, now = done + num, time.monotonic()
-            if now - told >= _LINE_SECONDS:
-                told, rate = now, f" {unit}"
-                line = tqdm.format_meter(done, total, now - start, 0, prefix=what, unit=rate)
-                print(line, flush=True)
-
-        yield tell

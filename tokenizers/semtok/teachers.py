@@ -13,6 +13,8 @@ from typing import Literal
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 from pydantic import Field, field_validator
 from timm.layers import HybridEmbed
 from timm.models import Eva, VisionTransformer
@@ -22,6 +24,7 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from semtok.errors import UserError
+from semtok.progress import announce, waiting
 from semtok.settings import Config
 from semtok.storage import DAMAGE, first_line, tensor_bytes
 
@@ -339,8 +342,11 @@ def _create(config: TeacherConfig, name: str) -> nn.Module:
         if config.checkpoint is not None:
             state = _local_weights(name, config.checkpoint, options)
             options["pretrained_cfg_overlay"] = dict(state_dict=state)
-        # With its own classifier a network loads strictly: nothing stays random in silence.
-        network = timm.create_model(name, pretrained=True, **options)
+        elif not _is_fetched(name):
+            announce(f"fetching the weights of teacher '{name}', once")
+        with waiting(f"loading teacher '{name}'"):
+            # With its own classifier a network loads strictly: nothing stays random in silence.
+            network = timm.create_model(name, pretrained=True, **options)
         network.reset_classifier(0)
         return network
     except DAMAGE as error:
@@ -351,6 +357,17 @@ def _create(config: TeacherConfig, name: str) -> nn.Module:
         if config.input_size is not None:
             place += f" at teacher.input_size {config.input_size}"
         raise UserError(f"{place}: can't be loaded ({first_line(error)}){way_out}") from None
+
+
+def _is_fetched(name: str) -> bool:
+    """Whether a cache has what timm would fetch; of the Hub's repositories, any version of them."""
+    about = timm.models.get_pretrained_cfg(name)
+    if about is None or not (about.hf_hub_id or about.url):
+        return True  # nothing is fetched, and timm says why
+    if about.hf_hub_id:
+        folder = repo_folder_name(repo_id=about.hf_hub_id, repo_type="model")
+        return (Path(HF_HUB_CACHE) / folder / "snapshots").is_dir()
+    return (Path(torch.hub.get_dir()) / "checkpoints" / Path(about.url).name).is_file()
 
 
 def _local_weights(name: str, checkpoint: str, options: dict[str, object]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """What all commands share: reading arguments, and telling of errors in one line."""
 
 import argparse
+import contextlib
 import errno
 import importlib
 import re
@@ -73,12 +74,23 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     except Interrupted as interruption:
         print(interruption, file=sys.stderr)
         return interruption.exit_code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print("; ".join(("stopped", *map(str, stopped.args))), file=sys.stderr)
         return 130
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def with_way_on(way_on: str) -> Iterator[None]:
+    """Within this context what Ctrl-C ends says how to go on, where nothing within has said so."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        if stopped.args:
+            raise
+        raise KeyboardInterrupt(way_on) from None
 
 
 def launch(name: str) -> int:

@@ -8,7 +8,7 @@ from semtok.commands import evaluate_generation as generation
 from semtok.commands import evaluate_predictors as predictors
 from semtok.commands import evaluate_probe as probe
 from semtok.commands import evaluate_reconstruction as reconstruction
-from semtok.commands.cli import Parser
+from semtok.commands.cli import Parser, with_way_on
 from semtok.commands.evaluate_options import check_one_process, device
 from semtok.registry import load_plugins
 from semtok.speed import computing
@@ -25,7 +25,8 @@ def main(arguments: Sequence[str]) -> int:
     check_one_process()
     load_plugins(args.plugin)
     # PyTorch would compute convolutions on a GPU as TF32.
-    with computing(device(), "fp32"):
+    way_on = "nothing was written; the same command begins anew"
+    with computing(device(), "fp32"), with_way_on(way_on):
         scores = args.command(args)
     if args.output is not None:
         write_json(args.output, scores)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from semtok.commands import sample_pack
-from semtok.commands.cli import Parser, add_plugin_option
+from semtok.commands.cli import Parser, add_plugin_option, with_way_on
 from semtok.commands.sample_set import (
     Drawing,
     check_same,
@@ -41,7 +41,8 @@ from semtok.evaluation.drawn_sets import image_files, read_images, read_protocol
 from semtok.evaluation.image_sets import DRAWN_AT_ONCE, labels_for
 from semtok.images import Uint8Rule
 from semtok.pictures import write_png
-from semtok.processes import gather, process_index, progress, together
+from semtok.processes import gather, process_index, together
+from semtok.progress import progress
 from semtok.registry import load_plugins
 from semtok.sampler.sampling import SamplerConfig
 
@@ -126,7 +127,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     chosen = classes if args.classes is not None else None
     protocol = protocol_of(drawing, args, labels=args.labels or "balanced", classes=chosen)
-    _draw(args, drawing, protocol, kind)
+    with with_way_on(f"the same command {'begins anew' if kind == 'grid' else 'goes on'}"):
+        _draw(args, drawing, protocol, kind)
     return 0
 
 

@@ -154,7 +154,8 @@ def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
             keep_tokenizer(texture, folder / _TEXTURE)
     if not trainer.step:
         with together():
-            batches = statistics_batches(read, recipe, accelerator.device)
+            what = "measuring the teacher's features"
+            batches = statistics_batches(read, recipe, accelerator.device, what=what)
             objective.measure(batch for _, batch in batches)
     averaged = trainer.run(lambda module, step: _export_on_the_way(plan, objective, module, step))
     metrics = trainer.validate()
@@ -268,10 +269,17 @@ def build_objective(
 
 
 def statistics_batches(
-    source: ImageSource, recipe: TokenizerRecipe[Any, Any], device: torch.device
+    source: ImageSource,
+    recipe: TokenizerRecipe[Any, Any],
+    device: torch.device,
+    *,
+    what: str = "measuring the statistics of the latents",
 ) -> Iterator[tuple[list[int], Batch]]:
     """This process's share of the first training images in the order of the first epoch, unmirrored and cropped at the
     centre.
+
+    Args:
+        what: is done with them, for a line of progress.
 
     Yields:
         The images' numbers in that order, and the images.
@@ -283,7 +291,7 @@ def statistics_batches(
         source,
         order.keys(0),
         batch_size=min(64, train.batch_size),
-        what="images for statistics",
+        what=what,
     ):
         yield places, on_device(batch, device)
 

@@ -397,7 +397,7 @@ class Trainer:
                 self.validation,
                 keys,
                 batch_size=self.share.micro_batch_size,
-                what="held-out images",
+                what="validating",
             ):
                 batch, inputs = self._prepared(images)
                 values = self.objective.validate(

@@ -1,7 +1,6 @@
 """Images that are stored encoded: decoding, cropping, holding some out, replacing what can't be read."""
 
 import io
-import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -208,12 +207,6 @@ class StoredImages(ImageSource):
                 self._unreadable.add(candidate)
             skipped.append(self.image_name(candidate))
         raise UserError(f"data.path: none of the {len(self)} images in '{self.place}' can be read")
-
-
-def announce(message: str) -> None:
-    """Prints what is about to take long, in the first of the processes that a launcher has started."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
 
 
 def split_rows(

@@ -14,6 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from semtok.data.images.attributes import read_attributes
 from semtok.data.images.encoded import VALIDATION_NAMES, StoredConfig, StoredImages, split_rows
 from semtok.errors import UserError
+from semtok.progress import progress
 
 
 class FolderConfig(StoredConfig):
@@ -135,8 +136,12 @@ def _scan(root: Path, part: str) -> tuple[tuple[str, ...], list[str], list[int]]
     Raises:
         OSError: a folder can't be read.
     """
-    groups = [(name, _images(root, f"{part}{name}/")) for name in _folders(root / part)]
-    groups = [(name, files) for name, files in groups if files]
+    groups, folders = [], _folders(root / part)
+    with progress(f"looking through {root / part}", len(folders), "folders") as advance:
+        for name in folders:
+            files = _images(root, f"{part}{name}/")
+            groups += [(name, files)] if files else []
+            advance(1)
     flat = _images(root, part, nested=False)
     if flat and groups:
         raise UserError(
