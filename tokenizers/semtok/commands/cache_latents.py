@@ -4,6 +4,8 @@
 interrupted command goes on where it stopped.
 """
 
+import argparse
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,19 +102,31 @@ def main(arguments: Sequence[str]) -> int:
             shard_size=args.shard_size,
         )
     if accelerator.is_main_process:
-        _report(args.output, train, validation, time.perf_counter() - start)
+        _report(args, train, validation, time.perf_counter() - start)
     return 0
 
 
-def _report(folder: Path, train: CachedLatents, validation: CachedLatents, seconds: float) -> None:
+def _training_command(args: argparse.Namespace) -> str:
+    """What trains on the cache: of the same tokenizer, images and targets."""
+    words = ["--tokenizer", args.tokenizer, *(f"data.{word}" for word in args.data)]
+    words.append(f"data.cache={args.output}")
+    if args.targets is not None:
+        words.append("diffusion.repa={weight: 0.5}")
+    words += [f"teacher.{word}" for word in args.targets or ()]
+    return f"semtok train_dit {shlex.join(words)}"
+
+
+def _report(
+    args: argparse.Namespace, train: CachedLatents, validation: CachedLatents, seconds: float
+) -> None:
     rows = [
         (name, str(dtype).removeprefix("torch."), "x".join(map(str, shape)))
         for name, (dtype, shape) in train.shards.columns.items()
     ]
-    print_table(f"{folder}: {train.name}", rows, ("per image", "type", "shape"))
+    print_table(f"{args.output}: {train.name}", rows, ("per image", "type", "shape"))
     mirrored = ", mirrored ones too" if train.flip else ""
     print(
         f"{len(train)} training and {len(validation)} held-out images{mirrored}; "
         f"{train.shards.bytes_per_image / 1e3:.1f} kB an image; {seconds:.0f} s; "
-        f"train on it by: python tools/train_dit.py --tokenizer … data.cache={folder}"
+        f"train on it by: {_training_command(args)}"
     )
