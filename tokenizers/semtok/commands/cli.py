@@ -1,7 +1,6 @@
 """What all commands share: reading arguments, and telling of errors in one line."""
 
 import argparse
-import errno
 import importlib
 import re
 import sys
@@ -11,7 +10,9 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from semtok import stopping
 from semtok.errors import Interrupted, NonFiniteLoss, UserError, did_you_mean
+from semtok.storage import DISK_FULL
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,19 +52,20 @@ def add_plugin_option(parser: argparse.ArgumentParser) -> None:
 def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
     """Runs a command's main; what is not a bug becomes one line and an exit code.
 
-    2: wrong input; 1: the loss was not finite; 128 + n: stopped by signal n, checkpoint written.
+    2: wrong input, or the disk; 1: the loss was not finite; 128 + n: stopped by signal n.
     """
     # Third-party notes that no user of a command can act on.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     warnings.filterwarnings("ignore", category=UserWarning, module="torchvision|huggingface_hub")
     try:
-        return main(sys.argv[1:] if arguments is None else arguments)
+        with stopping.listening():
+            return main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.filename is None and error.errno != errno.ENOSPC:
+        if error.filename is None and error.errno not in DISK_FULL:
             raise
         print(f"error: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
         return 2
