@@ -302,7 +302,7 @@ class DiffusionObjective(Objective):
 
         Under each, where there is one, the semantic part, in the same colours.
         """
-        latents = self.generator(averaged).sample_latents(inputs["labels"].tolist())
+        latents = self.generator(averaged).sample_latents(inputs["labels"].tolist(), seed=0)
         samples = self.tokenizer.decode(latents)
         if pixels is None:
             pixels = self.tokenizer.decode(inputs["posterior"].mean)

@@ -6,6 +6,7 @@ on the texture's grid; vector parts are further tokens (REG, Wu et al. 2025).
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from semtok.sampler.config import Config
-from semtok.sampler.latents import Latents, LatentSpec
+from semtok.sampler.latents import Latents, LatentSpec, as_pytree
 
 _EPS = 1e-6
 _FREQUENCIES = 256  # sines and cosines of the time embedding
@@ -333,6 +334,13 @@ class DiTOutput:
     hidden: Tensor | None
 
 
+as_pytree(
+    DiTOutput,
+    lambda output: ([output.velocity, output.hidden], None),
+    lambda members, _: DiTOutput(*members),
+)
+
+
 class DiT(nn.Module):
     """Predicts the velocity of noised latents from their time and class.
 
@@ -405,13 +413,31 @@ class DiT(nn.Module):
     ) -> DiTOutput:
         """One forward pass.
 
+        Weights in half precision run as in training, under autocast: what autocast keeps in float32,
+        such as norms and the stream of tokens, is in float32 then too.
+
         Args:
-            x: noised latents; spatial parts (B, C, H, W) on one grid that the patch divides,
+            x: noised latents of any float type; spatial parts (B, C, H, W) on one grid that the patch divides,
                 vector parts (B, D).
             times: per part (B,) in [0, 1].
             labels: int64 (B,) in [0, num_classes].
             hidden_after: also give the tokens after this many blocks (1 is after the first).
         """
+        weight = self.patch_embed.weight
+        if weight.dtype == torch.float32:
+            return self._forward(x, times, labels, hidden_after)
+        half = weight.dtype in (torch.float16, torch.bfloat16)
+        with torch.autocast(weight.device.type, weight.dtype) if half else nullcontext():
+            x = {name: part.to(weight.dtype) for name, part in x.items()}
+            return self._forward(x, times, labels, hidden_after)
+
+    def _forward(
+        self,
+        x: Mapping[str, Tensor],
+        times: Mapping[str, Tensor],
+        labels: Tensor,
+        hidden_after: int | None,
+    ) -> DiTOutput:
         tokens = self.patch_embed(_stack([x[name] for name in self.spatial]))
         grid = (tokens.shape[-2], tokens.shape[-1])
         tokens = rearrange(tokens, "b d h w -> b (h w) d")

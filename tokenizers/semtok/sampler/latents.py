@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 class Latents(Mapping[str, Tensor]):
@@ -48,6 +49,24 @@ class Latents(Mapping[str, Tensor]):
     def to(self, *args: Any, **kwargs: Any) -> "Latents":
         """``Tensor.to`` on every part."""
         return self.map(lambda part: part.to(*args, **kwargs))
+
+
+def as_pytree(kind: type, flatten: Callable[[Any], tuple[list, Any]], build: Any) -> None:
+    """Lets ``torch.export`` and ``torch.func`` see the tensors in a class of ours.
+
+    Args:
+        flatten: an object to its members, and what else rebuilds it.
+        build: members and that, to an object.
+    """
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    pytree.register_pytree_node(kind, flatten, build, serialized_type_name=name)
+
+
+as_pytree(
+    Latents,
+    lambda latents: (list(latents.values()), list(latents)),
+    lambda parts, names: Latents(dict(zip(names, parts, strict=True))),
+)
 
 
 def on_texture_grid(latents: Latents) -> dict[str, Tensor]:
