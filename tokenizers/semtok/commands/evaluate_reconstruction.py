@@ -193,7 +193,7 @@ def _worst_and_median(
     seen = source.chosen(len(order))
     chosen = [seen[i] for i in (*order[:4], *order[middle : middle + 4])]
     pixels = to_pixels(source.load(chosen).images, device=options.device())
-    return [pixels, tokenizer.decode(tokenizer.encode(pixels))]
+    return [pixels, tokenizer.decode(tokenizer.encode(pixels, value_range=(-1, 1)))]
 
 
 def _print(

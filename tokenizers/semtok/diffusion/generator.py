@@ -108,7 +108,7 @@ class Generator(PushToHub, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.tokenizer.texture_mean.device
+        return self.tokenizer.device
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -216,10 +216,7 @@ class Generator(PushToHub, nn.Module):
             guided = self.can_be_guided or weak is not None
             check_guidance_fits(settings, self.network.spec, can_be_guided=guided)
         self.check_sampling(settings, weak)
-        model = Sampled(
-            *(self.network, self.class_names, self.grid),
-            *(self.schedule, self.config.path, self.shift),
-        )
+        model = self._sampled()
         start = request.start(model, None if image is None else self._encoded(image))
         with computing(self.device, self._precision):
             return draw(
@@ -231,6 +228,14 @@ class Generator(PushToHub, nn.Module):
                 weak=weak.network if weak is not None else None,
                 watch=request.watch(self, also=watch),
             )
+
+    def _sampled(self) -> Sampled:
+        trained = (self.schedule, self.config.path, self.shift)
+        return Sampled(self.network, self.class_names, self.grid, *trained)
+
+    def _numbers(self, class_labels: ClassLabels) -> list[int]:
+        """Classes by number; raises ValueError as ``sample`` does."""
+        return SampleRequest(class_labels).numbers(self._sampled())
 
     def _encoded(self, image: Images) -> Latents:
         """Images as latents on the texture's grid: the mean of their posterior."""
@@ -365,7 +370,12 @@ class Generator(PushToHub, nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, reference: str | Path, *, revision: str | None = None, local_files_only: bool = False
+        cls,
+        reference: str | Path,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        plugin: str | Path | None = None,
     ) -> "Generator":
         """Loads a generator, in eval mode.
 
@@ -373,6 +383,7 @@ class Generator(PushToHub, nn.Module):
             reference: an exported folder, a run folder or the name of a finished run, or a Hub id.
             revision: branch, tag or commit on the Hub.
             local_files_only: never ask the Hub, use its local cache.
+            plugin: your file that registers the tokenizer's method; it is run. No code of the reference is.
 
         Raises:
             UserError: nothing found, a damaged file, a newer format, or a tokenizer of other latents.
@@ -389,7 +400,7 @@ class Generator(PushToHub, nn.Module):
             raise UserError(f"{place}: {', '.join(missing)} missing; export again")
         check_format_version(content, place)
         saved = parse(_Saved, content, str(place))
-        tokenizer = Tokenizer.from_pretrained((folder / "tokenizer").absolute())
+        tokenizer = Tokenizer.from_pretrained((folder / "tokenizer").absolute(), plugin=plugin)
         try:
             spec = LatentSpec.from_dict(saved.latents)
             tokenizer.spec.check_image_size(saved.image_size)

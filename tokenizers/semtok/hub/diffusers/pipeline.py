@@ -80,48 +80,35 @@ class SemtokPipeline(DiffusionPipeline):
             num_images_per_class: images of each of these labels, one after the other.
             num_inference_steps: instead of the model's own. Where a part leads, a few are added.
             guidance_scale: instead of the model's own; 1 is none, and per part it is a mapping.
-            seed: of the whole set that these images belong to. Without seed and generator each call has
-                new noise, by torch's global generator.
+            seed: of the whole set that these images belong to. Without seed and generator noise is new.
             first: place of the first of these images in the set of the seed.
-            latents: noise to start from instead of drawn noise: a tensor (B, C, H, W) where texture is the
-                only part; else per part, ``texture`` and what other parts the model has, spatial ones on
-                the texture's grid.
-            output_type: ``pil``, ``np`` (B, H, W, 3) or ``pt`` (B, 3, H, W), both in [0, 1], or
-                ``latent`` for the latents, a mapping from part to tensor.
+            latents: noise to start from: a tensor (B, C, H, W) where texture is the only part; else per part,
+                spatial ones on the texture's grid.
+            output_type: ``pil``, ``np`` (B, H, W, 3) or ``pt`` (B, 3, H, W), both in [0, 1], or ``latent``.
             return_dict: False: a tuple with the images alone.
             generator: a ``torch.Generator`` from which each image's seed is drawn, or one for each image.
-            image: to start from, one for all or one for each: PIL, or NumPy (B, H, W, 3) or tensor
-                (B, 3, H, W) in [0, 1]. Goes with models whose only part is the texture.
+            image: to start from, one or one for each: PIL, or floats in [0, 1], shaped as ``np`` and ``pt``.
             strength: the share of the time axis that is sampled from ``image`` on, in (0, 1]; by default 0.8.
-            callback_on_step_end: called after each step with the pipeline, the step, the time (noise 0 to
-                data 1, more where a part leads) and ``{"latents": {part: tensor}}``; what it returns as
-                ``latents`` is gone on from.
+            callback_on_step_end: called as (pipeline, step, time, ``{"latents": {part: tensor}}``) after each
+                step; ``latents`` that it returns are gone on from.
             callback_on_step_end_tensor_inputs: ``latents`` is all there is.
 
         Raises:
             ValueError: a label, scale, shape or setting that does not fit this model.
         """
+        words = {
+            "class_labels": class_labels,
+            "num_images_per_class": num_images_per_class,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            **{"seed": seed, "generator": generator, "first": first, "latents": latents},
+            "strength": strength,
+            "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+        }
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r}: expected pil, np, pt or latent")
-        if not hasattr(self.scheduler, "own_settings"):
-            raise ValueError(
-                f"scheduler: {type(self.scheduler).__name__} can't draw this model's parts, each in its own time; "
-                "keep SemtokScheduler, whose from_config takes another sampler={'method': …}"
-            )
-        request = self.scheduler.request(
-            class_labels=class_labels,
-            num_images_per_class=num_images_per_class,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            generator=generator,
-            first=first,
-            latents=latents,
-            strength=strength,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
-        drawn = self._draw(request, image)
+        drawn = self._draw(words, image)
         images = dict(drawn)
         if output_type != "latent":
             pixels = self._decode(drawn["texture"])
@@ -129,8 +116,14 @@ class SemtokPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _draw(self, request: Any, image: Any) -> Mapping[str, Tensor]:
+    def _draw(self, words: Mapping[str, Any], image: Any) -> Mapping[str, Tensor]:
         """The latents of a call."""
+        if not hasattr(self.scheduler, "own_settings"):
+            raise ValueError(
+                f"scheduler: {type(self.scheduler).__name__} can't draw this model's parts, each in its own time; "
+                "keep SemtokScheduler, whose from_config takes another sampler={'method': …}"
+            )
+        request = self.scheduler.request(**words)
         spec, names = self.transformer.spec, self.config.id2label
         grid = spec.shape("texture", (self.config.height, self.config.width))[1:]
         class_names = [names[number] for number in sorted(names, key=int)]
