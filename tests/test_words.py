@@ -212,17 +212,17 @@ def test_another_scheduler_is_refused_in_one_line(one):
 
 def test_more_strength_is_farther_from_the_image_and_all_of_it_is_none_of_it(one):
     picture = to_pil(one.model.sample([1], seed=2))[0]
-    latents = one.model.tokenizer.encode(picture)
-    for call in one.surfaces():
+    encoded = one.model.tokenizer.encode(picture).texture
+    for call in (one.model.sample, lambda *a, **k: one.pipeline(*a, **k).images):
+        words = {"seed": 5, "num_inference_steps": 20, "output_type": "latent"}
         distances = []
         for strength in (0.01, 0.5, 1.0):
-            drawn = call([0], seed=5, image=picture, strength=strength, num_inference_steps=20)
-            again = one.model.tokenizer.encode(drawn).texture
-            distances.append((again - latents.texture).square().mean().item())
-        assert distances == sorted(distances) and distances[0] < 0.1 * distances[-1]
-        assert same(drawn, call([0], seed=5, num_inference_steps=20))
-        two = call([0, 0], seed=5, image=[picture] * 2)
-        assert same(two[:1], call([0], seed=5, image=picture, strength=0.8))
+            drawn = call([0], image=picture, strength=strength, **words)["texture"]
+            distances.append((drawn - encoded).square().mean().item())
+        assert distances == sorted(distances) and distances[0] < 0.01 * distances[-1]
+        assert same(drawn, call([0], **words)["texture"])
+        two = call([0, 0], image=[picture] * 2, **words)["texture"]
+        assert same(two[:1], call([0], image=picture, strength=0.8, **words)["texture"])
 
 
 def test_both_start_from_the_same_image(one):
@@ -323,21 +323,30 @@ def test_a_saved_pipeline_loads_again_and_so_does_that_ones(three, tmp_path):
         pipeline.save_pretrained(tmp_path / "no", push_to_hub=True)
 
 
-@pytest.mark.parametrize("part", ["network", "transformer"])
-def test_the_transformer_is_exported_by_torch(three, part, tmp_path):
-    network = three.model.network if part == "network" else three.pipeline.transformer
-    x = noise(three.model, 0, 2)
-    inputs = (x, {name: torch.full((2,), 0.3) for name in x}, torch.tensor([0, 2]))
-    wanted = network(*inputs).velocity
-    batch = torch.export.Dim("batch", min=1, max=64)
-    shapes = ({n: {0: batch} for n in x}, {n: {0: batch} for n in x}, {0: batch})
-    torch.export.save(
-        torch.export.export(network, inputs, dynamic_shapes=shapes), tmp_path / "network.pt2"
+def asked(model: Generator) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """What a network is given for two images."""
+    x = noise(model, 0, 2)
+    return x, {name: torch.full((2,), 0.3) for name in x}, torch.tensor([0, 2])
+
+
+def test_the_transformer_is_exported_by_torch_and_read_back_for_any_batch(three, tmp_path):
+    network, inputs = three.model.network, asked(three.model)
+    batch = {name: {0: torch.export.Dim("batch", min=1, max=64)} for name in inputs[0]}
+    exported = torch.export.export(
+        network.for_export(), inputs, dynamic_shapes=(batch, batch, batch["texture"])
     )
-    exported = torch.export.load(tmp_path / "network.pt2").module()
-    drawn = exported(*inputs).velocity
-    assert all(torch.allclose(drawn[name], part, atol=1e-6) for name, part in wanted.items())
-    one_by_one = exported(
-        {n: p[:1] for n, p in x.items()}, {n: t[:1] for n, t in inputs[1].items()}, inputs[2][:1]
-    )
-    assert torch.allclose(one_by_one.velocity["texture"], wanted["texture"][:1], atol=1e-5)
+    torch.export.save(exported, tmp_path / "network.pt2")
+    again = torch.export.load(tmp_path / "network.pt2").module()
+    x, times, labels = inputs
+    for num in (2, 1):
+        some = {n: p[:num] for n, p in x.items()}, {n: t[:num] for n, t in times.items()}
+        ours, theirs = (run(*some, labels[:num]).velocity for run in (network, again))
+        assert isinstance(theirs, Latents)
+        assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
+
+
+def test_a_pipelines_transformer_is_exported_by_torch(one):
+    network, inputs = one.pipeline.transformer, asked(one.model)
+    exported = torch.export.export(network, inputs).module()
+    wanted, drawn = network(*inputs).velocity, exported(*inputs).velocity
+    assert torch.allclose(wanted["texture"], drawn["texture"], atol=1e-5)

@@ -165,7 +165,7 @@ def _from_array(array: np.ndarray) -> Tensor:
         )
     if array.dtype.kind not in "buif":
         raise ValueError(f"expected images of numbers, got a NumPy array of {array.dtype}")
-    batch = torch.from_numpy(np.ascontiguousarray(array))
+    batch = torch.from_numpy(np.array(array))  # a copy: others may be read-only
     batch = batch.float() if batch.dtype == torch.float64 else batch
     return rearrange(batch[None] if batch.ndim == 3 else batch, "b h w c -> b c h w")
 

@@ -18,7 +18,7 @@ from semtok.pictures import principal_components, rows_of_images
 from semtok.privacy import fit_to_show
 from semtok.publish import PushToHub
 from semtok.references import locate_export
-from semtok.registry import papers_of
+from semtok.registry import load_plugins, papers_of
 from semtok.sampler.dit import DiT
 from semtok.sampler.latents import Latents, LatentSpec, on_texture_grid
 from semtok.sampler.request import ClassLabels, Sampled, SampleRequest, check_guidance_fits, draw
@@ -388,6 +388,7 @@ class Generator(PushToHub, nn.Module):
         Raises:
             UserError: nothing found, a damaged file, a newer format, or a tokenizer of other latents.
         """
+        load_plugins([plugin] if plugin is not None else [])
         folder = locate_export(
             str(reference), "model", revision=revision, local_files_only=local_files_only
         )
@@ -400,7 +401,7 @@ class Generator(PushToHub, nn.Module):
             raise UserError(f"{place}: {', '.join(missing)} missing; export again")
         check_format_version(content, place)
         saved = parse(_Saved, content, str(place))
-        tokenizer = Tokenizer.from_pretrained((folder / "tokenizer").absolute(), plugin=plugin)
+        tokenizer = Tokenizer.from_pretrained((folder / "tokenizer").absolute())
         try:
             spec = LatentSpec.from_dict(saved.latents)
             tokenizer.spec.check_image_size(saved.image_size)

@@ -7,8 +7,10 @@ on the texture's grid; vector parts are further tokens (REG, Wu et al. 2025).
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
+from keyword import iskeyword
 from typing import Any, TypeVar
 
 import torch
@@ -310,11 +312,11 @@ class FinalLayer(nn.Module):
             {name: nn.Linear(config.width, width) for name, width in vectors.items()}
         )
 
-    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Tokens (B, N, D) to patch outputs (B, N - vectors, p * p * C) and vector outputs (B, D')."""
+    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Tokens (B, N, D) to patch outputs (B, N - vectors, p * p * C) and vector outputs (B, D') in order."""
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=2)
         x = modulate(self.norm(x), shift, scale)
-        vectors = {name: head(x[:, i]) for i, (name, head) in enumerate(self.vectors.items())}
+        vectors = [head(x[:, i]) for i, head in enumerate(self.vectors.values())]
         return self.linear(x[:, len(vectors) :]), vectors
 
 
@@ -443,7 +445,8 @@ class DiT(nn.Module):
         tokens = rearrange(tokens, "b d h w -> b (h w) d")
         tokens = tokens + sincos_positions(grid, self.config.width, device=tokens.device)
         if self.vectors:
-            extra = [self.vector_embed[name](x[name])[:, None] for name in self.vectors]
+            embeds = zip(self.vectors, self.vector_embed.values(), strict=True)
+            extra = [embed(x[name])[:, None] for name, embed in embeds]
             tokens = torch.cat([*extra, tokens], dim=1)
         condition = F.silu(self._embed_times(times) + self.label_embed(labels))
         head_width = self.config.width // self.config.heads
@@ -471,13 +474,30 @@ class DiT(nn.Module):
         spatial = dict(
             zip(self.spatial, stacked.split(list(self.spatial.values()), dim=1), strict=True)
         )
-        parts = spatial | vectors
+        parts = spatial | dict(zip(self.vectors, vectors, strict=True))
         return DiTOutput(Latents({part.name: parts[part.name] for part in self.spec.parts}), hidden)
 
     def _embed_times(self, times: Mapping[str, Tensor]) -> Tensor:
         if not self.timed_parts:
             return self.time_embed["all"](times["texture"])
-        return torch.cat([self.time_embed[name](times[name]) for name in self.timed_parts], dim=1)
+        embeds = zip(self.timed_parts, self.time_embed.values(), strict=True)
+        return torch.cat([embed(times[name]) for name, embed in embeds], dim=1)
+
+    def for_export(self) -> "DiT":
+        """The same network for ``torch.export``, with the same weights under names that no Python keyword is
+        part of: torch generates code that spells them, and a part is called ``global``."""
+        other = copy(self)
+        other._modules, final = dict(self._modules), copy(self.final)
+        final._modules = dict(self.final._modules)
+        other.vector_embed, other.time_embed = _spelt(self.vector_embed), _spelt(self.time_embed)
+        final.vectors, other.final = _spelt(self.final.vectors), final
+        return other
+
+
+def _spelt(modules: nn.ModuleDict) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {f"{name}_" if iskeyword(name) else name: m for name, m in modules.items()}
+    )
 
 
 def _stack(parts: list[Tensor]) -> Tensor:
