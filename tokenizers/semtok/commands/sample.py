@@ -45,6 +45,7 @@ from semtok.lock import only_one_in
 from semtok.pictures import write_png
 from semtok.processes import gather, process_index, progress, together
 from semtok.registry import load_plugins
+from semtok.sampler.request import STRENGTH
 from semtok.sampler.sampling import SamplerConfig
 
 _PACK = "'sample pack FOLDER FILE.npz' packs a folder of images as ADM's evaluation reads it."
@@ -68,6 +69,16 @@ def _parser() -> Parser:
         type=int,
         metavar="COLUMNS",
         help="show sampling over time, one image a row, its semantic part below; to FILE.png",
+    )
+    parser.add_argument(
+        "--image",
+        type=Path,
+        help="an image of the model's size that all start from, instead of noise alone",
+    )
+    parser.add_argument(
+        "--strength",
+        type=float,
+        help=f"with --image: the share of the time axis that is sampled, in (0, 1]; default: {STRENGTH}",
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images")
     parser.add_argument(
@@ -115,6 +126,7 @@ def main(arguments: Sequence[str]) -> int:
         generator.check_sampling(sampler, weak)
     except ValueError as error:
         raise UserError(str(error)) from None
+    _check_image(args, generator)
     balanced = args.labels != "random"
     places = labels_for(num, len(classes), balanced=balanced, seed=args.seed)
     labels = [classes[place] for place in places]
@@ -124,7 +136,10 @@ def main(arguments: Sequence[str]) -> int:
         _strip(args, generator, sampler, labels if args.num is not None else classes[:4])
         return 0
     drawing = Drawing(
-        generator, weak, sampler, labels, args.seed, size, uint8=args.uint8 or "round"
+        *(generator, weak, sampler, labels, args.seed, size),
+        uint8=args.uint8 or "round",
+        image=args.image,
+        strength=args.strength,
     )
     chosen = classes if args.classes is not None else None
     protocol = protocol_of(drawing, args, labels=args.labels or "balanced", classes=chosen)
@@ -263,9 +278,25 @@ def _check_output(output: Path) -> str:
 def _check_options(args: argparse.Namespace) -> None:
     """Refuses what would have no effect."""
     sets = {"--labels": args.labels, "--uint8": args.uint8, "--batch-size": args.batch_size}
+    sets |= {"--image": args.image, "--strength": args.strength}
     without_effect = [option for option, value in sets.items() if value is not None]
     if args.strip is not None and without_effect:
         raise UserError(f"{without_effect[0]}: goes with a set of images, not with --strip")
+
+
+def _check_image(args: argparse.Namespace, generator: Generator) -> None:
+    """Raises UserError where the image or its strength can't be used; settles the strength."""
+    if args.image is None:
+        if args.strength is not None:
+            raise UserError("--strength: says how much of an image is kept; give --image too")
+        return
+    args.strength = STRENGTH if args.strength is None else args.strength
+    if not 0 < args.strength <= 1:
+        raise UserError(f"--strength: expected more than 0 and at most 1, got {args.strength}")
+    try:
+        generator.encode(args.image)
+    except ValueError as error:
+        raise UserError(f"--image: {str(error).removeprefix('image: ')}") from None
 
 
 def _classes(words: list[str] | None, generator: Generator) -> list[int]:

@@ -217,7 +217,7 @@ class Generator(PushToHub, nn.Module):
             check_guidance_fits(settings, self.network.spec, can_be_guided=guided)
         self.check_sampling(settings, weak)
         model = self._sampled()
-        start = request.start(model, None if image is None else self._encoded(image))
+        start = request.start(model, None if image is None else self.encode(image))
         with computing(self.device, self._precision):
             return draw(
                 model,
@@ -237,8 +237,13 @@ class Generator(PushToHub, nn.Module):
         """Classes by number; raises ValueError as ``sample`` does."""
         return SampleRequest(class_labels).numbers(self._sampled())
 
-    def _encoded(self, image: Images) -> Latents:
-        """Images as latents on the texture's grid: the mean of their posterior."""
+    @torch.no_grad()
+    def encode(self, image: Images) -> Latents:
+        """Images as latents to start from, on the texture's grid, float32: the mean of their posterior.
+
+        Raises:
+            ValueError: images that ``Tokenizer.encode`` does not take, or of another size than it draws.
+        """
         with computing(self.device, "fp32" if self._precision is not None else None):
             latents = self.tokenizer.encode(image).to(torch.float32)
         size = tuple(

@@ -28,6 +28,8 @@ from semtok.sampler.transport import PathName, Schedule
 ClassLabels = int | str | None | Sequence[int | str | None] | Tensor
 Callback = Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None]
 """``callback(model, step, clock, {"latents": {part: (B, ...)}})``; latents that it returns are gone on from."""
+STRENGTH = 0.8
+"""Of image-to-image, where a call says none."""
 _MOST_NAMES = 8
 
 
@@ -194,7 +196,7 @@ class SampleRequest:
         data = {
             name: part.float().expand(num_images, *part.shape[1:]) for name, part in image.items()
         }
-        return Start(noise, data, 0.8 if self.strength is None else self.strength)
+        return Start(noise, data, STRENGTH if self.strength is None else self.strength)
 
     def watch(
         self, owner: Any, advance: Callable[[], Any] | None = None, also: Watch | None = None
