@@ -1,6 +1,7 @@
 """A user's own method joins without a change to the library."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from semtok.recipe import parse_recipe
 from semtok.registry import _METHODS, get_method, load_plugins
 
 EXAMPLE = str(Path(__file__).parent / "examples" / "edge_vae.py")
+PAGE = Path(__file__).parents[1] / "docs" / "plugins.md"
 
 
 def recipe() -> dict:
@@ -136,3 +138,9 @@ def test_what_a_plugins_classes_raise_in_a_command_is_one_line_with_its_place(tm
     assert last == f"error: {place}: name 'nowhere' is not defined; --debug shows where from"
     with pytest.raises(NameError):
         run(main, [str(file), "--output", str(tmp_path / "again"), "--debug"])
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="the page is not written yet")
+def test_the_page_shows_the_whole_file_as_it_is_tested_here():
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert Path(EXAMPLE).read_text(encoding="utf-8") in blocks
