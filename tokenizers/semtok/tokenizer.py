@@ -369,6 +369,10 @@ def check_format_version(config: Mapping[str, Any], place: Path) -> None:
 def _check_config(config: Any, folder: Path) -> None:
     """Raises UserError where an export's config.json can't be read by this version."""
     place = folder / _CONFIG_FILE
+    if isinstance(config, dict) and "_class_name" in config:
+        raise UserError(
+            f"{folder}: is of diffusers' {config['_class_name']}; only AutoencoderKL can be loaded"
+        )
     if not isinstance(config, dict) or config.get("library") != "semtok":
         raise UserError(f"{place}: not a semtok tokenizer")
     if config.get("kind", "tokenizer") != "tokenizer":

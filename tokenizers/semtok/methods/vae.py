@@ -14,11 +14,19 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from semtok.errors import UserError
 from semtok.methods.adversarial import AdversarialConfig, DiscriminatorLearner, generator_term
+from semtok.methods.autoencoder import (
+    PRESETS,
+    Architecture,
+    autoencoder_folder,
+    autoencoder_stride,
+    build_autoencoder,
+    load_autoencoder,
+)
 from semtok.metrics import psnr, ssim
 from semtok.objective import (
     Batch,
@@ -33,149 +41,12 @@ from semtok.objective import (
 from semtok.optimiser import OptimiserConfig
 from semtok.perceptual import LPIPS, teacher_distance
 from semtok.pictures import principal_components, rows_of_images
-from semtok.references import from_a_file
 from semtok.registry import MethodConfig, register_method
 from semtok.sampler.draws import Draws
 from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
-from semtok.settings import Config
-from semtok.storage import DAMAGE, first_line, read_json, write_json
+from semtok.storage import read_json, write_json
 from semtok.teachers import TeacherFeatures
 from semtok.tokenizer import Tokenizer
-
-# The network -------------------------------------------------------------------------------------
-
-
-class Architecture(Config):
-    """Shape of an AutoencoderKL. Its stride is 2 to the power of (number of blocks - 1)."""
-
-    block_channels: tuple[int, ...]
-    """Channels per resolution, finest first."""
-    layers_per_block: int = Field(2, ge=1)
-    latent_channels: int = Field(ge=1)
-    norm_groups: int = Field(32, ge=1)
-    attention: tuple[bool, ...] | None = None
-    """Which resolutions have self-attention, beside the middle one; None: none of them."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Architecture":
-        channels = self.block_channels
-        if not channels or any(c < 1 or c % self.norm_groups for c in channels):
-            raise ValueError(
-                f"block_channels {self.block_channels} must be multiples of norm_groups {self.norm_groups}"
-            )
-        if self.attention is not None and len(self.attention) != len(self.block_channels):
-            raise ValueError("attention and block_channels must have the same length")
-        return self
-
-
-PRESETS: dict[str, Architecture] = {
-    # For the embedded recipes: 32x32 images to 8x8x8 latents.
-    "tiny": Architecture(
-        block_channels=(16, 32, 64), layers_per_block=1, latent_channels=8, norm_groups=8
-    ),
-    # Stable Diffusion's VAE (Rombach et al. 2022): 256x256 to 32x32x4.
-    "f8d4": Architecture(block_channels=(128, 256, 512, 512), latent_channels=4),
-    # LightningDiT's f16d32 (Yao et al. 2025), an LDM autoencoder: ch 128, mult 1,1,2,2,4,
-    # attention at the coarsest resolution: 256x256 to 16x16x32.
-    "f16d32": Architecture(
-        block_channels=(128, 128, 256, 256, 512),
-        latent_channels=32,
-        attention=(False, False, False, False, True),
-    ),
-}
-
-
-_WEIGHTS = "diffusion_pytorch_model"
-
-
-def build_autoencoder(architecture: Architecture) -> AutoencoderKL:
-    """A randomly initialised AutoencoderKL."""
-    attention = architecture.attention or (False,) * len(architecture.block_channels)
-    return AutoencoderKL(
-        down_block_types=tuple(
-            "AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attention
-        ),
-        up_block_types=tuple(
-            "AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attention)
-        ),
-        block_out_channels=architecture.block_channels,
-        layers_per_block=architecture.layers_per_block,
-        latent_channels=architecture.latent_channels,
-        norm_num_groups=architecture.norm_groups,
-    )
-
-
-def load_autoencoder(reference: str) -> AutoencoderKL:
-    """Loads a VAE's weights from a folder that diffusers can read, or from a Hub id.
-
-    A folder may be a diffusers VAE, a diffusers pipeline (its ``vae`` is taken), a tokenizer that
-    this library exported, or one of its run folders. Weights may be a variant of diffusers (``fp16``) or an older
-    ``.bin``, of which tensors alone are read; whole safetensors go first.
-
-    Raises:
-        UserError: nothing there that AutoencoderKL can load, or the weights are damaged.
-    """
-    source, files = str(_autoencoder_folder(reference) or reference), {"use_safetensors": True}
-    if Path(source).is_dir():
-        files = _which_weights(Path(source))
-    try:
-        autoencoder, report = AutoencoderKL.from_pretrained(
-            source, output_loading_info=True, **files
-        )
-    except DAMAGE as error:
-        raise UserError(f"VAE '{reference}' can't be loaded: {first_line(error)}") from None
-    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-    if wrong:
-        raise UserError(
-            f"VAE '{reference}': its weights do not fit its config.json ({len(wrong)} tensors, such as {wrong[0]})"
-        )
-    return autoencoder
-
-
-def _autoencoder_folder(reference: str) -> Path | None:
-    """The folder of diffusers that a reference means; None: it is a Hub id.
-
-    Raises:
-        UserError: it is neither.
-    """
-    folder = Path(reference)
-    if folder.is_file():
-        raise UserError(f"{folder}: {from_a_file(folder)}")
-    if folder.is_dir():
-        candidates = [folder, folder / "vae", folder / "export" / "vae"]
-        found = next((c for c in candidates if any(c.glob(f"{_WEIGHTS}*"))), None)
-        if found is None:
-            raise UserError(
-                f"{folder}: holds no diffusers VAE (config.json with {_WEIGHTS}.safetensors)"
-            )
-        name = read_json(found / "config.json").get("_class_name", "AutoencoderKL")
-        if name != "AutoencoderKL":
-            raise UserError(f"{found}: is of diffusers' {name}; only AutoencoderKL can be loaded")
-        return found
-    if reference.count("/") != 1 or reference.startswith((".", "/")):
-        raise UserError(
-            f"'{reference}' is neither a preset ({', '.join(PRESETS)}), a folder with a VAE, nor a Hub id "
-            "(org/name); of a published file, semtok hub import makes such a folder"
-        )
-    return None
-
-
-def _which_weights(folder: Path) -> dict[str, Any]:
-    """Which of a folder's weights are loaded, as arguments of diffusers: of several variants the first by name."""
-    for suffix in ("safetensors", "bin"):
-        use = {"use_safetensors": suffix == "safetensors"}
-        if any(folder.glob(f"{_WEIGHTS}.{suffix}*")):
-            return use
-        for file in sorted(folder.glob(f"{_WEIGHTS}.*.{suffix}")):
-            return use | {
-                "variant": file.name.removeprefix(f"{_WEIGHTS}.").removesuffix(f".{suffix}")
-            }
-    return {"use_safetensors": True}
-
-
-def autoencoder_stride(autoencoder: AutoencoderKL) -> int:
-    """Image pixels per latent cell along each side."""
-    return 2 ** (len(autoencoder.config.block_out_channels) - 1)
 
 
 def make_autoencoder(source: str | Architecture) -> AutoencoderKL:
@@ -215,7 +86,7 @@ class VAEConfig(MethodConfig):
 
     def check_references(self) -> None:
         if isinstance(self.vae, str) and self.vae not in PRESETS:
-            _autoencoder_folder(self.vae)
+            autoencoder_folder(self.vae)
 
 
 # The tokenizer -----------------------------------------------------------------------------------
@@ -244,6 +115,8 @@ class KLTokenizer(Tokenizer):
             latents_mean=self.texture_mean.tolist(),
             latents_std=self.texture_std.tolist(),
             scaling_factor=1.0,  # diffusers divides by it as well
+            # Of the VAE that training began with, as SD3's; its latents are no longer shifted by it.
+            shift_factor=self.autoencoder.config.get("shift_factor") and 0.0,
         )
         self.autoencoder.save_pretrained(folder / "vae")
         place = folder / "vae" / "config.json"
