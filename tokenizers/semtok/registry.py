@@ -40,6 +40,11 @@ class MethodConfig(Config):
         """The tokenizer that this one is built on, where there is one."""
         return None
 
+    def least_texture_psnr(self) -> float | None:
+        """In dB, on the training images, what that tokenizer has to reach; 0: it is measured and nothing refused; None:
+        it is not measured."""
+        return 0.0
+
 
 @dataclass(frozen=True)
 class Method:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 
 from semtok.commands.run_folder import RECIPE_FILE, check_files, record_files
 from semtok.commands.table import print_table
+from semtok.commands.texture_quality import TextureQuality
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
 from semtok.objective import Objective
@@ -111,13 +113,20 @@ def start_trainer(
 
 
 def summarise(
-    trainer: Trainer, metrics: dict[str, float], folder: Path, what: str, *, total_seconds: float
+    trainer: Trainer,
+    metrics: dict[str, float],
+    folder: Path,
+    what: str,
+    *,
+    total_seconds: float,
+    texture: TextureQuality | None = None,
 ) -> None:
     """Writes ``summary.json``, prints the closing table, and tells where the run has left what people look for.
 
     Args:
         metrics: held-out metrics, means over images.
         what: the export is.
+        texture: how well the tokenizer that this one is built on shows the training images.
     """
     images = trainer.step * trainer.config.batch_size
     summary = {
@@ -136,11 +145,16 @@ def summarise(
         "num_processes": trainer.accelerator.num_processes,
         "accumulate": trainer.accumulate,
     }
+    if texture is not None:
+        summary["texture"] = asdict(texture)
     write_json(folder / "summary.json", summary)
     rows = []
     for name, value in metrics.items():
         label, form = _LABELS.get(name, (name, "{:.4g}"))
         rows.append((label, form.format(value)))
+    if texture is not None:
+        found = f"{texture.psnr:.2f} dB on {texture.num_images} training images"
+        rows.append(("PSNR of the texture", found))
     rows += [
         ("speed", f"{images / trainer.seconds:.1f} images/s" if trainer.seconds else "-"),
         ("time", f"{total_seconds:.0f} s in all, {trainer.seconds:.0f} s training"),

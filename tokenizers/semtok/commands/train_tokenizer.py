@@ -13,18 +13,28 @@ from torch import nn
 
 from semtok.commands import around_training
 from semtok.commands.cli import Parser
-from semtok.commands.run_folder import check_run_folder
+from semtok.commands.run_folder import RECIPE_FILE, check_run_folder
+from semtok.commands.texture_quality import TextureQuality, record, texture_quality
 from semtok.data.images.kinds import open_sources
+from semtok.data.images.shapes import ShapesConfig
 from semtok.data.order import DataOrder
 from semtok.data.passes import read_images
-from semtok.data.source import ImageSource
-from semtok.errors import Interrupted
+from semtok.data.source import DataConfig, ImageSource
+from semtok.errors import Interrupted, UserError
 from semtok.images import to_pixels
 from semtok.objective import Batch, MethodContext, TokenizerObjective
 from semtok.processes import process_index, together
-from semtok.recipe import TokenizerRecipe, default_run, load_recipe, locate_recipe, recipe_text
+from semtok.recipe import (
+    TokenizerRecipe,
+    default_run,
+    load_recipe,
+    locate_recipe,
+    parse_recipe,
+    recipe_text,
+)
 from semtok.references import RUNS, find_recipe
 from semtok.registry import get_method
+from semtok.settings import read_yaml
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 from semtok.training.checkpoint import CHECKPOINTS, list_checkpoints
@@ -117,7 +127,9 @@ def plan_tokenizer(
     sources = open_sources(recipe.data)
     texture, reference = None, recipe.method.texture_reference()
     if reference is not None:
-        texture = check_tokenizer_of_run(reference, folder / _TEXTURE, resume=resume)
+        texture = check_tokenizer_of_run(
+            reference, folder, _TEXTURE, data=recipe.data, resume=resume
+        )
     built_on = texture.stand_in if isinstance(texture, TokenizerPlan) else texture
     resumes = resume and _has_checkpoints(folder)
     objective = build_objective(recipe, built_on, place=place, resumes=resumes)
@@ -139,6 +151,7 @@ def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
         objective = build_objective(recipe, texture, place=plan.place, resumes=resumes)
     accelerator = make_accelerator(recipe.train, folder)
     with around_training.errors_at(plan.place):
+        quality = _texture_quality(plan, texture, accelerator.device)
         read = objective.training_source(plan.sources[0], accelerator)
     trainer = around_training.start_trainer(
         objective,
@@ -152,6 +165,7 @@ def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
     with together():
         if texture is not None and accelerator.is_main_process:
             keep_tokenizer(texture, folder / _TEXTURE)
+            record(quality, folder)
     if not trainer.step:
         with together():
             batches = statistics_batches(read, recipe, accelerator.device)
@@ -171,28 +185,58 @@ def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
         )
         if accelerator.is_main_process:
             seconds = time.perf_counter() - start
-            around_training.summarise(trainer, metrics, folder, "tokenizer", total_seconds=seconds)
+            around_training.summarise(
+                trainer, metrics, folder, "tokenizer", total_seconds=seconds, texture=quality
+            )
     return tokenizer
+
+
+def _texture_quality(
+    plan: TokenizerPlan, texture: Tokenizer | None, device: torch.device
+) -> TextureQuality | None:
+    """Of the tokenizer that the method is built on, where there is one."""
+    if texture is None:
+        return None
+    resumes = plan.resume and _has_checkpoints(plan.folder)
+    return texture_quality(
+        plan.recipe, texture, plan.sources[0], plan.folder, device, resumes=resumes
+    )
 
 
 # Tokenizers that others are built on -------------------------------------------------------------
 
 
-def tokenizer_from_reference(reference: str) -> Tokenizer:
+def tokenizer_from_reference(reference: str, *, drawn: bool = True) -> Tokenizer:
     """Loads a tokenizer; where the reference names an embedded recipe without a finished run, trains it.
 
     The order: a folder, the name of a finished run, ``demo``, a Hub id, the name of an embedded recipe.
 
+    Args:
+        drawn: whether it is for the drawn scenes, which embedded recipes train on.
+
     Raises:
-        UserError: the reference names nothing.
+        UserError: the reference names nothing, or a recipe that would train on other images than it is for.
     """
     found = check_reference(reference)
-    return run_first(found) if isinstance(found, TokenizerPlan) else found
+    if not isinstance(found, TokenizerPlan):
+        return found
+    if not drawn:
+        raise UserError(
+            f"tokenizer '{reference}' is not trained yet, and not on these images; train it first: python "
+            f"tools/train_tokenizer.py recipes/{reference}.yaml data.kind=… data.path=… --output {RUNS}/NAME"
+        )
+    return run_first(found)
 
 
-def check_reference(reference: str) -> Tokenizer | TokenizerPlan:
+def check_reference(
+    reference: str, data: DataConfig | None = None, *, run: Path | None = None
+) -> Tokenizer | TokenizerPlan:
     """The tokenizer that a reference names, or the plan of the run that makes it: of an embedded recipe without a
     finished run.
+
+    Args:
+        data: images that it is for. Where these are not drawn scenes, a recipe is trained on them instead of its own.
+        run: the folder of the run that needs it; beside it stands what is trained on such images.
 
     Raises:
         UserError: the reference names nothing.
@@ -202,17 +246,32 @@ def check_reference(reference: str) -> Tokenizer | TokenizerPlan:
     recipe = None if finished or Path(reference).is_dir() else find_recipe(reference)
     if recipe is None:
         return Tokenizer.from_pretrained(reference)
-    resume = (folder / "recipe.yaml").is_file()
-    return check_tokenizer(load_recipe(recipe, []), folder, resume=resume, place=str(recipe))
+    content = load_recipe(recipe, [])
+    if run is not None and data is not None and not isinstance(data, ShapesConfig):
+        folder = run.with_name(f"{run.name}_{reference}")
+        images = data.model_dump(mode="json", exclude={"cache"})  # a cache is of latents
+        own = read_yaml(recipe) | {"data": images}
+        content = parse_recipe(own, str(recipe))
+    resume = (folder / RECIPE_FILE).is_file()
+    plan = check_tokenizer(content, folder, resume=resume, place=str(recipe))
+    # Also a finished run has to be of the same recipe and images, which is checked above.
+    is_finished = (folder / "export" / "config.json").is_file()
+    return Tokenizer.from_pretrained(folder) if is_finished else plan
 
 
 def check_tokenizer_of_run(
-    reference: str, kept: Path, *, resume: bool
+    reference: str, folder: Path, kept: str, *, data: DataConfig, resume: bool
 ) -> Tokenizer | TokenizerPlan:
-    """The tokenizer that a run is built on: a resumed one reads the copy that it kept."""
-    if resume and kept.is_dir():
-        return Tokenizer.from_pretrained(kept)
-    return check_reference(reference)
+    """The tokenizer that a run is built on: a resumed one reads the copy that it kept.
+
+    Args:
+        folder: the run's.
+        kept: the copy's name there.
+        data: the run's images.
+    """
+    if resume and (folder / kept).is_dir():
+        return Tokenizer.from_pretrained(folder / kept)
+    return check_reference(reference, data, run=folder)
 
 
 def run_first(plan: TokenizerPlan) -> Tokenizer:

@@ -45,7 +45,13 @@ class CompositeConfig(MethodConfig):
 
     texture: str = "demo"
     """Whose texture part: a folder, a run's name, a Hub id, a diffusers VAE, an embedded recipe's name
-    (then it is trained first), or ``demo``, the embedded VAE."""
+    (then it is trained first, on the same images), or ``demo``, the embedded VAE, which was made for the embedded
+    images."""
+    min_texture_psnr: float | None = Field(18.0, ge=0)
+    """In dB: a texture that shows up to 64 of the training images worse than that is refused before training, as
+    nothing generated in its latents can look better. 0 measures and refuses nothing, null does not measure. The
+    embedded VAE has 28 dB on the embedded images, 15 on photographs and 8 on drawings; VAEs trained on the images at
+    hand have 23 and more."""
     global_token: bool
     """Whether the teacher's pooled token (the CLS token of the last of its layers in use) is a part."""
     statistics: Literal["measured", "none"] = "measured"
@@ -69,6 +75,9 @@ class CompositeConfig(MethodConfig):
 
     def texture_reference(self) -> str | None:
         return self.texture
+
+    def least_texture_psnr(self) -> float | None:
+        return self.min_texture_psnr
 
 
 # Coders ------------------------------------------------------------------------------------------
