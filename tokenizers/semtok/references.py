@@ -59,7 +59,7 @@ def locate_export(
     if Path(reference).is_dir():
         raise UserError(f"{reference}: no {kind} there (no config.json)")
     if reference == DEMO and kind == "tokenizer":
-        return Path(str(files("semtok") / "assets" / "demo_tokenizer"))
+        return demo_folder()
     if is_hub_id(reference):
         return _from_hub(reference, kind, revision=revision, local_files_only=local_files_only)
     if kind == "model":
@@ -77,6 +77,11 @@ def locate_export(
         f"tokenizer '{reference}': no such folder, run (runs/{reference}) or recipe; "
         f"recipes: {', '.join(recipe_names())}"
     )
+
+
+def demo_folder() -> Path:
+    """Where the embedded VAE lies."""
+    return Path(str(files("semtok") / "assets" / "demo_tokenizer"))
 
 
 def from_a_file(path: str | Path) -> str:

@@ -269,6 +269,25 @@ class Tokenizer(PushToHub, nn.Module, ABC):
         names = [n for part in self.spec.names for n in (f"{part}_mean", f"{part}_std")]
         return all(torch.allclose(ours[n].cpu(), theirs[n].cpu(), atol=1e-4) for n in names)
 
+    def has_latents_of(self, other: "Tokenizer") -> bool:
+        """Whether this one's decoder can take the latents of the other: encoders and statistics are equal. False also
+        where that can't be told."""
+        return False
+
+    def with_decoder_of(self, other: "Tokenizer") -> "Tokenizer":
+        """The tokenizer of the same latents that decodes as the other does.
+
+        Raises:
+            UserError: the other's decoder was made for other latents.
+        """
+        if not other.has_latents_of(self):
+            raise UserError(
+                "this decoder was made for other latents: its tokenizer's encoder and statistics are not the same; "
+                "train one with method.vae=… of this tokenizer and method.train=decoder"
+            )
+        other.diffusion_defaults = self.diffusion_defaults
+        return other
+
     # Files --------------------------------------------------------------------------------------
 
     def save_pretrained(

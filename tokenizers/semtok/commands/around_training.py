@@ -19,13 +19,16 @@ from semtok.objective import Objective
 from semtok.processes import gather, together
 from semtok.recipe import DiffusionRecipe, TokenizerRecipe, write_recipe
 from semtok.settings import flatten
-from semtok.storage import write_json
+from semtok.storage import read_json, write_json
 from semtok.tokenizer import library_version
+from semtok.training.checkpoint import random_state, restore_random_state
 from semtok.training.loop import Trainer
 
 Recipe = TokenizerRecipe[Any, Any] | DiffusionRecipe[Any]
 
 _EXPORTS = "exports"
+_START = "validation_before.json"
+_LOSS_DB = 0.5
 _LABELS = {
     "psnr": ("PSNR", "{:.2f} dB"),
     "ssim": ("SSIM", "{:.3f}"),
@@ -112,6 +115,24 @@ def start_trainer(
     return trainer
 
 
+def measure_start(trainer: Trainer) -> None:
+    """Notes and prints the held-out metrics of the weights that a training starts from, in all processes together;
+    what comes after draws the random numbers that it would have drawn."""
+    random = random_state()
+    metrics = trainer.validate()
+    restore_random_state(random)
+    if trainer.accelerator.is_main_process:
+        write_json(trainer.folder / _START, metrics)
+        told = ", ".join(" ".join(_row(name, value)) for name, value in metrics.items())
+        print(f"before training: {told}", flush=True)
+
+
+def _row(name: str, value: float) -> tuple[str, str]:
+    """A metric as people read it: what it is, and the number."""
+    label, form = _LABELS.get(name, (name, "{:.4g}"))
+    return label, form.format(value)
+
+
 def summarise(
     trainer: Trainer,
     metrics: dict[str, float],
@@ -147,11 +168,20 @@ def summarise(
     }
     if texture is not None:
         summary["texture"] = asdict(texture)
+    start = read_json(folder / _START) if (folder / _START).is_file() else {}
+    if start:
+        summary["validation_before"] = start
     write_json(folder / "summary.json", summary)
     rows = []
     for name, value in metrics.items():
-        label, form = _LABELS.get(name, (name, "{:.4g}"))
-        rows.append((label, form.format(value)))
+        label, shown = _row(name, value)
+        rows.append((label, f"{shown}, before {_row(name, start[name])[1]}" if start else shown))
+    if metrics.get("psnr", 0.0) < start.get("psnr", 0.0) - _LOSS_DB:
+        print(
+            f"warning: PSNR fell from {start['psnr']:.2f} to {metrics['psnr']:.2f} dB; a smaller "
+            "train.optimiser.learning_rate does less harm to weights that were trained before",
+            flush=True,
+        )
     if texture is not None:
         found = f"{texture.psnr:.2f} dB on {texture.num_images} training images"
         rows.append(("PSNR of the texture", found))

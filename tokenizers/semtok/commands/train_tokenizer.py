@@ -150,6 +150,9 @@ def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
         resumes = plan.resume and _has_checkpoints(folder)
         objective = build_objective(recipe, texture, place=plan.place, resumes=resumes)
     accelerator = make_accelerator(recipe.train, folder)
+    if accelerator.is_main_process and recipe.train.optimiser is not None:
+        for line in recipe.method.warnings(recipe.train.optimiser.learning_rate):
+            print(f"warning: {line}", flush=True)
     with around_training.errors_at(plan.place):
         quality = _texture_quality(plan, texture, accelerator.device)
         read = objective.training_source(plan.sources[0], accelerator)
@@ -170,6 +173,8 @@ def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
         with together():
             batches = statistics_batches(read, recipe, accelerator.device)
             objective.measure(batch for _, batch in batches)
+        if recipe.method.starts_from_weights():
+            around_training.measure_start(trainer)
     averaged = trainer.run(lambda module, step: _export_on_the_way(plan, objective, module, step))
     metrics = trainer.validate()
     tokenizer = objective.tokenizer(averaged)

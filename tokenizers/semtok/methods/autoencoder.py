@@ -11,7 +11,7 @@ from diffusers.utils import logging
 from pydantic import Field, model_validator
 
 from semtok.errors import UserError
-from semtok.references import from_a_file
+from semtok.references import DEMO, RUNS, demo_folder, from_a_file
 from semtok.settings import Config
 from semtok.storage import DAMAGE, first_line, read_json
 
@@ -84,10 +84,10 @@ def build_autoencoder(architecture: Architecture) -> AutoencoderKL:
 def load_autoencoder(reference: str) -> AutoencoderKL:
     """Loads a VAE's weights from a folder that diffusers can read, or from a Hub id.
 
-    A folder may be a diffusers VAE, a diffusers pipeline (its ``vae`` is taken), a tokenizer that
-    this library exported, or one of its run folders. Weights may be a variant of diffusers (``fp16``) or an older
-    ``.bin``, of which tensors alone are read; whole safetensors go first. On the Hub the same files are looked for, at
-    the top and under ``vae``.
+    A folder may be a diffusers VAE, a diffusers pipeline (its ``vae`` is taken), a tokenizer that this library
+    exported, or one of its run folders, also by the run's name; ``demo`` is the embedded VAE. Weights may be a variant
+    of diffusers (``fp16``) or an older ``.bin``, of which tensors alone are read; whole safetensors go first. On the
+    Hub the same files are looked for, at the top and under ``vae``.
 
     Raises:
         UserError: nothing there that AutoencoderKL can load, of other than three channels, or the weights are damaged.
@@ -153,12 +153,16 @@ def _from_hub(reference: str) -> tuple[AutoencoderKL, dict[str, list[str]]]:
 
 
 def autoencoder_folder(reference: str) -> Path | None:
-    """The folder of diffusers that a reference means; None: it is a Hub id.
+    """The folder of diffusers that a reference means; None: it is a Hub id. The name of a run and ``demo`` are folders.
 
     Raises:
         UserError: it is neither, or a folder with another kind of autoencoder.
     """
     folder = Path(reference)
+    if not folder.exists() and (RUNS / reference).is_dir():
+        folder = RUNS / reference
+    elif not folder.exists() and reference == DEMO:
+        folder = demo_folder()
     if folder.is_file():
         raise UserError(f"{folder}: {from_a_file(folder)}")
     if folder.is_dir():
@@ -172,8 +176,8 @@ def autoencoder_folder(reference: str) -> Path | None:
         return found
     if reference.count("/") != 1 or reference.startswith((".", "/")):
         raise UserError(
-            f"'{reference}' is neither a preset ({', '.join(PRESETS)}), a folder with a VAE, nor a Hub id "
-            "(org/name); of a published file, semtok hub import makes such a folder"
+            f"'{reference}' is neither a preset ({', '.join(PRESETS)}), a folder with a VAE, a run, {DEMO}, "
+            "nor a Hub id (org/name); of a published file, semtok hub import makes such a folder"
         )
     return None
 

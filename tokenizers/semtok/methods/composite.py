@@ -240,6 +240,10 @@ class CompositeTokenizer(Tokenizer):
         grid = token_grid(tuple(pixels.shape[-2:]), self.feature_stride)
         return self.teacher.features(pixels, grid=grid)
 
+    def with_decoder_of(self, other: Tokenizer) -> Tokenizer:
+        self.texture = self.texture.with_decoder_of(other)
+        return self
+
     def means_the_same(self, other: Tokenizer) -> bool:
         if not super().means_the_same(other) or not isinstance(other, CompositeTokenizer):
             return False

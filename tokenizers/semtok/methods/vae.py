@@ -9,12 +9,12 @@ weight can ramp and is capped.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from semtok.errors import UserError
@@ -60,6 +60,9 @@ def make_autoencoder(source: str | Architecture) -> AutoencoderKL:
     return build_autoencoder(PRESETS[source]) if source in PRESETS else load_autoencoder(source)
 
 
+HARMLESS_LEARNING_RATE = 1e-4
+"""Above it, trained weights lose quality before they gain any: see ``recipes/vae_finetune.yaml``."""
+
 # Settings ----------------------------------------------------------------------------------------
 
 
@@ -69,23 +72,51 @@ class VAEConfig(MethodConfig):
     name: Literal["vae"] = "vae"
     vae: str | Architecture
     """A preset, from scratch (tiny, f8d4, f16d32); an architecture, from scratch; or weights to start
-    from: a diffusers folder or Hub id, an export or a run of this library."""
+    from: a diffusers folder or Hub id, an export or a run of this library, ``demo``."""
+    train: Literal["all", "decoder"] = "all"
+    """``decoder`` keeps the encoder, and with it every latent, as it was, statistics included: what was trained on such
+    latents goes on with the new decoder. Needs weights to start from."""
     gradient_checkpointing: bool = False
     reconstruction: Literal["l1", "mse"] = "l1"
     reconstruction_weight: float = Field(1.0, ge=0)
-    kl_weight: float = Field(1e-6, ge=0)
-    """Of the KL summed over the latent, in nats per image. Weights published beside losses that are sums over its
-    numbers, as latent diffusion's, are to be divided by how many these are, and so is ``adversarial.max_adaptive``."""
+    kl_weight: Annotated[float, Field(ge=0)] | None = None
+    """Of the KL summed over the latent, in nats per image; None: 1e-6, and none where the decoder alone is trained,
+    which it does not reach. Weights published beside losses that are sums over its numbers, as latent diffusion's, are
+    to be divided by how many these are, and so is ``adversarial.max_adaptive``."""
     perceptual: Literal["lpips", "teacher", "none"] = "none"
     perceptual_weight: float = Field(1.0, ge=0)
     lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
     adversarial: AdversarialConfig | None = None
 
+    @model_validator(mode="after")
+    def _decoder_of_some_latents(self) -> "VAEConfig":
+        if self.train == "decoder":
+            if not self.starts_from_weights():
+                raise ValueError(
+                    "method.train: decoder needs weights to start from; pass method.vae=…"
+                )
+            if self.kl_weight is not None:
+                raise ValueError(
+                    "method.kl_weight takes no effect with method.train=decoder; pass method.kl_weight=null"
+                )
+        return self
+
     def needs_teacher(self) -> bool:
         return self.perceptual == "teacher"
 
+    def starts_from_weights(self) -> bool:
+        return isinstance(self.vae, str) and self.vae not in PRESETS
+
+    def warnings(self, learning_rate: float) -> list[str]:
+        if not self.starts_from_weights() or learning_rate <= HARMLESS_LEARNING_RATE:
+            return []
+        return [
+            f"train.optimiser.learning_rate {learning_rate:g} is one for networks from scratch, and the weights of "
+            f"'{self.vae}' may lose what they know in a few steps; recipes/vae_finetune.yaml has rates that do no harm"
+        ]
+
     def check_references(self) -> None:
-        if isinstance(self.vae, str) and self.vae not in PRESETS:
+        if self.starts_from_weights():
             autoencoder_folder(self.vae)
 
 
@@ -93,14 +124,44 @@ class VAEConfig(MethodConfig):
 
 
 class KLTokenizer(Tokenizer):
-    """A tokenizer whose only part is the texture, coded by a diffusers AutoencoderKL."""
+    """A tokenizer whose only part is the texture, coded by a diffusers AutoencoderKL.
 
-    def __init__(self, autoencoder: AutoencoderKL, *, method: str) -> None:
+    Args:
+        statistics: mean and standard deviation per channel (C,), which stay; None: they are measured.
+    """
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderKL,
+        *,
+        method: str,
+        statistics: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         part = PartSpec(
             "texture", autoencoder.config.latent_channels, autoencoder_stride(autoencoder)
         )
         super().__init__(LatentSpec((part,)), method=method)
         self.autoencoder = autoencoder
+        self._keeps_statistics = statistics is not None
+        if statistics is not None:
+            self._take(*statistics)
+
+    def _take(self, mean: Tensor, std: Tensor) -> None:
+        self.texture_mean.copy_(mean)
+        self.texture_std.copy_(std)
+        self.num_measured_images.fill_(1)  # measured by whoever published it
+
+    @property
+    def measured_parts(self) -> tuple[str, ...]:
+        return () if self._keeps_statistics else super().measured_parts
+
+    def has_latents_of(self, other: Tokenizer) -> bool:
+        if not self.means_the_same(other) or not isinstance(other, KLTokenizer):
+            return False
+        ours, theirs = (_encoder_weights(each.autoencoder) for each in (self, other))
+        return ours.keys() == theirs.keys() and all(
+            torch.equal(value.cpu(), theirs[name].cpu()) for name, value in ours.items()
+        )
 
     def posterior_raw(self, pixels: Tensor, features: TeacherFeatures | None = None) -> Posterior:
         gaussian = self.autoencoder.encode(pixels).latent_dist
@@ -137,14 +198,25 @@ class KLTokenizer(Tokenizer):
         """A tokenizer from a diffusers VAE, standardised as its config says: by ``latents_mean`` and
         ``latents_std``, or by ``shift_factor`` and ``scaling_factor``."""
         autoencoder = load_autoencoder(str(folder))
-        config, tokenizer = autoencoder.config, cls(autoencoder, method="vae")
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is None or std is None:
-            mean, std = config.get("shift_factor") or 0.0, 1.0
-        tokenizer.texture_mean.copy_(torch.as_tensor(mean))
-        tokenizer.texture_std.copy_(torch.as_tensor(std) / config.scaling_factor)
-        tokenizer.num_measured_images.fill_(1)  # measured by whoever published it
+        tokenizer = cls(autoencoder, method="vae")
+        tokenizer._take(*stated_statistics(autoencoder))
         return tokenizer
+
+
+def stated_statistics(autoencoder: AutoencoderKL) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of latents per channel, two of (C,), as the config of a diffusers VAE has them."""
+    config = autoencoder.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        mean, std = config.get("shift_factor") or 0.0, 1.0
+    mean, std = torch.as_tensor(mean), torch.as_tensor(std) / config.scaling_factor
+    return mean.expand(config.latent_channels), std.expand(config.latent_channels)
+
+
+def _encoder_weights(autoencoder: AutoencoderKL) -> dict[str, Tensor]:
+    """All that latents depend on."""
+    before = ("encoder.", "quant_conv.")
+    return {n: value for n, value in autoencoder.state_dict().items() if n.startswith(before)}
 
 
 # Losses ------------------------------------------------------------------------------------------
@@ -168,7 +240,7 @@ def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 class AutoencoderLearner(nn.Module):
-    """Trains encoder and decoder.
+    """Trains encoder and decoder, or the decoder alone.
 
     A method that adds a loss to the VAE's subclasses this with a ``forward`` of its own, made of the same three calls
     and its own terms between them: see ``send_vae``.
@@ -180,6 +252,13 @@ class AutoencoderLearner(nn.Module):
         super().__init__()
         self.config = config
         self.autoencoder = make_autoencoder(config.vae)
+        if config.train == "decoder":
+            for name, parameter in self.autoencoder.named_parameters():
+                parameter.requires_grad_(not name.startswith(("encoder.", "quant_conv.")))
+            # Buffers, so that a resumed run has them whatever became of the weights that it began with.
+            mean, std = stated_statistics(self.autoencoder)
+            self.register_buffer("latents_mean", mean.clone())
+            self.register_buffer("latents_std", std.clone())
         if config.gradient_checkpointing:
             self.autoencoder.enable_gradient_checkpointing()
         lpips = LPIPS(config.lpips_net) if config.perceptual == "lpips" else None
@@ -213,15 +292,18 @@ class AutoencoderLearner(nn.Module):
 
             L = λ_r L_rec(x, x̂) + λ KL(q(z|x) ‖ N(0, I)) + λ_p d(x, x̂),  x̂ = decode(z),  z ~ q(z|x)
 
-        with L_rec the mean absolute or squared error, d LPIPS or a distance in the teacher's features.
+        with L_rec the mean absolute or squared error, d LPIPS or a distance in the teacher's features. Where the
+        decoder alone is trained there is no KL, which does not depend on it.
         """
         config, x = self.config, inputs["pixels"]
         terms = {
             config.reconstruction: Term(
                 reconstruction_loss(x_hat, x, config.reconstruction), config.reconstruction_weight
-            ),
-            "kl": Term(kl_loss(q.mean, q.logvar), config.kl_weight),
+            )
         }
+        if config.train == "all":
+            weight = 1e-6 if config.kl_weight is None else config.kl_weight
+            terms["kl"] = Term(kl_loss(q.mean, q.logvar), weight)
         if config.perceptual == "lpips":
             terms["perceptual"] = Term(self._lpips.module(x_hat, x), config.perceptual_weight)
         elif config.perceptual == "teacher":
@@ -313,7 +395,10 @@ class VAEObjective(TokenizerObjective):
         return {"pixels": batch.pixels, "features": features}
 
     def tokenizer(self, averaged: nn.Module) -> KLTokenizer:
-        return KLTokenizer(averaged, method=self.config.name)
+        learner, statistics = self.learners["autoencoder"], None
+        if self.config.train == "decoder":
+            statistics = (learner.latents_mean, learner.latents_std)
+        return KLTokenizer(averaged, method=self.config.name, statistics=statistics)
 
     def validate(
         self, averaged: nn.Module, pixels: Tensor, inputs: Inputs, *, indices: Sequence[int]
