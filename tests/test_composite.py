@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 import tiny
@@ -715,3 +717,27 @@ def test_a_score_trains_no_recipe_on_other_images_than_it_is_given(monkeypatch, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="'vae' is not trained yet, and not on these images; train"):
         command.tokenizer_from_reference("vae", drawn=False)
+
+
+def test_all_that_does_not_suit_in_a_cnn_is_told_at_once_and_what_does(tmp_path):
+    network = timm.create_model("test_resnet", num_classes=10)
+    save_file(network.state_dict(), tmp_path / "cnn.safetensors")
+    recipe = content("reglue")
+    recipe["teacher"] = {
+        "name": "test_resnet",
+        "checkpoint": str(tmp_path / "cnn.safetensors"),
+        "layers": [-2, -1],
+        "input_size": 224,
+    }
+    with pytest.raises(UserError) as raised:
+        train_tokenizer(parse_recipe(recipe, "tiny"), tmp_path / "run")
+    message = str(raised.value)
+    for words in (
+        "teacher.layers: [-2, -1] have maps of [",
+        "pass teacher.layers=[-1]",
+        "teacher.input_size: 224 gives 7x7 tokens",
+        "pass teacher.input_size=256",
+        "or take a vision transformer",
+    ):
+        assert words in message
+    assert not (tmp_path / "run").exists()

@@ -8,16 +8,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HTTPError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from semtok.errors import UserError
 
+_HUB_SECONDS = 10
 RUNS = Path("runs")
 DEMO = "demo"
 """Name of the embedded VAE, which every installation has."""
@@ -137,6 +139,23 @@ def find_recipe(name: str) -> Path | None:
     """The embedded recipe of that name, if there is one."""
     folder = recipe_folder()
     return folder / f"{name}.yaml" if folder and name in recipe_names() else None
+
+
+def check_hub(repository: str, file: str) -> None:
+    """Asks the Hub once for a file, as its client asks six times and prints each.
+
+    Raises:
+        UserError: it can't be reached. What it answers otherwise is for whoever fetches the file.
+    """
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, file), timeout=_HUB_SECONDS)
+    except HfHubHTTPError:
+        return
+    except (HTTPError, OSError):
+        raise UserError(
+            f"{repository} is not in the local cache, and the Hugging Face Hub can't be reached; where there is "
+            f"network: hf download {repository}"
+        ) from None
 
 
 def _from_hub(reference: str, kind: str, *, revision: str | None, local_files_only: bool) -> Path:

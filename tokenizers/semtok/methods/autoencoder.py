@@ -11,7 +11,7 @@ from diffusers.utils import logging
 from pydantic import Field, model_validator
 
 from semtok.errors import UserError
-from semtok.references import DEMO, RUNS, demo_folder, from_a_file
+from semtok.references import DEMO, RUNS, check_hub, demo_folder, from_a_file
 from semtok.settings import Config
 from semtok.storage import DAMAGE, first_line, read_json
 
@@ -135,19 +135,26 @@ def _from_hub(reference: str) -> tuple[AutoencoderKL, dict[str, list[str]]]:
         OSError: it can't be had.
     """
     first: OSError | None = None  # the reason that counts: the others follow from it
-    for subfolder in (None, "vae"):
-        try:
-            with quiet_diffusers():
-                config = AutoencoderKL.load_config(reference, subfolder=subfolder)
-        except OSError as error:
-            first = first or error
-            continue
-        check_autoencoder(config, reference)
-        for files in ({}, {"variant": "fp16"}, {"use_safetensors": False}):
+    for is_local in (
+        True,
+        False,
+    ):  # the cache first: without network the client asks for half a minute
+        if not is_local:
+            check_hub(reference, "config.json")
+        for subfolder in (None, "vae"):
+            options = {"subfolder": subfolder, "local_files_only": is_local}
             try:
-                return _loaded(reference, subfolder=subfolder, **{"use_safetensors": True} | files)
+                with quiet_diffusers():
+                    config = AutoencoderKL.load_config(reference, **options)
             except OSError as error:
-                first = first or error
+                first = first if is_local else first or error
+                continue
+            check_autoencoder(config, reference)
+            for files in ({}, {"variant": "fp16"}, {"use_safetensors": False}):
+                try:
+                    return _loaded(reference, **options, **{"use_safetensors": True} | files)
+                except OSError as error:
+                    first = first if is_local else first or error
     assert first is not None
     raise first
 

@@ -366,24 +366,38 @@ class CompositeObjective(TokenizerObjective):
                 f"method.texture: '{config.texture}' has parts {', '.join(context.texture.spec.names)}; "
                 "a composite takes a tokenizer of the texture alone"
             )
+        self._check_teacher()
         self.feature_stride = feature_stride(context.teacher, context.image_size)
-        self._check_maps()
         self.learners = nn.ModuleDict()
         self._coder = Unregistered(coder)
         self.tokenizer(coder).spec.check_image_size(context.image_size)
 
     @torch.no_grad()
-    def _check_maps(self) -> None:
-        """The stages of a CNN have grids of their own; only the last has the one that is asked for."""
-        grid = token_grid(self.context.image_size, self.feature_stride)
-        blank = torch.zeros(1, 3, *self.context.image_size)
-        features = self.teacher.module.features(blank, grid=grid)
+    def _check_teacher(self) -> None:
+        """Raises ValueError with all that keeps the teacher's features from being one grid that divides the image."""
+        teacher, (height, width) = self.context.teacher, self.context.image_size
+        wrong = []
+        features = teacher.features(torch.zeros(1, 3, height, width))
         maps = [tuple(patches.shape[-2:]) for patches in features.patches]
-        if any(shape != grid for shape in maps):
-            raise ValueError(
-                f"teacher.layers: {list(self.teacher.module.config.layers)} have maps of {maps} where "
-                f"tokens of {grid} are wanted; pass teacher.layers=[-1]"
+        # The stages of a CNN have grids of their own; only the last has the one that is asked for.
+        if any(shape != teacher.grid((height, width)) for shape in maps):
+            layers = list(teacher.config.layers)
+            wrong.append(
+                f"teacher.layers: {layers} have maps of {maps}, not of one grid; pass teacher.layers=[-1]"
             )
+        try:
+            feature_stride(teacher, self.context.image_size)
+        except ValueError as error:
+            wrong.append(str(error))
+        if wrong:
+            suits = (
+                ""
+                if teacher.is_transformer
+                else (
+                    "; or take a vision transformer, whose layers have one grid, as dinov2_vits14 or demo"
+                )
+            )
+            raise ValueError(", and ".join(wrong) + suits)
 
     def frozen_modules(self) -> list[nn.Module]:
         fitted = [] if self.learners or self.coder is None else [self.coder]
