@@ -720,7 +720,7 @@ def test_a_score_trains_no_recipe_on_other_images_than_it_is_given(monkeypatch, 
 
 
 def test_all_that_does_not_suit_in_a_cnn_is_told_at_once_and_what_does(tmp_path):
-    network = timm.create_model("test_resnet", num_classes=10)
+    network = timm.create_model("test_resnet")
     save_file(network.state_dict(), tmp_path / "cnn.safetensors")
     recipe = content("reglue")
     recipe["teacher"] = {
