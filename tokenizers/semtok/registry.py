@@ -32,6 +32,14 @@ class MethodConfig(Config):
             UserError: weights to start from that lead nowhere.
         """
 
+    def starts_from_weights(self) -> bool:
+        """Whether training goes on from weights that somebody has trained."""
+        return False
+
+    def warnings(self, learning_rate: float) -> list[str]:
+        """What to tell before the first step of settings that do harm without being wrong; a line each."""
+        return []
+
     def needs_same_images(self) -> bool:
         """Whether training keeps what it has computed of an image, which then has to look the same in each epoch."""
         return False
@@ -39,6 +47,11 @@ class MethodConfig(Config):
     def texture_reference(self) -> str | None:
         """The tokenizer that this one is built on, where there is one."""
         return None
+
+    def least_texture_psnr(self) -> float | None:
+        """In dB, on the training images, what that tokenizer has to reach; 0: it is measured and nothing refused; None:
+        it is not measured."""
+        return 0.0
 
 
 @dataclass(frozen=True)

@@ -300,6 +300,25 @@ class Tokenizer(PushToHub, nn.Module, ABC):
         names = [n for part in self.spec.names for n in (f"{part}_mean", f"{part}_std")]
         return all(torch.allclose(ours[n].cpu(), theirs[n].cpu(), atol=1e-4) for n in names)
 
+    def has_latents_of(self, other: "Tokenizer") -> bool:
+        """Whether this one's decoder can take the latents of the other: encoders and statistics are equal. False also
+        where that can't be told."""
+        return False
+
+    def with_decoder_of(self, other: "Tokenizer") -> "Tokenizer":
+        """The tokenizer of the same latents that decodes as the other does.
+
+        Raises:
+            UserError: the other's decoder was made for other latents.
+        """
+        if not other.has_latents_of(self):
+            raise UserError(
+                "this decoder was made for other latents: its tokenizer's encoder and statistics are not the same; "
+                "train one with method.vae=… of this tokenizer and method.train=decoder"
+            )
+        other.diffusion_defaults = self.diffusion_defaults
+        return other
+
     # Files --------------------------------------------------------------------------------------
 
     def save_pretrained(
@@ -407,6 +426,10 @@ def check_format_version(config: Mapping[str, Any], place: Path) -> None:
 def _check_config(config: Any, folder: Path) -> None:
     """Raises UserError where an export's config.json can't be read by this version."""
     place = folder / _CONFIG_FILE
+    if isinstance(config, dict) and "_class_name" in config:
+        raise UserError(
+            f"{folder}: is of diffusers' {config['_class_name']}; only AutoencoderKL can be loaded"
+        )
     if not isinstance(config, dict) or config.get("library") != "semtok":
         raise UserError(f"{place}: not a semtok tokenizer")
     if config.get("kind", "tokenizer") != "tokenizer":

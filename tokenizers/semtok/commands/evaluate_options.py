@@ -13,6 +13,7 @@ from semtok.commands.cli import add_plugin_option
 from semtok.commands.run_folder import RECIPE_FILE
 from semtok.commands.train_tokenizer import tokenizer_from_reference
 from semtok.data.images.kinds import open_sources
+from semtok.data.images.shapes import Shapes
 from semtok.data.source import ImageSource
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
@@ -79,7 +80,8 @@ def load_tokenizer(reference: str, source: ImageSource) -> Tokenizer:
     Raises:
         UserError: there is none, or it does not take images of this size.
     """
-    tokenizer = tokenizer_from_reference(reference).to(device())
+    drawn = isinstance(source, Shapes)
+    tokenizer = tokenizer_from_reference(reference, drawn=drawn).to(device())
     with errors_at(f"--data with {reference}"):
         tokenizer.spec.check_image_size(source.image_size)
     return tokenizer

@@ -319,6 +319,16 @@ class Generator(PushToHub, nn.Module):
         if not self.tokenizer.means_the_same(weak.tokenizer):
             raise ValueError("the weak model was trained on another tokenizer's latents")
 
+    def use_decoder(self, tokenizer: Tokenizer) -> None:
+        """From now on decodes by another tokenizer of the same latents, as ``method.train: decoder`` makes one of the
+        tokenizer that this model was trained on (of a composite: of its texture). Its export then holds that one.
+
+        Raises:
+            UserError: the decoder was made for other latents.
+        """
+        tokenizer.requires_grad_(False).eval().to(self.device)
+        self.tokenizer = self.tokenizer.with_decoder_of(tokenizer)
+
     def digest(self) -> str:
         """Twelve hex digits (of SHA-256) of what images follow from beside sampler, seed and labels: weights,
         statistics, path and times. They are those of every copy."""
