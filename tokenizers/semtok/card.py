@@ -70,7 +70,7 @@ def model_card(
         pictures=pictures,
         rows=_rows(config, parameters or {}),
         has_recipe="recipe" in trained,
-        licence=_licence(trained),
+        licence=trained.get("licence"),
         is_embedded=_is_embedded(trained),
         limits=_limits(config),
         papers=papers,
@@ -232,11 +232,6 @@ def _num_classes(config: Mapping[str, Any]) -> int:
 
 def _is_embedded(trained: Mapping[str, Any]) -> bool:
     return str(trained.get("data")).startswith(_EMBEDDED)
-
-
-def _licence(trained: Mapping[str, Any]) -> str | None:
-    """Of the images."""
-    return ((trained.get("recipe") or {}).get("data") or {}).get("licence")
 
 
 def _limits(config: Mapping[str, Any]) -> list[str]:
