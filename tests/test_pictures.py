@@ -210,7 +210,7 @@ def test_components_of_latents_stand_beside_the_teachers(runs, tmp_path, written
     assert labels[0] == ["image"] and labels[-1] == ["demo", "the teacher's tokens"]
     for name, (reconstruction, latents) in zip("AB", (labels[1:3], labels[3:5]), strict=True):
         assert reconstruction == [name, "reconstruction", f"PSNR {own[name]['psnr']:.1f} dB"]
-        assert latents == [name, "latents", f"CKNNA {own[name]['cknna']:.2f}"]
+        assert latents == [name, "latents", f"self-similarity {own[name]['self_similarity']:.2f}"]
     assert written[-1] == "drawn here"
     assert Image.open(picture).size[0] > 6 * 100
 

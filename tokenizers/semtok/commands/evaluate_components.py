@@ -163,7 +163,7 @@ def _rows(
     rows = [Row(f"{name}\nreconstruction\nPSNR {scores['psnr']:.1f} dB", decoded)]
     for part, x in parts.items():
         what = f"latents: {part}" if len(parts) > 1 else "latents"
-        label = f"{name}\n{what}\nCKNNA {scores['cknna']:.2f}"
+        label = f"{name}\n{what}\nself-similarity {scores['self_similarity']:.2f}"
         rows.append(Row(label, components_in_colours_of(x, tokens)))
     return rows
 
