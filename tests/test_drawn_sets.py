@@ -22,7 +22,7 @@ from torch import Tensor
 import tiny
 from processes import launch
 from semtok import Generator
-from semtok.commands import evaluate, sample
+from semtok.commands import evaluate, sample, sample_set
 from semtok.commands.cli import run
 from semtok.diffusion.diffusion_config import DiffusionConfig, build_network, resolve_defaults
 from semtok.errors import UserError
@@ -235,28 +235,44 @@ def test_what_is_not_of_the_set_is_not_taken_for_it(model, tmp_path, capsys):
     assert "not readable as JSON" in capsys.readouterr().err
 
 
-def test_a_command_that_another_has_overtaken_leaves_the_archive_whole(
-    model, tmp_path, monkeypatch
+def test_a_second_command_is_told_of_the_first_and_finds_the_archive_when_that_has_ended(
+    model, tmp_path, monkeypatch, capsys
 ):
-    """Two of the same command at once: the other packs, and removes the images that this one still adds to."""
     output, options = tmp_path / "set.npz", ["--num", 9, "--batch-size", 4]
     draw_set = sample.draw_set
 
-    def overtaken(drawing: Any, folder: Path, protocol: dict[str, Any]) -> None:
+    def meanwhile(drawing: Any, folder: Path, protocol: dict[str, Any]) -> None:
         monkeypatch.setattr(sample, "draw_set", draw_set)
+        assert draw(model, output, *options) == 2
         draw_set(drawing, folder, protocol)
-        last = (folder / "000008.png").read_bytes()
-        assert draw(model, output, *options) == 0
-        assert output.exists() and not folder.exists()
-        folder.mkdir()
-        (folder / "000008.png").write_bytes(last)
 
-    monkeypatch.setattr(sample, "draw_set", overtaken)
+    monkeypatch.setattr(sample, "draw_set", meanwhile)
     assert draw(model, output, *options) == 0
-    with np.load(output, allow_pickle=False) as archive:
-        assert sorted(archive.files) == ["arr_0", "arr_1", "protocol"]
-        assert len(archive["arr_0"]) == len(archive["arr_1"]) == 9
+    assert f"{output}.parts: a command that draws a set is at work there" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["set.npz"]
+
+    # It looked before the first was there, and gets its turn when that has ended.
+    is_packed, looks = sample._is_packed, iter([lambda *_: False])
+    monkeypatch.setattr(sample, "_is_packed", lambda *args: next(looks, is_packed)(*args))
+    assert draw(model, output, *options) == 0
+    assert "is there already, whole" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["set.npz"]
+
+
+def test_a_signal_says_that_the_same_command_goes_on(model, tmp_path, monkeypatch, capsys):
+    write = sample_set.write_png
+
+    def stop(file: Path, image: Tensor) -> None:
+        write(file, image)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(sample_set, "write_png", stop)
+    assert draw(model, tmp_path / "set", "--num", 4) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM; the same command goes on\n"
+    monkeypatch.setattr(sample_set, "write_png", write)
+    assert draw(model, tmp_path / "set", "--num", 4) == 0
+    assert draw(model, tmp_path / "other", "--num", 4) == 0
+    assert contents(tmp_path / "set") == contents(tmp_path / "other")
 
 
 def test_what_another_command_has_taken_away_is_never_packed(model, tmp_path, monkeypatch, capsys):

@@ -635,7 +635,9 @@ def test_a_recipe_name_is_trained_first_and_found_the_second_time(tmp_path, monk
     (recipes / "small.yaml").write_text(yaml.safe_dump(tiny.content({"name": "vae"})))
     monkeypatch.setattr(references, "recipe_folder", lambda: recipes)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="'small' is not trained yet; train it by: python tools"):
+    with pytest.raises(
+        UserError, match="'small' is not trained yet; train it by: semtok train_tokenizer small"
+    ):
         Tokenizer.from_pretrained("small")
     tokenizer_from_reference("small")
     assert "tokenizer 'small' is not trained yet: training" in capsys.readouterr().out

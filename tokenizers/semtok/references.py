@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from semtok.errors import UserError
+from semtok.errors import UserError, did_you_mean
 
 RUNS = Path("runs")
 DEMO = "demo"
@@ -60,22 +60,21 @@ def locate_export(
         raise UserError(f"{reference}: no {kind} there (no config.json)")
     if reference == DEMO and kind == "tokenizer":
         return Path(str(files("semtok") / "assets" / "demo_tokenizer"))
-    if is_hub_id(reference):
-        return _from_hub(reference, kind, revision=revision, local_files_only=local_files_only)
-    if kind == "model":
-        raise UserError(
-            f"model '{reference}': no such folder or run (runs/{reference}); "
-            "train one by: python tools/train_dit.py --tokenizer send_vae"
-        )
-    recipe = find_recipe(reference)
+    recipe = find_recipe(reference) if kind == "tokenizer" else None
     if recipe is not None:
         raise UserError(
             f"tokenizer '{reference}' is not trained yet; "
-            f"train it by: python tools/train_tokenizer.py recipes/{recipe.name}"
+            f"train it by: semtok train_tokenizer {reference}"
         )
+    if is_hub_id(reference):
+        return _from_hub(reference, kind, revision=revision, local_files_only=local_files_only)
+    known = [*finished_runs(), *(recipe_names() if kind == "tokenizer" else ())]
+    if kind == "model":
+        way = did_you_mean(reference, known, "train one by: semtok train_dit --tokenizer send_vae")
+        raise UserError(f"model '{reference}': no such folder or run (runs/{reference}); {way}")
+    way = did_you_mean(reference, known, f"recipes: {', '.join(recipe_names())}")
     raise UserError(
-        f"tokenizer '{reference}': no such folder, run (runs/{reference}) or recipe; "
-        f"recipes: {', '.join(recipe_names())}"
+        f"tokenizer '{reference}': no such folder, run (runs/{reference}) or recipe; {way}"
     )
 
 
@@ -85,6 +84,12 @@ def from_a_file(path: str | Path) -> str:
         f"a file; make an export of it first, semtok hub import auto {path} --output DIR, and give "
         "that folder"
     )
+
+
+def finished_runs() -> list[str]:
+    """Names of the runs in ``runs/`` that have an export, those in a folder of their own with its name."""
+    exports = [*RUNS.glob("*/export/config.json"), *RUNS.glob("*/*/export/config.json")]
+    return sorted(file.parents[1].relative_to(RUNS).as_posix() for file in exports)
 
 
 def is_hub_id(reference: str) -> bool:
@@ -125,13 +130,20 @@ def recipe_names() -> list[str]:
     """Names of the tokenizer recipes that run on the embedded data."""
     folder = recipe_folder()
     files = sorted(folder.glob("*.yaml")) if folder else []
-    return [f.stem for f in files if "\nmethod:" in f.read_text(encoding="utf-8")]
+    return [file.stem for file in files if _is_of_a_tokenizer(file)]
 
 
 def find_recipe(name: str) -> Path | None:
-    """The embedded recipe of that name, if there is one."""
+    """The tokenizer's recipe of that name, if there is one: ``send_vae``, or ``imagenet256/send_vae``."""
     folder = recipe_folder()
-    return folder / f"{name}.yaml" if folder and name in recipe_names() else None
+    if folder is None or not re.fullmatch(r"(\w+/)?\w+", name):
+        return None
+    file = folder / f"{name}.yaml"
+    return file if file.is_file() and _is_of_a_tokenizer(file) else None
+
+
+def _is_of_a_tokenizer(recipe: Path) -> bool:
+    return "\nmethod:" in recipe.read_text(encoding="utf-8")
 
 
 def _from_hub(reference: str, kind: str, *, revision: str | None, local_files_only: bool) -> Path:
@@ -148,5 +160,6 @@ def _from_hub(reference: str, kind: str, *, revision: str | None, local_files_on
             case _:
                 reason = "it can't be reached, nor is it in the local cache"
         place = f"{kind} '{reference}': no such folder or run, and on the Hugging Face Hub"
-        raise UserError(f"{place} {reason}") from None
+        hint = did_you_mean(reference, finished_runs())
+        raise UserError(f"{place} {reason}{'; ' + hint if hint else ''}") from None
     return Path(found)

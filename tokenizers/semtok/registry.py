@@ -1,6 +1,5 @@
 """Methods by name. A user's own method in a user's own file joins by the same call as ours."""
 
-import difflib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semtok.errors import UserError
+from semtok.errors import UserError, did_you_mean
 from semtok.settings import Config
 
 
@@ -91,8 +90,7 @@ def get_method(name: object, *, place: str) -> Method:
         UserError: there is none; ``place`` (a file name) starts the message.
     """
     if not isinstance(name, str) or name not in _METHODS:
-        near = difflib.get_close_matches(str(name), _METHODS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(_METHODS))}"
+        hint = did_you_mean(str(name), _METHODS, f"known: {', '.join(sorted(_METHODS))}.")
         raise UserError(
             f"{place}: unknown method '{name}'; {hint} A method of your own needs its file under the "
             "recipe's plugins:, or --plugin where a command has it"

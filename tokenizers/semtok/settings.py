@@ -1,7 +1,6 @@
 """Typed settings: reading YAML, overriding, and messages that people can act on."""
 
 import copy
-import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from semtok.errors import UserError
+from semtok.errors import UserError, did_you_mean
 from semtok.sampler.config import Config
 
 ConfigType = TypeVar("ConfigType", bound=Config)
@@ -124,8 +123,7 @@ def _explain(model: type[BaseModel], content: dict[str, Any], error: ValidationE
     key = ".".join(keys)
     if kind == "extra_forbidden":
         known = _fields_at(model, problem["loc"][:-1])
-        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(sorted(known))}"
+        hint = did_you_mean(keys[-1], known, f"known here: {', '.join(sorted(known))}", cutoff=0.5)
         return f"unknown key '{key}'; {hint}"
     if not keys and kind == "model_type":  # no mapping at all
         return f"expected settings, got {value!r}"

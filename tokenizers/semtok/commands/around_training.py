@@ -2,24 +2,37 @@
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from semtok.commands.run_folder import RECIPE_FILE, check_files, record_files
+from semtok import stopping
+from semtok.commands.cli import Parser
+from semtok.commands.run_folder import (
+    RECIPE_FILE,
+    check_files,
+    check_run_folder,
+    is_finished,
+    record_files,
+)
+from semtok.commands.run_recipe import Resume, record_overrides
 from semtok.commands.table import print_table
 from semtok.data.source import ImageSource
-from semtok.errors import UserError
+from semtok.errors import Interrupted, UserError
+from semtok.lock import only_one_in
 from semtok.objective import Objective
-from semtok.processes import gather, together
+from semtok.processes import gather, interruptible, is_first, process_index, together
 from semtok.recipe import DiffusionRecipe, TokenizerRecipe, write_recipe
 from semtok.settings import flatten
-from semtok.storage import write_json
+from semtok.storage import DISK_FULL, write_json
 from semtok.tokenizer import library_version
+from semtok.training.checkpoint import CHECKPOINTS, list_checkpoints
 from semtok.training.loop import Trainer
+from semtok.training.process import join_processes
 
 Recipe = TokenizerRecipe[Any, Any] | DiffusionRecipe[Any]
 
@@ -40,11 +53,89 @@ def add_run_options(parser: argparse.ArgumentParser, default_folder: str) -> Non
     )
     parser.add_argument("--output", help=f"run folder; default: {default_folder}")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the run's newest checkpoint"
+        "--resume",
+        nargs="?",
+        const="yes",
+        choices=("yes", "auto"),
+        metavar="auto",
+        help="go on from the run's newest checkpoint, with the run's own recipe; auto: start the run where there is "
+        "none, and leave a finished one alone",
     )
     parser.add_argument(
         "--print-recipe", action="store_true", help="show the resolved recipe and stop"
     )
+
+
+def read_run_options(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; after ``--resume`` any word but ``auto`` is a setting.
+
+    Returns:
+        the options, of which ``resume`` is as ``Resume`` says.
+    """
+    words = [*arguments, ""]
+    joined = []
+    for word, after in pairwise(words):
+        is_resume = len(word) > len("--r") and "--resume".startswith(word)
+        if word == "auto" and joined[-1:] == ["--resume="]:
+            joined[-1] += word
+        else:
+            joined.append("--resume=" + "yes" * (after != "auto") if is_resume else word)
+    args = parser.parse_intermixed_args(joined)
+    args.resume = "auto" if args.resume == "auto" else args.resume is not None
+    return args
+
+
+@contextlib.contextmanager
+def at_work(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
+    """Within this context a run has its folder for itself, in all processes, hears signals, and says how to go on.
+
+    Raises:
+        UserError: another run is at work there, or the disk is full.
+        Interrupted: a signal came, see ``stopping.listening``.
+    """
+    with stopping.listening(), contextlib.ExitStack() as stack:
+        try:
+            join_processes()
+            stack.enter_context(interruptible())
+            with together():
+                if not process_index():
+                    stack.enter_context(only_one_in(folder, "a run"))
+                    check_run_folder(folder, recipe, resume=resume)  # as it is now
+            yield
+        except Interrupted as stopped:
+            if stopped.way_on:  # of a run that comes first
+                raise
+            checkpoints = list_checkpoints(folder / CHECKPOINTS)
+            begun = (folder / RECIPE_FILE).is_file()
+            raise Interrupted(
+                stopped.signal_number,
+                checkpoint=checkpoints[-1] if checkpoints else None,
+                way_on="go on with --resume" if begun else "the same command starts it again",
+            ) from None
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise UserError(
+                f"{error.filename or folder}: {error.strerror}; make room and go on with --resume auto"
+            ) from None
+
+
+def is_finished_already(folder: Path, recipe: Recipe, resume: Resume) -> bool:
+    """Whether ``--resume auto`` has nothing to do; then it says so.
+
+    Raises:
+        UserError: the run that is finished was of another recipe.
+    """
+    if resume != "auto" or not is_finished(folder, recipe):
+        return False
+    check_run_folder(folder, recipe, resume=True)
+    if is_first():
+        print(
+            f"{folder}: is finished, {recipe.train.steps} steps; train.steps=… goes on for more, --resume alone "
+            "measures and exports it again",
+            flush=True,
+        )
+    return True
 
 
 @contextlib.contextmanager
@@ -69,12 +160,14 @@ def start_trainer(
     *,
     resume: bool,
     what: str,
+    overrides: Sequence[str] = (),
 ) -> Trainer:
     """Makes the run's trainer, goes back to its checkpoint if asked, and claims the folder for it.
 
     Args:
         sources: of training and of held-out images.
         what: is trained, in a few words.
+        overrides: see ``run_recipe.resolve``.
 
     Raises:
         UserError: the run can't go on with its checkpoint, or with these images.
@@ -98,6 +191,7 @@ def start_trainer(
             _check_exports_on_the_way(trainer)
         if accelerator.is_main_process:
             write_recipe(recipe, folder / RECIPE_FILE)
+            record_overrides(folder, overrides)
             record_files(folder, train.file_states)
             height, width = recipe.data.image_size
             print(
@@ -107,7 +201,19 @@ def start_trainer(
                 print(trainer.memory_line, flush=True)
             if trainer.step:
                 print(f"resuming after step {trainer.step}", flush=True)
+            _tell_of_more_steps(recipe, trainer.step)
     return trainer
+
+
+def _tell_of_more_steps(recipe: Recipe, step: int) -> None:
+    until, steps = max(recipe.train.planned_before, default=(None, 0))
+    if until == step:
+        share = recipe.train.learning_rate_factor(step)
+        print(
+            f"train.steps is {recipe.train.steps} and was {steps}: the cosine is planned anew, and from step {step} on "
+            f"the rate is {share:.3g} of train.optimiser.learning_rate",
+            flush=True,
+        )
 
 
 def summarise(

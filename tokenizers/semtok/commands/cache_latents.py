@@ -10,6 +10,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from semtok import stopping
 from semtok.commands.around_training import errors_at
 from semtok.commands.cli import Parser, add_plugin_option
 from semtok.commands.evaluate_options import SHAPES
@@ -88,16 +89,17 @@ def main(arguments: Sequence[str]) -> int:
     accelerator = Accelerator()
     tokenizer.to(accelerator.device)
     start = time.perf_counter()
-    train, validation = ensure_latent_cache(
-        sources,
-        tokenizer,
-        args.output,
-        data=data,
-        targets=targets,
-        dtype=args.dtype,
-        batch_size=args.batch_size,
-        shard_size=args.shard_size,
-    )
+    with stopping.with_way_on("the same command goes on"):
+        train, validation = ensure_latent_cache(
+            sources,
+            tokenizer,
+            args.output,
+            data=data,
+            targets=targets,
+            dtype=args.dtype,
+            batch_size=args.batch_size,
+            shard_size=args.shard_size,
+        )
     if accelerator.is_main_process:
         _report(args.output, train, validation, time.perf_counter() - start)
     return 0

@@ -1,23 +1,46 @@
 """What all commands share: reading arguments, and telling of errors in one line."""
 
 import argparse
-import errno
 import importlib
+import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import torch.distributed as dist
 
-from semtok.errors import Interrupted, NonFiniteLoss, UserError
+from semtok import stopping
+from semtok.errors import Interrupted, NonFiniteLoss, UserError, did_you_mean
+from semtok.storage import DISK_FULL
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors like all others: one line, and where to read more."""
+    """argparse with errors like all others: one line, what may have been meant, and where to read more."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        wrong, known = _misspelt(message), [*self._words()]
+        hints = [did_you_mean(word, known) for word in wrong if word not in known]
+        told = " ".join(hint for hint in hints if hint)
+        raise UserError(f"{message}; {told + ' ' if told else ''}see {self.prog} --help")
+
+    def _words(self) -> Iterator[str]:
+        """Options, and names of commands within this one with their own options."""
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                yield from action.choices
+                for inner in action.choices.values():
+                    yield from inner._words()
+
+
+def _misspelt(message: str) -> list[str]:
+    """Of argparse's message, the words that nothing here is called."""
+    unknown = re.search("unrecognized arguments: (.*)", message)
+    if unknown:
+        return [w.partition("=")[0] for w in unknown[1].split() if w.startswith("--")]
+    choice = re.search("invalid choice: '([^']*)'", message)
+    return [choice[1]] if choice else []
 
 
 def add_plugin_option(parser: argparse.ArgumentParser) -> None:
@@ -29,19 +52,20 @@ def add_plugin_option(parser: argparse.ArgumentParser) -> None:
 def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
     """Runs a command's main; what is not a bug becomes one line and an exit code.
 
-    2: wrong input; 1: the loss was not finite; 128 + n: stopped by signal n, checkpoint written.
+    2: wrong input, or the disk; 1: the loss was not finite; 128 + n: stopped by signal n.
     """
     # Third-party notes that no user of a command can act on.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     warnings.filterwarnings("ignore", category=UserWarning, module="torchvision|huggingface_hub")
     try:
-        return main(sys.argv[1:] if arguments is None else arguments)
+        with stopping.listening():
+            return main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.filename is None and error.errno != errno.ENOSPC:
+        if error.filename is None and error.errno not in DISK_FULL:
             raise
         print(f"error: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ from torch import nn
 from semtok.commands.run_folder import RECIPE_FILE
 from semtok.commands.train_dit import GeneratorPlan, plan_dit, training_info
 from semtok.commands.train_tokenizer import TokenizerPlan, export_tokenizer, plan_tokenizer
-from semtok.errors import UserError
+from semtok.errors import UserError, did_you_mean
 from semtok.objective import Objective
 from semtok.recipe import parse_diffusion_recipe, parse_recipe
 from semtok.references import RUNS
@@ -35,7 +35,11 @@ def export_checkpoint(run: str, step: int | None, output: Path) -> int:
     """
     folder = next((f for f in (Path(run), RUNS / run) if (f / RECIPE_FILE).is_file()), None)
     if folder is None:
-        raise UserError(f"{run}: is no run (no {RECIPE_FILE}), nor is {RUNS / run}")
+        runs = [file.parent.name for file in RUNS.glob(f"*/{RECIPE_FILE}")]
+        hint = did_you_mean(run, runs)
+        raise UserError(
+            f"{run}: is no run (no {RECIPE_FILE}), nor is {RUNS / run}{'; ' + hint if hint else ''}"
+        )
     checkpoint = _kept(folder, step)
     place = str(folder / RECIPE_FILE)
     content = read_yaml(folder / RECIPE_FILE)

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from einops import rearrange
 from torch import Tensor
 
+from semtok import stopping
 from semtok.commands import sample_pack
 from semtok.commands.cli import Parser, add_plugin_option
 from semtok.commands.sample_set import (
@@ -39,6 +40,7 @@ from semtok.errors import UserError
 from semtok.evaluation.drawn_sets import image_files, read_images, read_protocol, write_archive
 from semtok.evaluation.image_sets import DRAWN_AT_ONCE, labels_for
 from semtok.images import Uint8Rule
+from semtok.lock import only_one_in
 from semtok.pictures import grid_of_images, write_png
 from semtok.processes import gather, process_index, progress, together
 from semtok.registry import load_plugins
@@ -139,26 +141,38 @@ def _draw(args: argparse.Namespace, drawing: Drawing, protocol: dict[str, Any], 
     for generator in (drawing.generator, drawing.weak):
         if generator is not None:
             sped_up(generator.to(state.device), args)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(together())
-        folder = output
-        if kind == "npz":
-            folder = parts
-        elif kind == "grid":
-            folder = stack.enter_context(_passing_folder(output))
-        draw_set(drawing, folder, protocol)
-        gather(None)  # all are written
-        if kind == "grid" and state.is_main_process:
-            write_png(output, _grid(folder, drawing.labels, drawing.generator))
+    if kind == "grid":
+        with together(), _passing_folder(output) as folder:
+            draw_set(drawing, folder, protocol)
+            gather(None)  # all are written
+            if state.is_main_process:
+                write_png(output, _grid(folder, drawing.labels, drawing.generator))
+    elif not _draw_to_keep(drawing, output if kind == "folder" else parts, output, protocol):
+        return
     if not state.is_main_process:
-        return  # the others need not wait while the first packs
-    if kind == "npz":
-        if _is_packed(output, parts, protocol):  # by another of this command
-            return
-        _pack(folder, output, len(drawing.labels))
+        return
     names = [drawing.generator.class_name(n) or "any class" for n in dict.fromkeys(drawing.labels)]
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     print(f"{len(drawing.labels)} images of {shown}: {output}")
+
+
+def _draw_to_keep(drawing: Drawing, folder: Path, output: Path, protocol: dict[str, Any]) -> bool:
+    """Draws the set into a folder that this command has for itself, and packs it where it is not the output.
+
+    Returns:
+        whether it was drawn; another of this command may have packed it meanwhile.
+    """
+    is_main = not process_index()
+    with stopping.with_way_on("the same command goes on"), contextlib.ExitStack() as stack:
+        with together():
+            if is_main:
+                stack.enter_context(only_one_in(folder, "a command that draws a set"))
+            if folder != output and gather(is_main and _is_packed(output, folder, protocol))[0]:
+                return False
+            draw_set(drawing, folder, protocol)
+        if folder != output and is_main:  # the others need not wait
+            _pack(folder, output, len(drawing.labels))
+    return True
 
 
 def _is_packed(output: Path, parts: Path, protocol: dict[str, Any]) -> bool:
@@ -179,7 +193,7 @@ def _pack(folder: Path, output: Path, num_images: int) -> None:
     """Makes an archive of a folder of the command's own, and removes it.
 
     Raises:
-        UserError: the folder does not hold the whole set, as where another of this command packs it.
+        UserError: the folder does not hold the whole set.
     """
     # Inside, where what a killed process leaves of it is removed when it goes on.
     with progress("packing", len(image_files(folder))) as advance:

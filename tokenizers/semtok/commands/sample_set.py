@@ -17,6 +17,7 @@ from semtok.evaluation.drawn_sets import (
     read_protocol,
 )
 from semtok.images import Uint8Rule, to_uint8
+from semtok.lock import LOCK_FILE
 from semtok.pictures import write_png
 from semtok.privacy import fit_to_show
 from semtok.processes import gather, num_processes, process_index, progress
@@ -115,7 +116,9 @@ def check_same(place: Path, there: dict[str, Any], wanted: dict[str, Any]) -> No
 
 def is_free(folder: Path) -> bool:
     """Whether a set may begin there: no folder yet, or one with nothing in it."""
-    return not folder.exists() or all(_UNFINISHED.fullmatch(p.name) for p in folder.iterdir())
+    return not folder.exists() or all(
+        p.name == LOCK_FILE or _UNFINISHED.fullmatch(p.name) for p in folder.iterdir()
+    )
 
 
 def image_name(number: int) -> str:

@@ -4,7 +4,7 @@ import copy
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from semtok.commands import around_training
 from semtok.commands.cli import Parser
 from semtok.commands.run_folder import check_run_folder
+from semtok.commands.run_recipe import Resume, resolve, resumes, split_recipe
 from semtok.data.images.kinds import open_sources
 from semtok.data.order import DataOrder
 from semtok.data.passes import read_images
@@ -28,7 +29,7 @@ from semtok.registry import get_method
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 from semtok.training.checkpoint import CHECKPOINTS, list_checkpoints
-from semtok.training.loop import on_device
+from semtok.training.inputs import on_device
 from semtok.training.process import check_launch, make_accelerator
 
 _TEXTURE = "texture"
@@ -38,18 +39,26 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     parser = Parser(prog="train_tokenizer", description=__doc__)
     parser.add_argument(
-        "recipe", help="a YAML recipe, or the name of one of the library's, as imagenet256/send_vae"
+        "recipe",
+        nargs="?",
+        help="a YAML recipe, or the name of one of the library's, as imagenet256/send_vae; a run that is resumed "
+        "needs none beside --output",
     )
     around_training.add_run_options(parser, "runs/<recipe's name>")
-    args = parser.parse_intermixed_args(arguments)
+    args = around_training.read_run_options(parser, arguments)
 
-    path = locate_recipe(args.recipe)
-    recipe = load_recipe(path, args.overrides)
-    if args.print_recipe:
-        print(recipe_text(recipe), end="")
-        return 0
+    name, overrides = split_recipe(args.recipe, args.overrides)
+    path = locate_recipe(name) if name is not None else None
+    if args.output is None and path is None:
+        parser.error("a recipe is missing, or the --output of a run to go on with")
     folder = Path(args.output or default_run(path))
-    train_tokenizer(recipe, folder, resume=args.resume, place=str(path))
+    found = resolve(load_recipe, path, overrides, folder=folder, resume=args.resume)
+    if args.print_recipe:
+        print(recipe_text(found.recipe), end="")
+        return 0
+    train_tokenizer(
+        found.recipe, folder, resume=args.resume, place=found.place, overrides=found.overrides
+    )
     return 0
 
 
@@ -64,6 +73,7 @@ class TokenizerPlan:
         sources: training and held-out images.
         texture: the tokenizer that the method is built on, or the run that makes it first; None: it is on none.
         objective: built on that tokenizer; where it is still to be made, on what it is before its training.
+        overrides: settings that a command line gave beside the recipe, which the run notes.
     """
 
     recipe: TokenizerRecipe[Any, Any]
@@ -73,6 +83,7 @@ class TokenizerPlan:
     sources: tuple[ImageSource, ImageSource]
     texture: "Tokenizer | TokenizerPlan | None"
     objective: TokenizerObjective
+    overrides: tuple[str, ...] = ()
 
     @property
     def stand_in(self) -> Tokenizer:
@@ -82,28 +93,55 @@ class TokenizerPlan:
 
 
 def train_tokenizer(
-    recipe: TokenizerRecipe[Any, Any], folder: Path, *, resume: bool = False, place: str = "recipe"
+    recipe: TokenizerRecipe[Any, Any] | str | Path,
+    folder: str | Path,
+    *,
+    resume: Resume = False,
+    place: str = "recipe",
+    overrides: Sequence[str] = (),
 ) -> Tokenizer:
     """Trains, evaluates and exports a tokenizer into a run folder.
+
+    In a thread other than the main one, as of a notebook server or a web worker, it trains as well; signals are
+    then not heard.
+
+    Args:
+        recipe: or a file's path, or the name of one of the library's.
+        resume: go on with the run that is there; ``"auto"``: if there is one, and a finished one is only loaded.
+        place: starts messages about the recipe.
+        overrides: settings of a command line that the recipe holds already, which the run notes.
 
     Raises:
         UserError: see ``check_tokenizer``.
         Interrupted, NonFiniteLoss: see ``Trainer.run``.
     """
-    return run_tokenizer(check_tokenizer(recipe, folder, resume=resume, place=place))
+    if not isinstance(recipe, TokenizerRecipe):
+        place, recipe = str(recipe), load_recipe(locate_recipe(recipe), [])
+    folder = Path(folder)
+    if around_training.is_finished_already(folder, recipe, resume):
+        return Tokenizer.from_pretrained(folder)
+    plan = check_tokenizer(recipe, folder, resume=resume, place=place, overrides=overrides)
+    return run_tokenizer(plan)
 
 
 def check_tokenizer(
-    recipe: TokenizerRecipe[Any, Any], folder: Path, *, resume: bool = False, place: str = "recipe"
+    recipe: TokenizerRecipe[Any, Any],
+    folder: Path,
+    *,
+    resume: Resume = False,
+    place: str = "recipe",
+    overrides: Sequence[str] = (),
 ) -> TokenizerPlan:
     """Checks a run and the runs that come before it.
 
     Raises:
         UserError: anything about the recipe, the images, the machine or the folder that can't work.
     """
-    check_run_folder(folder, recipe, resume=resume)
+    goes_on = resumes(folder, resume)
+    recipe = check_run_folder(folder, recipe, resume=goes_on)
     check_launch(recipe.train)
-    return plan_tokenizer(recipe, folder, resume=resume, place=place)
+    plan = plan_tokenizer(recipe, folder, resume=goes_on, place=place)
+    return replace(plan, overrides=tuple(overrides))
 
 
 def plan_tokenizer(
@@ -130,6 +168,11 @@ def _has_checkpoints(folder: Path) -> bool:
 
 def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
     """Executes a plan: see ``train_tokenizer``."""
+    with around_training.at_work(plan.folder, plan.recipe, resume=plan.resume):
+        return _run(plan)
+
+
+def _run(plan: TokenizerPlan) -> Tokenizer:
     start = time.perf_counter()
     recipe, folder, objective = plan.recipe, plan.folder, plan.objective
     texture = plan.texture
@@ -148,6 +191,7 @@ def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
         (read, plan.sources[1]),
         resume=plan.resume,
         what=recipe.method.name,
+        overrides=plan.overrides,
     )
     with together():
         if texture is not None and accelerator.is_main_process:
@@ -202,8 +246,10 @@ def check_reference(reference: str) -> Tokenizer | TokenizerPlan:
     recipe = None if finished or Path(reference).is_dir() else find_recipe(reference)
     if recipe is None:
         return Tokenizer.from_pretrained(reference)
-    resume = (folder / "recipe.yaml").is_file()
-    return check_tokenizer(load_recipe(recipe, []), folder, resume=resume, place=str(recipe))
+    found = resolve(load_recipe, recipe, [], folder=folder, resume="auto")
+    return check_tokenizer(
+        found.recipe, folder, resume="auto", place=found.place, overrides=found.overrides
+    )
 
 
 def check_tokenizer_of_run(
@@ -225,7 +271,9 @@ def run_first(plan: TokenizerPlan) -> Tokenizer:
         run_tokenizer(plan)
     except Interrupted as stopped:
         raise Interrupted(
-            stopped.signal_number, stopped.checkpoint, way_on="the same command goes on"
+            stopped.signal_number,
+            checkpoint=stopped.checkpoint,
+            way_on="the same command goes on",
         ) from None
     return Tokenizer.from_pretrained(plan.folder)
 

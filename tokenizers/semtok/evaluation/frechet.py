@@ -38,7 +38,7 @@ class Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """|μa - μb|² + tr(Σa + Σb - 2 (Σa Σb)^½).
+    """|μa - μb|² + tr(Σa + Σb - 2 (Σa Σb)^½), at least 0: rounding alone takes a set's distance to itself below.
 
     Raises:
         ValueError: features of different widths.
@@ -50,4 +50,4 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     product = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp_min(0).sqrt().sum()
     gap = (a.mean - b.mean).square().sum()
-    return float(gap + a.covariance.trace() + b.covariance.trace() - 2 * product)
+    return max(0.0, float(gap + a.covariance.trace() + b.covariance.trace() - 2 * product))

@@ -6,6 +6,7 @@ by any number of processes, each file whole or not at all, so an interrupted wri
 read by memory map, so a row costs one copy, in any order, and processes share the pages.
 """
 
+import contextlib
 import hashlib
 import math
 import shutil
@@ -25,6 +26,7 @@ from torch import Tensor
 from semtok.data.passes import read_images
 from semtok.data.source import ImageBatch, ImageSource, Key, Skipped
 from semtok.errors import UserError
+from semtok.lock import LOCK_FILE, only_one_in
 from semtok.processes import gather, num_processes, process_index, together
 from semtok.settings import Config, parse
 from semtok.storage import first_line, new_file, read_json, write_json, write_tensors
@@ -207,14 +209,20 @@ def ensure_shards(
             "pass data.crop=center"
         )
     wanted = {**about, "num_images": len(source), "flip": source.flip}
-    with together():
-        if not gather((folder / INDEX).is_file())[0]:
+    with together(), contextlib.ExitStack() as stack:
+        is_there = gather((folder / INDEX).is_file())[0]
+        if not is_there and not process_index():
+            stack.enter_context(only_one_in(folder, "a command that writes a cache"))
+        if (
+            not is_there and not gather((folder / INDEX).is_file())[0]
+        ):  # nor by who was there before
             try:
                 writer = _Writer(source, folder, compute, wanted, batch_size, shard_size)
                 writer.claim(what, place)
                 writer.write(what)
             except OSError as error:
-                raise UserError(f"{place}: {folder}: {first_line(error)}") from None
+                reason = error.strerror or first_line(error)
+                raise UserError(f"{place}: {folder}: {reason}") from None
         shards = Shards(folder, place)
         for key, value in wanted.items():
             if shards.about.get(key) != value:
@@ -257,12 +265,10 @@ class _Writer:
             if read_json(file) != plan:
                 raise UserError(f"{named} was begun with something else; choose another folder")
             return
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        if any(path.name != LOCK_FILE for path in self.folder.iterdir()):
             raise UserError(f"{named} holds other files; choose another folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if self.bytes > free:
-            self.folder.rmdir()
             raise UserError(
                 f"{named} needs {self.bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; leave it out"
             )

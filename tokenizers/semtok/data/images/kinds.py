@@ -1,6 +1,5 @@
 """Image sources by kind."""
 
-import difflib
 from collections.abc import Callable
 
 from semtok.data.images.folder import Folder, FolderConfig
@@ -8,7 +7,7 @@ from semtok.data.images.parquet import Parquet, ParquetConfig
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.data.images.tars import Tars, TarsConfig
 from semtok.data.source import DataConfig, ImageSource
-from semtok.errors import UserError
+from semtok.errors import UserError, did_you_mean
 
 _KINDS: dict[str, tuple[type[DataConfig], Callable[..., tuple[ImageSource, ImageSource]]]] = {
     "shapes": (ShapesConfig, Shapes.open),
@@ -25,11 +24,8 @@ def data_config_class(kind: object, *, place: str) -> type[DataConfig]:
         UserError: there is no such kind.
     """
     if kind not in _KINDS:
-        near = difflib.get_close_matches(str(kind), _KINDS, n=1)
-        raise UserError(
-            f"{place}: unknown kind '{kind}'; "
-            + (f"did you mean '{near[0]}'?" if near else f"known: {', '.join(_KINDS)}")
-        )
+        hint = did_you_mean(str(kind), _KINDS, f"known: {', '.join(_KINDS)}")
+        raise UserError(f"{place}: unknown kind '{kind}'; {hint}")
     return _KINDS[str(kind)][0]
 
 
