@@ -13,7 +13,7 @@ from semtok import UserError
 from semtok.images import to_pil, to_pixels, to_uint8
 from semtok.metrics import psnr, ssim
 from semtok.perceptual import LPIPS, teacher_distance
-from semtok.pictures import principal_components, rows_of_images
+from semtok.pictures import principal_components
 from semtok.teachers import Teacher, TeacherConfig
 
 
@@ -153,21 +153,6 @@ def test_the_order_of_the_batch_does_not_change_the_colours():
     torch.testing.assert_close(
         principal_components(features.flip(0)), picture.flip(0), atol=1e-3, rtol=1e-3
     )
-
-
-def test_a_grid_has_a_row_per_list_entry_and_a_column_per_sample():
-    first = torch.linspace(-1, 1, 3).view(3, 1, 1, 1).expand(3, 3, 40, 60)
-    second = -first[:, :, :10, :15]
-    grid = rows_of_images([first, second])
-    height, width = 3 * 40, 3 * 60  # the smallest whole factor that gives 96 pixels
-    assert grid.shape == (3, 2 * (height + 4) + 4, 3 * (width + 4) + 4)
-    assert grid.dtype == torch.uint8
-    middle = [
-        [grid[0, 4 + y * (height + 4) + 60, 4 + x * (width + 4) + 90] for x in range(3)]
-        for y in range(2)
-    ]
-    assert [[int(v) for v in row] for row in middle] == [[0, 128, 255], [255, 128, 0]]
-    assert rows_of_images([torch.zeros(2, 3, 128, 128)]).shape == (3, 128 + 8, 2 * 132 + 4)
 
 
 # Perceptual distances ----------------------------------------------------------------------------

@@ -66,11 +66,20 @@ def add_teacher_options(task: argparse.ArgumentParser, purpose: str) -> None:
     """Which teacher a task looks through, and what for."""
     task.add_argument("--teacher", default="demo", help=purpose)
     task.add_argument("--teacher-checkpoint", metavar="FILE", help="its local weights")
+    task.add_argument(
+        "--teacher-input-size",
+        type=int,
+        metavar="PIXELS",
+        help="shorter side of what it sees; default: the size it was trained at",
+    )
 
 
 def load_teacher(args: argparse.Namespace) -> Teacher:
     """The teacher that the options name, on the device."""
-    config = TeacherConfig(name=args.teacher, checkpoint=args.teacher_checkpoint)
+    size = args.teacher_input_size
+    if size is not None and size < 1:
+        raise UserError(f"--teacher-input-size: expected at least 1 pixel, got {size}")
+    config = TeacherConfig(name=args.teacher, checkpoint=args.teacher_checkpoint, input_size=size)
     return Teacher(config).to(device())
 
 

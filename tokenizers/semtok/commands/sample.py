@@ -16,7 +16,6 @@ import torch
 from accelerate import PartialState
 from einops import rearrange
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from semtok import stopping
 from semtok.commands import sample_pack
@@ -42,7 +41,7 @@ from semtok.evaluation.drawn_sets import image_files, read_images, read_protocol
 from semtok.evaluation.image_sets import DRAWN_AT_ONCE, labels_for
 from semtok.images import Uint8Rule
 from semtok.lock import only_one_in
-from semtok.pictures import write_png
+from semtok.pictures import grid_of_images, write_png
 from semtok.processes import gather, process_index, progress, together
 from semtok.registry import load_plugins
 from semtok.sampler.request import STRENGTH
@@ -162,12 +161,12 @@ def _draw(args: argparse.Namespace, drawing: Drawing, protocol: dict[str, Any], 
             draw_set(drawing, folder, protocol)
             gather(None)  # all are written
             if state.is_main_process:
-                write_png(output, _grid(folder, drawing.labels, drawing.generator.image_size))
+                write_png(output, _grid(folder, drawing.labels, drawing.generator))
     elif not _draw_to_keep(drawing, output if kind == "folder" else parts, output, protocol):
         return
     if not state.is_main_process:
         return
-    names = [_name(drawing.generator, label) for label in dict.fromkeys(drawing.labels)]
+    names = [drawing.generator.class_name(n) or "any class" for n in dict.fromkeys(drawing.labels)]
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     print(f"{len(drawing.labels)} images of {shown}: {output}")
 
@@ -232,19 +231,29 @@ def _passing_folder(output: Path) -> Iterator[Path]:
             shutil.rmtree(made, ignore_errors=True)
 
 
-def _grid(folder: Path, labels: list[int], image_size: tuple[int, int]) -> Tensor:
-    """All images of a folder as one picture, uint8 (3, H, W).
-
-    Each class stands together, as many classes in a row as make it about square.
-    """
+def _grid(folder: Path, labels: list[int], generator: Generator) -> Tensor:
+    """All images of a folder as one picture with the classes' names, uint8 (3, H, W). Each class stands together."""
     order = sorted(range(len(labels)), key=lambda i: labels[i])
-    per_class, rest = divmod(len(labels), len(set(labels)))
-    columns = max(1, round(len(labels) ** 0.5 / per_class)) * per_class
-    if rest or len(set(labels)) == 1:
-        columns = math.ceil(len(labels) ** 0.5)
-    images = np.stack(list(read_images(folder, [image_name(i) for i in order], image_size)))
-    pixels = rearrange(torch.from_numpy(images), "n h w c -> n c h w")
-    return make_grid(pixels, nrow=columns, padding=2, pad_value=255)
+    names = [image_name(i) for i in order]
+    images = np.stack(list(read_images(folder, names, generator.image_size)))
+    return grid_of_images(
+        rearrange(torch.from_numpy(images), "n h w c -> n c h w"),
+        [generator.class_name(labels[i]) for i in order],
+        _num_columns(len(labels), len(set(labels))),
+    )
+
+
+def _num_columns(num_images: int, num_classes: int) -> int:
+    """Of a grid that is about square. No class is broken into two rows, and no row is cut short, where that is
+    possible within a factor of 1.7."""
+    square = num_images**0.5
+    per_class, rest = divmod(num_images, num_classes)
+    if not rest:
+        whole = [n * per_class for n in range(1, num_classes + 1) if num_classes % n == 0]
+        nearest = min(whole, key=lambda n: abs(math.log(n / square)))
+        if num_classes > 1 and abs(math.log(nearest / square)) <= math.log(1.7):
+            return nearest
+    return math.ceil(square)
 
 
 def _strip(
@@ -316,7 +325,3 @@ def _classes(words: list[str] | None, generator: Generator) -> list[int]:
                 f"--classes: no class '{word}'; this model has 0 to {len(names) - 1} ({known}), and none"
             )
     return chosen
-
-
-def _name(generator: Generator, label: int) -> str:
-    return generator.class_names[label] if label < len(generator.class_names) else "any class"

@@ -268,6 +268,7 @@ def training_info(
     """What a generator's export says of its training up to a step."""
     return {
         "data": train.name,
+        "licence": recipe.data.licence,
         "metrics": metrics,
         "steps": step,
         "recipe": json.loads(recipe.model_dump_json()),

@@ -450,6 +450,7 @@ def export_tokenizer(
         tokenizer.measure_statistics(pixels, recipe.train.seed)
     tokenizer.training_info = {
         "data": train.name,
+        "licence": recipe.data.licence,
         "image_size": list(recipe.data.image_size),
         "teacher": recipe.teacher.model_dump() if recipe.method.needs_teacher() else None,
         "metrics": metrics,

@@ -14,7 +14,7 @@ from semtok.card import provenance, write_readme
 from semtok.diffusion.diffusion_config import DiffusionConfig, build_network, check_guidance
 from semtok.errors import UserError
 from semtok.images import Images, to_pil
-from semtok.pictures import principal_components, rows_of_images
+from semtok.pictures import Row, principal_components, rows_of_images
 from semtok.privacy import fit_to_show
 from semtok.publish import PushToHub
 from semtok.references import locate_export
@@ -269,6 +269,8 @@ class Generator(PushToHub, nn.Module):
         """A picture of sampling: for each label the texture, decoded, and below it the semantic part
         where there is one, from noise (left) to data: uint8 (3, H, W).
 
+        Rows are labelled by class, columns by the share of the sampling time that is over.
+
         Args:
             columns: states shown, evenly spaced on the clock as far as the sampler's steps allow.
         """
@@ -283,16 +285,27 @@ class Generator(PushToHub, nn.Module):
                 sampler=sampler,
                 watch=lambda clock, state, seen=seen: seen.append((clock, state)),
             )
-            chosen = []
+            clocks, chosen = [], []
             for column in range(columns):
                 wanted = self.schedule.length * column / max(1, columns - 1)
-                chosen.append(min(seen, key=lambda entry: abs(entry[0] - wanted))[1])
+                clock, state = min(seen, key=lambda entry: abs(entry[0] - wanted))
+                clocks.append(f"{clock / self.schedule.length:.0%}")
+                chosen.append(state)
             states = {name: torch.cat([state[name] for state in chosen]) for name in chosen[0]}
-            rows.append(self.tokenizer.decode(Latents(states)))
+            images = self.tokenizer.decode(Latents(states))
+            name = self.class_name(self._numbers([label])[0])
+            rows.append(Row(name or "image", images, clocks if not rows else ()))
             if "semantic" in states:
                 semantic = states["semantic"]
-                rows.append(principal_components(semantic, of=semantic[-1:]))
+                maps = principal_components(semantic, of=semantic[-1:])
+                rows.append(Row("semantic\n(PCA)", maps))
         return rows_of_images(rows)
+
+    def class_name(self, number: int) -> str:
+        """The name of a class; of no class, where there are classes, ``any class``; empty where there are none."""
+        if number < len(self.class_names):
+            return self.class_names[number]
+        return "any class" if self.class_names else ""
 
     def check_sampling(self, sampler: SamplerConfig, weak: "Generator | None" = None) -> None:
         """Raises ValueError where this model can't be guided so, or a weak generator does not fit."""

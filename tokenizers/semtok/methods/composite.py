@@ -21,7 +21,7 @@ from semtok.data.caches.feature_cache import ensure_feature_cache
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
 from semtok.objective import Batch, Inputs, MethodContext, TokenizerObjective, Unregistered
-from semtok.pictures import principal_components, rows_of_images
+from semtok.pictures import Row, principal_components, rows_of_images
 from semtok.registry import MethodConfig, get_method
 from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
 from semtok.settings import Config, parse
@@ -476,8 +476,15 @@ class CompositeObjective(TokenizerObjective):
             return None
         features = inputs["features"].joined
         code = averaged.encode(features)[0]
-        maps = [principal_components(x, of=features) for x in (features, averaged.decode(code))]
-        return rows_of_images([pixels, *maps, principal_components(code)])
+        decoded = averaged.decode(code)
+        return rows_of_images(
+            [
+                Row("image", pixels),
+                Row("teacher\n(PCA)", principal_components(features)),
+                Row("reconstruction\n(PCA)", principal_components(decoded, of=features)),
+                Row("code\n(PCA)", principal_components(code)),
+            ]
+        )
 
 
 def feature_stride(teacher: Teacher, image_size: tuple[int, int]) -> int:

@@ -40,7 +40,7 @@ from semtok.objective import (
 )
 from semtok.optimiser import OptimiserConfig
 from semtok.perceptual import LPIPS, teacher_distance
-from semtok.pictures import principal_components, rows_of_images
+from semtok.pictures import Row, principal_components, rows_of_images
 from semtok.registry import MethodConfig, register_method
 from semtok.sampler.draws import Draws
 from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
@@ -407,10 +407,14 @@ class VAEObjective(TokenizerObjective):
 
     def picture(self, averaged: nn.Module, pixels: Tensor, inputs: Inputs) -> Tensor:
         q, x_hat = reconstruct(averaged, pixels)
-        rows = [pixels, x_hat, principal_components(q.mean)]
+        rows = [
+            Row("image", pixels),
+            Row("reconstruction", x_hat),
+            Row("latents\n(PCA)", principal_components(q.mean)),
+        ]
         features: TeacherFeatures | None = inputs["features"]
         if features is not None:
-            rows.append(principal_components(features.patches[-1]))
+            rows.append(Row("teacher\n(PCA)", principal_components(features.patches[-1])))
         return rows_of_images(rows)
 
 
