@@ -11,7 +11,7 @@ import hashlib
 import math
 import shutil
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -228,7 +228,6 @@ def ensure_shards(
     return shards
 
 
-@dataclass
 @contextlib.contextmanager
 def _disk_told_of(place: str, folder: Path) -> Iterator[None]:
     try:
@@ -238,6 +237,7 @@ def _disk_told_of(place: str, folder: Path) -> Iterator[None]:
         raise UserError(f"{place}: {folder}: {reason}") from None
 
 
+@dataclass
 class _Writer:
     """Writes what is missing of a folder of shards; all processes call its methods."""
 
