@@ -3,19 +3,25 @@
 ``python agreement_process.py FOLDER``: a line of what was seen on the way.
 """
 
+import contextlib
 import errno
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import tiny
+from semtok.commands.around_training import at_work
 from semtok.errors import Interrupted, UserError
+from semtok.lock import InUse, only_one_in
+from semtok.recipe import parse_recipe
 from semtok.training.loop import Trainer
 
 # BatchNorm in the averaged network and in another learner; no step is logged before the last.
@@ -65,6 +71,33 @@ def stop(folder: Path, rank: int) -> tuple[int, str]:
     return trainer.step, "not stopped"
 
 
+def stop_aside(folder: Path) -> tuple[str, str]:
+    """The first process gets SIGUSR1 while it draws a picture and the second waits; what this one is told."""
+    trainer = started(folder, {"name": "vae"}, **{**SETTINGS, "steps": 12, "sample_every": 3})
+
+    def picture(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(60)
+
+    trainer.held_out = SimpleNamespace(picture=picture)
+    try:
+        trainer.run()
+    except Interrupted as stopped:
+        return signal.Signals(stopped.signal_number).name, stopped.checkpoint.name
+    return "not stopped", ""
+
+
+def in_use(folder: Path, rank: int) -> str:
+    """Another run is at work in the folder; what this process is told."""
+    recipe = parse_recipe(tiny.content({"name": "vae"}), "tiny")
+    with contextlib.nullcontext() if rank else only_one_in(folder, "a run"):
+        try:
+            with at_work(folder, recipe, resume=False):
+                return "nothing"
+        except InUse as error:
+            return str(error)
+
+
 def fail_to_save(folder: Path) -> str:
     """The first process, which writes checkpoints, finds the disk full; what this one raises."""
 
@@ -97,6 +130,8 @@ def main() -> None:
     seen["own_after_resuming"] = resumed.metrics.read()
     seen["logged_after_resuming"] = resumed.metrics.read(resumed._mean_over_processes)
     seen["stopped"] = stop(folder / "stop", rank)
+    seen["aside"] = stop_aside(folder / "aside")
+    seen["in_use"] = in_use(folder / "in_use", rank)
     seen["full"] = fail_to_save(folder / "full")
     print("seen " + json.dumps(seen), flush=True)
     torch.distributed.destroy_process_group()

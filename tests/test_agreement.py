@@ -37,6 +37,15 @@ def test_all_processes_stop_within_two_steps_of_a_signal_to_one(ranks):
     assert 3 <= step <= 5 and checkpoint == f"step_{step:08d}"
 
 
+def test_all_processes_stop_where_a_signal_reaches_one_that_draws_a_picture(ranks):
+    assert ranks[0]["aside"] == ranks[1]["aside"] == ["SIGUSR1", "step_00000003"]
+
+
+def test_all_processes_are_told_that_another_run_is_in_the_folder(ranks):
+    assert "in_use: a run is at work there (process " in ranks[0]["in_use"]
+    assert ranks[1]["in_use"].startswith("process 0: ") and "in_use" in ranks[1]["in_use"]
+
+
 def test_a_checkpoint_names_the_unreadable_images_of_every_process(ranks):
     assert ranks[0]["skipped"] == ranks[1]["skipped"] == ["image 0", "image 1"]
 

@@ -22,14 +22,14 @@ from torch import Tensor
 import tiny
 from processes import launch
 from semtok import Generator
-from semtok.commands import evaluate, sample
+from semtok.commands import evaluate, sample, sample_set
 from semtok.commands.cli import run
 from semtok.diffusion.diffusion_config import DiffusionConfig, build_network, resolve_defaults
 from semtok.errors import UserError
 from semtok.evaluation import drawn_sets
 from semtok.evaluation.drawn_sets import read_protocol
 from semtok.evaluation.image_sets import images_of_folder, images_of_npz, labels_for
-from semtok.images import to_uint8
+from semtok.images import to_pil, to_uint8
 from semtok.sampler.dit import DiTArchitecture
 from semtok.sampler.guidance import GuidanceConfig
 from semtok.sampler.sampling import SamplerConfig
@@ -235,28 +235,44 @@ def test_what_is_not_of_the_set_is_not_taken_for_it(model, tmp_path, capsys):
     assert "not readable as JSON" in capsys.readouterr().err
 
 
-def test_a_command_that_another_has_overtaken_leaves_the_archive_whole(
-    model, tmp_path, monkeypatch
+def test_a_second_command_is_told_of_the_first_and_finds_the_archive_when_that_has_ended(
+    model, tmp_path, monkeypatch, capsys
 ):
-    """Two of the same command at once: the other packs, and removes the images that this one still adds to."""
     output, options = tmp_path / "set.npz", ["--num", 9, "--batch-size", 4]
     draw_set = sample.draw_set
 
-    def overtaken(drawing: Any, folder: Path, protocol: dict[str, Any]) -> None:
+    def meanwhile(drawing: Any, folder: Path, protocol: dict[str, Any]) -> None:
         monkeypatch.setattr(sample, "draw_set", draw_set)
+        assert draw(model, output, *options) == 2
         draw_set(drawing, folder, protocol)
-        last = (folder / "000008.png").read_bytes()
-        assert draw(model, output, *options) == 0
-        assert output.exists() and not folder.exists()
-        folder.mkdir()
-        (folder / "000008.png").write_bytes(last)
 
-    monkeypatch.setattr(sample, "draw_set", overtaken)
+    monkeypatch.setattr(sample, "draw_set", meanwhile)
     assert draw(model, output, *options) == 0
-    with np.load(output, allow_pickle=False) as archive:
-        assert sorted(archive.files) == ["arr_0", "arr_1", "protocol"]
-        assert len(archive["arr_0"]) == len(archive["arr_1"]) == 9
+    assert f"{output}.parts: a command that draws a set is at work there" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["set.npz"]
+
+    # It looked before the first was there, and gets its turn when that has ended.
+    is_packed, looks = sample._is_packed, iter([lambda *_: False])
+    monkeypatch.setattr(sample, "_is_packed", lambda *args: next(looks, is_packed)(*args))
+    assert draw(model, output, *options) == 0
+    assert "is there already, whole" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["set.npz"]
+
+
+def test_a_signal_says_that_the_same_command_goes_on(model, tmp_path, monkeypatch, capsys):
+    write = sample_set.write_png
+
+    def stop(file: Path, image: Tensor) -> None:
+        write(file, image)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(sample_set, "write_png", stop)
+    assert draw(model, tmp_path / "set", "--num", 4) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM; the same command goes on\n"
+    monkeypatch.setattr(sample_set, "write_png", write)
+    assert draw(model, tmp_path / "set", "--num", 4) == 0
+    assert draw(model, tmp_path / "other", "--num", 4) == 0
+    assert contents(tmp_path / "set") == contents(tmp_path / "other")
 
 
 def test_what_another_command_has_taken_away_is_never_packed(model, tmp_path, monkeypatch, capsys):
@@ -382,7 +398,7 @@ def test_levels_are_rounded_or_cut_off(model, tmp_path):
     assert torch.equal(to_uint8(levels, "truncate"), published)
     assert to_uint8(levels).tolist() == [0, 0, 128, 191, 255, 255, 255]
     assert published.tolist() == [0, 0, 127, 191, 254, 255, 255]
-    pixels = Generator.from_pretrained(model).sample([0, 1, 2])
+    pixels = Generator.from_pretrained(model).sample([0, 1, 2], seed=0)
     for rule in ("round", "truncate"):
         assert draw(model, tmp_path / f"{rule}.npz", "--num", 3, "--uint8", rule) == 0
         images = torch.from_numpy(np.load(tmp_path / f"{rule}.npz")["arr_0"])
@@ -534,3 +550,30 @@ def test_packing_holds_a_few_dozen_images(tmp_path, monkeypatch):
     monkeypatch.setattr(drawn_sets, "decode", decode)
     assert drawn_sets.write_archive(tmp_path / "x.npz", folder, progress=written) == done == 300
     assert most <= 64
+
+
+def test_a_set_that_starts_from_an_image_is_near_it_and_says_so(model, tmp_path, capsys):
+    picture = tmp_path / "start.png"
+    assert draw(model, tmp_path / "first.png", "--num", 1) == 0
+    pixels = Generator.from_pretrained(model).sample([0], seed=3)
+    to_pil(pixels)[0].save(picture)
+    words = ("--num", 2, "--image", picture)
+    assert draw(model, tmp_path / "near", *words, "--strength", 0.02) == 0
+    for name in ("000000.png", "000001.png"):
+        drawn = np.asarray(Image.open(tmp_path / "near" / name)).astype(int)
+        assert np.abs(drawn - np.asarray(Image.open(picture))).mean() < 40
+    capsys.readouterr()
+    assert draw(model, tmp_path / "near", *words) == 2
+    assert "strength 0.02, now 0.8" in capsys.readouterr().err
+    for wrong, message in (
+        (("--strength", 0.5), "--strength: says how much of an image is kept; give --image too"),
+        (("--image", picture, "--strength", 2), "--strength: expected more than 0 and at most 1"),
+        (("--image", tmp_path / "no.png"), "no.png: no such image"),
+        (
+            ("--image", picture, "--strip", 3),
+            "--image: goes with a set of images, not with --strip",
+        ),
+    ):
+        output = "x.png" if "--strip" in wrong else "x"
+        assert draw(model, tmp_path / output, *wrong) == 2
+        assert message in capsys.readouterr().err

@@ -312,12 +312,3 @@ def test_a_log_and_a_state_that_were_cut_short(ran, capsys):
     torch.save([1, 2], newest / "state.pt")
     message = complain(capsys, str(ran), "--output", "run", "--resume")
     assert "state.pt: damaged, or of another version; delete" in message
-
-
-def test_a_cosine_run_cannot_be_lengthened_but_a_constant_one_can(recipe, capsys):
-    base = [str(recipe), "--output", "run", "train.final_lr_fraction=0"]
-    assert run(main, base) == 0
-    message = complain(capsys, *base, "train.steps=4", "--resume")
-    assert "train.steps was 2 and is now 4" in message
-    base = [str(recipe), "--output", "other", "train.schedule=constant"]
-    assert run(main, base) == 0 and run(main, [*base, "train.steps=3", "--resume"]) == 0

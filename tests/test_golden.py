@@ -26,7 +26,8 @@ from semtok.data.images.kinds import open_sources
 from semtok.recipe import DiffusionRecipe, parse_diffusion_recipe, parse_recipe
 from semtok.sampler.latents import on_texture_grid
 from semtok.sampler.transport import interpolate
-from semtok.training.loop import Trainer, on_device
+from semtok.training.inputs import on_device
+from semtok.training.loop import Trainer
 from semtok.training.process import make_accelerator
 
 GOLDEN = Path(__file__).parent / "golden_dit.json"

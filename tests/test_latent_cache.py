@@ -3,7 +3,9 @@
 import functools
 import json
 import os
+import shlex
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 
 import tiny
 from file_server import file_server
@@ -21,6 +24,7 @@ from semtok import Tokenizer, UserError
 from semtok.commands import cache_latents, train_dit
 from semtok.commands.cli import run
 from semtok.commands.when_to_cache import pays, warn_of_other_images
+from semtok.data.caches import shards
 from semtok.data.caches.latent_cache import CachedLatents, open_latent_cache
 from semtok.data.caches.remote_shards import RemoteShards
 from semtok.data.caches.shards import Shards, open_shard, shard_checksum
@@ -29,6 +33,7 @@ from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.data.order import BLOCKS_AT_A_TIME, DataOrder
 from semtok.data.source import Key
 from semtok.images import to_pixels
+from semtok.lock import InUse, only_one_in
 from semtok.recipe import parse_data, parse_diffusion_recipe
 from semtok.teachers import Teacher
 
@@ -172,7 +177,7 @@ def test_targets_decoded_from_the_latents_need_neither_images_nor_teacher(
     tokenizer = Tokenizer.from_pretrained(place / "tokenizer")
     cached, _ = opened(place, cache)
     objective = train_dit.build_diffusion_objective(settings, tokenizer, cached, None, place="t")
-    from semtok.training.loop import on_device
+    from semtok.training.inputs import on_device
 
     batch = on_device(cached.load([3, 1]), torch.device("cpu"))
     inputs = objective.prepare(batch)
@@ -526,3 +531,64 @@ def test_an_epoch_in_blocks_shows_every_image_once_from_few_blocks_at_a_time(num
     for first in range(0, num_images, window):
         assert len({i // block for i in indices[first : first + window]}) <= BLOCKS_AT_A_TIME + 1
     assert indices != [index for index, _, _ in order.keys(1)]
+
+
+def test_a_cache_that_is_being_written_is_left_alone_and_one_that_was_stopped_goes_on(
+    place, cache, tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "cache"
+    options = ["--shard-size", 4, "--batch-size", 3, "--targets", "--output", output]
+    call = ["--tokenizer", place / "tokenizer", "--data", *words(place), *options]
+    with only_one_in(output / "train", "a command that writes a cache"):
+        assert command(*call) == 2
+    assert f"{output}/train: a command that writes a cache is at work" in capsys.readouterr().err
+
+    write = shards.write_tensors
+
+    def stop(*args: Any) -> None:
+        write(*args)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_tensors", stop)
+        assert command(*call) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM; the same command goes on\n"
+    assert command(*call) == 0
+    for file in (cache / "train").glob("*.safetensors"):
+        assert file.read_bytes() == (output / "train" / file.name).read_bytes()
+
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space (os error 28)")
+
+    monkeypatch.setattr(shards, "write_tensors", full)
+    assert command(*call[:-1], tmp_path / "other") == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_training_does_not_go_on_without_the_cache_that_another_is_writing(
+    place, tmp_path, monkeypatch
+):
+    """Latents that are computed in each step differ from cached ones by rounding, and a run would not repeat."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("semtok.commands.when_to_cache.pays", lambda *_: True)
+    monkeypatch.setattr("semtok.commands.when_to_cache._digest", lambda *_: "name")
+    folder = tmp_path / "runs" / "cache" / "name" / "train"
+    told = pytest.raises(InUse, match="a command that writes a cache is at work there")
+    with only_one_in(folder, "a command"), told:
+        train_dit.train_dit(recipe(place), tmp_path / "run")
+
+
+def test_what_writes_a_cache_ends_with_the_command_that_trains_on_it(tmp_path, monkeypatch, capsys):
+    """With its images, and with its targets where it has some."""
+    monkeypatch.chdir(tmp_path)
+    data = ["kind=shapes", "size=16", "num_images=8", "num_validation_images=4"]
+    for name, targets in (("plain", []), ("aligned", ["--targets", "name=demo"])):
+        words = ["--tokenizer", "demo", "--data", *data, "--output", name, *targets]
+        assert run(cache_latents.main, words) == 0
+        told = capsys.readouterr().out.rpartition("train on it by: semtok train_dit ")[2]
+        given = shlex.split(told)
+        assert ("teacher.name=demo" in given) == bool(targets)
+        tiny_run = ["train.steps=1", "train.warmup_steps=0", "train.batch_size=2"]
+        tiny_run += ["diffusion.network=SiT-T/4", "--output", f"run_{name}"]
+        assert run(train_dit.main, [*given, *tiny_run]) == 0
+        capsys.readouterr()

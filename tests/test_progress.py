@@ -1,16 +1,23 @@
 """How far something long is: what logs and terminals are told, by every phase, and the way on after Ctrl-C."""
 
 import io
+import signal
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from semtok import progress
 from semtok.commands import cache_latents, evaluate
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.data import passes
+from semtok.data.images.tar_index import index_shards
+from semtok.data.remote import StoredFile
+from semtok.evaluation.generation import FeatureNetwork, see
+from semtok.evaluation.image_sets import ImageSet
 from semtok.progress import ProgressLines
 from semtok.recipe import parse_recipe
 from semtok.training.log import RunLog
@@ -227,6 +234,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_a_training_tells_of_the_passes_around_it(trained):
     assert phases(trained[1]) == [
+        "measuring the texture part",
         "measuring the teacher's features",
         "validating",
         "measuring the statistics of the latents",
@@ -256,11 +264,25 @@ def test_a_folder_and_a_cache_tell_how_far_they_are(at_once, tmp_path, capsys):
     )
 
 
+def test_indices_of_tars_and_features_of_sets_tell_how_far_they_are(at_once, tmp_path, capsys):
+    image = png(1, (16, 16))
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, content_of in (("a.png", image), ("b.png", image)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content_of)
+            archive.addfile(member, io.BytesIO(content_of))
+    index_shards([StoredFile(str(tmp_path / "a.tar"), 0, "made up")], None)
+    network = FeatureNetwork("mean", "", lambda x: {"pooled": x.float().mean(dim=(2, 3))})
+    pixels = torch.rand(8, 3, 4, 4).mul(255).to(torch.uint8)
+    see(ImageSet("made up", "", 8, (4, 4), lambda: iter(pixels.split(4))), [network])
+    assert phases(capsys.readouterr().out) == ["indexing tar files", "features (made up)"]
+
+
 # Ctrl-C ------------------------------------------------------------------------------------------
 
 
 def interrupt(*_: Any, **__: Any) -> None:
-    raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 def test_after_ctrl_c_the_way_on_is_told(tmp_path, monkeypatch, capsys):
@@ -275,4 +297,4 @@ def test_after_ctrl_c_the_way_on_is_told(tmp_path, monkeypatch, capsys):
         ),
     ):
         assert run(command.main, words) == 130
-        assert capsys.readouterr().err.splitlines()[-1] == f"stopped; {way_on}"
+        assert capsys.readouterr().err.splitlines()[-1] == f"stopped by SIGINT; {way_on}"

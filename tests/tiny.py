@@ -21,7 +21,8 @@ from semtok.objective import TokenizerObjective
 from semtok.recipe import parse_diffusion_recipe, parse_recipe
 from semtok.sampler.dit import DiT
 from semtok.sampler.draws import Draws
-from semtok.training.loop import Trainer, on_device
+from semtok.training.inputs import on_device
+from semtok.training.loop import Trainer
 from semtok.training.process import make_accelerator
 
 AUTOENCODER = {

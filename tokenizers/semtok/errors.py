@@ -18,15 +18,23 @@ class NonFiniteLoss(RuntimeError):
     """A loss term became NaN or infinite; the message names it. Commands exit with code 1."""
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop and its checkpoint is written. Commands exit with 128 + n."""
+class Interrupted(KeyboardInterrupt):
+    """A signal asked to stop. Commands exit with 128 + n: 130 for SIGINT, 138 for SIGUSR1, 143 for SIGTERM.
+
+    As a ``KeyboardInterrupt``, no ``except Exception`` holds it up.
+
+    Args:
+        checkpoint: that was written last; None: there is none.
+        way_on: how to go on, in a few words.
+    """
 
     def __init__(
-        self, signal_number: int, checkpoint: Path, way_on: str = "go on with --resume"
+        self, signal_number: int, *, checkpoint: Path | None = None, way_on: str = ""
     ) -> None:
         name = signal.Signals(signal_number).name
-        super().__init__(f"stopped by {name}; checkpoint: {checkpoint}; {way_on}")
-        self.signal_number, self.checkpoint = signal_number, checkpoint
+        where = f"checkpoint: {checkpoint}" if checkpoint is not None else ""
+        super().__init__("; ".join(filter(None, (f"stopped by {name}", where, way_on))))
+        self.signal_number, self.checkpoint, self.way_on = signal_number, checkpoint, way_on
         self.exit_code = 128 + signal_number
 
 

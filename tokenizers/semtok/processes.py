@@ -11,7 +11,10 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from semtok.errors import UserError
+from semtok import stopping
+from semtok.errors import Interrupted, UserError
+from semtok.lock import InUse
+from semtok.stopping import When
 from semtok.storage import first_line
 
 T = TypeVar("T")
@@ -20,8 +23,10 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class _Failure:
     message: str
-    is_users: bool
-    """Whether it is of those that commands tell in one line."""
+    kind: type[Exception]
+    """What the other processes raise."""
+    signal_number: int | None = None
+    """Of the signal that stopped the process, where one did."""
 
 
 def num_processes() -> int:
@@ -43,44 +48,84 @@ def gather(value: T) -> list[T]:
     Raises:
         UserError: another process failed within ``together`` by what its user can mend.
         RuntimeError: another process failed otherwise.
+        Interrupted: a signal asked this process, or another, to stop, and none postpones that.
     """
     if num_processes() == 1:
+        stopping.check()
         return [value]
-    for index, told in enumerate(values := _exchange(value)):
-        if isinstance(told, _Failure):
-            kind = UserError if told.is_users else RuntimeError
-            raise _known_to_all(kind(f"process {index}: {told.message}"))
-    return values
+    told = _exchange((value, stopping.received()))
+    for index, failure in enumerate(told):
+        if isinstance(failure, _Failure):
+            raise _known_to_all(_raised_again(failure, index))
+    asked = next((number for _, number in told if number is not None), None)
+    if asked is not None:
+        stopping.note(asked)
+        if not stopping.is_postponed():
+            raise _known_to_all(Interrupted(asked))
+    return [value for value, _ in told]
+
+
+def _raised_again(failure: _Failure, index: int) -> BaseException:
+    """What a process raises as another has failed."""
+    if failure.signal_number is not None:
+        stopping.note(failure.signal_number)
+        return Interrupted(failure.signal_number)
+    return failure.kind(f"process {index}: {failure.message}")
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Within this context a failure of one process is a failure of all.
+    """Within this context a failure of one process is a failure of all, and so is a signal that stops one.
 
     The others notice it at their next ``gather``, or at the end of the context, where all wait for each other.
     No collective but ``gather`` may stand inside. What they raise, see there.
     """
+    when = When.LATER if stopping.is_postponed() else When.AT_ONCE
     try:
-        yield
-    except Exception as error:  # whatever it is, the others would wait for this process in vain
+        with stopping.obeyed(when):
+            yield
+    except (Exception, Interrupted) as error:  # else the others would wait for this process in vain
         if num_processes() > 1 and not _is_known(error):
-            _exchange(_Failure(first_line(error), isinstance(error, UserError | OSError)))
+            number = error.signal_number if isinstance(error, Interrupted) else None
+            _exchange(_Failure(first_line(error), _kind_for_others(error), number))
             _known_to_all(error)
         raise
-    gather(None)
+    with interruptible():
+        gather(None)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Within this context a signal stops the only process at once, and several where they next meet.
+
+    Where that is postponed already it stays so.
+    """
+    alone = When.AT_ONCE if num_processes() == 1 else When.AGREED
+    with stopping.obeyed(When.LATER if stopping.is_postponed() else alone):
+        yield
+
+
+def _kind_for_others(error: BaseException) -> type[Exception]:
+    """Of those that commands tell in one line, or not."""
+    if isinstance(error, InUse):
+        return InUse
+    return UserError if isinstance(error, UserError | OSError) else RuntimeError
 
 
 def _exchange(value: Any) -> list[Any]:
     values: list[Any] = [None] * num_processes()
     try:
-        dist.all_gather_object(values, value)
+        with stopping.obeyed(
+            When.LATER
+        ):  # it is made of several exchanges, of which each is of all
+            dist.all_gather_object(values, value)
     except RuntimeError as error:  # of the transport, where another process was killed
         reason = f"another process has ended ({first_line(error)}); the same command goes on"
         raise _known_to_all(UserError(reason)) from None
     return values
 
 
-def _known_to_all(error: Exception) -> Exception:
+def _known_to_all(error: BaseException) -> BaseException:
     error.__dict__["_known_to_all"] = True
     return error
 

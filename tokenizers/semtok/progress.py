@@ -38,8 +38,8 @@ def rate(count: float, seconds: float, unit: str) -> str:
     return f"{value:,.0f} {unit}/{name}" if value >= 10 else f"{value:.2g} {unit}/{name}"
 
 
-def is_main() -> bool:
-    """Whether this is the first of the processes that a launcher started, also before they know each other."""
+def is_first() -> bool:
+    """Whether this is the process that speaks for all, also where a launcher's processes have not met yet."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"
@@ -47,7 +47,7 @@ def is_main() -> bool:
 
 def announce(message: str) -> None:
     """Prints what is about to take long, in the first process."""
-    if is_main():
+    if is_first():
         print(message, flush=True)
 
 
@@ -123,7 +123,7 @@ def progress(what: str | None, total: int | None, unit: str = "images") -> Itera
     Yields:
         To be called with the number of units that were done, over all processes.
     """
-    if what is None or not is_main():
+    if what is None or not is_first():
         yield lambda count: None
     elif sys.stderr.isatty():
         with tqdm(
@@ -145,7 +145,7 @@ def waiting(what: str) -> Iterator[None]:
     Args:
         what: is waited for, in a few words.
     """
-    if not is_main():
+    if not is_first():
         yield
         return
     is_over = threading.Event()

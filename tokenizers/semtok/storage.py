@@ -1,16 +1,18 @@
 """Files that are either whole or not there, and weights that are either sound or refused."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.torch
@@ -30,6 +32,9 @@ DAMAGE = (
     pickle.UnpicklingError,
 )
 """What reading a missing, foreign or damaged weights file can raise."""
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The system's numbers for a disk, or one's share of it, that takes no more."""
 
 
 def cache_folder(what: str) -> Path:
@@ -63,7 +68,8 @@ def new_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     temporary.chmod(0o755)  # mkdtemp's folders are closed to others
     try:
-        yield temporary
+        with _told_of_disk(path):
+            yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(0o644)  # safetensors closes its files to others
@@ -86,10 +92,63 @@ def new_file(path: Path) -> Iterator[Path]:
     # is open to others as the umask says, which mkstemp's files are not.
     temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
     try:
-        yield temporary
+        with _told_of_disk(path):
+            yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _told_of_disk(path: Path) -> Iterator[None]:
+    """What a disk that is full, or fails, raises where ``path`` is written is an OSError that names it.
+
+    Of a failing write Python names no file, and safetensors tells the system's error in its text alone.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def write_state(path: Path, state: Any) -> None:
+    """Writes tensors and plain containers as ``torch.load(weights_only=True)`` reads them.
+
+    Raises:
+        OSError: of the disk; torch alone would say "unexpected pos" of a full one.
+    """
+    with path.open("wb") as file:
+        noting = _Noting(file)
+        try:
+            torch.save(state, noting)
+        except RuntimeError:
+            if noting.failed is None:
+                raise
+            raise noting.failed from None
+
+
+class _Noting:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.failed = file, None
+
+    def write(self, content: Any) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.failed = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -28,7 +28,7 @@ from semtok.sampler.draws import Draws
 from semtok.settings import read_yaml
 from semtok.speed import autocast_dtype
 from semtok.tokenizer import Tokenizer
-from semtok.training.loop import on_device
+from semtok.training.inputs import on_device
 from semtok.training.train_config import MemoryConfig, TrainConfig
 
 _TEACHER = 768  # width of DINOv2-B, which all recipes align to

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
             checkpoint_every=500,
         )
     )
-    check_run_folder(args.output, recipe, resume=args.resume)
+    recipe = check_run_folder(args.output, recipe, resume=args.resume)
     torch.manual_seed(recipe.train.seed)
     trainer = Trainer(
         DemoTeacherObjective(),

@@ -2,28 +2,51 @@
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from semtok.commands.run_folder import RECIPE_FILE, check_files, record_files
+from semtok import stopping
+from semtok.commands.cli import Parser
+from semtok.commands.run_folder import (
+    RECIPE_FILE,
+    check_files,
+    check_run_folder,
+    is_finished,
+    record_files,
+)
+from semtok.commands.run_recipe import Resume, record_overrides
 from semtok.commands.table import print_table
+from semtok.commands.texture_quality import TextureQuality
 from semtok.data.source import ImageSource
-from semtok.errors import UserError
+from semtok.errors import Interrupted, UserError
+from semtok.lock import only_one_in
 from semtok.objective import Objective
-from semtok.processes import gather, together
+from semtok.processes import gather, interruptible, process_index, together
+from semtok.progress import is_first
 from semtok.recipe import DiffusionRecipe, TokenizerRecipe, write_recipe
 from semtok.settings import flatten
-from semtok.storage import write_json
+from semtok.storage import DISK_FULL, read_json, write_json
 from semtok.tokenizer import library_version
+from semtok.training.checkpoint import (
+    CHECKPOINTS,
+    list_checkpoints,
+    random_state,
+    restore_random_state,
+)
 from semtok.training.loop import Trainer
+from semtok.training.process import join_processes
 
 Recipe = TokenizerRecipe[Any, Any] | DiffusionRecipe[Any]
 
 _EXPORTS = "exports"
+_START = "validation_before.json"
+_LOSS_DB = 0.5
 _LABELS = {
     "psnr": ("PSNR", "{:.2f} dB"),
     "ssim": ("SSIM", "{:.3f}"),
@@ -40,11 +63,89 @@ def add_run_options(parser: argparse.ArgumentParser, default_folder: str) -> Non
     )
     parser.add_argument("--output", help=f"run folder; default: {default_folder}")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the run's newest checkpoint"
+        "--resume",
+        nargs="?",
+        const="yes",
+        choices=("yes", "auto"),
+        metavar="auto",
+        help="go on from the run's newest checkpoint, with the run's own recipe; auto: start the run where there is "
+        "none, and leave a finished one alone",
     )
     parser.add_argument(
         "--print-recipe", action="store_true", help="show the resolved recipe and stop"
     )
+
+
+def read_run_options(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; after ``--resume`` any word but ``auto`` is a setting.
+
+    Returns:
+        the options, of which ``resume`` is as ``Resume`` says.
+    """
+    words = [*arguments, ""]
+    joined = []
+    for word, after in pairwise(words):
+        is_resume = len(word) > len("--r") and "--resume".startswith(word)
+        if word == "auto" and joined[-1:] == ["--resume="]:
+            joined[-1] += word
+        else:
+            joined.append("--resume=" + "yes" * (after != "auto") if is_resume else word)
+    args = parser.parse_intermixed_args(joined)
+    args.resume = "auto" if args.resume == "auto" else args.resume is not None
+    return args
+
+
+@contextlib.contextmanager
+def at_work(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
+    """Within this context a run has its folder for itself, in all processes, hears signals, and says how to go on.
+
+    Raises:
+        UserError: another run is at work there, or the disk is full.
+        Interrupted: a signal came, see ``stopping.listening``.
+    """
+    with stopping.listening(), contextlib.ExitStack() as stack:
+        try:
+            join_processes()
+            stack.enter_context(interruptible())
+            with together():
+                if not process_index():
+                    stack.enter_context(only_one_in(folder, "a run"))
+                    check_run_folder(folder, recipe, resume=resume)  # as it is now
+            yield
+        except Interrupted as stopped:
+            if stopped.way_on:  # of a run that comes first
+                raise
+            checkpoints = list_checkpoints(folder / CHECKPOINTS)
+            begun = (folder / RECIPE_FILE).is_file()
+            raise Interrupted(
+                stopped.signal_number,
+                checkpoint=checkpoints[-1] if checkpoints else None,
+                way_on="go on with --resume" if begun else "the same command starts it again",
+            ) from None
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise UserError(
+                f"{error.filename or folder}: {error.strerror}; make room and go on with --resume auto"
+            ) from None
+
+
+def is_finished_already(folder: Path, recipe: Recipe, resume: Resume) -> bool:
+    """Whether ``--resume auto`` has nothing to do; then it says so.
+
+    Raises:
+        UserError: the run that is finished was of another recipe.
+    """
+    if resume != "auto" or not is_finished(folder, recipe):
+        return False
+    check_run_folder(folder, recipe, resume=True)
+    if is_first():
+        print(
+            f"{folder}: is finished, {recipe.train.steps} steps; train.steps=… goes on for more, --resume alone "
+            "measures and exports it again",
+            flush=True,
+        )
+    return True
 
 
 @contextlib.contextmanager
@@ -69,12 +170,14 @@ def start_trainer(
     *,
     resume: bool,
     what: str,
+    overrides: Sequence[str] = (),
 ) -> Trainer:
     """Makes the run's trainer, goes back to its checkpoint if asked, and claims the folder for it.
 
     Args:
         sources: of training and of held-out images.
         what: is trained, in a few words.
+        overrides: see ``run_recipe.resolve``.
 
     Raises:
         UserError: the run can't go on with its checkpoint, or with these images.
@@ -98,6 +201,7 @@ def start_trainer(
             _check_exports_on_the_way(trainer)
         if accelerator.is_main_process:
             write_recipe(recipe, folder / RECIPE_FILE)
+            record_overrides(folder, overrides)
             record_files(folder, train.file_states)
             height, width = recipe.data.image_size
             print(
@@ -107,17 +211,54 @@ def start_trainer(
                 print(trainer.memory_line, flush=True)
             if trainer.step:
                 print(f"resuming after step {trainer.step}", flush=True)
+            _tell_of_more_steps(recipe, trainer.step)
     return trainer
 
 
+def _tell_of_more_steps(recipe: Recipe, step: int) -> None:
+    until, steps = max(recipe.train.planned_before, default=(None, 0))
+    if until == step:
+        share = recipe.train.learning_rate_factor(step)
+        print(
+            f"train.steps is {recipe.train.steps} and was {steps}: the cosine is planned anew, and from step {step} on "
+            f"the rate is {share:.3g} of train.optimiser.learning_rate",
+            flush=True,
+        )
+
+
+def measure_start(trainer: Trainer) -> None:
+    """Notes and prints the held-out metrics of the weights that a training starts from, in all processes together;
+    what comes after draws the random numbers that it would have drawn."""
+    random = random_state()
+    metrics = trainer.validate()
+    restore_random_state(random)
+    if trainer.accelerator.is_main_process:
+        write_json(trainer.folder / _START, metrics)
+        told = ", ".join(" ".join(_row(name, value)) for name, value in metrics.items())
+        print(f"before training: {told}", flush=True)
+
+
+def _row(name: str, value: float) -> tuple[str, str]:
+    """A metric as people read it: what it is, and the number."""
+    label, form = _LABELS.get(name, (name, "{:.4g}"))
+    return label, form.format(value)
+
+
 def summarise(
-    trainer: Trainer, metrics: dict[str, float], folder: Path, what: str, *, total_seconds: float
+    trainer: Trainer,
+    metrics: dict[str, float],
+    folder: Path,
+    what: str,
+    *,
+    total_seconds: float,
+    texture: TextureQuality | None = None,
 ) -> None:
     """Writes ``summary.json``, prints the closing table, and tells where the run has left what people look for.
 
     Args:
         metrics: held-out metrics, means over images.
         what: the export is.
+        texture: how well the tokenizer that this one is built on shows the training images.
     """
     images = trainer.step * trainer.config.batch_size
     summary = {
@@ -136,11 +277,25 @@ def summarise(
         "num_processes": trainer.accelerator.num_processes,
         "accumulate": trainer.accumulate,
     }
+    if texture is not None:
+        summary["texture"] = asdict(texture)
+    start = read_json(folder / _START) if (folder / _START).is_file() else {}
+    if start:
+        summary["validation_before"] = start
     write_json(folder / "summary.json", summary)
     rows = []
     for name, value in metrics.items():
-        label, form = _LABELS.get(name, (name, "{:.4g}"))
-        rows.append((label, form.format(value)))
+        label, shown = _row(name, value)
+        rows.append((label, f"{shown}, before {_row(name, start[name])[1]}" if start else shown))
+    if metrics.get("psnr", 0.0) < start.get("psnr", 0.0) - _LOSS_DB:
+        print(
+            f"warning: PSNR fell from {start['psnr']:.2f} to {metrics['psnr']:.2f} dB; a smaller "
+            "train.optimiser.learning_rate does less harm to weights that were trained before",
+            flush=True,
+        )
+    if texture is not None:
+        found = f"{texture.psnr:.2f} dB on {texture.num_images} training images"
+        rows.append(("PSNR of the texture", found))
     rows += [
         ("speed", f"{images / trainer.seconds:.1f} images/s" if trainer.seconds else "-"),
         ("time", f"{total_seconds:.0f} s in all, {trainer.seconds:.0f} s training"),

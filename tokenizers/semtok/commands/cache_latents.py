@@ -12,19 +12,22 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from semtok import stopping
 from semtok.commands.around_training import errors_at
-from semtok.commands.cli import Parser, add_plugin_option, with_way_on
+from semtok.commands.cli import Parser, add_plugin_option
 from semtok.commands.evaluate_options import SHAPES
 from semtok.commands.table import print_table
 from semtok.commands.train_tokenizer import tokenizer_from_reference
 from semtok.data.caches.latent_cache import CachedLatents, ensure_latent_cache, is_latent_cache
 from semtok.data.caches.shards import Shards
 from semtok.data.images.kinds import open_sources
+from semtok.data.images.shapes import ShapesConfig
 from semtok.errors import UserError
 from semtok.recipe import parse_data
 from semtok.registry import load_plugins
 from semtok.settings import apply_overrides, parse
 from semtok.teachers import Teacher, TeacherConfig
+from semtok.tokenizer import Tokenizer
 
 
 def _parser() -> Parser:
@@ -77,7 +80,8 @@ def main(arguments: Sequence[str]) -> int:
             "--data: crop=random: a cache holds one crop of each image, the one at the centre; leave it out"
         )
     sources = open_sources(data)
-    tokenizer = tokenizer_from_reference(args.tokenizer).eval()
+    drawn = isinstance(data, ShapesConfig)
+    tokenizer = tokenizer_from_reference(args.tokenizer, drawn=drawn).eval()
     with errors_at("--data"):
         tokenizer.spec.check_image_size(data.image_size)
     targets = None
@@ -90,8 +94,8 @@ def main(arguments: Sequence[str]) -> int:
     accelerator = Accelerator()
     tokenizer.to(accelerator.device)
     start = time.perf_counter()
-    with with_way_on("the same command goes on"):
-        train, validation = ensure_latent_cache(
+    with stopping.with_way_on("the same command goes on"):
+        cached = ensure_latent_cache(
             sources,
             tokenizer,
             args.output,
@@ -102,31 +106,38 @@ def main(arguments: Sequence[str]) -> int:
             shard_size=args.shard_size,
         )
     if accelerator.is_main_process:
-        _report(args, train, validation, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        command = _training_command(args, tokenizer)
+        _report(args.output, cached, seconds=seconds, command=command)
     return 0
 
 
-def _training_command(args: argparse.Namespace) -> str:
+def _training_command(args: argparse.Namespace, tokenizer: Tokenizer) -> str:
     """What trains on the cache: of the same tokenizer, images and targets."""
     words = ["--tokenizer", args.tokenizer, *(f"data.{word}" for word in args.data)]
     words.append(f"data.cache={args.output}")
-    if args.targets is not None:
+    if args.targets is not None and tokenizer.diffusion_defaults.repa is None:
         words.append("diffusion.repa={weight: 0.5}")
     words += [f"teacher.{word}" for word in args.targets or ()]
     return f"semtok train_dit {shlex.join(words)}"
 
 
 def _report(
-    args: argparse.Namespace, train: CachedLatents, validation: CachedLatents, seconds: float
+    folder: Path,
+    cached: tuple[CachedLatents, CachedLatents],
+    *,
+    seconds: float,
+    command: str,
 ) -> None:
+    train, validation = cached
     rows = [
         (name, str(dtype).removeprefix("torch."), "x".join(map(str, shape)))
         for name, (dtype, shape) in train.shards.columns.items()
     ]
-    print_table(f"{args.output}: {train.name}", rows, ("per image", "type", "shape"))
+    print_table(f"{folder}: {train.name}", rows, ("per image", "type", "shape"))
     mirrored = ", mirrored ones too" if train.flip else ""
     print(
         f"{len(train)} training and {len(validation)} held-out images{mirrored}; "
         f"{train.shards.bytes_per_image / 1e3:.1f} kB an image; {seconds:.0f} s; "
-        f"train on it by: {_training_command(args)}"
+        f"train on it by: {command}"
     )

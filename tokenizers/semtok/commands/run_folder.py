@@ -3,15 +3,19 @@
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from semtok.errors import UserError
+from semtok.lock import LOCK_FILE
 from semtok.settings import Config, flatten, parse, read_yaml
 from semtok.storage import read_json, write_json
+from semtok.training.checkpoint import CHECKPOINTS, list_checkpoints, step_of
 
 RECIPE_FILE = "recipe.yaml"
 """The resolved recipe, which makes the folder a run's."""
 _FILES_FILE = "data_files.json"
+_PLANNED = "train.planned_before"
+RecipeType = TypeVar("RecipeType", bound=Config)
 
 # Settings that change what is written or how fast, but not what is learned.
 _FREE_ON_RESUME = (
@@ -20,6 +24,7 @@ _FREE_ON_RESUME = (
     "train.keep_last",
     "train.export_at",
     "train.accumulate",
+    "train.planned_before",  # see _planned_anew
     "train.memory",
     "train.sample_every",
     "train.num_sample_images",
@@ -27,11 +32,16 @@ _FREE_ON_RESUME = (
     "train.tracker",
     "train.compile",
     "data.num_workers",
+    "method.min_texture_psnr",
 )
 
 
-def check_run_folder(folder: Path, recipe: Config, *, resume: bool) -> None:
-    """Checks that this run may write into the folder, and that ``--resume`` goes on with the same recipe.
+def check_run_folder(folder: Path, recipe: RecipeType, *, resume: bool) -> RecipeType:
+    """Checks that this run may write into the folder, and that a resumed one goes on with the same recipe.
+
+    Returns:
+        the recipe; of a run that goes on for more steps than its cosine was planned for, with
+        ``train.planned_before``.
 
     Raises:
         UserError: another run's folder, a folder with other things in it, or a changed recipe.
@@ -50,16 +60,25 @@ def check_run_folder(folder: Path, recipe: Config, *, resume: bool) -> None:
             raise UserError(
                 f"{folder}: holds a run already; go on with --resume, or choose another --output"
             )
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(p.name != LOCK_FILE for p in folder.iterdir()):
             raise UserError(f"{folder}: is not empty and not a run; choose another --output")
-        return
+        return recipe
     if not recorded.exists():
         raise UserError(
-            f"{folder}: no run to resume there (no {RECIPE_FILE}); leave --resume out to start one"
+            f"{folder}: no run to resume there (no {RECIPE_FILE}); leave --resume out to start one, or pass "
+            "--resume auto"
         )
     old, new = flatten(_recorded(recorded, recipe)), flatten(recipe.model_dump(mode="json"))
-    # The cosine's shape depends on the number of steps; a constant rate only goes on for longer.
-    free = _FREE_ON_RESUME + (("train.steps",) if new.get("train.schedule") == "constant" else ())
+    _check_unchanged(folder, old, new)
+    return _planned_anew(folder, recipe, old, new)
+
+
+def _check_unchanged(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    free, steps, was = _FREE_ON_RESUME, new.get("train.steps"), old.get("train.steps")
+    # A constant rate ends anywhere; a cosine that is to come down earlier would have been another run.
+    is_longer = isinstance(steps, int) and isinstance(was, int) and steps >= was
+    if is_longer or new.get("train.schedule") == "constant":
+        free += ("train.steps",)
     changed = [
         key
         for key in sorted(old.keys() | new.keys())
@@ -72,6 +91,42 @@ def check_run_folder(folder: Path, recipe: Config, *, resume: bool) -> None:
             + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")
             + "; start anew with --output"
         )
+    done = _steps_done(folder)
+    if isinstance(steps, int) and done > steps:
+        raise UserError(
+            f"{folder}: train.steps {steps}: the run has done {done} already; give as many or more"
+        )
+
+
+def _planned_anew(
+    folder: Path, recipe: RecipeType, old: dict[str, Any], new: dict[str, Any]
+) -> RecipeType:
+    """The recipe, with what the learning rate followed up to here where the run has more steps now."""
+    if new.get("train.schedule") != "cosine":
+        return recipe
+    earlier = tuple(tuple(pair) for pair in old.get(_PLANNED) or ())
+    given = tuple(tuple(pair) for pair in new.get(_PLANNED) or ())
+    done, planned = _steps_done(folder), earlier
+    if new["train.steps"] > old["train.steps"] and done > max((u for u, _ in earlier), default=0):
+        planned += ((done, old["train.steps"]),)
+    if given not in ((), earlier, planned):
+        raise UserError(f"{folder}: {_PLANNED}: is not as the run was; leave it out")
+    train = recipe.train.model_copy(update={"planned_before": planned})
+    return recipe.model_copy(update={"train": train})
+
+
+def _steps_done(folder: Path) -> int:
+    """After which step the newest checkpoint is; 0: there is none."""
+    return max(map(step_of, list_checkpoints(folder / CHECKPOINTS)), default=0)
+
+
+def is_finished(folder: Path, recipe: Any) -> bool:
+    """Whether the run of this recipe has ended there: all steps are done, measured and exported."""
+    summary = folder / "summary.json"
+    if not summary.is_file() or not (folder / "export" / "config.json").is_file():
+        return False
+    content = read_json(summary)
+    return isinstance(content, dict) and content.get("steps") == recipe.train.steps
 
 
 def _recorded(file: Path, recipe: Config) -> dict[str, Any]:

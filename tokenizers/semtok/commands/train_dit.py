@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from semtok.commands import around_training
 from semtok.commands.cli import Parser
 from semtok.commands.run_folder import check_run_folder
+from semtok.commands.run_recipe import Resume, resolve, resumes
 from semtok.commands.train_tokenizer import (
     TokenizerPlan,
     check_tokenizer_of_run,
@@ -41,6 +42,7 @@ from semtok.recipe import (
     recipe_text,
 )
 from semtok.references import recipe_folder
+from semtok.settings import apply_overrides, read_yaml
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 from semtok.training.process import check_launch, make_accelerator
@@ -60,16 +62,32 @@ def main(arguments: Sequence[str]) -> int:
         "--recipe", help="a YAML recipe, or the name of one of the library's; default: dit"
     )
     around_training.add_run_options(parser, "runs/<recipe>_<tokenizer>")
-    args = parser.parse_intermixed_args(arguments)
+    args = around_training.read_run_options(parser, arguments)
 
-    path = locate_recipe(args.recipe) if args.recipe else _default_recipe()
-    recipe = load_diffusion_recipe(path, args.overrides, tokenizer=args.tokenizer)
+    overrides = args.overrides
+    if args.tokenizer is not None:
+        overrides = [*overrides, f"tokenizer={json.dumps(args.tokenizer)}"]
+    path = locate_recipe(args.recipe) if args.recipe else None
+    folder = _folder(args.output, path or _default_recipe(), overrides)
+    if path is None and not resumes(folder, args.resume):
+        path = _default_recipe()
+    found = resolve(load_diffusion_recipe, path, overrides, folder=folder, resume=args.resume)
     if args.print_recipe:
-        print(recipe_text(recipe), end="")
+        print(recipe_text(found.recipe), end="")
         return 0
-    folder = Path(args.output or default_run(path, recipe.tokenizer))
-    train_dit(recipe, folder, resume=args.resume, place=str(path))
+    train_dit(
+        found.recipe, folder, resume=args.resume, place=found.place, overrides=found.overrides
+    )
     return 0
+
+
+def _folder(output: str | None, path: Path, overrides: list[str]) -> Path:
+    if output is not None:
+        return Path(output)
+    content = apply_overrides(read_yaml(path), overrides)
+    if not isinstance(content.get("tokenizer"), str):
+        raise UserError(f"{path}: 'tokenizer' is missing; give --tokenizer REF or tokenizer=…")
+    return default_run(path, content["tokenizer"])
 
 
 def _default_recipe() -> Path:
@@ -100,34 +118,58 @@ class GeneratorPlan:
     teacher: Teacher | None
     latents: tuple[CachedLatents, CachedLatents] | None
     objective: DiffusionObjective
+    overrides: tuple[str, ...] = ()
 
 
 def train_dit(
-    recipe: DiffusionRecipe[Any], folder: Path, *, resume: bool = False, place: str = "recipe"
+    recipe: DiffusionRecipe[Any],
+    folder: str | Path,
+    *,
+    resume: Resume = False,
+    place: str = "recipe",
+    overrides: Sequence[str] = (),
 ) -> Generator:
     """Trains, evaluates and exports a generator into a run folder.
 
     The tokenizer is copied into the run before the first step, and a resumed run reads that copy:
     what the reference names may change meanwhile.
 
+    In a thread other than the main one, as of a notebook server or a web worker, it trains as well; signals are
+    then not heard.
+
+    Args:
+        resume: go on with the run that is there; ``"auto"``: if there is one, and a finished one is only loaded.
+        place: starts messages about the recipe.
+        overrides: settings of a command line that the recipe holds already, which the run notes.
+
     Raises:
         UserError: see ``check_dit``.
         Interrupted, NonFiniteLoss: see ``Trainer.run``.
     """
-    return run_dit(check_dit(recipe, folder, resume=resume, place=place))
+    folder = Path(folder)
+    if around_training.is_finished_already(folder, recipe, resume):
+        return Generator.from_pretrained(str(folder))
+    return run_dit(check_dit(recipe, folder, resume=resume, place=place, overrides=overrides))
 
 
 def check_dit(
-    recipe: DiffusionRecipe[Any], folder: Path, *, resume: bool = False, place: str = "recipe"
+    recipe: DiffusionRecipe[Any],
+    folder: Path,
+    *,
+    resume: Resume = False,
+    place: str = "recipe",
+    overrides: Sequence[str] = (),
 ) -> GeneratorPlan:
     """Checks a run and those that come before it.
 
     Raises:
         UserError: anything about the recipe, the images, the machine or the folder that can't work.
     """
-    check_run_folder(folder, recipe, resume=resume)
+    goes_on = resumes(folder, resume)
+    recipe = check_run_folder(folder, recipe, resume=goes_on)
     check_launch(recipe.train)
-    return plan_dit(recipe, folder, resume=resume, place=place)
+    plan = plan_dit(recipe, folder, resume=goes_on, place=place)
+    return replace(plan, overrides=tuple(overrides))
 
 
 def plan_dit(
@@ -141,7 +183,9 @@ def plan_dit(
     stored = stored_latents(recipe.data)
     images = open_sources(recipe.data) if stored is None else None
     teacher = Teacher(recipe.teacher) if needs_teacher(recipe) and stored is None else None
-    tokenizer = check_tokenizer_of_run(recipe.tokenizer, folder / _TOKENIZER, resume=resume)
+    tokenizer = check_tokenizer_of_run(
+        recipe.tokenizer, folder, _TOKENIZER, data=recipe.data, resume=resume
+    )
     is_made = isinstance(tokenizer, Tokenizer)
     built_on, latents = tokenizer if is_made else tokenizer.stand_in, None
     if stored is not None:
@@ -162,6 +206,11 @@ def plan_dit(
 
 def run_dit(plan: GeneratorPlan) -> Generator:
     """Executes a plan: see ``train_dit``."""
+    with around_training.at_work(plan.folder, plan.recipe, resume=plan.resume):
+        return _run(plan)
+
+
+def _run(plan: GeneratorPlan) -> Generator:
     start = time.perf_counter()
     recipe, folder, images = plan.recipe, plan.folder, plan.images
     tokenizer, objective = plan.tokenizer, plan.objective
@@ -184,6 +233,7 @@ def run_dit(plan: GeneratorPlan) -> Generator:
         sources,
         resume=plan.resume,
         what=f"a diffusion transformer in the latents of {recipe.tokenizer}",
+        overrides=plan.overrides,
     )
     with together():
         if accelerator.is_main_process:
@@ -218,6 +268,7 @@ def training_info(
     """What a generator's export says of its training up to a step."""
     return {
         "data": train.name,
+        "licence": recipe.data.licence,
         "metrics": metrics,
         "steps": step,
         "recipe": json.loads(recipe.model_dump_json()),

@@ -4,7 +4,7 @@ import copy
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,32 @@ from torch import nn
 from semtok.commands import around_training
 from semtok.commands.cli import Parser
 from semtok.commands.run_folder import check_run_folder
+from semtok.commands.run_recipe import Resume, resolve, resumes, split_recipe
+from semtok.commands.texture_quality import TextureQuality, record, texture_quality
 from semtok.data.images.kinds import open_sources
+from semtok.data.images.shapes import ShapesConfig
 from semtok.data.order import DataOrder
 from semtok.data.passes import read_images
-from semtok.data.source import ImageSource
-from semtok.errors import Interrupted
+from semtok.data.source import DataConfig, ImageSource
+from semtok.errors import Interrupted, UserError
 from semtok.images import to_pixels
 from semtok.objective import Batch, MethodContext, TokenizerObjective
 from semtok.processes import process_index, together
-from semtok.recipe import TokenizerRecipe, default_run, load_recipe, locate_recipe, recipe_text
+from semtok.recipe import (
+    TokenizerRecipe,
+    default_run,
+    load_recipe,
+    locate_recipe,
+    parse_recipe,
+    recipe_text,
+)
 from semtok.references import RUNS, find_recipe
 from semtok.registry import get_method
+from semtok.settings import read_yaml
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 from semtok.training.checkpoint import CHECKPOINTS, list_checkpoints
-from semtok.training.loop import on_device
+from semtok.training.inputs import on_device
 from semtok.training.process import check_launch, make_accelerator
 
 _TEXTURE = "texture"
@@ -38,18 +49,26 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     parser = Parser(prog="train_tokenizer", description=__doc__)
     parser.add_argument(
-        "recipe", help="a YAML recipe, or the name of one of the library's, as imagenet256/send_vae"
+        "recipe",
+        nargs="?",
+        help="a YAML recipe, or the name of one of the library's, as imagenet256/send_vae; a run that is resumed "
+        "needs none beside --output",
     )
     around_training.add_run_options(parser, "runs/<recipe's name>")
-    args = parser.parse_intermixed_args(arguments)
+    args = around_training.read_run_options(parser, arguments)
 
-    path = locate_recipe(args.recipe)
-    recipe = load_recipe(path, args.overrides)
-    if args.print_recipe:
-        print(recipe_text(recipe), end="")
-        return 0
+    name, overrides = split_recipe(args.recipe, args.overrides)
+    path = locate_recipe(name) if name is not None else None
+    if args.output is None and path is None:
+        parser.error("a recipe is missing, or the --output of a run to go on with")
     folder = Path(args.output or default_run(path))
-    train_tokenizer(recipe, folder, resume=args.resume, place=str(path))
+    found = resolve(load_recipe, path, overrides, folder=folder, resume=args.resume)
+    if args.print_recipe:
+        print(recipe_text(found.recipe), end="")
+        return 0
+    train_tokenizer(
+        found.recipe, folder, resume=args.resume, place=found.place, overrides=found.overrides
+    )
     return 0
 
 
@@ -64,6 +83,7 @@ class TokenizerPlan:
         sources: training and held-out images.
         texture: the tokenizer that the method is built on, or the run that makes it first; None: it is on none.
         objective: built on that tokenizer; where it is still to be made, on what it is before its training.
+        overrides: settings that a command line gave beside the recipe, which the run notes.
     """
 
     recipe: TokenizerRecipe[Any, Any]
@@ -73,6 +93,7 @@ class TokenizerPlan:
     sources: tuple[ImageSource, ImageSource]
     texture: "Tokenizer | TokenizerPlan | None"
     objective: TokenizerObjective
+    overrides: tuple[str, ...] = ()
 
     @property
     def stand_in(self) -> Tokenizer:
@@ -82,28 +103,55 @@ class TokenizerPlan:
 
 
 def train_tokenizer(
-    recipe: TokenizerRecipe[Any, Any], folder: Path, *, resume: bool = False, place: str = "recipe"
+    recipe: TokenizerRecipe[Any, Any] | str | Path,
+    folder: str | Path,
+    *,
+    resume: Resume = False,
+    place: str = "recipe",
+    overrides: Sequence[str] = (),
 ) -> Tokenizer:
     """Trains, evaluates and exports a tokenizer into a run folder.
+
+    In a thread other than the main one, as of a notebook server or a web worker, it trains as well; signals are
+    then not heard.
+
+    Args:
+        recipe: or a file's path, or the name of one of the library's.
+        resume: go on with the run that is there; ``"auto"``: if there is one, and a finished one is only loaded.
+        place: starts messages about the recipe.
+        overrides: settings of a command line that the recipe holds already, which the run notes.
 
     Raises:
         UserError: see ``check_tokenizer``.
         Interrupted, NonFiniteLoss: see ``Trainer.run``.
     """
-    return run_tokenizer(check_tokenizer(recipe, folder, resume=resume, place=place))
+    if not isinstance(recipe, TokenizerRecipe):
+        place, recipe = str(recipe), load_recipe(locate_recipe(recipe), [])
+    folder = Path(folder)
+    if around_training.is_finished_already(folder, recipe, resume):
+        return Tokenizer.from_pretrained(folder)
+    plan = check_tokenizer(recipe, folder, resume=resume, place=place, overrides=overrides)
+    return run_tokenizer(plan)
 
 
 def check_tokenizer(
-    recipe: TokenizerRecipe[Any, Any], folder: Path, *, resume: bool = False, place: str = "recipe"
+    recipe: TokenizerRecipe[Any, Any],
+    folder: Path,
+    *,
+    resume: Resume = False,
+    place: str = "recipe",
+    overrides: Sequence[str] = (),
 ) -> TokenizerPlan:
     """Checks a run and the runs that come before it.
 
     Raises:
         UserError: anything about the recipe, the images, the machine or the folder that can't work.
     """
-    check_run_folder(folder, recipe, resume=resume)
+    goes_on = resumes(folder, resume)
+    recipe = check_run_folder(folder, recipe, resume=goes_on)
     check_launch(recipe.train)
-    return plan_tokenizer(recipe, folder, resume=resume, place=place)
+    plan = plan_tokenizer(recipe, folder, resume=goes_on, place=place)
+    return replace(plan, overrides=tuple(overrides))
 
 
 def plan_tokenizer(
@@ -117,7 +165,9 @@ def plan_tokenizer(
     sources = open_sources(recipe.data)
     texture, reference = None, recipe.method.texture_reference()
     if reference is not None:
-        texture = check_tokenizer_of_run(reference, folder / _TEXTURE, resume=resume)
+        texture = check_tokenizer_of_run(
+            reference, folder, _TEXTURE, data=recipe.data, resume=resume
+        )
     built_on = texture.stand_in if isinstance(texture, TokenizerPlan) else texture
     resumes = resume and _has_checkpoints(folder)
     objective = build_objective(recipe, built_on, place=place, resumes=resumes)
@@ -130,6 +180,11 @@ def _has_checkpoints(folder: Path) -> bool:
 
 def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
     """Executes a plan: see ``train_tokenizer``."""
+    with around_training.at_work(plan.folder, plan.recipe, resume=plan.resume):
+        return _run(plan)
+
+
+def _run(plan: TokenizerPlan) -> Tokenizer:
     start = time.perf_counter()
     recipe, folder, objective = plan.recipe, plan.folder, plan.objective
     texture = plan.texture
@@ -138,7 +193,11 @@ def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
         resumes = plan.resume and _has_checkpoints(folder)
         objective = build_objective(recipe, texture, place=plan.place, resumes=resumes)
     accelerator = make_accelerator(recipe.train, folder)
+    if accelerator.is_main_process and recipe.train.optimiser is not None:
+        for line in recipe.method.warnings(recipe.train.optimiser.learning_rate):
+            print(f"warning: {line}", flush=True)
     with around_training.errors_at(plan.place):
+        quality = _texture_quality(plan, texture, accelerator.device)
         read = objective.training_source(plan.sources[0], accelerator)
     trainer = around_training.start_trainer(
         objective,
@@ -148,15 +207,19 @@ def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
         (read, plan.sources[1]),
         resume=plan.resume,
         what=recipe.method.name,
+        overrides=plan.overrides,
     )
     with together():
         if texture is not None and accelerator.is_main_process:
             keep_tokenizer(texture, folder / _TEXTURE)
+            record(quality, folder)
     if not trainer.step:
         with together():
             what = "measuring the teacher's features"
             batches = statistics_batches(read, recipe, accelerator.device, what=what)
             objective.measure(batch for _, batch in batches)
+        if recipe.method.starts_from_weights():
+            around_training.measure_start(trainer)
     averaged = trainer.run(lambda module, step: _export_on_the_way(plan, objective, module, step))
     metrics = trainer.validate()
     tokenizer = objective.tokenizer(averaged)
@@ -172,28 +235,58 @@ def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
         )
         if accelerator.is_main_process:
             seconds = time.perf_counter() - start
-            around_training.summarise(trainer, metrics, folder, "tokenizer", total_seconds=seconds)
+            around_training.summarise(
+                trainer, metrics, folder, "tokenizer", total_seconds=seconds, texture=quality
+            )
     return tokenizer
+
+
+def _texture_quality(
+    plan: TokenizerPlan, texture: Tokenizer | None, device: torch.device
+) -> TextureQuality | None:
+    """Of the tokenizer that the method is built on, where there is one."""
+    if texture is None:
+        return None
+    resumes = plan.resume and _has_checkpoints(plan.folder)
+    return texture_quality(
+        plan.recipe, texture, plan.sources[0], plan.folder, device, resumes=resumes
+    )
 
 
 # Tokenizers that others are built on -------------------------------------------------------------
 
 
-def tokenizer_from_reference(reference: str) -> Tokenizer:
+def tokenizer_from_reference(reference: str, *, drawn: bool = True) -> Tokenizer:
     """Loads a tokenizer; where the reference names an embedded recipe without a finished run, trains it.
 
     The order: a folder, the name of a finished run, ``demo``, a Hub id, the name of an embedded recipe.
 
+    Args:
+        drawn: whether it is for the drawn scenes, which embedded recipes train on.
+
     Raises:
-        UserError: the reference names nothing.
+        UserError: the reference names nothing, or a recipe that would train on other images than it is for.
     """
     found = check_reference(reference)
-    return run_first(found) if isinstance(found, TokenizerPlan) else found
+    if not isinstance(found, TokenizerPlan):
+        return found
+    if not drawn:
+        raise UserError(
+            f"tokenizer '{reference}' is not trained yet, and not on these images; train it first: python "
+            f"tools/train_tokenizer.py recipes/{reference}.yaml data.kind=… data.path=… --output {RUNS}/NAME"
+        )
+    return run_first(found)
 
 
-def check_reference(reference: str) -> Tokenizer | TokenizerPlan:
+def check_reference(
+    reference: str, data: DataConfig | None = None, *, run: Path | None = None
+) -> Tokenizer | TokenizerPlan:
     """The tokenizer that a reference names, or the plan of the run that makes it: of an embedded recipe without a
     finished run.
+
+    Args:
+        data: images that it is for. Where these are not drawn scenes, a recipe is trained on them instead of its own.
+        run: the folder of the run that needs it; beside it stands what is trained on such images.
 
     Raises:
         UserError: the reference names nothing.
@@ -203,17 +296,33 @@ def check_reference(reference: str) -> Tokenizer | TokenizerPlan:
     recipe = None if finished or Path(reference).is_dir() else find_recipe(reference)
     if recipe is None:
         return Tokenizer.from_pretrained(reference)
-    resume = (folder / "recipe.yaml").is_file()
-    return check_tokenizer(load_recipe(recipe, []), folder, resume=resume, place=str(recipe))
+    if run is not None and data is not None and not isinstance(data, ShapesConfig):
+        folder = run.with_name(f"{run.name}_{reference.replace('/', '_')}")
+        images = data.model_dump(mode="json", exclude={"cache"})  # a cache is of latents
+        own = read_yaml(recipe) | {"data": images}
+        content, place, overrides = parse_recipe(own, str(recipe)), str(recipe), ()
+    else:
+        found = resolve(load_recipe, recipe, [], folder=folder, resume="auto")
+        content, place, overrides = found.recipe, found.place, found.overrides
+    plan = check_tokenizer(content, folder, resume="auto", place=place, overrides=overrides)
+    # Also a finished run has to be of the same recipe and images, which is checked above.
+    is_finished = (folder / "export" / "config.json").is_file()
+    return Tokenizer.from_pretrained(folder) if is_finished else plan
 
 
 def check_tokenizer_of_run(
-    reference: str, kept: Path, *, resume: bool
+    reference: str, folder: Path, kept: str, *, data: DataConfig, resume: bool
 ) -> Tokenizer | TokenizerPlan:
-    """The tokenizer that a run is built on: a resumed one reads the copy that it kept."""
-    if resume and kept.is_dir():
-        return Tokenizer.from_pretrained(kept)
-    return check_reference(reference)
+    """The tokenizer that a run is built on: a resumed one reads the copy that it kept.
+
+    Args:
+        folder: the run's.
+        kept: the copy's name there.
+        data: the run's images.
+    """
+    if resume and (folder / kept).is_dir():
+        return Tokenizer.from_pretrained(folder / kept)
+    return check_reference(reference, data, run=folder)
 
 
 def run_first(plan: TokenizerPlan) -> Tokenizer:
@@ -226,7 +335,9 @@ def run_first(plan: TokenizerPlan) -> Tokenizer:
         run_tokenizer(plan)
     except Interrupted as stopped:
         raise Interrupted(
-            stopped.signal_number, stopped.checkpoint, way_on="the same command goes on"
+            stopped.signal_number,
+            checkpoint=stopped.checkpoint,
+            way_on="the same command goes on",
         ) from None
     return Tokenizer.from_pretrained(plan.folder)
 
@@ -347,6 +458,7 @@ def export_tokenizer(
         tokenizer.measure_statistics(pixels, recipe.train.seed)
     tokenizer.training_info = {
         "data": train.name,
+        "licence": recipe.data.licence,
         "image_size": list(recipe.data.image_size),
         "teacher": recipe.teacher.model_dump() if recipe.method.needs_teacher() else None,
         "metrics": metrics,
@@ -360,7 +472,7 @@ def export_tokenizer(
     pixels = to_pixels(train.load([0]).images, device=device)
     reloaded = Tokenizer.from_pretrained(target).to(device)
     with torch.no_grad():
-        ours, theirs = tokenizer.encode(pixels), reloaded.encode(pixels)
+        ours, theirs = (t.encode(pixels, value_range=(-1, 1)) for t in (tokenizer, reloaded))
     # On a GPU two calls of one network may differ by rounding.
     same = all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
     assert same, f"{target} does not encode as the tokenizer that it was made from"

@@ -18,6 +18,7 @@ from semtok.data.images.kinds import open_sources
 from semtok.data.source import DataConfig, ImageSource
 from semtok.diffusion.training import DiffusionObjective
 from semtok.errors import UserError
+from semtok.lock import InUse
 from semtok.recipe import DiffusionRecipe
 from semtok.references import RUNS
 
@@ -98,6 +99,8 @@ def cached_latents(
             data=data,
             targets=objective.target_teacher,
         )
+    except InUse:  # by the next run of the kind; another way to have latents would give others
+        raise
     except UserError as error:
         if data.cache != "auto":
             raise

@@ -1,5 +1,6 @@
 """The order in which training sees the data, and the loader that follows it."""
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -148,8 +149,20 @@ def load_batches(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # leaves the global one, which resuming restores, alone
+        worker_init_fn=_leave_signals_to_the_run,
     )
     return _batches(iter(loader))
+
+
+def _leave_signals_to_the_run(_: int) -> None:
+    """Clusters and terminals signal loader processes too; without them a run could not end its step.
+
+    A run that ends asks them to end, and by SIGTERM only where they don't: so the second one is obeyed.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _batches(loaded: Iterator[ImageBatch | UserError | None]) -> Iterator[ImageBatch]:

@@ -1,13 +1,13 @@
 """What the processes of one run agree on beside gradients: running statistics, and when to stop."""
 
-import signal
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from semtok import stopping
 
 PATIENCE = timedelta(hours=2)
 """How long a process waits for the others, which may be writing pictures or decoding images."""
@@ -39,8 +39,8 @@ class RunningStatistics:
         torch._foreach_copy_(own, means.split([len(statistic) for statistic in own]))
 
 
-class StopSignals:
-    """Within this context SIGTERM and SIGINT are remembered; a second one stops at once.
+class StopVote:
+    """Asked after every step whether all processes are to stop, as a signal came to one of them.
 
     Several processes have to stop after the same step. So each tells the others after every step
     whether it was asked to, and hears their answers a step later, when they have long been there.
@@ -48,19 +48,15 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self.received: int | None = None
         self._group: dist.ProcessGroup | None = None
         self._asked: tuple[dist.Work, Tensor] | None = None
 
-    def __enter__(self) -> "StopSignals":
+    def __enter__(self) -> "StopVote":
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self._old = {n: signal.signal(n, self._remember) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
         # After an error others may be gone, and would be waited for in vain.
         if self._group is not None and kind is None:
             if self._asked is not None:
@@ -69,20 +65,17 @@ class StopSignals:
         self._group = self._asked = None
 
     def should_stop(self) -> bool:
-        """Asked by every process after every step: whether all of them are to stop now."""
+        """Asked by every process after every step: whether all of them are to stop now, see ``stopping.received``."""
         if self._group is None:
-            return self.received is not None
+            return stopping.received() is not None
         if self._asked is not None:
             work, answer = self._asked
             work.wait()
-            if answer.item():
+            if number := int(answer.item()):
                 self._asked = None
+                stopping.note(number)
                 return True
-        asked = torch.tensor(self.received is not None, dtype=torch.int32)
-        self._asked = dist.all_reduce(asked, group=self._group, async_op=True), asked
+        asked = torch.tensor(stopping.received() or 0, dtype=torch.int32)
+        work = dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._asked = work, asked
         return False
-
-    def _remember(self, number: int, _: Any) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from semtok.errors import UserError
-from semtok.storage import DAMAGE, first_line, new_folder, read_tensors
+from semtok.storage import DAMAGE, first_line, new_folder, read_tensors, write_state
 
 CHECKPOINTS = "checkpoints"
 """The folder of a run that holds them."""
@@ -43,6 +43,9 @@ def save_checkpoint(
     Args:
         modules: networks, written as safetensors under their names.
         state: everything else, of tensors and plain Python values.
+
+    Raises:
+        OSError: the disk is full; the earlier checkpoints are as they were.
     """
     path = checkpoint_path(folder, step)
     tensors = {
@@ -54,7 +57,7 @@ def save_checkpoint(
         shutil.rmtree(unfinished)
     with new_folder(path) as temporary:
         safetensors.torch.save_file(tensors, temporary / MODEL_FILE)
-        torch.save(state, temporary / _STATE_FILE)
+        write_state(temporary / _STATE_FILE, state)
     for old in list_checkpoints(folder)[:-keep_last]:
         shutil.rmtree(old)
     return path

@@ -3,9 +3,8 @@
 import contextlib
 import copy
 import math
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from semtok import stopping
 from semtok.data.order import BatchSlice, DataOrder, training_batches
-from semtok.data.passes import read_images
-from semtok.data.source import ImageBatch, ImageSource, Key
+from semtok.data.source import ImageBatch, ImageSource
 from semtok.errors import Interrupted, UserError
-from semtok.images import to_pixels
 from semtok.objective import Batch, Objective, StepOutput
 from semtok.pictures import write_png
-from semtok.processes import gather, together
+from semtok.processes import gather, interruptible, num_processes, together
 from semtok.sampler.draws import Draws
 from semtok.speed import compile_networks, use_channels_last
-from semtok.teachers import Teacher, TeacherFeatures
+from semtok.stopping import When
 from semtok.training.accumulation import device_gb, micro_batches
-from semtok.training.agreement import RunningStatistics, StopSignals
+from semtok.training.agreement import RunningStatistics, StopVote
 from semtok.training.checkpoint import (
     CHECKPOINTS,
     list_checkpoints,
@@ -35,35 +33,11 @@ from semtok.training.checkpoint import (
     save_checkpoint,
 )
 from semtok.training.ema import ModelEMA
+from semtok.training.held_out import HeldOut
+from semtok.training.inputs import in_float32, on_device, teacher_blocks
 from semtok.training.log import MetricSums, RunLog, non_finite
 from semtok.training.optimisers import Optimisers
 from semtok.training.train_config import TrainConfig
-
-
-def on_device(batch: ImageBatch, device: torch.device) -> Batch:
-    """What a source loaded, as objectives take it."""
-
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
-
-    return Batch(
-        to_pixels(move(batch.images)) if batch.images is not None else None,
-        move(batch.labels),
-        {name: move(values) for name, values in batch.attributes.items()},
-        # In float32 only on the device, so that little crosses.
-        batch.features.map(move).restored() if batch.features is not None else None,
-        batch.latents.map(lambda part: move(part).float()) if batch.latents is not None else None,
-    )
-
-
-def _teacher_blocks(networks: Iterable[nn.Module]) -> list[nn.Module]:
-    """The blocks of the frozen transformers among these networks."""
-    teachers = [network.network for network in networks if isinstance(network, Teacher)]
-    return [block for teacher in teachers for block in getattr(teacher, "blocks", ())]
-
-
-def _in_float32(value: Any) -> Any:
-    return value.map(Tensor.float) if isinstance(value, TeacherFeatures) else value
 
 
 class Trainer:
@@ -105,6 +79,12 @@ class Trainer:
             accelerator.process_index,
             accelerator.num_processes,
         )
+        self.held_out = HeldOut(
+            objective,
+            validation,
+            self.share.micro_batch_size,
+            lambda images: self._prepared(images),
+        )
         networks = [objective.learners, *objective.frozen_modules()]
         for module in networks:
             module.to(self.device)
@@ -115,9 +95,7 @@ class Trainer:
             if config.ema_decay is not None and objective.learners
             else None
         )
-        compile_networks(
-            [*objective.compiled_modules(), *_teacher_blocks(networks)], config.compile
-        )
+        compile_networks([*objective.compiled_modules(), *teacher_blocks(networks)], config.compile)
         self.learners = {
             name: accelerator.prepare_model(p) for name, p in objective.learners.items()
         }
@@ -126,7 +104,7 @@ class Trainer:
         self.metrics = MetricSums()
         self.step, self.seconds = 0, 0.0
         self.skipped: set[str] = set()
-        self._signals = StopSignals()
+        self._vote = StopVote()
         self._mark()
 
     # State that survives ------------------------------------------------------------------------
@@ -195,7 +173,8 @@ class Trainer:
                 module as it is then, and the step.
 
         Raises:
-            Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
+            Interrupted: SIGTERM, SIGINT or SIGUSR1 came; a checkpoint was written, if there were steps. Signals
+                are heard in the main thread alone, see ``stopping.listening``.
             NonFiniteLoss: a loss term is NaN or infinite; no checkpoint holds such weights.
         """
         config = self.config
@@ -213,7 +192,7 @@ class Trainer:
         self.objective.learners.train()
         self._mark()
         try:
-            with self._signals:
+            with stopping.listening(), interruptible(), self._vote:
                 self._run(batches, export)
         finally:
             self.log.close()
@@ -231,20 +210,40 @@ class Trainer:
             self._export(export)
         if not config.steps:
             self._sample()
-        while self.step < config.steps:
-            self.train_step(batches)
-            self.log.step_done()
-            if self.step % config.log_every == 0 or self.step == config.steps:
-                self._log()
-            if self._signals.should_stop():
-                received = self._signals.received or signal.SIGTERM
-                raise Interrupted(received, self._pause(self.save))
-            if self.step % config.sample_every == 0 or self.step == config.steps:
-                self._pause(self._sample)
-            if self.step % config.checkpoint_every == 0 or self.step == config.steps:
-                self._pause(self.save)
-            if self.step in config.export_at:
-                self._pause(lambda: self._export(export))
+        with stopping.obeyed(When.LATER):  # at the end of a step
+            while self.step < config.steps:
+                self._one_step(batches, export)
+
+    def _one_step(
+        self, batches: Iterator[ImageBatch], export: Callable[[nn.Module, int], None] | None
+    ) -> None:
+        """A step, and what is due after it."""
+        config = self.config
+        self.train_step(batches)
+        self.log.step_done()
+        is_last = self.step == config.steps
+        if self.step % config.log_every == 0 or is_last:
+            self._log()
+        if self._vote.should_stop():
+            raise self._stopped(stopping.received())
+        if self.step % config.sample_every == 0 or is_last:
+            self._aside(self._sample)
+        if self.step % config.checkpoint_every == 0 or is_last:
+            self._pause(self.save)
+        if self.step in config.export_at:
+            self._aside(lambda: self._export(export))
+
+    def _aside(self, work: Callable[[], None]) -> None:
+        """Does something that is not training and takes its time: a signal stops it at once."""
+        try:
+            with stopping.obeyed(When.AT_ONCE if num_processes() == 1 else When.AGREED):
+                self._pause(work)
+        except Interrupted as stopped:
+            raise self._stopped(stopped.signal_number) from None
+
+    def _stopped(self, number: int) -> Interrupted:
+        """After a checkpoint of this step is written."""
+        return Interrupted(number, checkpoint=self._pause(self.save))
 
     def train_step(self, batches: Iterator[ImageBatch]) -> None:
         """One optimiser step of every active learner. Nothing here waits for the device."""
@@ -300,7 +299,7 @@ class Trainer:
         batch = on_device(images, self.device)
         with self.accelerator.autocast():
             inputs = self.objective.prepare(batch)
-        return batch, {name: _in_float32(value) for name, value in inputs.items()}
+        return batch, {name: in_float32(value) for name, value in inputs.items()}
 
     def _warn_of(self, *skipped: set[str]) -> None:
         """Tells of files that could not be read, once of each."""
@@ -380,47 +379,13 @@ class Trainer:
                 self.log.draw_curves()
 
     def _draw_samples(self) -> None:
-        images = self.validation.load(self.validation.chosen(self.config.num_sample_images))
-        with self._evaluating():
-            batch, inputs = self._prepared(images)
-            picture = self.objective.picture(self.averaged, batch.pixels, inputs)
+        picture = self.held_out.picture(self.averaged, self.config.num_sample_images)
         if picture is not None:
             write_png(self.folder / "samples" / f"step_{self.step:08d}.png", picture)
 
     def validate(self) -> dict[str, float]:
         """Held-out metrics of the averaged weights, over ``num_validation_images``, shared among processes."""
-        sums: dict[str, Tensor] = {}
-        count = 0
-        keys = [Key(i) for i in self.validation.chosen(self.config.num_validation_images)]
-        with together(), self._evaluating():
-            for places, images in read_images(
-                self.validation,
-                keys,
-                batch_size=self.share.micro_batch_size,
-                what="validating",
-            ):
-                batch, inputs = self._prepared(images)
-                values = self.objective.validate(
-                    self.averaged, batch.pixels, inputs, indices=places
-                )
-                for name, value in values.items():
-                    sums[name] = sums.get(name, 0) + value.double().sum()
-                count += len(batch)
-        parts = gather((count, {name: float(value) for name, value in sums.items()}))
-        num_images = sum(num for num, _ in parts)
-        names = dict.fromkeys(name for _, part in parts for name in part)
-        return {n: sum(part.get(n, 0.0) for _, part in parts) / num_images for n in names}
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self.objective.modules()]
-        self.objective.eval()
-        try:
-            with torch.no_grad():  # without autocast: in float32, as what is exported is used
-                yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        return self.held_out.metrics(self.averaged, self.config.num_validation_images)
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="mean")

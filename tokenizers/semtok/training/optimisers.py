@@ -17,7 +17,10 @@ class Optimisers:
     def __init__(self, objective: Objective, config: TrainConfig, accelerator: Accelerator) -> None:
         self.objective, self.config, self.accelerator = objective, config, accelerator
         # Looked up once: to walk through a large network takes milliseconds, and each step would.
-        self._parameters = {name: list(p.parameters()) for name, p in objective.learners.items()}
+        self._parameters = {
+            name: [each for each in learner.parameters() if each.requires_grad]
+            for name, learner in objective.learners.items()
+        }
         self._optimisers = {name: self._made(name) for name in self._parameters}
         self._schedules = {
             name: torch.optim.lr_scheduler.LambdaLR(
@@ -85,5 +88,15 @@ class Optimisers:
         for name, optimiser in self._optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
             self._schedules[name].load_state_dict(state["schedules"][name])
+            self._plan_anew(name)
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _plan_anew(self, name: str) -> None:
+        """Sets the rate of the next step, which was planned otherwise where the run has more steps now."""
+        schedule = self._schedules[name]
+        factor = self.config.learning_rate_factor(schedule.last_epoch)
+        rates = [base * factor for base in schedule.base_lrs]
+        for group, rate in zip(self._optimisers[name].param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from semtok.errors import UserError
@@ -72,6 +72,11 @@ def check_launch(config: TrainConfig) -> None:
     if torch.cuda.is_available():
         gpu = device_gb(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
     micro_batches(config, num_processes, gpu)
+
+
+def join_processes() -> None:
+    """Meets the processes that a launcher has started; alone, or where they have met, it does nothing."""
+    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:

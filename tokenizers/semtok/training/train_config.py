@@ -41,6 +41,9 @@ class TrainConfig(Config):
     """Over which the rate rises from 0."""
     constant_steps: int = Field(0, ge=0)
     """After them, at the full rate, before the cosine begins."""
+    planned_before: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = ()
+    """Pairs (until, steps): before step ``until`` the cosine was that of so many ``steps``. Written where a run is
+    resumed with more steps, so that its recipe tells its learning rates, and makes the same run again."""
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
     """Where the cosine ends, as a fraction of the learning rate."""
     clip_norm: float | None = Field(1.0, gt=0)
@@ -90,7 +93,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
-        for name in ("final_lr_fraction", "constant_steps"):
+        for name in ("final_lr_fraction", "constant_steps", "planned_before"):
             if getattr(self, name) and self.schedule != "cosine":
                 raise ValueError(f"train.{name} takes effect with train.schedule=cosine only")
         if self.steps and self.warmup_steps + self.constant_steps > self.steps:
@@ -98,6 +101,11 @@ class TrainConfig(Config):
             told = f" and train.constant_steps {self.constant_steps}" if self.constant_steps else ""
             raise ValueError(
                 f"train.warmup_steps {self.warmup_steps}{told} is more than train.steps {self.steps}; pass {what}=…"
+            )
+        untils = [until for until, _ in self.planned_before]
+        if sorted(set(untils)) != untils or untils[-1:] > [self.steps]:
+            raise ValueError(
+                f"train.planned_before: expected rising steps up to train.steps {self.steps}, got {untils}"
             )
         if not self.ema_warmup and self.ema_decay is None:
             raise ValueError("train.ema_warmup takes effect with train.ema_decay only")
@@ -119,6 +127,7 @@ class TrainConfig(Config):
         if self.schedule == "constant":
             return warmup
         before = self.warmup_steps + self.constant_steps
-        progress = max(0, step - before) / max(1, self.steps - before)
+        steps = next((n for until, n in self.planned_before if step < until), self.steps)
+        progress = max(0, step - before) / max(1, steps - before)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return warmup * (self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine)

@@ -6,11 +6,12 @@ by any number of processes, each file whole or not at all, so an interrupted wri
 read by memory map, so a row costs one copy, in any order, and processes share the pages.
 """
 
+import contextlib
 import hashlib
 import math
 import shutil
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor
 from semtok.data.passes import read_images
 from semtok.data.source import ImageBatch, ImageSource, Key, Skipped
 from semtok.errors import UserError
+from semtok.lock import LOCK_FILE, only_one_in
 from semtok.processes import gather, num_processes, process_index, together
 from semtok.progress import progress
 from semtok.settings import Config, parse
@@ -211,14 +213,15 @@ def ensure_shards(
             "pass data.crop=center"
         )
     wanted = {**about, "num_images": len(source), "flip": source.flip}
-    with together():
-        if not gather((folder / INDEX).is_file())[0]:
-            try:
-                writer = _Writer(source, folder, compute, wanted, batch_size, shard_size)
-                writer.claim(what, place)
-                writer.write(what)
-            except OSError as error:
-                raise UserError(f"{place}: {folder}: {first_line(error)}") from None
+    with together(), _disk_told_of(place, folder), contextlib.ExitStack() as stack:
+        is_there = gather((folder / INDEX).is_file())[0]
+        if not is_there and not process_index():
+            stack.enter_context(only_one_in(folder, "a command that writes a cache"))
+        # Nor was it written by who was there before.
+        if not is_there and not gather((folder / INDEX).is_file())[0]:
+            writer = _Writer(source, folder, compute, wanted, batch_size, shard_size)
+            writer.claim(what, place)
+            writer.write(what)
         shards = Shards(folder, place)
         for key, value in wanted.items():
             if shards.about.get(key) != value:
@@ -227,6 +230,15 @@ def ensure_shards(
                     f"here {value}); choose another folder"
                 )
     return shards
+
+
+@contextlib.contextmanager
+def _disk_told_of(place: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(f"{place}: {folder}: {reason}") from None
 
 
 @dataclass
@@ -261,12 +273,10 @@ class _Writer:
             if read_json(file) != plan:
                 raise UserError(f"{named} was begun with something else; choose another folder")
             return
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        if any(path.name != LOCK_FILE for path in self.folder.iterdir()):
             raise UserError(f"{named} holds other files; choose another folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if self.bytes > free:
-            self.folder.rmdir()
             raise UserError(
                 f"{named} needs {self.bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; leave it out"
             )

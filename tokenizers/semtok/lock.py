@@ -1,0 +1,176 @@
+"""One at a time in a folder: a run, a set of images or a cache that is written has it for itself.
+
+Where the disk knows locks (flock), they decide, and end with the process, however it ends. On a disk that several
+machines share they may be missing, or be known on each machine alone. So who holds a folder also touches a file
+there every few seconds, and one of another machine that is not touched any longer is of a process that has ended.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from semtok.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+LOCK_FILE = ".lock"
+"""Is there while somebody works in the folder, or was killed there."""
+BEAT_SECONDS = 5.0
+_WATCHED_BEATS = 3
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+_held: set[int] = set()
+
+
+class InUse(UserError):
+    """Another process works in a folder."""
+
+
+def _release_copies() -> None:
+    """A process that is forked, as a loader, would hold the locks after this one has ended."""
+    for descriptor in _held:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_copies)
+
+
+@contextlib.contextmanager
+def only_one_in(folder: Path, what: str, *, way_out: str = "wait, or stop it") -> Iterator[None]:
+    """Has a folder for itself, made if need be; one that was made and stayed empty goes again.
+
+    Args:
+        what: works there, for the message of who comes second: "a run", "a command that writes a cache".
+        way_out: for that message.
+
+    Raises:
+        InUse: somebody works there.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / LOCK_FILE
+    file = _taken(place, what, way_out)
+    stop = threading.Event()
+    beat = threading.Thread(target=_beat, args=(place, stop), name="semtok lock", daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        beat.join()
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # its folder may be gone: what it was for is done
+            place.unlink()
+        _held.discard(file.fileno())
+        file.close()
+        if is_new:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def _taken(place: Path, what: str, way_out: str) -> IO[str]:
+    """The file, locked and written anew.
+
+    Raises:
+        InUse: it is another's.
+    """
+    while True:
+        file = place.open("a+", encoding="utf-8")
+        try:
+            is_locked = _lock(file)
+            owner = _owner(file)
+            if is_locked is False:
+                raise InUse(_told(place, what, owner, way_out))
+            if is_locked and not _is_at(file, place):  # who held it has removed it meanwhile
+                file.close()
+                continue
+            if owner and (is_locked is None or owner["host"] != socket.gethostname()):
+                _watch(place, what, owner, way_out)
+            file.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": since}, file)
+            file.flush()
+        except BaseException:
+            file.close()
+            raise
+        _held.add(file.fileno())
+        return file
+
+
+def _lock(file: IO[str]) -> bool | None:
+    """Whether the lock is now this process's; None: the disk, or the system, has none."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return True
+
+
+def _owner(file: IO[str]) -> dict[str, Any] | None:
+    """What who holds the file, or held it, says there; None: nothing yet."""
+    file.seek(0)
+    try:
+        owner = json.loads(file.read())
+    except ValueError:
+        return None
+    return owner if isinstance(owner, dict) and {"host", "pid", "since"} <= owner.keys() else None
+
+
+def _is_at(file: IO[str], place: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), place.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _watch(place: Path, what: str, owner: dict[str, Any], way_out: str) -> None:
+    """Raises InUse where the file is touched; takes some seconds."""
+    seconds = _WATCHED_BEATS * BEAT_SECONDS
+    print(
+        f"{place.parent}: process {owner['pid']} on {owner['host']} worked there; looking for {seconds:.0f} s whether "
+        "it still does",
+        flush=True,
+    )
+    before = _touched(place)
+    for _ in range(_WATCHED_BEATS):
+        time.sleep(BEAT_SECONDS)
+        if _touched(place) != before:
+            raise InUse(_told(place, what, owner, way_out))
+
+
+def _touched(place: Path) -> int:
+    with contextlib.suppress(FileNotFoundError), place.open("rb") as file:
+        return os.fstat(
+            file.fileno()
+        ).st_mtime_ns  # opened, as network disks remember what stat said
+    return 0
+
+
+def _beat(place: Path, stop: threading.Event) -> None:
+    while not stop.wait(BEAT_SECONDS):
+        with contextlib.suppress(OSError):
+            os.utime(place)
+
+
+def _told(place: Path, what: str, owner: dict[str, Any] | None, way_out: str) -> str:
+    who = f" (process {owner['pid']} on {owner['host']}, since {owner['since']})" if owner else ""
+    return f"{place.parent}: {what} is at work there{who}; {way_out}"
