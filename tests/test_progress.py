@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import semtok_cli
 from semtok import progress
 from semtok.commands import cache_latents, evaluate
 from semtok.commands.cli import run
@@ -283,6 +284,15 @@ def test_indices_of_tars_and_features_of_sets_tell_how_far_they_are(at_once, tmp
 
 def interrupt(*_: Any, **__: Any) -> None:
     signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_while_a_command_is_imported_is_one_line(monkeypatch, capsys):
+    def pressed(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("semtok.commands.cli.importlib.import_module", pressed)
+    assert semtok_cli.launched("evaluate") == 130
+    assert capsys.readouterr().err == "stopped before anything was begun\n"
 
 
 def test_after_ctrl_c_the_way_on_is_told(tmp_path, monkeypatch, capsys):
