@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from semtok import UserError
-from semtok.data.images.encoded import adm_center_crop
+from semtok.data.images.decoding import adm_center_crop
 from semtok.data.images.folder import Folder, FolderConfig
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.data.order import BatchSlice, DataOrder, training_batches

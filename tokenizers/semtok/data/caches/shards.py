@@ -306,7 +306,7 @@ class _Writer:
             first = keys[places[0]].index
             number = first // self.shard_size
             begun[number].append(self._rows(batch))
-            for position, name in batch.skipped:  # first at a position is whose place it is
+            for position, name, _ in batch.skipped:  # first at a position is whose place it is
                 skipped[number].setdefault(str(first + position), name)
             if sum(len(rows[_LABELS]) for rows in begun[number]) == len(self._images(number)):
                 own = begun.pop(number)
