@@ -4,7 +4,7 @@ import io
 import os
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -12,10 +12,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from semtok.data.remote import LASTING, persist
 from semtok.errors import UserError
+from semtok.images import as_rgb
 
 T = TypeVar("T")
 
@@ -31,11 +32,27 @@ MAX_PIXELS_VARIABLE = "SEMTOK_MAX_PIXELS"
 """Environment variable: images of more pixels are unreadable, as they might fill the memory. Unset: Pillow's limit."""
 
 _FORMATS = frozenset(
-    "AVIF BMP DDS DIB GIF ICNS ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP".split()
+    (
+        *(
+            "AVIF",
+            "BMP",
+            "DDS",
+            "DIB",
+            "GIF",
+            "ICNS",
+            "ICO",
+            "JPEG",
+            "JPEG2000",
+            "MPO",
+            "PCX",
+            "PNG",
+            "PPM",
+            "QOI",
+            "SGI",
+        ),
+        *("TGA", "TIFF", "WEBP"),
+    )
 )
-_SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")
-"""Formats whose grey images of mode I hold 16 bits: Pillow brings a PGM to its whole range."""
-_TURNED = 0x0112  # the orientation's number in EXIF
 
 # Programs that draw images keep their settings in a PNG's text, which may pass Pillow's 1 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 2**24)
@@ -108,20 +125,9 @@ def whole_image(content: bytes, at_least: tuple[int, int] | None = None) -> Imag
         OSError, SyntaxError, ValueError, DecompressionBombError: see ``NO_IMAGE``.
     """
     _set_limit()
+    smaller = partial(_halved, image_size=at_least) if at_least is not None else None
     with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
-        image.load()
-        is_sixteen_bits = image.mode.startswith("I;16") or image.format in _SIXTEEN_BITS
-        if image.getexif().get(_TURNED, 1) != 1:  # cameras store it beside the pixels
-            image = ImageOps.exif_transpose(image)
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            image = _in_eight_bits(image, is_sixteen_bits)
-        if at_least is not None and image.mode in ("L", "RGB"):  # before a copy is made of it
-            image = _halved(image, at_least)
-        if image.mode in ("P", "LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            ground = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(ground, image)
-        return image.convert("RGB")
+        return as_rgb(image, smaller)  # what is odd but readable is not worth a warning
 
 
 def _set_limit() -> None:
@@ -132,18 +138,6 @@ def _set_limit() -> None:
     if not given.isdecimal() or not int(given):
         raise UserError(f"{MAX_PIXELS_VARIABLE}: expected a number of pixels, got '{given}'")
     Image.MAX_IMAGE_PIXELS = (int(given) + 1) // 2
-
-
-def _in_eight_bits(image: Image.Image, is_sixteen_bits: bool) -> Image.Image:
-    """A grey image of more bits by its upper ones: Pillow would clip its values at 255.
-
-    Raises:
-        ValueError: no file tells which of its values is white.
-    """
-    if image.mode == "F" or not is_sixteen_bits:
-        kind = "32-bit whole numbers" if image.mode == "I" else "floating-point numbers"
-        raise ValueError(f"pixels are {kind}, and no range is known; save it with 8 or 16 bits")
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def _reason(content: bytes, error: Exception) -> str:

@@ -136,8 +136,8 @@ def _check_layouts(root: Path, train: Part, held_out: Part) -> None:
     sorted_, flat = (train, held_out) if train.classes else (held_out, train)
     raise UserError(
         f"data.path: {root / sorted_.place} has a folder for each class, and {root / flat.place} holds "
-        f"{len(flat.flat)} images without classes; sort these into class folders, or pass data.path={root / train.place} "
-        "to hold some of its own images out"
+        f"{len(flat.flat)} images without classes; sort these into class folders, or pass "
+        f"data.path={root / train.place} to hold some of its own images out"
     )
 
 

@@ -54,16 +54,16 @@ def find_parts(root: Path, left_out: LeftOut) -> tuple[Part, Part | None]:
     if not training:
         if held_out and len(held_out) == len(folders):
             raise UserError(
-                f"data.path: '{root}' holds {_named(held_out)}, which read as parts of a set, and no train/; rename the "
-                f"one to train on, or pass data.path={root / held_out[0]}"
+                f"data.path: '{root}' holds {_named(held_out)}, which read as parts of a set, and no train/; rename "
+                f"the one to train on, or pass data.path={root / held_out[0]}"
             )
         whole = scan(root, "", left_out)
         alike = [name for name in whole.classes if _first_word(name) in TRAINING_NAMES]
         others = [name for name in whole.classes if _first_word(name) in VALIDATION_NAMES]
         if alike and others:
             raise UserError(
-                f"data.path: '{root}': classes would be {_named(list(whole.classes))}, which read as parts of a set; "
-                f"rename them to train/ and val/, or pass data.path={root / alike[0]}"
+                f"data.path: '{root}': classes would be {_named(list(whole.classes))}, which read as parts of a "
+                f"set; rename them to train/ and val/, or pass data.path={root / alike[0]}"
             )
         return whole, None
     part = scan(root, f"{training[0]}/", left_out)
@@ -73,8 +73,8 @@ def find_parts(root: Path, left_out: LeftOut) -> tuple[Part, Part | None]:
         classes = [name for name in beside if scan(root, f"{name}/", LeftOut()).flat]
         if classes:
             raise UserError(
-                f"data.path: '{root}' holds images in '{training[0]}' and in {_named(classes)}: a part of the set beside "
-                "other things, or one class of several? Move the others away, or put all classes into a folder train/"
+                f"data.path: '{root}' holds images in '{training[0]}' and in {_named(classes)}: a part of the set "
+                "beside other things, or one class of several? Move the others away, or put all classes into train/"
             )
     for name in beside:
         left_out.add(f"folders beside {training[0]}/", name)
