@@ -78,7 +78,7 @@ def read_image(content: Path | bytes, turn: Callable[[bytes], T]) -> T | Unreada
         turn: what a file holds into what is wanted of it, such as ``decode``; may raise ``NO_IMAGE``.
 
     Raises:
-        UserError: the disk fails, also when it is asked again.
+        UserError: the disk fails, also when it is asked again; or ``MAX_PIXELS_VARIABLE`` is no number.
     """
     if isinstance(content, Path):
         try:
@@ -87,6 +87,7 @@ def read_image(content: Path | bytes, turn: Callable[[bytes], T]) -> T | Unreada
             return Unreadable(error.strerror or type(error).__name__)
         except OSError as error:
             raise UserError(f"data.path: {content}: {error.strerror}; see to the disk") from None
+    _set_limit()
     try:
         return turn(content)
     except NO_IMAGE as error:
@@ -124,7 +125,6 @@ def whole_image(content: bytes, at_least: tuple[int, int] | None = None) -> Imag
     Raises:
         OSError, SyntaxError, ValueError, DecompressionBombError: see ``NO_IMAGE``.
     """
-    _set_limit()
     smaller = partial(_halved, image_size=at_least) if at_least is not None else None
     with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
         return as_rgb(image, smaller)  # what is odd but readable is not worth a warning

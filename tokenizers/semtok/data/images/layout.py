@@ -44,7 +44,7 @@ def find_parts(root: Path, left_out: LeftOut) -> tuple[Part, Part | None]:
         OSError: a folder can't be read.
         UserError: what is a part and what is a class can't be told.
     """
-    folders = _folders(root, "", left_out)
+    folders = _folders(root, "", LeftOut())
     training = [name for name in folders if name.casefold() in TRAINING_NAMES]
     held_out = [
         name for wanted in VALIDATION_NAMES for name in folders if name.casefold() == wanted
@@ -76,6 +76,7 @@ def find_parts(root: Path, left_out: LeftOut) -> tuple[Part, Part | None]:
                 f"data.path: '{root}' holds images in '{training[0]}' and in {_named(classes)}: a part of the set "
                 "beside other things, or one class of several? Move the others away, or put all classes into train/"
             )
+    _folders(root, "", left_out)
     for name in beside:
         left_out.add(f"folders beside {training[0]}/", name)
     for name in _files(root, "", left_out):
