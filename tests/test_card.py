@@ -1,5 +1,6 @@
 """Model cards: what the Hub and readers find in every kind of export."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,11 @@ import safetensors
 import yaml
 from diffusers import AutoencoderKL
 from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
 
 import tiny
 from semtok import Generator, Tokenizer
-from semtok.card import card_data, model_card
+from semtok.card import bibtex, card_data, model_card
 from semtok.commands.train_dit import train_dit
 from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.recipe import load_diffusion_recipe, load_recipe, parse_diffusion_recipe, parse_recipe
@@ -37,7 +39,11 @@ def test_the_header_is_the_hubs_and_comes_back_as_it_was(exports, name):
     data = card.data
     assert data.library_name == "semtok" and data.license == "apache-2.0" and "semtok" in data.tags
     assert data.datasets == ["shapes"]
-    assert {r.metric_type for r in data.eval_results} == set(data.metrics) != set()
+    results = {r.metric_type for r in data.eval_results or []}
+    assert results == {"vae": {"psnr", "ssim"}, "semvae": {"feature_cosine"}, "dit": set()}[name]
+    assert results == set(data.metrics or [])
+    task = "unconditional-image-generation" if name == "dit" else "image-feature-extraction"
+    assert data.pipeline_tag == task and ("class-conditional" in data.tags) == (name == "dit")
     again = ModelCardData(**yaml.safe_load(data.to_yaml()))
     assert again.to_dict() == data.to_dict()
 
@@ -58,10 +64,79 @@ def test_a_reader_finds_how_to_load_it_what_made_it_and_whom_to_cite(
     assert f"{loader}.from_pretrained(" in text and "| images per step | 4 |" in text
     for paper in papers:
         assert f"arXiv {paper}" in text
+        entry = text.split(f"@misc{{arxiv:{paper},")[1].split("\n}")[0]
+        assert f"eprint = {{{paper}}}" in entry and "title = {{" in entry and " and " in entry
     for picture in ("pictures/samples.png", "pictures/curves.png"):
         assert f"]({picture})" in text and (folder / picture).is_file()
     assert f'subfolder="{vae}"' in text
     assert isinstance(AutoencoderKL.from_pretrained(folder / vae), AutoencoderKL)
+
+
+@pytest.mark.parametrize(
+    ("name", "networks"),
+    [
+        ("vae", {"vae"}),
+        ("semvae", {"coder", "texture/vae"}),
+        ("dit", {"network", "tokenizer", "tokenizer/texture/vae"}),
+    ],
+)
+def test_a_card_counts_the_parameters_of_each_network(exports, name, networks):
+    text = (exports[name] / "README.md").read_text()
+    counts = dict(re.findall(r"\| parameters of (\S+) \| ([\d,]+) \|", text))
+    assert set(counts) == networks
+    model = (Generator if name == "dit" else Tokenizer).from_pretrained(exports[name])
+    modules = {
+        "network": getattr(model, "network", None),
+        "vae": getattr(model, "autoencoder", None),
+    }
+    for key, module in modules.items():
+        if key in counts:
+            state = module.state_dict().values()
+            assert counts[key] == f"{sum(tensor.numel() for tensor in state):,}"
+
+
+def test_a_card_says_what_a_short_run_is_not_and_how_samples_are_drawn(exports):
+    vae, dit = ((exports[name] / "README.md").read_text() for name in ("vae", "dit"))
+    for text in (vae, dit):
+        assert "A run of 2 steps, which saw 8 images: a demonstration." in text
+        assert "It has never seen a photograph." in text and "drawn by semtok itself" in text
+    assert "| sampler | euler, 50 steps, no guidance |" in dit and "| sampler |" not in vae
+    assert "velocity" not in dit and "kl_per_dim" not in vae, "they compare a training with itself"
+    assert "semtok evaluate generation" in dit and "| held-out PSNR (dB) |" in vae
+
+
+def test_the_licence_of_the_images_is_told_or_said_to_be_unknown(tmp_path):
+    for i in range(12):
+        image = Image.new("RGB", (16, 16), (20 * i, 0, 0))
+        (tmp_path / "images").mkdir(exist_ok=True)
+        image.save(tmp_path / "images" / f"{i}.png")
+    content = tiny.content({"name": "vae"}, steps=2)
+    content["data"] = {"kind": "folder", "path": str(tmp_path / "images"), "size": 16}
+    texts = []
+    for licence in (None, "CC-BY-SA-4.0"):
+        content["data"]["licence"] = licence
+        train_tokenizer(parse_recipe(content, "tiny"), tmp_path / f"run-{licence}")
+        texts.append((tmp_path / f"run-{licence}" / "export" / "README.md").read_text())
+    assert "Licence of the images: unknown. State it before publishing" in texts[0]
+    assert "Licence of the images: CC-BY-SA-4.0." in texts[1] and "unknown" not in texts[1]
+    for text in texts:
+        header = yaml.safe_load(text.split("---")[1])
+        assert header["license"] == "other" and header["license_name"] == "not-stated"
+        assert "Licence of these weights: not stated" in text
+
+
+def test_a_paper_that_a_plugin_names_gets_an_entry_and_other_texts_none():
+    entry = bibtex("A Method of Mine, arXiv 2101.00001")
+    assert "title = {{A Method of Mine}}" in entry and "year = {2021}" in entry
+    assert "author" not in entry and bibtex("a talk, 2020") == ""
+
+
+def test_a_sampler_is_told_in_words():
+    guided = {"scale": {"texture": 1.5, "semantic": 2.0}, "interval": [0.1, 1.0]}
+    config = {"library_version": "1", "kind": "generator", "class_names": ["a", "b"]}
+    config["sampler"] = {"method": "dopri5", "steps": 50, "guidance": guided}
+    words = "dopri5, guidance scale 1.5 texture, 2 semantic in the interval [0.1, 1.0]"
+    assert f"| sampler | {words} |" in model_card(config)
 
 
 def test_the_recipe_is_whole_and_the_tensors_know_it(exports):

@@ -1,13 +1,18 @@
 """Composite tokenizers: statistics, coders, the teacher that a loaded one finds again, caches, runs."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import timm
 import torch
 import yaml
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 import tiny
@@ -17,13 +22,16 @@ from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import statistics_batches, train_tokenizer
 from semtok.data.caches.feature_cache import CachedFeatures
 from semtok.data.caches.shards import Shards
+from semtok.data.images.kinds import open_sources
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.data.source import Key
 from semtok.images import to_pixels
 from semtok.methods.composite import CoderShape, CompositeTokenizer, feature_cosine, feature_stride
 from semtok.methods.redi import PrincipalComponents
 from semtok.methods.semvae import cosine_loss
+from semtok.metrics import psnr
 from semtok.recipe import parse_recipe
+from semtok.settings import read_yaml
 from semtok.statistics import StreamingMoments
 from semtok.teachers import Teacher, TeacherConfig
 
@@ -239,7 +247,8 @@ def test_the_texture_may_be_any_tokenizer_of_the_texture_alone(runs, tmp_path, m
 
     shape = tiny.AUTOENCODER | {"block_channels": (8, 8, 16)}
     build_autoencoder(Architecture(**shape)).save_pretrained(tmp_path / "vae")
-    ours = trained("reg", tmp_path / "run", texture=str(tmp_path / "vae"))
+    untrained = {"texture": str(tmp_path / "vae"), "min_texture_psnr": 0}
+    ours = trained("reg", tmp_path / "run", **untrained)
     assert ours.spec["texture"].channels == 4
     assert isinstance(Tokenizer.from_pretrained(tmp_path / "run"), CompositeTokenizer)
     with pytest.raises(UserError, match="method.texture: .* has parts texture, semantic"):
@@ -266,7 +275,7 @@ def test_a_texture_that_is_not_trained_yet_is_trained_first(tmp_path, monkeypatc
     with pytest.raises(UserError, match="method.heads: 3 does not divide"):
         trained("semvae", tmp_path / "run", texture="mine", heads=3)
     assert not (tmp_path / "runs").exists(), "what is wrong is told before the long work"
-    trained("semvae", tmp_path / "run", texture="mine")
+    trained("semvae", tmp_path / "run", texture="mine", min_texture_psnr=0)
     assert "tokenizer 'mine' is not trained yet: training" in capsys.readouterr().out
     ours, mine = Tokenizer.from_pretrained("run"), Tokenizer.from_pretrained("mine")
     with torch.no_grad():
@@ -274,7 +283,7 @@ def test_a_texture_that_is_not_trained_yet_is_trained_first(tmp_path, monkeypatc
     # A resumed run keeps its copy, whatever became of the reference.
     shutil.rmtree(tmp_path / "runs")
     found.clear()
-    resumed = parse_recipe(content("semvae", texture="mine"), "tiny")
+    resumed = parse_recipe(content("semvae", texture="mine", min_texture_psnr=0), "tiny")
     train_tokenizer(resumed, tmp_path / "run", resume=True)
 
 
@@ -560,19 +569,22 @@ def test_a_cache_names_unreadable_files_and_notices_changed_ones(folder, tmp_pat
     assert not (tmp_path / "third").exists(), "told before the run's folder is claimed"
 
 
-def test_two_runs_that_write_one_cache_do_not_disturb_each_other(folder, tmp_path, monkeypatch):
-    original, nested = Teacher.features, []
+def test_a_second_run_leaves_a_cache_alone_that_another_writes(folder, tmp_path, monkeypatch):
+    original, refused = Teacher.features, []
 
     def features(self: Teacher, images: Tensor, **settings: Any) -> Any:
-        if settings.get("grid") == (8, 8) and len(images) > 1 and not nested:
-            nested.append(True)
-            cached(folder, tmp_path / "cache", tmp_path / "other")
+        if settings.get("grid") == (8, 8) and len(images) > 1 and not refused:
+            with pytest.raises(UserError, match="a command that writes a cache is at work") as told:
+                cached(folder, tmp_path / "cache", tmp_path / "other")
+            refused.append(told)
         return original(self, images, **settings)
 
     monkeypatch.setattr(Teacher, "features", features)
     cached(folder, tmp_path / "cache", tmp_path / "run")
+    assert refused
+    cached(folder, tmp_path / "cache", tmp_path / "other")
     runs = [tiny.final_tensors(tmp_path / name) for name in ("run", "other")]
-    assert nested and all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".cache")]
 
 
@@ -598,4 +610,137 @@ def test_layers_with_grids_of_their_own_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Teacher, "features", features)
     with pytest.raises(UserError, match=r"teacher.layers: .* pass teacher.layers=\[-1\]"):
         trained("reglue", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# What the texture does to the images -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Black lines on white, which the embedded VAE was not made for."""
+    root = tmp_path_factory.mktemp("drawings")
+    for index in range(12):
+        image = np.full((16, 16, 3), 255, np.uint8)
+        image[index % 12 + 2, 2:14] = image[2:14, 13 - index % 10] = 0
+        (root / "ab"[index % 2]).mkdir(exist_ok=True)
+        Image.fromarray(image).save(root / "ab"[index % 2] / f"{index}.png")
+    return root
+
+
+def on(images: Path, name: str, **changes: Any) -> dict[str, Any]:
+    recipe = content(name, **changes)
+    recipe["data"] = {"kind": "folder", "path": str(images), "size": 16}
+    return recipe
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_texture_that_was_made_for_other_images_is_refused_before_training(
+    drawings, tmp_path, monkeypatch, capsys, name
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(on(drawings, name)))
+    assert run(command.main, ["recipe.yaml", "--output", "runs/x"]) == 2
+    error = capsys.readouterr().err.strip()
+    found = re.fullmatch(
+        r"error: recipe.yaml: method.texture: 'demo' shows 8 of the training images at 16x16 with a "
+        r"PSNR of (.*) dB; 28.45 dB where it was trained, .*; pass method.texture=vae, which .*"
+        rf"recipes/vae.yaml data.kind=folder data.path={re.escape(str(drawings))} data.size=16 "
+        r"--output .* or pass a smaller method.min_texture_psnr",
+        error,
+    )
+    assert found is not None, error
+    assert 0 < float(found[1]) < 18
+    assert not (tmp_path / "runs").exists()
+
+
+def test_told_so_a_run_takes_any_texture_and_says_in_the_end_what_it_does(
+    drawings, tmp_path, capsys
+):
+    recipe = parse_recipe(on(drawings, "reg", min_texture_psnr=0), "tiny")
+    ours = train_tokenizer(recipe, tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())["texture"]
+    source = open_sources(recipe.data)[0]
+    images = to_pixels(source.load(source.chosen(8)).images)
+    texture = Tokenizer.from_pretrained("demo")
+    with torch.no_grad():
+        expected = psnr(texture.decode(texture.encode(images)), images).mean().item()
+    assert found == {
+        "psnr": pytest.approx(expected, abs=1e-4),
+        "num_images": 8,
+        "psnr_where_trained": pytest.approx(28.4475, abs=1e-3),
+    }
+    output = capsys.readouterr().out
+    assert f"with a PSNR of {expected:.2f} dB; 28.45 dB where it was trained" in output
+    assert re.search(rf"PSNR of the texture +{expected:.2f} dB on 8 training images", output)
+    assert ours.spec.names == ("texture", "global")
+
+
+def test_the_embedded_texture_passes_on_the_embedded_images_and_null_measures_nothing(
+    runs, tmp_path
+):
+    summary = json.loads((runs["semvae"] / "summary.json").read_text())
+    assert summary["texture"]["psnr"] > 20
+    trained("reg", tmp_path / "run", min_texture_psnr=None)
+    assert "texture" not in json.loads((tmp_path / "run" / "summary.json").read_text())
+
+
+def test_a_resumed_run_tells_what_it_measured_at_its_start(drawings, tmp_path, monkeypatch):
+    settings = on(drawings, "reglue", min_texture_psnr=0)
+    train_tokenizer(parse_recipe(settings, "tiny"), tmp_path / "run")
+    first = json.loads((tmp_path / "run" / "summary.json").read_text())["texture"]
+    monkeypatch.setattr("semtok.commands.texture_quality._measured", None)
+    settings["method"]["min_texture_psnr"] = 18.0  # decides about a start
+    train_tokenizer(parse_recipe(settings, "tiny"), tmp_path / "run", resume=True)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["texture"] == first
+
+
+def test_a_recipes_name_trains_the_texture_on_the_same_images(
+    drawings, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tiny.content({"name": "vae"}, steps=2)))
+    monkeypatch.setattr(command, "find_recipe", {"mine": tmp_path / "mine.yaml"}.get)
+    recipe = parse_recipe(on(drawings, "reg", texture="mine", min_texture_psnr=0), "tiny")
+    train_tokenizer(recipe, Path("runs/x"))
+    made = read_yaml(Path("runs/x_mine/recipe.yaml"))
+    assert (made["data"]["kind"], made["data"]["path"]) == ("folder", str(drawings))
+    capsys.readouterr()
+    (tmp_path / "runs" / "x").rename(tmp_path / "runs" / "away")
+    train_tokenizer(recipe, Path("runs/x"))
+    assert "is not trained yet" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "runs" / "x")
+    other = on(tmp_path, "reg", texture="mine", min_texture_psnr=0)
+    other["data"]["path"] = str(shutil.copytree(drawings, tmp_path / "others"))
+    with pytest.raises(UserError, match="runs/x_mine: can't resume with another recipe: data.path"):
+        train_tokenizer(parse_recipe(other, "tiny"), Path("runs/x"))
+
+
+def test_a_score_trains_no_recipe_on_other_images_than_it_is_given(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="'vae' is not trained yet, and not on these images; train"):
+        command.tokenizer_from_reference("vae", drawn=False)
+
+
+def test_all_that_does_not_suit_in_a_cnn_is_told_at_once_and_what_does(tmp_path):
+    network = timm.create_model("test_resnet")
+    save_file(network.state_dict(), tmp_path / "cnn.safetensors")
+    recipe = content("reglue")
+    recipe["teacher"] = {
+        "name": "test_resnet",
+        "checkpoint": str(tmp_path / "cnn.safetensors"),
+        "layers": [-2, -1],
+        "input_size": 224,
+    }
+    with pytest.raises(UserError) as raised:
+        train_tokenizer(parse_recipe(recipe, "tiny"), tmp_path / "run")
+    message = str(raised.value)
+    for words in (
+        "teacher.layers: [-2, -1] have maps of [",
+        "pass teacher.layers=[-1]",
+        "teacher.input_size: 224 gives 7x7 tokens",
+        "pass teacher.input_size=256",
+        "or take a vision transformer",
+    ):
+        assert words in message
     assert not (tmp_path / "run").exists()

@@ -1,5 +1,6 @@
 """The contract that every tokenizer keeps, whatever its method."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from PIL import Image
 
 import tiny
 from semtok import Latents, LatentSpec, PartSpec, Tokenizer
+from semtok.images import to_pil
 from semtok.registry import _METHODS, get_method
 from semtok.sampler.latents import Posterior
 
@@ -221,3 +223,68 @@ def test_latents_need_a_texture_and_keep_their_order():
     assert list(latents) == ["texture", "global"]
     assert torch.equal(latents.map(lambda part: part * 2)["global"], torch.full((1, 3), 2.0))
     assert latents.to(torch.float64).texture.dtype == torch.float64
+
+
+# What people give it -----------------------------------------------------------------------------
+
+
+def test_images_of_another_range_are_refused_or_asked_about(tokenizer, pixels, recwarn):
+    unit, wanted = (pixels + 1) / 2, tokenizer.encode(pixels).texture
+    for images, message in (
+        (unit * 255, r"float images are in \[-1, 1\]; these lie in .* value_range=\(0, 255\)"),
+        (pixels * 2.2, r"these lie in \[-2.*; pass value_range="),
+        (pixels * float("nan"), r"\[nan, nan\]; mend what made them so"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tokenizer.encode(images)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"all values of these lie in \[0, 1\]; pass value_range"):
+        tokenizer.encode(unit)
+    recwarn.clear()
+    torch.testing.assert_close(tokenizer.encode(unit, value_range=(0, 1)).texture, wanted)
+    torch.testing.assert_close(tokenizer.encode(unit * 255, value_range=(0, 255)).texture, wanted)
+    tokenizer.encode(pixels * 2.2, value_range=(-1, 1))
+    tokenizer.encode(unit, value_range=(-1, 1))
+    tokenizer.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    assert not recwarn.list
+
+
+def test_a_path_is_encoded_as_its_image_is(tokenizer, pixels, tmp_path):
+    image = to_pil(pixels)[0]
+    image.save(tmp_path / "a.png")
+    assert torch.equal(
+        tokenizer.encode(tmp_path / "a.png").texture, tokenizer.encode(image).texture
+    )
+    with pytest.raises(
+        ValueError, match="image size 16x22 is not divisible .* nearest that is: 16x24"
+    ):
+        tokenizer.encode(image.resize((22, 16)))
+    with pytest.raises(ValueError, match="generator: nothing is drawn; pass sample=True too"):
+        tokenizer.encode(image, generator=torch.Generator())
+
+
+def test_what_is_no_latents_is_told(tokenizer, pixels):
+    latents = tokenizer.encode(pixels)
+    texture = latents.texture
+    assert torch.equal(tokenizer.decode({"texture": texture}), tokenizer.decode(latents))
+    with pytest.raises(TypeError, match="expected Latents, got Tensor; wrap it"):
+        tokenizer.decode(texture)
+    for wrong, message in (
+        ({"texture": texture[0]}, r"part 'texture': expected \(B, 4, H, W\), got \(4, 4, 6\)"),
+        (
+            {"texture": texture.int()},
+            "part 'texture': expected floating-point numbers, got torch.int",
+        ),
+        ({"texture": None}, r"part 'texture': expected a tensor \(B, 4, H, W\), got NoneType"),
+        ({"semantic": texture}, r"expected parts \['texture'\], got \['semantic'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tokenizer.decode(wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_tokenizer_moves_to_other_types_of_numbers(tokenizer, pixels, dtype):
+    moved, latents = copy.deepcopy(tokenizer).to(dtype), tokenizer.encode(pixels)
+    assert moved.encode(pixels).texture.dtype == dtype
+    difference = moved.decode(latents).double() - tokenizer.decode(latents)
+    assert difference.abs().max() < 0.1

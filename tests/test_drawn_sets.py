@@ -29,7 +29,7 @@ from semtok.errors import UserError
 from semtok.evaluation import drawn_sets
 from semtok.evaluation.drawn_sets import read_protocol
 from semtok.evaluation.image_sets import images_of_folder, images_of_npz, labels_for
-from semtok.images import to_uint8
+from semtok.images import to_pil, to_uint8
 from semtok.sampler.dit import DiTArchitecture
 from semtok.sampler.guidance import GuidanceConfig
 from semtok.sampler.sampling import SamplerConfig
@@ -398,7 +398,7 @@ def test_levels_are_rounded_or_cut_off(model, tmp_path):
     assert torch.equal(to_uint8(levels, "truncate"), published)
     assert to_uint8(levels).tolist() == [0, 0, 128, 191, 255, 255, 255]
     assert published.tolist() == [0, 0, 127, 191, 254, 255, 255]
-    pixels = Generator.from_pretrained(model).sample([0, 1, 2])
+    pixels = Generator.from_pretrained(model).sample([0, 1, 2], seed=0)
     for rule in ("round", "truncate"):
         assert draw(model, tmp_path / f"{rule}.npz", "--num", 3, "--uint8", rule) == 0
         images = torch.from_numpy(np.load(tmp_path / f"{rule}.npz")["arr_0"])
@@ -550,3 +550,30 @@ def test_packing_holds_a_few_dozen_images(tmp_path, monkeypatch):
     monkeypatch.setattr(drawn_sets, "decode", decode)
     assert drawn_sets.write_archive(tmp_path / "x.npz", folder, progress=written) == done == 300
     assert most <= 64
+
+
+def test_a_set_that_starts_from_an_image_is_near_it_and_says_so(model, tmp_path, capsys):
+    picture = tmp_path / "start.png"
+    assert draw(model, tmp_path / "first.png", "--num", 1) == 0
+    pixels = Generator.from_pretrained(model).sample([0], seed=3)
+    to_pil(pixels)[0].save(picture)
+    words = ("--num", 2, "--image", picture)
+    assert draw(model, tmp_path / "near", *words, "--strength", 0.02) == 0
+    for name in ("000000.png", "000001.png"):
+        drawn = np.asarray(Image.open(tmp_path / "near" / name)).astype(int)
+        assert np.abs(drawn - np.asarray(Image.open(picture))).mean() < 40
+    capsys.readouterr()
+    assert draw(model, tmp_path / "near", *words) == 2
+    assert "strength 0.02, now 0.8" in capsys.readouterr().err
+    for wrong, message in (
+        (("--strength", 0.5), "--strength: says how much of an image is kept; give --image too"),
+        (("--image", picture, "--strength", 2), "--strength: expected more than 0 and at most 1"),
+        (("--image", tmp_path / "no.png"), "no.png: no such image"),
+        (
+            ("--image", picture, "--strip", 3),
+            "--image: goes with a set of images, not with --strip",
+        ),
+    ):
+        output = "x.png" if "--strip" in wrong else "x"
+        assert draw(model, tmp_path / output, *wrong) == 2
+        assert message in capsys.readouterr().err

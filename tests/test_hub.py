@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny
 from hub_server import TOKEN, HubServer, hub_server
-from semtok import Tokenizer
+from semtok import Tokenizer, UserError
 from semtok.commands import hub
 from semtok.commands.cli import run
 from semtok.data.images.shapes import Shapes, ShapesConfig
+from semtok.methods.vae import Architecture, build_autoencoder, load_autoencoder
 from semtok.publish import push_export
 
 IMAGES = Shapes(ShapesConfig(size=16), train=False).load(range(2)).images
@@ -203,3 +205,22 @@ def test_the_environment_names_the_hub(tmp_path, export):
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         assert running.files("org/name").keys() == contents(export).keys()
+
+
+@pytest.mark.parametrize("subfolder", ["", "vae"])
+@pytest.mark.parametrize("form", [{}, {"variant": "fp16"}, {"safe_serialization": False}])
+def test_a_vae_on_the_hub_is_found_under_any_of_diffusers_names(server, tmp_path, subfolder, form):
+    shape = tiny.AUTOENCODER | {"block_channels": (8, 8, 16)}
+    made = build_autoencoder(Architecture(**shape))
+    made.save_pretrained(tmp_path / "repo" / subfolder, **form)
+    commits = [("0" * 40, contents(tmp_path / "repo"))]
+    server.repositories["org/vae"] = {"private": False, "commits": commits}
+    state = load_autoencoder("org/vae").state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
+
+
+def test_another_autoencoder_on_the_hub_is_named(server):
+    files = {"vae/config.json": b'{"_class_name": "AutoencoderTiny"}'}
+    server.repositories["org/other"] = {"private": False, "commits": [("0" * 40, files)]}
+    with pytest.raises(UserError, match="org/other: is of diffusers' AutoencoderTiny; only"):
+        load_autoencoder("org/other")

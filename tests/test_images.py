@@ -13,7 +13,7 @@ from semtok import UserError
 from semtok.images import to_pil, to_pixels, to_uint8
 from semtok.metrics import psnr, ssim
 from semtok.perceptual import LPIPS, teacher_distance
-from semtok.pictures import principal_components, rows_of_images
+from semtok.pictures import principal_components
 from semtok.teachers import Teacher, TeacherConfig
 
 
@@ -155,21 +155,6 @@ def test_the_order_of_the_batch_does_not_change_the_colours():
     )
 
 
-def test_a_grid_has_a_row_per_list_entry_and_a_column_per_sample():
-    first = torch.linspace(-1, 1, 3).view(3, 1, 1, 1).expand(3, 3, 40, 60)
-    second = -first[:, :, :10, :15]
-    grid = rows_of_images([first, second])
-    height, width = 3 * 40, 3 * 60  # the smallest whole factor that gives 96 pixels
-    assert grid.shape == (3, 2 * (height + 4) + 4, 3 * (width + 4) + 4)
-    assert grid.dtype == torch.uint8
-    middle = [
-        [grid[0, 4 + y * (height + 4) + 60, 4 + x * (width + 4) + 90] for x in range(3)]
-        for y in range(2)
-    ]
-    assert [[int(v) for v in row] for row in middle] == [[0, 128, 255], [255, 128, 0]]
-    assert rows_of_images([torch.zeros(2, 3, 128, 128)]).shape == (3, 128 + 8, 2 * 132 + 4)
-
-
 # Perceptual distances ----------------------------------------------------------------------------
 
 
@@ -245,3 +230,79 @@ def test_teacher_distance_is_the_mean_over_layers_of_squared_distances_of_direct
     assert distance[0] < 1e-6 < distance[1]
     distance[1].backward()
     assert mixed.grad[0].abs().sum() == 0 and mixed.grad[1].abs().sum() > 0
+
+
+# What people have --------------------------------------------------------------------------------
+
+
+def picture(width: int = 6, height: int = 4) -> Image.Image:
+    """One with another colour in each corner."""
+    image = Image.new("RGB", (width, height), (200, 100, 50))
+    image.putpixel((0, 0), (255, 0, 0))
+    image.putpixel((width - 1, 0), (0, 0, 255))
+    return image
+
+
+def test_files_arrays_tensors_and_lists_of_them_are_the_same_pixels(tmp_path):
+    image = picture()
+    image.save(tmp_path / "a.png")
+    array = np.asarray(image)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    wanted = to_pixels(image)
+    for same in (str(tmp_path / "a.png"), tmp_path / "a.png", array, tensor, array[None]):
+        assert torch.equal(to_pixels(same), wanted)
+        assert torch.equal(to_pixels([same, image]), torch.cat([wanted, wanted]))
+    floats = array.astype(np.float64) / 255
+    assert to_pixels(floats, value_range=(0, 1)).dtype == torch.float32
+    torch.testing.assert_close(to_pixels(floats, value_range=(0, 1)), wanted)
+    torch.testing.assert_close(to_pixels(tensor.float(), value_range=(0, 255)), wanted)
+
+
+def test_a_files_orientation_transparency_and_depth_are_understood(tmp_path):
+    turned = picture()
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert to_pixels(tmp_path / "turned.png").shape == (1, 3, 6, 4)
+    clear = picture()
+    clear.putalpha(0)
+    assert (to_pixels(clear) == 1).all()
+    deep = Image.fromarray(np.full((4, 6), 65535, dtype=np.uint16))
+    assert deep.mode.startswith("I;16") and (to_pixels(deep) == 1).all()
+    with pytest.raises(ValueError, match="mode F has no known range; .* with value_range"):
+        to_pixels(Image.fromarray(np.zeros((4, 6), dtype=np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (
+            torch.zeros(2, 4, 4, 3),
+            r"got \(2, 4, 4, 3\); channels come first: images.movedim\(-1, -3\)",
+        ),
+        (torch.zeros(1, 1, 4, 4), r"got \(1, 1, 4, 4\); grey images become three channels by"),
+        (torch.zeros(1, 4, 8, 8), r"got \(1, 4, 8, 8\); leave transparency out: images\[:, :3\]"),
+        (np.zeros((3, 4, 6)), r"as a NumPy array, got \(3, 4, 6\); channels come first in tensors"),
+        (np.zeros((4, 6, 4)), r"\(height, width, 3\) .* got \(4, 6, 4\)$"),
+        (
+            torch.zeros(1, 3, 4, 4, dtype=torch.int64),
+            r"got torch.int64; values in \[0, 255\] become",
+        ),
+        (3, "paths, PIL images, NumPy arrays or tensors, got int"),
+        ("nowhere.png", "^nowhere.png: no such image$"),
+        ("/", "^/: is a folder; give the images in it, as a list$"),
+        (__file__, "test_images.py: can't be read as an image"),
+        ([torch.zeros(3, 4, 4), picture(4, 4)], "several kinds of numbers"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_told_with_a_way_out(images, message):
+    with pytest.raises(ValueError, match=message) as error:
+        to_pixels(images)
+    assert "\n" not in str(error.value)
+
+
+def test_a_range_goes_with_floats_and_goes_up():
+    with pytest.raises(ValueError, match="value_range: goes with floats"):
+        to_pixels(picture(), value_range=(0, 255))
+    with pytest.raises(ValueError, match="value_range: expected .black, white."):
+        to_pixels(torch.zeros(1, 3, 4, 4), value_range=(1, 0))

@@ -1,8 +1,10 @@
 """Autoencoders in CompVis' layout: against a kit of the official code, and what must be refused."""
 
 import os
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -11,11 +13,12 @@ from torch import Tensor
 
 from parity import Kit, kits, load_kit
 from semtok import Tokenizer, UserError
+from semtok.hub.checkpoints import read_checkpoint
 from semtok.hub.formats import open_checkpoint
 from semtok.hub.import_vae import import_autoencoder
 from semtok.hub.imports import import_checkpoint
 from semtok.hub.job import ImportOptions
-from semtok.methods.vae import Architecture, build_autoencoder, load_autoencoder
+from semtok.methods.vae import Architecture, VAEConfig, build_autoencoder, load_autoencoder
 
 IMAGE, SUM = {"atol": 1e-4, "rtol": 0.0}, {"atol": 0.0, "rtol": 1e-5}
 
@@ -181,17 +184,6 @@ def test_what_does_not_fit_is_named(tmp_path, change, message):
 # diffusers' folders ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "form", [{"variant": "fp16"}, {"safe_serialization": False}], ids=["variant", "bin"]
-)
-def test_a_folder_with_only_a_variant_or_older_weights_is_read(tmp_path, form):
-    made = of_kinds(("", ""), ("", ""))
-    made.save_pretrained(tmp_path / "vae", **form)
-    imported = import_checkpoint(tmp_path / "vae", "auto", ImportOptions())
-    state = imported.model.autoencoder.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
-
-
 class Evil:
     def __reduce__(self):
         return (os.mkdir, ("evil",))
@@ -222,3 +214,104 @@ def test_a_file_where_a_folder_belongs_names_the_way(tmp_path):
             UserError, match="a file; .* semtok hub import auto .*x.pt --output DIR"
         ):
             reader(str(tmp_path / "x.pt"))
+
+
+FORMS = {
+    "variant": {"variant": "fp16"},
+    "bin": {"safe_serialization": False},
+    "bin-variant": {"safe_serialization": False, "variant": "fp16"},
+    "shards": {"max_shard_size": "40KB"},
+    "shards-variant": {"max_shard_size": "40KB", "variant": "fp16"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_under_any_of_diffusers_names_are_loaded_without_a_word(tmp_path, capfd, form):
+    made = of_kinds(("", ""), ("", ""))
+    made.save_pretrained(tmp_path / "pipe" / "vae", **FORMS[form])
+    state = load_autoencoder(str(tmp_path / "pipe")).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_whole_weights_go_before_a_variant(tmp_path):
+    made = of_kinds(("", ""), ("", ""))
+    made.save_pretrained(tmp_path)
+    made.half().save_pretrained(tmp_path, variant="fp16")
+    state = load_autoencoder(str(tmp_path)).state_dict()
+    assert all(value.dtype == torch.float32 for value in state.values())
+    assert not all(torch.equal(value, value.half().float()) for value in state.values())
+
+
+@pytest.mark.parametrize(("taken", "given"), [(1, 1), (4, 4), (3, 4)])
+def test_autoencoders_of_other_channels_are_refused_by_name(tmp_path, taken, given):
+    made = of_kinds(("", ""), ("", ""), in_channels=taken, out_channels=given)
+    made.save_pretrained(tmp_path / "vae")
+    torch.save(official(made), tmp_path / "x.pt")
+    words = f"takes images of {taken} channels and gives {given}; only autoencoders of RGB images"
+    for read_it in (
+        lambda: load_autoencoder(str(tmp_path / "vae")),
+        lambda: VAEConfig(vae=str(tmp_path / "vae")).check_references(),  # before anything is built
+        lambda: import_checkpoint(tmp_path / "vae", "auto", ImportOptions()),
+        lambda: import_checkpoint(tmp_path / "x.pt", "auto", ImportOptions(statistics=1.0)),
+        lambda: Tokenizer.from_pretrained(tmp_path / "vae"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read_it()
+
+
+def test_a_tokenizer_reference_names_the_class_of_another_autoencoder(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
+    with pytest.raises(UserError, match="is of diffusers' AutoencoderTiny; only AutoencoderKL"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_an_export_no_longer_states_the_shift_of_the_vae_that_it_began_with(tmp_path):
+    """A pipeline computes ``latents / scaling_factor + shift_factor``: that has to give what the decoder takes."""
+    made = of_kinds(("", ""), ("", ""), shift_factor=0.0609, scaling_factor=1.5305)
+    made.save_pretrained(tmp_path / "vae")
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "vae")
+    assert torch.allclose(tokenizer.texture_mean, torch.full((3,), 0.0609))
+    tokenizer.save_pretrained(tmp_path / "out")
+    config = AutoencoderKL.from_pretrained(tmp_path / "out" / "vae").config
+    assert (config.shift_factor, config.scaling_factor) == (0.0, 1.0)
+    again = Tokenizer.from_pretrained(tmp_path / "out" / "vae")
+    assert again.means_the_same(tokenizer)
+
+
+WRAPPED = [
+    "_orig_mod.",
+    "module._orig_mod.",
+    "first_stage_model.",
+    "ema_model.",
+    "vae.",
+    "module.vae._orig_mod.",
+]
+
+
+@pytest.mark.parametrize("before", WRAPPED)
+def test_what_trainers_put_before_names_is_taken_off(tmp_path, before):
+    made = of_kinds(("", ""), ("", ""))
+    torch.save({"state_dict": {before + n: v for n, v in official(made).items()}}, tmp_path / "x")
+    state = read(tmp_path / "x").state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["bool_", "float16", "float64", "int32", "int64", "uint8"])
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_numbers_of_numpy_beside_the_weights_are_read(tmp_path, kind, writer):
+    number = getattr(np, kind)(1)
+    content = {"step": number, "losses": np.array([number])}
+    if writer == "torch":
+        torch.save(content | {"state_dict": {"a": torch.ones(1)}}, tmp_path / "x")
+    else:
+        (tmp_path / "x").write_bytes(pickle.dumps(content, protocol=2))
+    back = read_checkpoint(tmp_path / "x")
+    assert back["step"] == number and type(back["step"]) is type(number)
+    assert back["losses"].dtype == content["losses"].dtype
+
+
+def test_text_of_old_pickles_is_decoded_in_no_other_encoding(tmp_path):
+    (tmp_path / "x").write_bytes(b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x03\x00\x00\x00zipt\x52.")
+    with pytest.raises(UserError, match="is refused"):
+        read_checkpoint(tmp_path / "x")

@@ -468,7 +468,8 @@ def test_a_strip_shows_both_parts_over_time(model, tmp_path, method, capsys):
     assert run(sample.main, [str(model), *arguments, "--output", str(output)]) == 0
     assert "sampling over time of 3 images" in capsys.readouterr().out
     width, height = Image.open(output).size
-    assert (width - 4) % 5 == 0 and (height - 4) % 6 == 0, "five columns; two rows an image"
+    assert 0 < width - 4 - 5 * 100 < 204, "labels, and five columns"
+    assert 0 < height - 4 - 6 * 100 < 30, "times, and two rows an image"
     bad = [str(model), "--strip", "1", "--output", str(tmp_path / "x.png")]
     assert run(sample.main, bad) == 2
     assert "--strip: expected at least 2 columns" in capsys.readouterr().err

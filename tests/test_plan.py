@@ -21,7 +21,7 @@ def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     recipes = tmp_path / "recipes"
     recipes.mkdir()
     (recipes / "base.yaml").write_text(yaml.safe_dump(tiny.content({"name": "vae"})))
-    joint = tiny.content(tiny.SEMANTICS["semvae"] | {"texture": "base"})
+    joint = tiny.content(tiny.SEMANTICS["semvae"] | {"texture": "base", "min_texture_psnr": 0})
     (recipes / "joint.yaml").write_text(yaml.safe_dump(joint))
     monkeypatch.setattr(references, "recipe_folder", lambda: recipes)
     work = tmp_path / "work"

@@ -83,7 +83,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         content["data"] = {"kind": "tars", "size": 16, "path": urls, "cache": str(root / "latents")}
         content["plugins"] = [str(root / "plugin.py")]
         train_tokenizer(parse_recipe(content, "tiny"), root / "texture")
-        method = tiny.SEMANTICS["reglue"] | {"texture": str(root / "texture")}
+        method = tiny.SEMANTICS["reglue"] | {
+            "texture": str(root / "texture"),
+            "min_texture_psnr": 0,
+        }
         content = tiny.content(method | {"feature_cache": str(root / "features")}, steps=2)
         shutil.copy(files("semtok") / "assets" / DEMO_FILE, root / "teacher.safetensors")
         content["teacher"]["checkpoint"] = str(root / "teacher.safetensors")

@@ -9,6 +9,8 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from timm.models import VisionTransformer
@@ -18,7 +20,7 @@ from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.images import to_pil, to_pixels, to_uint8
 from semtok.metrics import psnr, ssim
 from semtok.perceptual import LPIPS, teacher_distance
-from semtok.pictures import principal_components, rows_of_images
+from semtok.pictures import principal_components
 from semtok.teachers import _SHORT_NAMES, Teacher, TeacherConfig
 
 VIT = "vit_tiny_patch16_224"
@@ -397,4 +399,42 @@ def test_principal_components_show_what_varies():
     picture = principal_components(ramp * direction[None, :, None, None])
     assert picture.shape == (1, 3, 4, 4) and picture.abs().max() <= 1
     assert picture[:, 0].std() > 0.3
-    assert rows_of_images([picture, torch.zeros(1, 3, 8, 8)]).shape == (3, 2 * 100 + 4, 104)
+
+
+NAME = "vit_tiny_patch16_224.augreg_in21k"
+
+
+@pytest.fixture
+def no_network(tmp_path, monkeypatch) -> Path:
+    """An empty cache of the Hub, and a Hub that refuses connections."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    return tmp_path / "hub"
+
+
+def test_without_network_a_teacher_is_one_line_and_no_retries(
+    no_network, monkeypatch, capfd, caplog
+):
+    monkeypatch.setattr(_http.time, "sleep", None)  # a retry would call it
+    with pytest.raises(UserError) as raised:
+        Teacher(TeacherConfig(name=NAME))
+    message = str(raised.value)
+    assert f"timm/{NAME} is not in the local cache, and the Hugging Face Hub can't be" in message
+    assert "teacher.checkpoint=" in message and "\n" not in message
+    assert "Retrying" not in capfd.readouterr().err + caplog.text
+
+
+def test_a_teacher_in_the_local_cache_is_taken_without_asking_anybody(no_network):
+    torch.manual_seed(0)
+    network = timm.create_model(NAME)
+    folder = no_network / f"models--timm--{NAME}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    safetensors.torch.save_file(network.state_dict(), snapshot / "model.safetensors")
+    teacher = Teacher(TeacherConfig(name=NAME))
+    assert torch.equal(teacher.network.norm.weight, network.norm.weight)
+    assert torch.equal(teacher.network.blocks[0].attn.qkv.weight, network.blocks[0].attn.qkv.weight)

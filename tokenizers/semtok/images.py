@@ -1,62 +1,190 @@
 """Pixels: the one range used inside the library, and the ways in and out of it.
 
 Inside, images are float (B, 3, H, W) in [-1, 1], called *pixels*. The public surface also takes
-uint8 tensors in [0, 255] and PIL images.
+files, PIL images, NumPy arrays, and tensors of other ranges.
 """
 
+import warnings
 from collections.abc import Sequence
-from typing import Literal
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from einops import rearrange
+from PIL import Image, ImageOps
 from torch import Tensor
 
-Images = Tensor | Image.Image | Sequence[Image.Image]
+from semtok.errors import UserError, printable
+
+OneImage = str | PathLike[str] | Image.Image | np.ndarray | Tensor
+Images = OneImage | Sequence[OneImage]
+ValueRange = tuple[float, float]
 Uint8Rule = Literal["round", "truncate"]
 """How pixels become uint8: to the nearest level, or to the next lower one."""
+_FARTHEST = 1.5
+"""Bicubic resizing overshoots [-1, 1] by less; images in [0, 255], or standardised for a classifier, by more."""
 
 
-def to_pixels(images: Images, device: torch.device | str | None = None) -> Tensor:
+def to_pixels(
+    images: Images,
+    device: torch.device | str | None = None,
+    *,
+    value_range: ValueRange | None = None,
+) -> Tensor:
     """Turns what users have into pixels.
 
     Args:
-        images: uint8 (B, 3, H, W) in [0, 255], float (B, 3, H, W) in [-1, 1] (returned as it is),
-            one PIL image, or several of one size. A missing batch axis is added.
+        images: one of the following, or a list of them of one size. A file's path; a PIL image (transparency is
+            over white, and a camera's note of which way is up is followed); a NumPy array (H, W, 3) or
+            (B, H, W, 3); a tensor (3, H, W) or (B, 3, H, W). uint8 is in [0, 255].
         device: where the result shall lie; None leaves tensors where they are.
+        value_range: (black, white) of float images; None: they are in [-1, 1] and returned as they are.
 
     Returns:
         float (B, 3, H, W) in [-1, 1].
 
     Raises:
+        UserError: a file that is not there or is no image.
         ValueError: the shape or the kind of number fits none of these.
     """
-    if isinstance(images, Image.Image):
-        images = [images]
-    if isinstance(images, np.ndarray):
+    several = list(images) if isinstance(images, list | tuple) else [images]
+    if not several:
+        raise ValueError("no images given")
+    batches = [_batch(each) for each in several]
+    sizes = {tuple(batch.shape[2:]) for batch in batches}
+    if len(sizes) != 1:
+        told = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
+        raise ValueError(f"images of several sizes ({told}) can't be one batch; resize them first")
+    kinds = {batch.dtype for batch in batches}
+    if len(kinds) != 1:
+        raise ValueError(f"images of several kinds of numbers ({', '.join(map(str, kinds))})")
+    result = batches[0] if len(batches) == 1 else torch.cat(batches)
+    result = result.to(device) if device is not None else result
+    if result.dtype == torch.uint8:
+        if value_range is not None:
+            raise ValueError("value_range: goes with floats; these images are uint8, in [0, 255]")
+        return result.float() / 127.5 - 1
+    if value_range is None:
+        return result
+    black, white = value_range
+    if not black < white:
         raise ValueError(
-            "NumPy arrays have no agreed layout; give PIL images, or a tensor (B, 3, height, width)"
+            f"value_range: expected (black, white) with black < white, got {value_range}"
         )
-    if not isinstance(images, Tensor):
-        arrays = [np.asarray(image.convert("RGB")) for image in images]
-        if not arrays:
-            raise ValueError("no images given")
-        if len({array.shape for array in arrays}) != 1:
-            sizes = sorted({f"{a.shape[1]}x{a.shape[0]}" for a in arrays})
-            raise ValueError(
-                f"images of several sizes ({', '.join(sizes)}) can't be one batch; resize them first"
-            )
-        images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-    if images.ndim == 3:
-        images = images[None]
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"expected images (B, 3, height, width), got {tuple(images.shape)}")
-    images = images.to(device) if device is not None else images
-    if images.dtype == torch.uint8:
-        return images.float() / 127.5 - 1
-    if not images.is_floating_point():
+    return result if (black, white) == (-1, 1) else (result - black) * (2 / (white - black)) - 1
+
+
+def check_range(pixels: Tensor) -> None:
+    """Looks whether float images can be pixels in [-1, 1]; reads them, so that the host waits for a GPU.
+
+    Images in [0, 1] could be bright ones: there is one warning.
+
+    Raises:
+        ValueError: they are certainly of another range, or not finite.
+    """
+    if not pixels.numel():
+        return
+    low, high = (value.item() for value in pixels.detach().float().aminmax())
+    if not (low >= -_FARTHEST and high <= _FARTHEST):
+        likely = (0, 255) if low >= 0 else (low, high)
+        way_out = f"pass value_range=({likely[0]:g}, {likely[1]:g}) if black and white are so"
+        if not np.isfinite([low, high]).all():
+            way_out = "mend what made them so"
         raise ValueError(
-            f"expected uint8 images in [0, 255] or float images in [-1, 1], got {images.dtype}"
+            f"float images are in [-1, 1]; these lie in [{low:g}, {high:g}]; {way_out}"
+        )
+    if 0 <= low < high <= 1:
+        warnings.warn(
+            "float images are in [-1, 1], and all values of these lie in [0, 1]; pass value_range=(0, 1) if black is "
+            "0, or value_range=(-1, 1) if they are just bright",
+            stacklevel=3,
+        )
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image as RGB, the way up that its camera has noted, transparency over white.
+
+    Raises:
+        ValueError: its numbers have no known range.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow would clip where 8 bits need the upper byte
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"a PIL image of mode {image.mode} has no known range; give its numbers as a tensor, with value_range"
+        )
+    if image.mode in ("P", "LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _batch(image: Any) -> Tensor:
+    """One image, or a batch of them, as uint8 or float (B, 3, H, W)."""
+    if isinstance(image, str | PathLike):
+        return _from_pil(_read(Path(image)))
+    if isinstance(image, Image.Image):
+        return _from_pil(as_rgb(image))
+    if isinstance(image, np.ndarray):
+        return _checked(_from_array(image))
+    if isinstance(image, Tensor):
+        return _checked(image[None] if image.ndim == 3 else image)
+    raise ValueError(
+        f"expected images as paths, PIL images, NumPy arrays or tensors, got {type(image).__name__}"
+    )
+
+
+def _read(path: Path) -> Image.Image:
+    place = printable(str(path))
+    try:
+        with Image.open(path) as image:
+            return as_rgb(image)
+    except FileNotFoundError:
+        raise UserError(f"{place}: no such image") from None
+    except IsADirectoryError:
+        raise UserError(f"{place}: is a folder; give the images in it, as a list") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{place}: can't be read as an image ({error})") from None
+
+
+def _from_pil(image: Image.Image) -> Tensor:
+    return rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").contiguous()
+
+
+def _from_array(array: np.ndarray) -> Tensor:
+    """A NumPy array, channels last as Pillow, OpenCV and Matplotlib have them."""
+    if array.ndim not in (3, 4) or array.shape[-1] != 3:
+        is_first = array.ndim in (3, 4) and array.shape[-3] == 3
+        way_out = "; channels come first in tensors: torch.from_numpy(…)" if is_first else ""
+        raise ValueError(
+            f"expected images (height, width, 3) or (B, height, width, 3) as a NumPy array, got {array.shape}"
+            f"{way_out}"
+        )
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"expected images of numbers, got a NumPy array of {array.dtype}")
+    batch = torch.from_numpy(np.array(array))  # a copy: others may be read-only
+    batch = batch.float() if batch.dtype == torch.float64 else batch
+    return rearrange(batch[None] if batch.ndim == 3 else batch, "b h w c -> b c h w")
+
+
+def _checked(images: Tensor) -> Tensor:
+    shape = tuple(images.shape)
+    if images.ndim != 4 or shape[1] != 3:
+        way_out = ""
+        if images.ndim == 4 and shape[3] == 3:
+            way_out = "; channels come first: images.movedim(-1, -3)"
+        elif images.ndim == 4 and shape[1] == 1:
+            way_out = "; grey images become three channels by images.expand(-1, 3, -1, -1)"
+        elif images.ndim == 4 and shape[1] == 4:
+            way_out = "; leave transparency out: images[:, :3]"
+        raise ValueError(f"expected images (B, 3, height, width), got {shape}{way_out}")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(
+            f"expected uint8 images in [0, 255] or float images in [-1, 1], got {images.dtype}; values in [0, 255] "
+            "become uint8 by .to(torch.uint8)"
         )
     return images
 

@@ -75,8 +75,9 @@ class Objective(nn.Module, ABC):
     """One stage of training.
 
     ``learners`` are the modules that train. Each has its own optimiser, is wrapped for several
-    processes on its own, and contains exactly the parameters that it trains; it may read others'
-    through ``Unregistered``. In a step each runs in turn, on the same micro-batch.
+    processes on its own, and contains the parameters that it trains, and others only where these
+    need no gradient; it may read others' through ``Unregistered``. In a step each runs in turn, on
+    the same micro-batch.
     """
 
     learners: nn.ModuleDict

@@ -177,7 +177,7 @@ def _load_plugins(content: dict[str, Any], place: str) -> None:
         try:
             load_plugins([str(plugin) for plugin in plugins])
         except UserError as error:
-            raise UserError(f"{place}: {error}") from None
+            raise UserError(f"{place}: {error}") from error
 
 
 def parse_data(settings: list[str], *, place: str) -> DataConfig:

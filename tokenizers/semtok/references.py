@@ -8,16 +8,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HTTPError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from semtok.errors import UserError, did_you_mean
 
+_HUB_SECONDS = 10
 RUNS = Path("runs")
 DEMO = "demo"
 """Name of the embedded VAE, which every installation has."""
@@ -59,7 +61,7 @@ def locate_export(
     if Path(reference).is_dir():
         raise UserError(f"{reference}: no {kind} there (no config.json)")
     if reference == DEMO and kind == "tokenizer":
-        return Path(str(files("semtok") / "assets" / "demo_tokenizer"))
+        return demo_folder()
     recipe = find_recipe(reference) if kind == "tokenizer" else None
     if recipe is not None:
         raise UserError(
@@ -76,6 +78,11 @@ def locate_export(
     raise UserError(
         f"tokenizer '{reference}': no such folder, run (runs/{reference}) or recipe; {way}"
     )
+
+
+def demo_folder() -> Path:
+    """Where the embedded VAE lies."""
+    return Path(str(files("semtok") / "assets" / "demo_tokenizer"))
 
 
 def from_a_file(path: str | Path) -> str:
@@ -144,6 +151,23 @@ def find_recipe(name: str) -> Path | None:
 
 def _is_of_a_tokenizer(recipe: Path) -> bool:
     return "\nmethod:" in recipe.read_text(encoding="utf-8")
+
+
+def check_hub(repository: str, file: str) -> None:
+    """Asks the Hub once for a file, as its client asks six times and prints each.
+
+    Raises:
+        UserError: it can't be reached. What it answers otherwise is for whoever fetches the file.
+    """
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, file), timeout=_HUB_SECONDS)
+    except HfHubHTTPError:
+        return
+    except (HTTPError, OSError):
+        raise UserError(
+            f"{repository} is not in the local cache, and the Hugging Face Hub can't be reached; where there is "
+            f"network: hf download {repository}"
+        ) from None
 
 
 def _from_hub(reference: str, kind: str, *, revision: str | None, local_files_only: bool) -> Path:

@@ -2,12 +2,13 @@
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semtok.errors import UserError, did_you_mean
+from semtok.errors import UserError, did_you_mean, printable
 from semtok.settings import Config
 
 
@@ -31,6 +32,14 @@ class MethodConfig(Config):
             UserError: weights to start from that lead nowhere.
         """
 
+    def starts_from_weights(self) -> bool:
+        """Whether training goes on from weights that somebody has trained."""
+        return False
+
+    def warnings(self, learning_rate: float) -> list[str]:
+        """What to tell before the first step of settings that do harm without being wrong; a line each."""
+        return []
+
     def needs_same_images(self) -> bool:
         """Whether training keeps what it has computed of an image, which then has to look the same in each epoch."""
         return False
@@ -38,6 +47,11 @@ class MethodConfig(Config):
     def texture_reference(self) -> str | None:
         """The tokenizer that this one is built on, where there is one."""
         return None
+
+    def least_texture_psnr(self) -> float | None:
+        """In dB, on the training images, what that tokenizer has to reach; 0: it is measured and nothing refused; None:
+        it is not measured."""
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,7 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
+_PLUGIN = "semtok_plugin_"  # begins the names of modules that are users' files
 
 
 def register_method(
@@ -84,18 +99,43 @@ def register_method(
 
 
 def get_method(name: object, *, place: str) -> Method:
-    """The method of that name.
+    """The method of that name, which a user has written.
 
     Raises:
         UserError: there is none; ``place`` (a file name) starts the message.
     """
     if not isinstance(name, str) or name not in _METHODS:
-        hint = did_you_mean(str(name), _METHODS, f"known: {', '.join(sorted(_METHODS))}.")
+        known = f"known: {', '.join(sorted(_METHODS))}."
+        # Methods of users' own are often called after ours: edge_vae is no slip of send_vae.
+        hint = did_you_mean(str(name), _METHODS, known, cutoff=0.8)
         raise UserError(
-            f"{place}: unknown method '{name}'; {hint} A method of your own needs its file under the "
-            "recipe's plugins:, or --plugin where a command has it"
+            f"{place}: unknown method '{name}'; {hint} A method of your own needs its file: under the recipe's "
+            "plugins:, by --plugin where a command has it, or by plugin= in Python"
         )
     return _METHODS[name]
+
+
+def method_of_export(config: Mapping[str, Any], *, place: str) -> Method:
+    """The method that an export's config.json names. No code that lies beside it is run.
+
+    Raises:
+        UserError: it isn't registered here; the message names the file that brings it, where that is known.
+    """
+    name, file = config["method"], config.get("plugin")
+    if isinstance(name, str) and name in _METHODS:
+        return _METHODS[name]
+    file = printable(Path(file).name) if isinstance(file, str) else None
+    source = f"{file} brings" if file else "no method here is called"
+    raise UserError(
+        f"{place}: is of the method '{name}', which {source}; pass its file by --plugin {file or 'FILE.py'}, "
+        "plugin= in Python, or plugins: in a recipe"
+    )
+
+
+def plugin_of(name: str) -> str | None:
+    """The name (without folders) of the user's file that has registered a method; None: there is no such file."""
+    module = _METHODS[name].config.__module__ if name in _METHODS else ""
+    return Path(sys.modules[module].__file__).name if module.startswith(_PLUGIN) else None
 
 
 def papers_of(name: str) -> tuple[str, ...]:
@@ -103,17 +143,17 @@ def papers_of(name: str) -> tuple[str, ...]:
     return _METHODS[name].papers if name in _METHODS else ()
 
 
-def load_plugins(files: Iterable[str]) -> None:
+def load_plugins(files: Iterable[str | Path]) -> None:
     """Runs users' files, which register their methods.
 
     Raises:
-        UserError: a file is missing or is not Python.
+        UserError: a file is missing, is not Python, or raises; the message says in which line.
     """
     for file in files:
         path = Path(file).resolve()
         if not path.is_file():
             raise UserError(f"plugins: no such file '{file}'")
-        name = f"semtok_plugin_{path.stem}"
+        name = f"{_PLUGIN}{path.stem}"
         if getattr(sys.modules.get(name), "__file__", None) == str(path):
             continue
         spec = importlib.util.spec_from_file_location(name, path)
@@ -124,11 +164,28 @@ def load_plugins(files: Iterable[str]) -> None:
         try:
             spec.loader.exec_module(module)
         except BaseException as error:
+            told = trouble_in_plugin(error)
             del sys.modules[name]  # a second try is not to take the half-run file for loaded
-            if isinstance(error, SyntaxError):
+            if isinstance(error, SyntaxError) and error.filename == str(path):
                 raise UserError(
                     f"plugins: '{file}', line {error.lineno}: not valid Python ({error.msg})"
                 ) from None
-            if isinstance(error, ImportError | ValueError):
-                raise UserError(f"plugins: '{file}': {error}") from None
+            if isinstance(error, Exception | SystemExit):
+                way_out = f"'python {path.name}' shows where from"
+                raise UserError(f"plugins: {told or f'{file}: {error}'}; {way_out}") from error
             raise
+
+
+def trouble_in_plugin(error: BaseException) -> str | None:
+    """``edge_vae.py:12: NameError: …`` of an exception that a user's file has raised, or something that it called;
+    None: no user's file was on the way."""
+    plugins = {
+        str(module.__file__) for name, module in [*sys.modules.items()] if name.startswith(_PLUGIN)
+    }
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename in plugins]
+    if not own:
+        return None
+    words = " ".join(str(error).split())
+    place = f"{printable(Path(own[-1].filename).name)}:{own[-1].lineno}"
+    return f"{place}: {type(error).__name__}" + (f": {words}" if words else "")

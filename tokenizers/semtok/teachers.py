@@ -13,6 +13,7 @@ from typing import Literal
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from pydantic import Field, field_validator
 from timm.layers import HybridEmbed
 from timm.models import Eva, VisionTransformer
@@ -22,9 +23,11 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from semtok.errors import UserError
+from semtok.references import check_hub
 from semtok.settings import Config
 from semtok.storage import DAMAGE, first_line, tensor_bytes
 
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 DEMO = "demo"
 DEMO_FILE = "demo_teacher.safetensors"
 DEMO_WIDTH = 128
@@ -128,6 +131,8 @@ class Teacher(nn.Module):
 
     widths: tuple[int, ...]
     """Channels D of the patch tokens, per layer."""
+    is_transformer: bool
+    """Whether it is a vision transformer; else its layers are the stages of a CNN, each with a grid of its own."""
 
     def __init__(self, config: TeacherConfig) -> None:
         super().__init__()
@@ -143,7 +148,7 @@ class Teacher(nn.Module):
         # of 32 keep its grid whole.
         embed = getattr(self.network, "patch_embed", None)
         self.patch_size = int(embed.feat_ratio()) if hasattr(embed, "feat_ratio") else 32
-        self._is_transformer = isinstance(self.network, _TRANSFORMERS)
+        self.is_transformer = isinstance(self.network, _TRANSFORMERS)
         self.eval()
         self._check_layers()
 
@@ -204,7 +209,7 @@ class Teacher(nn.Module):
             differentiable: let gradients flow to ``pixels``; the teacher itself never has any.
         """
         options: dict[str, bool] = {}
-        if self._is_transformer:
+        if self.is_transformer:
             # Prefix tokens asked for where there are none, timm's relative-position networks fail.
             has_prefix = self.network.num_prefix_tokens > 0
             options = {"norm": True, "return_prefix_tokens": has_prefix, "stop_early": True}
@@ -227,11 +232,16 @@ class Teacher(nn.Module):
             raise UserError(
                 f"teacher.name: timm's '{self.timm_name}' gives no intermediate features; choose another"
             )
-        depth = len(self.network.blocks) if self._is_transformer else len(self.network.feature_info)
+        depth = len(self.network.blocks) if self.is_transformer else len(self.network.feature_info)
         wrong = [layer for layer in self.config.layers if not -depth <= layer < depth]
         if wrong:
+            stages = (
+                ""
+                if self.is_transformer
+                else "; a CNN's stages have grids of their own, so [-1] is likely meant"
+            )
             raise UserError(
-                f"teacher.layers: {wrong} out of range; '{self.timm_name}' has {depth} layers"
+                f"teacher.layers: {wrong} out of range; '{self.timm_name}' has {depth} layers{stages}"
             )
         self._positive_layers = [layer % depth for layer in self.config.layers]
         if len(set(self._positive_layers)) != len(self._positive_layers):
@@ -336,8 +346,9 @@ def _create(config: TeacherConfig, name: str) -> nn.Module:
             weights = config.checkpoint or str(files("semtok") / "assets" / DEMO_FILE)
             timm.models.load_checkpoint(demo, weights)
             return demo
-        if config.checkpoint is not None:
-            state = _local_weights(name, config.checkpoint, options)
+        file = config.checkpoint or _weights_of(name)
+        if file is not None:
+            state = _local_weights(name, file, options)
             options["pretrained_cfg_overlay"] = dict(state_dict=state)
         # With its own classifier a network loads strictly: nothing stays random in silence.
         network = timm.create_model(name, pretrained=True, **options)
@@ -351,6 +362,24 @@ def _create(config: TeacherConfig, name: str) -> nn.Module:
         if config.input_size is not None:
             place += f" at teacher.input_size {config.input_size}"
         raise UserError(f"{place}: can't be loaded ({first_line(error)}){way_out}") from None
+
+
+def _weights_of(name: str) -> str | None:
+    """The file of timm's weights in the local cache of the Hub; None: timm is to fetch them.
+
+    Raises:
+        UserError: they are not there, and the Hub can't be reached.
+    """
+    pretrained = timm.models.get_pretrained_cfg(name)
+    repository = pretrained.hf_hub_id
+    if repository is None or pretrained.hf_hub_filename is not None:  # timm knows under which names
+        return None
+    for file in _HUB_FILES:
+        cached = try_to_load_from_cache(repository, file)
+        if isinstance(cached, str):
+            return cached
+    check_hub(repository, _HUB_FILES[0])
+    return None
 
 
 def _local_weights(name: str, checkpoint: str, options: dict[str, object]) -> dict[str, Tensor]:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from semtok.card import provenance, write_readme
 from semtok.errors import UserError
-from semtok.images import Images, to_pixels
+from semtok.images import Images, ValueRange, check_range, to_pixels
 from semtok.privacy import fit_to_show
 from semtok.processes import gather, together
 from semtok.publish import PushToHub
 from semtok.references import locate_export
-from semtok.registry import get_method, papers_of
+from semtok.registry import get_method, load_plugins, method_of_export, papers_of, plugin_of
 from semtok.sampler.draws import SampleNoise
 from semtok.sampler.latents import Latents, LatentSpec, Posterior
 from semtok.settings import Config, parse
@@ -139,21 +139,46 @@ class Tokenizer(PushToHub, nn.Module, ABC):
     # The contract -------------------------------------------------------------------------------
 
     def encode(
-        self, images: Images, *, sample: bool = False, generator: torch.Generator | None = None
+        self,
+        images: Images,
+        *,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+        value_range: ValueRange | None = None,
     ) -> Latents:
         """Images to latents.
 
         Args:
-            images: pixels (B, 3, H, W) in [-1, 1], uint8 (B, 3, H, W) in [0, 255], or PIL images;
-                H and W divisible by ``spec.stride``.
+            images: files' paths, PIL images, NumPy arrays (B, H, W, 3) or tensors (B, 3, H, W), one or a list; uint8
+                in [0, 255] or float in ``value_range``; H and W divisible by ``spec.stride``.
             sample: draw from the posterior, instead of taking its mean.
             generator: the source of that draw.
+            value_range: (black, white) of float images. None: [-1, 1]; it is then looked whether they can be, on
+                a GPU at the first batch alone, as looking waits for it.
 
         Raises:
-            ValueError: a size that the stride does not divide, or statistics not yet measured.
+            ValueError: images of another shape, range or kind, a size that the stride does not divide, statistics
+                not yet measured, or a generator without ``sample``.
         """
-        posterior = self.posterior(images)
+        if generator is not None and not sample:
+            raise ValueError("generator: nothing is drawn; pass sample=True too")
+        pixels = to_pixels(images, self.device, value_range=value_range)
+        if value_range is None and self._range_is_looked_at(images, pixels):
+            check_range(pixels)
+        posterior = self.posterior(pixels)
         return posterior.sample(generator) if sample else posterior.mean
+
+    def _range_is_looked_at(self, images: Images, pixels: Tensor) -> bool:
+        if torch.compiler.is_compiling() or pixels.is_meta:
+            return False
+        if isinstance(images, Tensor) and images.dtype == torch.uint8:
+            return False
+        looked, self._looked = getattr(self, "_looked", False), True
+        return not looked or pixels.device.type == "cpu"
+
+    @property
+    def device(self) -> torch.device:
+        return self.texture_mean.device
 
     def posterior(self, images: Images, features: TeacherFeatures | None = None) -> Posterior:
         """Images to the posterior of their latents, standardised; errors as ``encode``.
@@ -162,22 +187,28 @@ class Tokenizer(PushToHub, nn.Module, ABC):
             images: as ``encode`` takes them.
             features: what ``features`` gives for these images, where the caller has it already.
         """
-        pixels = to_pixels(images, device=self.texture_mean.device).to(self.texture_mean.dtype)
+        pixels = to_pixels(images, self.device).to(self.texture_mean.dtype)
         self.spec.check_image_size(tuple(pixels.shape[-2:]))
         return self.standardise_posterior(self.posterior_raw(pixels, features))
 
-    def decode(self, latents: Latents) -> Tensor:
-        """Latents to pixels (B, 3, H, W), clamped to [-1, 1]. Parts beside the texture may be needed or not.
+    def decode(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """Latents to pixels (B, 3, H, W), clamped to [-1, 1], of this module's type of numbers. Parts beside the
+        texture may be needed or not.
+
+        Args:
+            latents: of any float type and device.
 
         Raises:
+            TypeError: something else than a mapping from part to tensor.
             ValueError: latents that do not fit the spec, or statistics not yet measured.
         """
-        if not isinstance(latents, Latents):
+        if not isinstance(latents, Mapping):
             raise TypeError(
                 f"expected Latents, got {type(latents).__name__}; wrap it: Latents({{'texture': …}})"
             )
         self.spec.check(latents)
-        return self.decode_raw(self.destandardise(latents)).clamp(-1, 1)
+        own = Latents(latents).to(self.device, self.texture_mean.dtype)
+        return self.decode_raw(self.destandardise(own)).clamp(-1, 1)
 
     def standardise(self, raw: Latents) -> Latents:
         """Raw latents to latents: (z - mean) / std, per channel."""
@@ -269,6 +300,25 @@ class Tokenizer(PushToHub, nn.Module, ABC):
         names = [n for part in self.spec.names for n in (f"{part}_mean", f"{part}_std")]
         return all(torch.allclose(ours[n].cpu(), theirs[n].cpu(), atol=1e-4) for n in names)
 
+    def has_latents_of(self, other: "Tokenizer") -> bool:
+        """Whether this one's decoder can take the latents of the other: encoders and statistics are equal. False also
+        where that can't be told."""
+        return False
+
+    def with_decoder_of(self, other: "Tokenizer") -> "Tokenizer":
+        """The tokenizer of the same latents that decodes as the other does.
+
+        Raises:
+            UserError: the other's decoder was made for other latents.
+        """
+        if not other.has_latents_of(self):
+            raise UserError(
+                "this decoder was made for other latents: its tokenizer's encoder and statistics are not the same; "
+                "train one with method.vae=… of this tokenizer and method.train=decoder"
+            )
+        other.diffusion_defaults = self.diffusion_defaults
+        return other
+
     # Files --------------------------------------------------------------------------------------
 
     def save_pretrained(
@@ -291,6 +341,7 @@ class Tokenizer(PushToHub, nn.Module, ABC):
                 "format_version": FORMAT_VERSION,
                 "kind": "tokenizer",
                 "method": self.method,
+                **({"plugin": plugin} if (plugin := plugin_of(self.method)) else {}),
                 "latents": self.spec.to_dict(),
                 "diffusion_defaults": self.diffusion_defaults.model_dump(mode="json"),
                 "settings": settings,
@@ -303,7 +354,12 @@ class Tokenizer(PushToHub, nn.Module, ABC):
 
     @classmethod
     def from_pretrained(
-        cls, reference: str | Path, *, revision: str | None = None, local_files_only: bool = False
+        cls,
+        reference: str | Path,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        plugin: str | Path | None = None,
     ) -> "Tokenizer":
         """Loads a tokenizer, in eval mode.
 
@@ -312,10 +368,12 @@ class Tokenizer(PushToHub, nn.Module, ABC):
                 A diffusers AutoencoderKL is one too; its config's scaling is its statistics.
             revision: branch, tag or commit on the Hub.
             local_files_only: never ask the Hub, use its local cache.
+            plugin: your file that registers the method; it is run. No code of the reference is.
 
         Raises:
             UserError: nothing found, a damaged file, a newer format, or an unknown method.
         """
+        load_plugins([plugin] if plugin is not None else [])
         folder = locate_export(
             str(reference), "tokenizer", revision=revision, local_files_only=local_files_only
         )
@@ -323,9 +381,8 @@ class Tokenizer(PushToHub, nn.Module, ABC):
         if isinstance(config, dict) and config.get("_class_name") == "AutoencoderKL":
             return get_method("vae", place=str(folder)).tokenizer.from_diffusers(folder).eval()
         _check_config(config, folder)
-        tokenizer = get_method(config["method"], place=str(folder)).tokenizer.load_networks(
-            folder, config
-        )
+        method = method_of_export(config, place=str(folder))
+        tokenizer = method.tokenizer.load_networks(folder, config)
         state = read_tensors(folder / _STATE_FILE)
         expected = dict(tokenizer.named_buffers(recurse=False))
         if {n: b.shape for n, b in state.items()} != {n: b.shape for n, b in expected.items()}:
@@ -369,6 +426,10 @@ def check_format_version(config: Mapping[str, Any], place: Path) -> None:
 def _check_config(config: Any, folder: Path) -> None:
     """Raises UserError where an export's config.json can't be read by this version."""
     place = folder / _CONFIG_FILE
+    if isinstance(config, dict) and "_class_name" in config:
+        raise UserError(
+            f"{folder}: is of diffusers' {config['_class_name']}; only AutoencoderKL can be loaded"
+        )
     if not isinstance(config, dict) or config.get("library") != "semtok":
         raise UserError(f"{place}: not a semtok tokenizer")
     if config.get("kind", "tokenizer") != "tokenizer":

@@ -163,6 +163,8 @@ class Comparison:
             words += _prefixed("teacher", self.settings.teacher)
         if is_composite(reference):
             words.append(f"method.texture={self.tokenizer_folder(TEXTURE, seed)}")
+            # It is trained on the same images, for as long as the comparison says.
+            words.append("method.min_texture_psnr=0")
         train = content["train"]
         if train["steps"] and self.settings.recipe_share < 1:
             steps = max(1, round(train["steps"] * self.settings.recipe_share))

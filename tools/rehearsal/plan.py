@@ -214,6 +214,8 @@ def small_settings(run: Run) -> list[str]:
             wanted["sampler.steps"] = min(2, recipe.sampler.steps)
     else:
         wanted |= _all_losses(recipe.method)
+        if recipe.method.texture_reference() is not None:  # of random weights
+            wanted["method.min_texture_psnr"] = None
     content = recipe.model_dump(mode="json")
     changed = {key: value for key, value in wanted.items() if _value(content, key) != value}
     return [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in changed.items()]

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from semtok.commands.run_folder import (
 )
 from semtok.commands.run_recipe import Resume, record_overrides
 from semtok.commands.table import print_table
+from semtok.commands.texture_quality import TextureQuality
 from semtok.data.source import ImageSource
 from semtok.errors import Interrupted, UserError
 from semtok.lock import only_one_in
@@ -28,15 +30,22 @@ from semtok.objective import Objective
 from semtok.processes import gather, interruptible, is_first, process_index, together
 from semtok.recipe import DiffusionRecipe, TokenizerRecipe, write_recipe
 from semtok.settings import flatten
-from semtok.storage import DISK_FULL, write_json
+from semtok.storage import DISK_FULL, read_json, write_json
 from semtok.tokenizer import library_version
-from semtok.training.checkpoint import CHECKPOINTS, list_checkpoints
+from semtok.training.checkpoint import (
+    CHECKPOINTS,
+    list_checkpoints,
+    random_state,
+    restore_random_state,
+)
 from semtok.training.loop import Trainer
 from semtok.training.process import join_processes
 
 Recipe = TokenizerRecipe[Any, Any] | DiffusionRecipe[Any]
 
 _EXPORTS = "exports"
+_START = "validation_before.json"
+_LOSS_DB = 0.5
 _LABELS = {
     "psnr": ("PSNR", "{:.2f} dB"),
     "ssim": ("SSIM", "{:.3f}"),
@@ -216,14 +225,39 @@ def _tell_of_more_steps(recipe: Recipe, step: int) -> None:
         )
 
 
+def measure_start(trainer: Trainer) -> None:
+    """Notes and prints the held-out metrics of the weights that a training starts from, in all processes together;
+    what comes after draws the random numbers that it would have drawn."""
+    random = random_state()
+    metrics = trainer.validate()
+    restore_random_state(random)
+    if trainer.accelerator.is_main_process:
+        write_json(trainer.folder / _START, metrics)
+        told = ", ".join(" ".join(_row(name, value)) for name, value in metrics.items())
+        print(f"before training: {told}", flush=True)
+
+
+def _row(name: str, value: float) -> tuple[str, str]:
+    """A metric as people read it: what it is, and the number."""
+    label, form = _LABELS.get(name, (name, "{:.4g}"))
+    return label, form.format(value)
+
+
 def summarise(
-    trainer: Trainer, metrics: dict[str, float], folder: Path, what: str, *, total_seconds: float
+    trainer: Trainer,
+    metrics: dict[str, float],
+    folder: Path,
+    what: str,
+    *,
+    total_seconds: float,
+    texture: TextureQuality | None = None,
 ) -> None:
     """Writes ``summary.json``, prints the closing table, and tells where the run has left what people look for.
 
     Args:
         metrics: held-out metrics, means over images.
         what: the export is.
+        texture: how well the tokenizer that this one is built on shows the training images.
     """
     images = trainer.step * trainer.config.batch_size
     summary = {
@@ -242,11 +276,25 @@ def summarise(
         "num_processes": trainer.accelerator.num_processes,
         "accumulate": trainer.accumulate,
     }
+    if texture is not None:
+        summary["texture"] = asdict(texture)
+    start = read_json(folder / _START) if (folder / _START).is_file() else {}
+    if start:
+        summary["validation_before"] = start
     write_json(folder / "summary.json", summary)
     rows = []
     for name, value in metrics.items():
-        label, form = _LABELS.get(name, (name, "{:.4g}"))
-        rows.append((label, form.format(value)))
+        label, shown = _row(name, value)
+        rows.append((label, f"{shown}, before {_row(name, start[name])[1]}" if start else shown))
+    if metrics.get("psnr", 0.0) < start.get("psnr", 0.0) - _LOSS_DB:
+        print(
+            f"warning: PSNR fell from {start['psnr']:.2f} to {metrics['psnr']:.2f} dB; a smaller "
+            "train.optimiser.learning_rate does less harm to weights that were trained before",
+            flush=True,
+        )
+    if texture is not None:
+        found = f"{texture.psnr:.2f} dB on {texture.num_images} training images"
+        rows.append(("PSNR of the texture", found))
     rows += [
         ("speed", f"{images / trainer.seconds:.1f} images/s" if trainer.seconds else "-"),
         ("time", f"{total_seconds:.0f} s in all, {trainer.seconds:.0f} s training"),

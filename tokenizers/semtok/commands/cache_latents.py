@@ -19,6 +19,7 @@ from semtok.commands.train_tokenizer import tokenizer_from_reference
 from semtok.data.caches.latent_cache import CachedLatents, ensure_latent_cache, is_latent_cache
 from semtok.data.caches.shards import Shards
 from semtok.data.images.kinds import open_sources
+from semtok.data.images.shapes import ShapesConfig
 from semtok.errors import UserError
 from semtok.recipe import parse_data
 from semtok.registry import load_plugins
@@ -76,7 +77,8 @@ def main(arguments: Sequence[str]) -> int:
             "--data: crop=random: a cache holds one crop of each image, the one at the centre; leave it out"
         )
     sources = open_sources(data)
-    tokenizer = tokenizer_from_reference(args.tokenizer).eval()
+    drawn = isinstance(data, ShapesConfig)
+    tokenizer = tokenizer_from_reference(args.tokenizer, drawn=drawn).eval()
     with errors_at("--data"):
         tokenizer.spec.check_image_size(data.image_size)
     targets = None

@@ -6,17 +6,25 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 from semtok import stopping
 from semtok.errors import Interrupted, NonFiniteLoss, UserError, did_you_mean
+from semtok.registry import trouble_in_plugin
 from semtok.storage import DISK_FULL
+
+_DEBUG = "--debug"
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with errors like all others: one line, what may have been meant, and where to read more."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        help = "show the whole traceback of an error in a plugin"
+        self.add_argument(_DEBUG, action="store_true", default=argparse.SUPPRESS, help=help)
 
     def error(self, message: str) -> NoReturn:
         wrong, known = _misspelt(message), [*self._words()]
@@ -52,15 +60,17 @@ def add_plugin_option(parser: argparse.ArgumentParser) -> None:
 def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
     """Runs a command's main; what is not a bug becomes one line and an exit code.
 
-    2: wrong input, or the disk; 1: the loss was not finite; 128 + n: stopped by signal n.
+    2: wrong input, or the disk; 1: the loss was not finite, or a plugin has raised; 128 + n: stopped by signal n.
     """
     # Third-party notes that no user of a command can act on.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     warnings.filterwarnings("ignore", category=UserWarning, module="torchvision|huggingface_hub")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = [word for word in given if word != _DEBUG]
     try:
         with stopping.listening():
-            return main(sys.argv[1:] if arguments is None else arguments)
+            return main(words)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -78,6 +88,12 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except Exception as error:
+        told = trouble_in_plugin(error)
+        if told is None or _DEBUG in given:
+            raise
+        print(f"error: {told}; {_DEBUG} shows where from", file=sys.stderr)
+        return 1
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()

@@ -1,9 +1,10 @@
-"""``evaluate reconstruction …``, ``latents …``, ``probe …``, ``generation …``, ``classes …``: how good tokenizers
-and generators are."""
+"""``evaluate reconstruction …``, ``latents …``, ``components …``, ``probe …``, ``generation …``, ``classes …``: how
+good tokenizers and generators are."""
 
 from collections.abc import Sequence
 
 from semtok.commands import evaluate_classes as classes
+from semtok.commands import evaluate_components as components
 from semtok.commands import evaluate_generation as generation
 from semtok.commands import evaluate_predictors as predictors
 from semtok.commands import evaluate_probe as probe
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     parser = Parser(prog="evaluate", description=__doc__)
     tasks = parser.add_subparsers(dest="task", required=True)
-    for task in (reconstruction, predictors, probe, generation, classes):
+    for task in (reconstruction, predictors, components, probe, generation, classes):
         task.add_task(tasks)
     args = parser.parse_args(arguments)
     check_one_process()

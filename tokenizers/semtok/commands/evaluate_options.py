@@ -13,6 +13,7 @@ from semtok.commands.cli import add_plugin_option
 from semtok.commands.run_folder import RECIPE_FILE
 from semtok.commands.train_tokenizer import tokenizer_from_reference
 from semtok.data.images.kinds import open_sources
+from semtok.data.images.shapes import Shapes
 from semtok.data.source import ImageSource
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
@@ -65,11 +66,20 @@ def add_teacher_options(task: argparse.ArgumentParser, purpose: str) -> None:
     """Which teacher a task looks through, and what for."""
     task.add_argument("--teacher", default="demo", help=purpose)
     task.add_argument("--teacher-checkpoint", metavar="FILE", help="its local weights")
+    task.add_argument(
+        "--teacher-input-size",
+        type=int,
+        metavar="PIXELS",
+        help="shorter side of what it sees; default: the size it was trained at",
+    )
 
 
 def load_teacher(args: argparse.Namespace) -> Teacher:
     """The teacher that the options name, on the device."""
-    config = TeacherConfig(name=args.teacher, checkpoint=args.teacher_checkpoint)
+    size = args.teacher_input_size
+    if size is not None and size < 1:
+        raise UserError(f"--teacher-input-size: expected at least 1 pixel, got {size}")
+    config = TeacherConfig(name=args.teacher, checkpoint=args.teacher_checkpoint, input_size=size)
     return Teacher(config).to(device())
 
 
@@ -79,7 +89,8 @@ def load_tokenizer(reference: str, source: ImageSource) -> Tokenizer:
     Raises:
         UserError: there is none, or it does not take images of this size.
     """
-    tokenizer = tokenizer_from_reference(reference).to(device())
+    drawn = isinstance(source, Shapes)
+    tokenizer = tokenizer_from_reference(reference, drawn=drawn).to(device())
     with errors_at(f"--data with {reference}"):
         tokenizer.spec.check_image_size(source.image_size)
     return tokenizer

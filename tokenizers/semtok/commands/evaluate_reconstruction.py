@@ -36,7 +36,7 @@ from semtok.evaluation.reconstruction import (
 )
 from semtok.images import to_pixels
 from semtok.perceptual import LPIPS, backbone_file
-from semtok.pictures import rows_of_images, write_png
+from semtok.pictures import Row, rows_of_images, write_png
 from semtok.tokenizer import Tokenizer
 
 _DEFAULT_NUMS = {"adm": 2000, "lightningdit": PUBLISHED_NUM_IMAGES}
@@ -105,7 +105,7 @@ def _reconstruction(args: argparse.Namespace) -> dict[str, Any]:
             )
         models[names[reference]] = weights_digest(tokenizer)
         if args.grid is not None:
-            grids += _worst_and_median(tokenizer, held_out, reports[reference])
+            grids += _worst_and_median(tokenizer, held_out, reports[reference], names[reference])
     images = data_protocol(held_out, args.num_held_out, next(iter(reports.values())).digest)
     told = Protocol(
         "reconstruction",
@@ -120,7 +120,7 @@ def _reconstruction(args: argparse.Namespace) -> dict[str, Any]:
     _print(reports, missing, args, told)
     if args.grid is not None:
         write_png(args.grid, rows_of_images(grids))
-        print(f"worst four and median four of each, with the images above: {args.grid}")
+        print(f"worst and median images of each, and their reconstructions: {args.grid}")
     scores = {names[reference]: _as_json(report) for reference, report in reports.items()}
     settings = {"data": held_out.name, "num_images": args.num_held_out, "sample": protocol.sample}
     return (
@@ -185,15 +185,19 @@ def _extractors(
 
 @torch.no_grad()
 def _worst_and_median(
-    tokenizer: Tokenizer, source: ImageSource, report: ReconstructionReport
-) -> list[torch.Tensor]:
+    tokenizer: Tokenizer, source: ImageSource, report: ReconstructionReport, name: str
+) -> list[Row]:
     """Two rows: images, and their reconstructions; of the lowest PSNR, and of the middle one."""
     order = report.psnr.argsort().tolist()
     middle = max(0, len(order) // 2 - 2)
+    shown = {"worst": order[:4], "median": order[middle : middle + 4]}
     seen = source.chosen(len(order))
-    chosen = [seen[i] for i in (*order[:4], *order[middle : middle + 4])]
+    chosen = [seen[i] for places in shown.values() for i in places]
+    words = [word for word, places in shown.items() for _ in places]
+    decibels = [f"{report.psnr[i]:.1f} dB" for places in shown.values() for i in places]
     pixels = to_pixels(source.load(chosen).images, device=options.device())
-    return [pixels, tokenizer.decode(tokenizer.encode(pixels))]
+    reconstruction = tokenizer.decode(tokenizer.encode(pixels, value_range=(-1, 1)))
+    return [Row("image", pixels, words), Row(f"{name}\nreconstruction", reconstruction, decibels)]
 
 
 def _print(

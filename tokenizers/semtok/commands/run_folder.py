@@ -32,6 +32,7 @@ _FREE_ON_RESUME = (
     "train.tracker",
     "train.compile",
     "data.num_workers",
+    "method.min_texture_psnr",
 )
 
 

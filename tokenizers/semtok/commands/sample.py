@@ -16,7 +16,6 @@ import torch
 from accelerate import PartialState
 from einops import rearrange
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from semtok import stopping
 from semtok.commands import sample_pack
@@ -42,9 +41,10 @@ from semtok.evaluation.drawn_sets import image_files, read_images, read_protocol
 from semtok.evaluation.image_sets import DRAWN_AT_ONCE, labels_for
 from semtok.images import Uint8Rule
 from semtok.lock import only_one_in
-from semtok.pictures import write_png
+from semtok.pictures import grid_of_images, write_png
 from semtok.processes import gather, process_index, progress, together
 from semtok.registry import load_plugins
+from semtok.sampler.request import STRENGTH
 from semtok.sampler.sampling import SamplerConfig
 
 _PACK = "'sample pack FOLDER FILE.npz' packs a folder of images as ADM's evaluation reads it."
@@ -68,6 +68,16 @@ def _parser() -> Parser:
         type=int,
         metavar="COLUMNS",
         help="show sampling over time, one image a row, its semantic part below; to FILE.png",
+    )
+    parser.add_argument(
+        "--image",
+        type=Path,
+        help="an image of the model's size that all start from, instead of noise alone",
+    )
+    parser.add_argument(
+        "--strength",
+        type=float,
+        help=f"with --image: the share of the time axis that is sampled, in (0, 1]; default: {STRENGTH}",
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images")
     parser.add_argument(
@@ -115,6 +125,7 @@ def main(arguments: Sequence[str]) -> int:
         generator.check_sampling(sampler, weak)
     except ValueError as error:
         raise UserError(str(error)) from None
+    _check_image(args, generator)
     balanced = args.labels != "random"
     places = labels_for(num, len(classes), balanced=balanced, seed=args.seed)
     labels = [classes[place] for place in places]
@@ -124,7 +135,10 @@ def main(arguments: Sequence[str]) -> int:
         _strip(args, generator, sampler, labels if args.num is not None else classes[:4])
         return 0
     drawing = Drawing(
-        generator, weak, sampler, labels, args.seed, size, uint8=args.uint8 or "round"
+        *(generator, weak, sampler, labels, args.seed, size),
+        uint8=args.uint8 or "round",
+        image=args.image,
+        strength=args.strength,
     )
     chosen = classes if args.classes is not None else None
     protocol = protocol_of(drawing, args, labels=args.labels or "balanced", classes=chosen)
@@ -147,12 +161,12 @@ def _draw(args: argparse.Namespace, drawing: Drawing, protocol: dict[str, Any], 
             draw_set(drawing, folder, protocol)
             gather(None)  # all are written
             if state.is_main_process:
-                write_png(output, _grid(folder, drawing.labels, drawing.generator.image_size))
+                write_png(output, _grid(folder, drawing.labels, drawing.generator))
     elif not _draw_to_keep(drawing, output if kind == "folder" else parts, output, protocol):
         return
     if not state.is_main_process:
         return
-    names = [_name(drawing.generator, label) for label in dict.fromkeys(drawing.labels)]
+    names = [drawing.generator.class_name(n) or "any class" for n in dict.fromkeys(drawing.labels)]
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     print(f"{len(drawing.labels)} images of {shown}: {output}")
 
@@ -217,19 +231,29 @@ def _passing_folder(output: Path) -> Iterator[Path]:
             shutil.rmtree(made, ignore_errors=True)
 
 
-def _grid(folder: Path, labels: list[int], image_size: tuple[int, int]) -> Tensor:
-    """All images of a folder as one picture, uint8 (3, H, W).
-
-    Each class stands together, as many classes in a row as make it about square.
-    """
+def _grid(folder: Path, labels: list[int], generator: Generator) -> Tensor:
+    """All images of a folder as one picture with the classes' names, uint8 (3, H, W). Each class stands together."""
     order = sorted(range(len(labels)), key=lambda i: labels[i])
-    per_class, rest = divmod(len(labels), len(set(labels)))
-    columns = max(1, round(len(labels) ** 0.5 / per_class)) * per_class
-    if rest or len(set(labels)) == 1:
-        columns = math.ceil(len(labels) ** 0.5)
-    images = np.stack(list(read_images(folder, [image_name(i) for i in order], image_size)))
-    pixels = rearrange(torch.from_numpy(images), "n h w c -> n c h w")
-    return make_grid(pixels, nrow=columns, padding=2, pad_value=255)
+    names = [image_name(i) for i in order]
+    images = np.stack(list(read_images(folder, names, generator.image_size)))
+    return grid_of_images(
+        rearrange(torch.from_numpy(images), "n h w c -> n c h w"),
+        [generator.class_name(labels[i]) for i in order],
+        _num_columns(len(labels), len(set(labels))),
+    )
+
+
+def _num_columns(num_images: int, num_classes: int) -> int:
+    """Of a grid that is about square. No class is broken into two rows, and no row is cut short, where that is
+    possible within a factor of 1.7."""
+    square = num_images**0.5
+    per_class, rest = divmod(num_images, num_classes)
+    if not rest:
+        whole = [n * per_class for n in range(1, num_classes + 1) if num_classes % n == 0]
+        nearest = min(whole, key=lambda n: abs(math.log(n / square)))
+        if num_classes > 1 and abs(math.log(nearest / square)) <= math.log(1.7):
+            return nearest
+    return math.ceil(square)
 
 
 def _strip(
@@ -263,9 +287,25 @@ def _check_output(output: Path) -> str:
 def _check_options(args: argparse.Namespace) -> None:
     """Refuses what would have no effect."""
     sets = {"--labels": args.labels, "--uint8": args.uint8, "--batch-size": args.batch_size}
+    sets |= {"--image": args.image, "--strength": args.strength}
     without_effect = [option for option, value in sets.items() if value is not None]
     if args.strip is not None and without_effect:
         raise UserError(f"{without_effect[0]}: goes with a set of images, not with --strip")
+
+
+def _check_image(args: argparse.Namespace, generator: Generator) -> None:
+    """Raises UserError where the image or its strength can't be used; settles the strength."""
+    if args.image is None:
+        if args.strength is not None:
+            raise UserError("--strength: says how much of an image is kept; give --image too")
+        return
+    args.strength = STRENGTH if args.strength is None else args.strength
+    if not 0 < args.strength <= 1:
+        raise UserError(f"--strength: expected more than 0 and at most 1, got {args.strength}")
+    try:
+        generator.encode(args.image)
+    except ValueError as error:
+        raise UserError(f"--image: {str(error).removeprefix('image: ')}") from None
 
 
 def _classes(words: list[str] | None, generator: Generator) -> list[int]:
@@ -285,7 +325,3 @@ def _classes(words: list[str] | None, generator: Generator) -> list[int]:
                 f"--classes: no class '{word}'; this model has 0 to {len(names) - 1} ({known}), and none"
             )
     return chosen
-
-
-def _name(generator: Generator, label: int) -> str:
-    return generator.class_names[label] if label < len(generator.class_names) else "any class"

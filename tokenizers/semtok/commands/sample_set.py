@@ -1,6 +1,7 @@
 """What ``sample`` does with a set: each process draws batches of it into one folder, and goes on where a run ended."""
 
 import argparse
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ class Drawing:
         labels: of all images.
         batch_size: images drawn at once: those from a multiple of it on, whatever process draws them, as
             rounding, and ``sampler.error_over=batch``, depend on what is drawn together.
+        image: that all start from; None: from noise alone.
+        strength: the share of the time axis that is sampled from it on.
     """
 
     generator: Generator
@@ -50,6 +53,8 @@ class Drawing:
     seed: int
     batch_size: int
     uint8: Uint8Rule
+    image: Path | None = None
+    strength: float | None = None
 
     def images_of_batch(self, number: int) -> range:
         """Which images of the set are drawn together."""
@@ -92,7 +97,14 @@ def protocol_of(
         "precision": args.precision or "fp32",
         "compile": args.compile or "none",
         "batch_size": drawing.batch_size,
+        **({} if drawing.image is None else _image_of(drawing)),
     }
+
+
+def _image_of(drawing: Drawing) -> dict[str, Any]:
+    """The image that a set starts from, by its bytes, as other files may have its name."""
+    digest = hashlib.sha256(drawing.image.read_bytes()).hexdigest()[:12]
+    return {"image": digest, "strength": drawing.strength}
 
 
 def check_same(place: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -200,6 +212,8 @@ def _draw_batch(drawing: Drawing, folder: Path, number: int) -> int:
             first=images.start,
             sampler=drawing.sampler,
             weak=drawing.weak,
+            image=drawing.image,
+            strength=drawing.strength,
         )
     except ValueError as error:
         raise UserError(str(error)) from None

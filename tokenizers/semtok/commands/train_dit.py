@@ -183,7 +183,9 @@ def plan_dit(
     stored = stored_latents(recipe.data)
     images = open_sources(recipe.data) if stored is None else None
     teacher = Teacher(recipe.teacher) if needs_teacher(recipe) and stored is None else None
-    tokenizer = check_tokenizer_of_run(recipe.tokenizer, folder / _TOKENIZER, resume=resume)
+    tokenizer = check_tokenizer_of_run(
+        recipe.tokenizer, folder, _TOKENIZER, data=recipe.data, resume=resume
+    )
     is_made = isinstance(tokenizer, Tokenizer)
     built_on, latents = tokenizer if is_made else tokenizer.stand_in, None
     if stored is not None:
@@ -266,6 +268,7 @@ def training_info(
     """What a generator's export says of its training up to a step."""
     return {
         "data": train.name,
+        "licence": recipe.data.licence,
         "metrics": metrics,
         "steps": step,
         "recipe": json.loads(recipe.model_dump_json()),

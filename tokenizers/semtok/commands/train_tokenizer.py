@@ -15,17 +15,27 @@ from semtok.commands import around_training
 from semtok.commands.cli import Parser
 from semtok.commands.run_folder import check_run_folder
 from semtok.commands.run_recipe import Resume, resolve, resumes, split_recipe
+from semtok.commands.texture_quality import TextureQuality, record, texture_quality
 from semtok.data.images.kinds import open_sources
+from semtok.data.images.shapes import ShapesConfig
 from semtok.data.order import DataOrder
 from semtok.data.passes import read_images
-from semtok.data.source import ImageSource
-from semtok.errors import Interrupted
+from semtok.data.source import DataConfig, ImageSource
+from semtok.errors import Interrupted, UserError
 from semtok.images import to_pixels
 from semtok.objective import Batch, MethodContext, TokenizerObjective
 from semtok.processes import process_index, together
-from semtok.recipe import TokenizerRecipe, default_run, load_recipe, locate_recipe, recipe_text
+from semtok.recipe import (
+    TokenizerRecipe,
+    default_run,
+    load_recipe,
+    locate_recipe,
+    parse_recipe,
+    recipe_text,
+)
 from semtok.references import RUNS, find_recipe
 from semtok.registry import get_method
+from semtok.settings import read_yaml
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 from semtok.training.checkpoint import CHECKPOINTS, list_checkpoints
@@ -155,7 +165,9 @@ def plan_tokenizer(
     sources = open_sources(recipe.data)
     texture, reference = None, recipe.method.texture_reference()
     if reference is not None:
-        texture = check_tokenizer_of_run(reference, folder / _TEXTURE, resume=resume)
+        texture = check_tokenizer_of_run(
+            reference, folder, _TEXTURE, data=recipe.data, resume=resume
+        )
     built_on = texture.stand_in if isinstance(texture, TokenizerPlan) else texture
     resumes = resume and _has_checkpoints(folder)
     objective = build_objective(recipe, built_on, place=place, resumes=resumes)
@@ -181,7 +193,11 @@ def _run(plan: TokenizerPlan) -> Tokenizer:
         resumes = plan.resume and _has_checkpoints(folder)
         objective = build_objective(recipe, texture, place=plan.place, resumes=resumes)
     accelerator = make_accelerator(recipe.train, folder)
+    if accelerator.is_main_process and recipe.train.optimiser is not None:
+        for line in recipe.method.warnings(recipe.train.optimiser.learning_rate):
+            print(f"warning: {line}", flush=True)
     with around_training.errors_at(plan.place):
+        quality = _texture_quality(plan, texture, accelerator.device)
         read = objective.training_source(plan.sources[0], accelerator)
     trainer = around_training.start_trainer(
         objective,
@@ -196,10 +212,13 @@ def _run(plan: TokenizerPlan) -> Tokenizer:
     with together():
         if texture is not None and accelerator.is_main_process:
             keep_tokenizer(texture, folder / _TEXTURE)
+            record(quality, folder)
     if not trainer.step:
         with together():
             batches = statistics_batches(read, recipe, accelerator.device)
             objective.measure(batch for _, batch in batches)
+        if recipe.method.starts_from_weights():
+            around_training.measure_start(trainer)
     averaged = trainer.run(lambda module, step: _export_on_the_way(plan, objective, module, step))
     metrics = trainer.validate()
     tokenizer = objective.tokenizer(averaged)
@@ -215,28 +234,58 @@ def _run(plan: TokenizerPlan) -> Tokenizer:
         )
         if accelerator.is_main_process:
             seconds = time.perf_counter() - start
-            around_training.summarise(trainer, metrics, folder, "tokenizer", total_seconds=seconds)
+            around_training.summarise(
+                trainer, metrics, folder, "tokenizer", total_seconds=seconds, texture=quality
+            )
     return tokenizer
+
+
+def _texture_quality(
+    plan: TokenizerPlan, texture: Tokenizer | None, device: torch.device
+) -> TextureQuality | None:
+    """Of the tokenizer that the method is built on, where there is one."""
+    if texture is None:
+        return None
+    resumes = plan.resume and _has_checkpoints(plan.folder)
+    return texture_quality(
+        plan.recipe, texture, plan.sources[0], plan.folder, device, resumes=resumes
+    )
 
 
 # Tokenizers that others are built on -------------------------------------------------------------
 
 
-def tokenizer_from_reference(reference: str) -> Tokenizer:
+def tokenizer_from_reference(reference: str, *, drawn: bool = True) -> Tokenizer:
     """Loads a tokenizer; where the reference names an embedded recipe without a finished run, trains it.
 
     The order: a folder, the name of a finished run, ``demo``, a Hub id, the name of an embedded recipe.
 
+    Args:
+        drawn: whether it is for the drawn scenes, which embedded recipes train on.
+
     Raises:
-        UserError: the reference names nothing.
+        UserError: the reference names nothing, or a recipe that would train on other images than it is for.
     """
     found = check_reference(reference)
-    return run_first(found) if isinstance(found, TokenizerPlan) else found
+    if not isinstance(found, TokenizerPlan):
+        return found
+    if not drawn:
+        raise UserError(
+            f"tokenizer '{reference}' is not trained yet, and not on these images; train it first: python "
+            f"tools/train_tokenizer.py recipes/{reference}.yaml data.kind=… data.path=… --output {RUNS}/NAME"
+        )
+    return run_first(found)
 
 
-def check_reference(reference: str) -> Tokenizer | TokenizerPlan:
+def check_reference(
+    reference: str, data: DataConfig | None = None, *, run: Path | None = None
+) -> Tokenizer | TokenizerPlan:
     """The tokenizer that a reference names, or the plan of the run that makes it: of an embedded recipe without a
     finished run.
+
+    Args:
+        data: images that it is for. Where these are not drawn scenes, a recipe is trained on them instead of its own.
+        run: the folder of the run that needs it; beside it stands what is trained on such images.
 
     Raises:
         UserError: the reference names nothing.
@@ -246,19 +295,33 @@ def check_reference(reference: str) -> Tokenizer | TokenizerPlan:
     recipe = None if finished or Path(reference).is_dir() else find_recipe(reference)
     if recipe is None:
         return Tokenizer.from_pretrained(reference)
-    found = resolve(load_recipe, recipe, [], folder=folder, resume="auto")
-    return check_tokenizer(
-        found.recipe, folder, resume="auto", place=found.place, overrides=found.overrides
-    )
+    if run is not None and data is not None and not isinstance(data, ShapesConfig):
+        folder = run.with_name(f"{run.name}_{reference.replace('/', '_')}")
+        images = data.model_dump(mode="json", exclude={"cache"})  # a cache is of latents
+        own = read_yaml(recipe) | {"data": images}
+        content, place, overrides = parse_recipe(own, str(recipe)), str(recipe), ()
+    else:
+        found = resolve(load_recipe, recipe, [], folder=folder, resume="auto")
+        content, place, overrides = found.recipe, found.place, found.overrides
+    plan = check_tokenizer(content, folder, resume="auto", place=place, overrides=overrides)
+    # Also a finished run has to be of the same recipe and images, which is checked above.
+    is_finished = (folder / "export" / "config.json").is_file()
+    return Tokenizer.from_pretrained(folder) if is_finished else plan
 
 
 def check_tokenizer_of_run(
-    reference: str, kept: Path, *, resume: bool
+    reference: str, folder: Path, kept: str, *, data: DataConfig, resume: bool
 ) -> Tokenizer | TokenizerPlan:
-    """The tokenizer that a run is built on: a resumed one reads the copy that it kept."""
-    if resume and kept.is_dir():
-        return Tokenizer.from_pretrained(kept)
-    return check_reference(reference)
+    """The tokenizer that a run is built on: a resumed one reads the copy that it kept.
+
+    Args:
+        folder: the run's.
+        kept: the copy's name there.
+        data: the run's images.
+    """
+    if resume and (folder / kept).is_dir():
+        return Tokenizer.from_pretrained(folder / kept)
+    return check_reference(reference, data, run=folder)
 
 
 def run_first(plan: TokenizerPlan) -> Tokenizer:
@@ -387,6 +450,7 @@ def export_tokenizer(
         tokenizer.measure_statistics(pixels, recipe.train.seed)
     tokenizer.training_info = {
         "data": train.name,
+        "licence": recipe.data.licence,
         "image_size": list(recipe.data.image_size),
         "teacher": recipe.teacher.model_dump() if recipe.method.needs_teacher() else None,
         "metrics": metrics,
@@ -400,7 +464,7 @@ def export_tokenizer(
     pixels = to_pixels(train.load([0]).images, device=device)
     reloaded = Tokenizer.from_pretrained(target).to(device)
     with torch.no_grad():
-        ours, theirs = tokenizer.encode(pixels), reloaded.encode(pixels)
+        ours, theirs = (t.encode(pixels, value_range=(-1, 1)) for t in (tokenizer, reloaded))
     # On a GPU two calls of one network may differ by rounding.
     same = all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
     assert same, f"{target} does not encode as the tokenizer that it was made from"

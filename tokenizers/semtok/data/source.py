@@ -51,6 +51,8 @@ class DataConfig(Config):
     kind: str
     size: int | tuple[int, int]
     """Height and width in pixels; one number means square."""
+    licence: str | None = None
+    """Of the images, for the model card, such as ``CC-BY-SA-4.0``; None: the card says that it is unknown."""
     num_workers: int = Field(0, ge=0)
     """Loader processes per training process, in training and in every pass over the images (statistics,
     validation, caches, scores); 0 loads in the training process."""

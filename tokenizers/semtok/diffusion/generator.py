@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import ConfigDict
@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from semtok.card import provenance, write_readme
 from semtok.diffusion.diffusion_config import DiffusionConfig, build_network, check_guidance
 from semtok.errors import UserError
-from semtok.pictures import principal_components, rows_of_images
+from semtok.images import Images, to_pil
+from semtok.pictures import Row, principal_components, rows_of_images
 from semtok.privacy import fit_to_show
 from semtok.publish import PushToHub
 from semtok.references import locate_export
-from semtok.registry import papers_of
+from semtok.registry import load_plugins, papers_of
 from semtok.sampler.dit import DiT
-from semtok.sampler.draws import SampleNoise
-from semtok.sampler.latents import Latents, LatentSpec
-from semtok.sampler.sampling import SamplerConfig, Watch, sample_latents
+from semtok.sampler.latents import Latents, LatentSpec, on_texture_grid
+from semtok.sampler.request import ClassLabels, Sampled, SampleRequest, check_guidance_fits, draw
+from semtok.sampler.sampling import SamplerConfig, Watch
 from semtok.settings import Config, parse
 from semtok.speed import Compiler, Precision, compile_networks, computing
 from semtok.storage import (
@@ -36,6 +37,14 @@ from semtok.storage import (
 from semtok.tokenizer import FORMAT_VERSION, Tokenizer, check_format_version, library_version
 
 KIND = "generator"
+OutputType = Literal["pixels", "pt", "np", "pil", "latent"]
+_RENAMED = {
+    "labels": "class_labels",
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "callback": "callback_on_step_end",
+}
 _CONFIG_FILE = "config.json"
 _NETWORK_FILE = "network.safetensors"
 
@@ -99,7 +108,7 @@ class Generator(PushToHub, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.tokenizer.texture_mean.device
+        return self.tokenizer.device
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -117,67 +126,136 @@ class Generator(PushToHub, nn.Module):
         )
         return self.config.time.shift_for(dimension)
 
+    @property
+    def can_be_guided(self) -> bool:
+        """Whether training has prepared for guidance by a null label."""
+        return not self.config.unconditional and self.config.class_dropout > 0
+
     @torch.no_grad()
     def sample(
         self,
-        labels: Sequence[int | str],
+        class_labels: ClassLabels = None,
         *,
-        seed: int = 0,
-        first: int = 0,
+        image: Images | None = None,
+        output_type: OutputType = "pixels",
         sampler: SamplerConfig | None = None,
         weak: "Generator | None" = None,
-    ) -> Tensor:
-        """Images of the given classes: pixels (B, 3, H, W) in [-1, 1].
+        **words: Any,
+    ) -> Any:
+        """Images of the given classes, in the words of the diffusers pipeline that it exports to.
 
         Image i of a seed is the same in a batch of any size, but with ``dopri5`` and ``error_over: batch``, where
         the images of one call share their steps.
 
         Args:
-            labels: classes, by name or number; the number of classes itself asks for any class.
-            seed: of the whole set that these images belong to.
-            first: place of the first of them in that set.
+            class_labels: classes, by name or number; None, also in a list, is any class, as is the number of
+                classes.
+            image: to start from, one for all or one for each, as ``Tokenizer.encode`` takes them; ``strength``
+                says how much of it is sampled anew. Semantics are encoded too, by the tokenizer's teacher.
+            output_type: ``pixels`` (B, 3, H, W) in [-1, 1], ``pt`` the same in [0, 1], ``np`` (B, H, W, 3) in
+                [0, 1], ``pil`` or ``latent``.
             sampler: instead of the one it was saved with.
             weak: a weaker generator of the same latents, for autoguidance.
+            words: those of ``SampleRequest``: num_images_per_class, num_inference_steps, guidance_scale, seed (none
+                and no generator: new noise in each call), generator, first, latents, strength,
+                callback_on_step_end.
+
+        Returns:
+            what ``output_type`` says.
 
         Raises:
-            ValueError: no label, one out of range, guidance of what these latents have not, or a weak generator
-                that does not fit.
+            ValueError: a class, scale, shape or setting that does not fit this model, guidance of what these
+                latents have not, or a weak generator that does not fit.
+            TypeError: a word that is none.
         """
-        return self.tokenizer.decode(
-            self.sample_latents(labels, seed=seed, first=first, sampler=sampler, weak=weak)
+        if output_type not in get_args(OutputType):
+            raise ValueError(
+                f"output_type {output_type!r}: expected {', '.join(get_args(OutputType))}"
+            )
+        latents = self.sample_latents(
+            class_labels, image=image, sampler=sampler, weak=weak, **words
         )
+        if output_type == "latent":
+            return latents
+        # The decoder stays in float32, whatever the transformer is computed in.
+        with computing(self.device, "fp32" if self._precision is not None else None):
+            pixels = self.tokenizer.decode(latents).float()
+        if output_type == "pil":
+            return to_pil(pixels)
+        if output_type == "pixels":
+            return pixels
+        unit = (pixels + 1) / 2
+        return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).cpu().numpy()
+
+    def forward(self, class_labels: ClassLabels = None, **words: Any) -> Any:
+        """``sample``."""
+        return self.sample(class_labels, **words)
 
     @torch.no_grad()
     def sample_latents(
         self,
-        labels: Sequence[int | str],
+        class_labels: ClassLabels = None,
         *,
-        seed: int = 0,
-        first: int = 0,
+        image: Images | None = None,
         sampler: SamplerConfig | None = None,
         weak: "Generator | None" = None,
         watch: Watch | None = None,
+        **words: Any,
     ) -> Latents:
-        """Latents of the given classes, spatial parts on the texture's grid; see ``sample``.
+        """Latents of the given classes, spatial parts on the texture's grid, float32; see ``sample``.
 
         Args:
-            watch: told the clock and the state on the way, see ``sampling.integrate``.
+            watch: told the clock and the state at the start and on the way, see ``sampling.integrate``.
         """
-        numbers, sampler = self._numbers(labels), sampler or self.sampler
-        self.check_sampling(sampler, weak)
+        renamed = sorted(words.keys() & _RENAMED.keys())
+        if renamed:
+            raise TypeError(f"{renamed[0]}: is called {_RENAMED[renamed[0]]}")
+        request = SampleRequest(class_labels, **words)
+        settings = request.settings(sampler or self.sampler)
+        if request.guidance_scale is not None:
+            guided = self.can_be_guided or weak is not None
+            check_guidance_fits(settings, self.network.spec, can_be_guided=guided)
+        self.check_sampling(settings, weak)
+        model = self._sampled()
+        start = request.start(model, None if image is None else self.encode(image))
         with computing(self.device, self._precision):
-            return sample_latents(
-                self.network,
-                SampleNoise(seed, range(first, first + len(numbers)), self.device),
-                torch.tensor(numbers, dtype=torch.int64, device=self.device),
-                self.grid,
-                sampler,
-                schedule=self.schedule,
-                path=self.config.path,
-                shift=self.shift,
+            return draw(
+                model,
+                request,
+                settings,
+                start=start,
+                device=self.device,
                 weak=weak.network if weak is not None else None,
-                watch=watch,
+                watch=request.watch(self, also=watch),
             )
+
+    def _sampled(self) -> Sampled:
+        trained = (self.schedule, self.config.path, self.shift)
+        return Sampled(self.network, self.class_names, self.grid, *trained)
+
+    def _numbers(self, class_labels: ClassLabels) -> list[int]:
+        """Classes by number; raises ValueError as ``sample`` does."""
+        return SampleRequest(class_labels).numbers(self._sampled())
+
+    @torch.no_grad()
+    def encode(self, image: Images) -> Latents:
+        """Images as latents to start from, on the texture's grid, float32: the mean of their posterior.
+
+        Raises:
+            ValueError: images that ``Tokenizer.encode`` does not take, or of another size than it draws.
+        """
+        with computing(self.device, "fp32" if self._precision is not None else None):
+            latents = self.tokenizer.encode(image).to(torch.float32)
+        size = tuple(
+            side * self.tokenizer.spec["texture"].stride for side in latents.texture.shape[2:]
+        )
+        if size != tuple(self.image_size):
+            height, width = self.image_size
+            raise ValueError(
+                f"image: this model draws {height}x{width} (height x width), got {size[0]}x{size[1]}; resize it "
+                "first"
+            )
+        return Latents(on_texture_grid(latents))
 
     @torch.no_grad()
     def strip(
@@ -185,15 +263,18 @@ class Generator(PushToHub, nn.Module):
         labels: Sequence[int | str],
         *,
         columns: int = 9,
-        seed: int = 0,
+        seed: int | None = None,
         sampler: SamplerConfig | None = None,
     ) -> Tensor:
         """A picture of sampling: for each label the texture, decoded, and below it the semantic part
         where there is one, from noise (left) to data: uint8 (3, H, W).
 
+        Rows are labelled by class, columns by the share of the sampling time that is over.
+
         Args:
             columns: states shown, evenly spaced on the clock as far as the sampler's steps allow.
         """
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
         rows = []
         for place, label in enumerate(labels):
             seen: list[tuple[float, dict[str, Tensor]]] = []
@@ -204,32 +285,27 @@ class Generator(PushToHub, nn.Module):
                 sampler=sampler,
                 watch=lambda clock, state, seen=seen: seen.append((clock, state)),
             )
-            chosen = []
+            clocks, chosen = [], []
             for column in range(columns):
                 wanted = self.schedule.length * column / max(1, columns - 1)
-                chosen.append(min(seen, key=lambda entry: abs(entry[0] - wanted))[1])
+                clock, state = min(seen, key=lambda entry: abs(entry[0] - wanted))
+                clocks.append(f"{clock / self.schedule.length:.0%}")
+                chosen.append(state)
             states = {name: torch.cat([state[name] for state in chosen]) for name in chosen[0]}
-            rows.append(self.tokenizer.decode(Latents(states)))
+            images = self.tokenizer.decode(Latents(states))
+            name = self.class_name(self._numbers([label])[0])
+            rows.append(Row(name or "image", images, clocks if not rows else ()))
             if "semantic" in states:
                 semantic = states["semantic"]
-                rows.append(principal_components(semantic, of=semantic[-1:]))
+                maps = principal_components(semantic, of=semantic[-1:])
+                rows.append(Row("semantic\n(PCA)", maps))
         return rows_of_images(rows)
 
-    def _numbers(self, labels: Sequence[int | str]) -> list[int]:
-        num_classes = self.network.num_classes
-        if not len(labels):
-            raise ValueError("no class labels given")
-        names = {name: number for number, name in enumerate(self.class_names)}
-        numbers = [
-            names.get(label, -1) if isinstance(label, str) else int(label) for label in labels
-        ]
-        for label, number in zip(labels, numbers, strict=True):
-            if not 0 <= number <= num_classes:
-                raise ValueError(
-                    f"class label {label} is out of range; this model has classes 0 to {num_classes - 1}, "
-                    f"and {num_classes} for none"
-                )
-        return numbers
+    def class_name(self, number: int) -> str:
+        """The name of a class; of no class, where there are classes, ``any class``; empty where there are none."""
+        if number < len(self.class_names):
+            return self.class_names[number]
+        return "any class" if self.class_names else ""
 
     def check_sampling(self, sampler: SamplerConfig, weak: "Generator | None" = None) -> None:
         """Raises ValueError where this model can't be guided so, or a weak generator does not fit."""
@@ -255,6 +331,16 @@ class Generator(PushToHub, nn.Module):
                 raise ValueError(f"the weak model has other {what} than this one")
         if not self.tokenizer.means_the_same(weak.tokenizer):
             raise ValueError("the weak model was trained on another tokenizer's latents")
+
+    def use_decoder(self, tokenizer: Tokenizer) -> None:
+        """From now on decodes by another tokenizer of the same latents, as ``method.train: decoder`` makes one of the
+        tokenizer that this model was trained on (of a composite: of its texture). Its export then holds that one.
+
+        Raises:
+            UserError: the decoder was made for other latents.
+        """
+        tokenizer.requires_grad_(False).eval().to(self.device)
+        self.tokenizer = self.tokenizer.with_decoder_of(tokenizer)
 
     def digest(self) -> str:
         """Twelve hex digits (of SHA-256) of what images follow from beside sampler, seed and labels: weights,
@@ -312,7 +398,12 @@ class Generator(PushToHub, nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, reference: str | Path, *, revision: str | None = None, local_files_only: bool = False
+        cls,
+        reference: str | Path,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        plugin: str | Path | None = None,
     ) -> "Generator":
         """Loads a generator, in eval mode.
 
@@ -320,10 +411,12 @@ class Generator(PushToHub, nn.Module):
             reference: an exported folder, a run folder or the name of a finished run, or a Hub id.
             revision: branch, tag or commit on the Hub.
             local_files_only: never ask the Hub, use its local cache.
+            plugin: your file that registers the tokenizer's method; it is run. No code of the reference is.
 
         Raises:
             UserError: nothing found, a damaged file, a newer format, or a tokenizer of other latents.
         """
+        load_plugins([plugin] if plugin is not None else [])
         folder = locate_export(
             str(reference), "model", revision=revision, local_files_only=local_files_only
         )

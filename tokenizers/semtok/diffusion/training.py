@@ -16,7 +16,7 @@ from semtok.diffusion.diffusion_config import (
 )
 from semtok.diffusion.generator import Generator
 from semtok.objective import Batch, Carry, Inputs, Objective, StepOutput, Term, Unregistered
-from semtok.pictures import principal_components, rows_of_images
+from semtok.pictures import Row, principal_components, rows_of_images
 from semtok.sampler.dit import DiT, architecture
 from semtok.sampler.draws import Draws, SampleNoise
 from semtok.sampler.latents import Latents, on_texture_grid
@@ -302,15 +302,19 @@ class DiffusionObjective(Objective):
 
         Under each, where there is one, the semantic part, in the same colours.
         """
-        latents = self.generator(averaged).sample_latents(inputs["labels"].tolist())
+        generator = self.generator(averaged)
+        labels = inputs["labels"].tolist()
+        latents = generator.sample_latents(labels, seed=0)
         samples = self.tokenizer.decode(latents)
         if pixels is None:
             pixels = self.tokenizer.decode(inputs["posterior"].mean)
-        if "semantic" not in latents:
-            return rows_of_images([samples, pixels])
-        real = on_texture_grid(inputs["posterior"].mean)["semantic"]
-        maps = [principal_components(x, of=real) for x in (latents["semantic"], real)]
-        return rows_of_images([samples, maps[0], pixels, maps[1]])
+        sampled = [Row("sample", samples, [generator.class_name(label) for label in labels])]
+        held_out = [Row("real image\nof this class", pixels)]
+        if "semantic" in latents:
+            real = on_texture_grid(inputs["posterior"].mean)["semantic"]
+            for rows, part in ((sampled, latents["semantic"]), (held_out, real)):
+                rows.append(Row("semantic\n(PCA)", principal_components(part, of=real)))
+        return rows_of_images([*sampled, *held_out])
 
     def generator(self, averaged: nn.Module) -> Generator:
         """The generator to export, on the given weights of ``averaged_module``."""

@@ -90,7 +90,7 @@ def latent_table(
     digest = PixelDigest()
     for batch in chosen_images(source, num_images, batch_size=batch_size):
         digest.add(batch.images)
-        latents = tokenizer.encode(to_pixels(batch.images))
+        latents = tokenizer.encode(to_pixels(batch.images), value_range=(-1, 1))
         features.append(
             torch.cat([part.flatten(1) for part in latents.values()], dim=1).cpu().numpy()
         )

@@ -40,6 +40,8 @@ _SETTINGS_CLASSES = (
     "omegaconf.nodes.IntegerNode",
     "omegaconf.nodes.StringNode",
 )
+# Of numpy's scalars and arrays: counters, losses and flags of every width.
+_NUMBERS = ["?", "f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"]
 _ARRAYS = ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
 # Beside tensors and plain containers, published files hold arguments (a Namespace, or OmegaConf's
 # objects), statistics as numpy arrays, and a PCA. Nothing else is admitted.
@@ -57,8 +59,15 @@ _ADMITTED: list[Any] = [
     ),
     np.ndarray,
     np.dtype,
-    *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)),
+    *(type(np.dtype(kind)) for kind in _NUMBERS),
 ]
+
+
+def _bytes_of(text: str, encoding: str) -> bytes:
+    """What old pickles call for the bytes of a numpy scalar; of no other encoding than they use."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"weights_only: text in {encoding!r} is not admitted")
+    return text.encode("latin1")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -70,6 +79,7 @@ class _ArrayUnpickler(pickle.Unpickler):
             *(one for one in _ADMITTED if isinstance(one, tuple)),
             (np.ndarray, "numpy.ndarray"),
             (np.dtype, "numpy.dtype"),
+            (_bytes_of, "_codecs.encode"),
         )
     }
 

@@ -72,8 +72,7 @@ def export_pipeline(
             "id2label": {str(i): name for i, name in enumerate(generator.class_names)},
             "height": generator.image_size[0],
             "width": generator.image_size[1],
-            "can_be_guided": not generator.config.unconditional
-            and generator.config.class_dropout > 0,
+            "can_be_guided": generator.can_be_guided,
         }
         write_json(temporary / PIPELINE_FILE, index)
         config, papers = generator.to_dict(), generator.papers()
@@ -192,4 +191,5 @@ def _packages(folder: Path) -> list[str]:
     except PackageNotFoundError:  # imported from a checkout that was not installed
         known = []
     bounds = {re.split(r"[^\w.-]", line)[0]: line for line in known}
-    return [bounds.get(name, name) for name in sorted(needed - sys.stdlib_module_names)]
+    needed -= {"PIL", *sys.stdlib_module_names}  # diffusers brings Pillow
+    return [bounds.get(name, name) for name in sorted(needed)]

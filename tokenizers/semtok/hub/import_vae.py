@@ -11,6 +11,7 @@ from torch import Tensor
 
 from semtok.errors import UserError
 from semtok.hub.checkpoints import built, count_numbered, sizes
+from semtok.methods.autoencoder import check_channels
 from semtok.storage import first_line
 
 # What only training needed: discriminator, LPIPS and log variance; VA-VAE's teacher and its projection.
@@ -49,10 +50,13 @@ def import_autoencoder(state: Mapping[str, Tensor], *, place: str) -> Autoencode
     state = {name: value for name, value in state.items() if not name.startswith(_TRAINING_ONLY)}
     try:
         settings = _settings(state)
+        taken = sizes(state, "encoder.conv_in.weight", 4)[1]
+        given = sizes(state, "decoder.conv_out.weight", 4)[0]
     except ValueError as error:
         raise UserError(
             f"{place}: not an autoencoder in CompVis' layout ({first_line(error)})"
         ) from None
+    check_channels(taken, given, place)
     levels = len(settings["block_out_channels"])
     ours = {our_name(name, levels): value.float() for name, value in state.items()}
     # Attention was written as 1x1 convolutions.

@@ -21,7 +21,7 @@ from semtok.data.caches.feature_cache import ensure_feature_cache
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
 from semtok.objective import Batch, Inputs, MethodContext, TokenizerObjective, Unregistered
-from semtok.pictures import principal_components, rows_of_images
+from semtok.pictures import Row, principal_components, rows_of_images
 from semtok.registry import MethodConfig, get_method
 from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
 from semtok.settings import Config, parse
@@ -45,7 +45,13 @@ class CompositeConfig(MethodConfig):
 
     texture: str = "demo"
     """Whose texture part: a folder, a run's name, a Hub id, a diffusers VAE, an embedded recipe's name
-    (then it is trained first), or ``demo``, the embedded VAE."""
+    (then it is trained first, on the same images), or ``demo``, the embedded VAE, which was made for the embedded
+    images."""
+    min_texture_psnr: float | None = Field(18.0, ge=0)
+    """In dB: a texture that shows up to 64 of the training images worse than that is refused before training, as
+    nothing generated in its latents can look better. 0 measures and refuses nothing, null does not measure. The
+    embedded VAE has 28 dB on the embedded images, 15 on photographs and 8 on drawings; VAEs trained on the images at
+    hand have 23 and more."""
     global_token: bool
     """Whether the teacher's pooled token (the CLS token of the last of its layers in use) is a part."""
     statistics: Literal["measured", "none"] = "measured"
@@ -69,6 +75,9 @@ class CompositeConfig(MethodConfig):
 
     def texture_reference(self) -> str | None:
         return self.texture
+
+    def least_texture_psnr(self) -> float | None:
+        return self.min_texture_psnr
 
 
 # Coders ------------------------------------------------------------------------------------------
@@ -231,6 +240,10 @@ class CompositeTokenizer(Tokenizer):
         grid = token_grid(tuple(pixels.shape[-2:]), self.feature_stride)
         return self.teacher.features(pixels, grid=grid)
 
+    def with_decoder_of(self, other: Tokenizer) -> Tokenizer:
+        self.texture = self.texture.with_decoder_of(other)
+        return self
+
     def means_the_same(self, other: Tokenizer) -> bool:
         if not super().means_the_same(other) or not isinstance(other, CompositeTokenizer):
             return False
@@ -353,24 +366,38 @@ class CompositeObjective(TokenizerObjective):
                 f"method.texture: '{config.texture}' has parts {', '.join(context.texture.spec.names)}; "
                 "a composite takes a tokenizer of the texture alone"
             )
+        self._check_teacher()
         self.feature_stride = feature_stride(context.teacher, context.image_size)
-        self._check_maps()
         self.learners = nn.ModuleDict()
         self._coder = Unregistered(coder)
         self.tokenizer(coder).spec.check_image_size(context.image_size)
 
     @torch.no_grad()
-    def _check_maps(self) -> None:
-        """The stages of a CNN have grids of their own; only the last has the one that is asked for."""
-        grid = token_grid(self.context.image_size, self.feature_stride)
-        blank = torch.zeros(1, 3, *self.context.image_size)
-        features = self.teacher.module.features(blank, grid=grid)
+    def _check_teacher(self) -> None:
+        """Raises ValueError with all that keeps the teacher's features from being one grid that divides the image."""
+        teacher, (height, width) = self.context.teacher, self.context.image_size
+        wrong = []
+        features = teacher.features(torch.zeros(1, 3, height, width))
         maps = [tuple(patches.shape[-2:]) for patches in features.patches]
-        if any(shape != grid for shape in maps):
-            raise ValueError(
-                f"teacher.layers: {list(self.teacher.module.config.layers)} have maps of {maps} where "
-                f"tokens of {grid} are wanted; pass teacher.layers=[-1]"
+        # The stages of a CNN have grids of their own; only the last has the one that is asked for.
+        if any(shape != teacher.grid((height, width)) for shape in maps):
+            layers = list(teacher.config.layers)
+            wrong.append(
+                f"teacher.layers: {layers} have maps of {maps}, not of one grid; pass teacher.layers=[-1]"
             )
+        try:
+            feature_stride(teacher, self.context.image_size)
+        except ValueError as error:
+            wrong.append(str(error))
+        if wrong:
+            suits = (
+                ""
+                if teacher.is_transformer
+                else (
+                    "; or take a vision transformer, whose layers have one grid, as dinov2_vits14 or demo"
+                )
+            )
+            raise ValueError(", and ".join(wrong) + suits)
 
     def frozen_modules(self) -> list[nn.Module]:
         fitted = [] if self.learners or self.coder is None else [self.coder]
@@ -449,8 +476,15 @@ class CompositeObjective(TokenizerObjective):
             return None
         features = inputs["features"].joined
         code = averaged.encode(features)[0]
-        maps = [principal_components(x, of=features) for x in (features, averaged.decode(code))]
-        return rows_of_images([pixels, *maps, principal_components(code)])
+        decoded = averaged.decode(code)
+        return rows_of_images(
+            [
+                Row("image", pixels),
+                Row("teacher\n(PCA)", principal_components(features)),
+                Row("reconstruction\n(PCA)", principal_components(decoded, of=features)),
+                Row("code\n(PCA)", principal_components(code)),
+            ]
+        )
 
 
 def feature_stride(teacher: Teacher, image_size: tuple[int, int]) -> int:

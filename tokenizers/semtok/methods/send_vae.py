@@ -73,6 +73,15 @@ class SendVAEConfig(VAEConfig):
     mapper: MapperConfig = MapperConfig()
     alignment: AlignmentConfig = AlignmentConfig()
 
+    @model_validator(mode="after")
+    def _trains_the_encoder(self) -> "SendVAEConfig":
+        if self.train != "all":
+            raise ValueError(
+                "method.train: the alignment is of latents, which method.train=decoder keeps as they are; pass "
+                "method.name=vae and leave method.mapper and method.alignment out"
+            )
+        return self
+
     def needs_teacher(self) -> bool:
         return True
 

@@ -9,7 +9,7 @@ weight can ramp and is capped.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
@@ -19,6 +19,14 @@ from torch import Tensor, nn
 
 from semtok.errors import UserError
 from semtok.methods.adversarial import AdversarialConfig, DiscriminatorLearner, generator_term
+from semtok.methods.autoencoder import (
+    PRESETS,
+    Architecture,
+    autoencoder_folder,
+    autoencoder_stride,
+    build_autoencoder,
+    load_autoencoder,
+)
 from semtok.metrics import psnr, ssim
 from semtok.objective import (
     Batch,
@@ -32,150 +40,13 @@ from semtok.objective import (
 )
 from semtok.optimiser import OptimiserConfig
 from semtok.perceptual import LPIPS, teacher_distance
-from semtok.pictures import principal_components, rows_of_images
-from semtok.references import from_a_file
+from semtok.pictures import Row, principal_components, rows_of_images
 from semtok.registry import MethodConfig, register_method
 from semtok.sampler.draws import Draws
 from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
-from semtok.settings import Config
-from semtok.storage import DAMAGE, first_line, read_json, write_json
+from semtok.storage import read_json, write_json
 from semtok.teachers import TeacherFeatures
 from semtok.tokenizer import Tokenizer
-
-# The network -------------------------------------------------------------------------------------
-
-
-class Architecture(Config):
-    """Shape of an AutoencoderKL. Its stride is 2 to the power of (number of blocks - 1)."""
-
-    block_channels: tuple[int, ...]
-    """Channels per resolution, finest first."""
-    layers_per_block: int = Field(2, ge=1)
-    latent_channels: int = Field(ge=1)
-    norm_groups: int = Field(32, ge=1)
-    attention: tuple[bool, ...] | None = None
-    """Which resolutions have self-attention, beside the middle one; None: none of them."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Architecture":
-        channels = self.block_channels
-        if not channels or any(c < 1 or c % self.norm_groups for c in channels):
-            raise ValueError(
-                f"block_channels {self.block_channels} must be multiples of norm_groups {self.norm_groups}"
-            )
-        if self.attention is not None and len(self.attention) != len(self.block_channels):
-            raise ValueError("attention and block_channels must have the same length")
-        return self
-
-
-PRESETS: dict[str, Architecture] = {
-    # For the embedded recipes: 32x32 images to 8x8x8 latents.
-    "tiny": Architecture(
-        block_channels=(16, 32, 64), layers_per_block=1, latent_channels=8, norm_groups=8
-    ),
-    # Stable Diffusion's VAE (Rombach et al. 2022): 256x256 to 32x32x4.
-    "f8d4": Architecture(block_channels=(128, 256, 512, 512), latent_channels=4),
-    # LightningDiT's f16d32 (Yao et al. 2025), an LDM autoencoder: ch 128, mult 1,1,2,2,4,
-    # attention at the coarsest resolution: 256x256 to 16x16x32.
-    "f16d32": Architecture(
-        block_channels=(128, 128, 256, 256, 512),
-        latent_channels=32,
-        attention=(False, False, False, False, True),
-    ),
-}
-
-
-_WEIGHTS = "diffusion_pytorch_model"
-
-
-def build_autoencoder(architecture: Architecture) -> AutoencoderKL:
-    """A randomly initialised AutoencoderKL."""
-    attention = architecture.attention or (False,) * len(architecture.block_channels)
-    return AutoencoderKL(
-        down_block_types=tuple(
-            "AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attention
-        ),
-        up_block_types=tuple(
-            "AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attention)
-        ),
-        block_out_channels=architecture.block_channels,
-        layers_per_block=architecture.layers_per_block,
-        latent_channels=architecture.latent_channels,
-        norm_num_groups=architecture.norm_groups,
-    )
-
-
-def load_autoencoder(reference: str) -> AutoencoderKL:
-    """Loads a VAE's weights from a folder that diffusers can read, or from a Hub id.
-
-    A folder may be a diffusers VAE, a diffusers pipeline (its ``vae`` is taken), a tokenizer that
-    this library exported, or one of its run folders. Weights may be a variant of diffusers (``fp16``) or an older
-    ``.bin``, of which tensors alone are read; whole safetensors go first.
-
-    Raises:
-        UserError: nothing there that AutoencoderKL can load, or the weights are damaged.
-    """
-    source, files = str(_autoencoder_folder(reference) or reference), {"use_safetensors": True}
-    if Path(source).is_dir():
-        files = _which_weights(Path(source))
-    try:
-        autoencoder, report = AutoencoderKL.from_pretrained(
-            source, output_loading_info=True, **files
-        )
-    except DAMAGE as error:
-        raise UserError(f"VAE '{reference}' can't be loaded: {first_line(error)}") from None
-    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-    if wrong:
-        raise UserError(
-            f"VAE '{reference}': its weights do not fit its config.json ({len(wrong)} tensors, such as {wrong[0]})"
-        )
-    return autoencoder
-
-
-def _autoencoder_folder(reference: str) -> Path | None:
-    """The folder of diffusers that a reference means; None: it is a Hub id.
-
-    Raises:
-        UserError: it is neither.
-    """
-    folder = Path(reference)
-    if folder.is_file():
-        raise UserError(f"{folder}: {from_a_file(folder)}")
-    if folder.is_dir():
-        candidates = [folder, folder / "vae", folder / "export" / "vae"]
-        found = next((c for c in candidates if any(c.glob(f"{_WEIGHTS}*"))), None)
-        if found is None:
-            raise UserError(
-                f"{folder}: holds no diffusers VAE (config.json with {_WEIGHTS}.safetensors)"
-            )
-        name = read_json(found / "config.json").get("_class_name", "AutoencoderKL")
-        if name != "AutoencoderKL":
-            raise UserError(f"{found}: is of diffusers' {name}; only AutoencoderKL can be loaded")
-        return found
-    if reference.count("/") != 1 or reference.startswith((".", "/")):
-        raise UserError(
-            f"'{reference}' is neither a preset ({', '.join(PRESETS)}), a folder with a VAE, nor a Hub id "
-            "(org/name); of a published file, semtok hub import makes such a folder"
-        )
-    return None
-
-
-def _which_weights(folder: Path) -> dict[str, Any]:
-    """Which of a folder's weights are loaded, as arguments of diffusers: of several variants the first by name."""
-    for suffix in ("safetensors", "bin"):
-        use = {"use_safetensors": suffix == "safetensors"}
-        if any(folder.glob(f"{_WEIGHTS}.{suffix}*")):
-            return use
-        for file in sorted(folder.glob(f"{_WEIGHTS}.*.{suffix}")):
-            return use | {
-                "variant": file.name.removeprefix(f"{_WEIGHTS}.").removesuffix(f".{suffix}")
-            }
-    return {"use_safetensors": True}
-
-
-def autoencoder_stride(autoencoder: AutoencoderKL) -> int:
-    """Image pixels per latent cell along each side."""
-    return 2 ** (len(autoencoder.config.block_out_channels) - 1)
 
 
 def make_autoencoder(source: str | Architecture) -> AutoencoderKL:
@@ -189,6 +60,9 @@ def make_autoencoder(source: str | Architecture) -> AutoencoderKL:
     return build_autoencoder(PRESETS[source]) if source in PRESETS else load_autoencoder(source)
 
 
+HARMLESS_LEARNING_RATE = 1e-4
+"""Above it, trained weights lose quality before they gain any: see ``recipes/vae_finetune.yaml``."""
+
 # Settings ----------------------------------------------------------------------------------------
 
 
@@ -198,38 +72,96 @@ class VAEConfig(MethodConfig):
     name: Literal["vae"] = "vae"
     vae: str | Architecture
     """A preset, from scratch (tiny, f8d4, f16d32); an architecture, from scratch; or weights to start
-    from: a diffusers folder or Hub id, an export or a run of this library."""
+    from: a diffusers folder or Hub id, an export or a run of this library, ``demo``."""
+    train: Literal["all", "decoder"] = "all"
+    """``decoder`` keeps the encoder, and with it every latent, as it was, statistics included: what was trained on such
+    latents goes on with the new decoder. Needs weights to start from."""
     gradient_checkpointing: bool = False
     reconstruction: Literal["l1", "mse"] = "l1"
     reconstruction_weight: float = Field(1.0, ge=0)
-    kl_weight: float = Field(1e-6, ge=0)
-    """Of the KL summed over the latent, in nats per image. Weights published beside losses that are sums over its
-    numbers, as latent diffusion's, are to be divided by how many these are, and so is ``adversarial.max_adaptive``."""
+    kl_weight: Annotated[float, Field(ge=0)] | None = None
+    """Of the KL summed over the latent, in nats per image; None: 1e-6, and none where the decoder alone is trained,
+    which it does not reach. Weights published beside losses that are sums over its numbers, as latent diffusion's, are
+    to be divided by how many these are, and so is ``adversarial.max_adaptive``."""
     perceptual: Literal["lpips", "teacher", "none"] = "none"
     perceptual_weight: float = Field(1.0, ge=0)
     lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
     adversarial: AdversarialConfig | None = None
 
+    @model_validator(mode="after")
+    def _decoder_of_some_latents(self) -> "VAEConfig":
+        if self.train == "decoder":
+            if not self.starts_from_weights():
+                raise ValueError(
+                    "method.train: decoder needs weights to start from; pass method.vae=…"
+                )
+            if self.kl_weight is not None:
+                raise ValueError(
+                    "method.kl_weight takes no effect with method.train=decoder; pass method.kl_weight=null"
+                )
+        return self
+
     def needs_teacher(self) -> bool:
         return self.perceptual == "teacher"
 
+    def starts_from_weights(self) -> bool:
+        return isinstance(self.vae, str) and self.vae not in PRESETS
+
+    def warnings(self, learning_rate: float) -> list[str]:
+        if not self.starts_from_weights() or learning_rate <= HARMLESS_LEARNING_RATE:
+            return []
+        return [
+            f"train.optimiser.learning_rate {learning_rate:g} is one for networks from scratch, and the weights of "
+            f"'{self.vae}' may lose what they know in a few steps; recipes/vae_finetune.yaml has rates that do no harm"
+        ]
+
     def check_references(self) -> None:
-        if isinstance(self.vae, str) and self.vae not in PRESETS:
-            _autoencoder_folder(self.vae)
+        if self.starts_from_weights():
+            autoencoder_folder(self.vae)
 
 
 # The tokenizer -----------------------------------------------------------------------------------
 
 
 class KLTokenizer(Tokenizer):
-    """A tokenizer whose only part is the texture, coded by a diffusers AutoencoderKL."""
+    """A tokenizer whose only part is the texture, coded by a diffusers AutoencoderKL.
 
-    def __init__(self, autoencoder: AutoencoderKL, *, method: str) -> None:
+    Args:
+        statistics: mean and standard deviation per channel (C,), which stay; None: they are measured.
+    """
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderKL,
+        *,
+        method: str,
+        statistics: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         part = PartSpec(
             "texture", autoencoder.config.latent_channels, autoencoder_stride(autoencoder)
         )
         super().__init__(LatentSpec((part,)), method=method)
         self.autoencoder = autoencoder
+        self._keeps_statistics = statistics is not None
+        if statistics is not None:
+            self._take(*statistics)
+
+    def _take(self, mean: Tensor, std: Tensor) -> None:
+        self.texture_mean.copy_(mean)
+        self.texture_std.copy_(std)
+        self.num_measured_images.fill_(1)  # measured by whoever published it
+
+    @property
+    def measured_parts(self) -> tuple[str, ...]:
+        return () if self._keeps_statistics else super().measured_parts
+
+    def has_latents_of(self, other: Tokenizer) -> bool:
+        if not self.means_the_same(other) or not isinstance(other, KLTokenizer):
+            return False
+        ours, theirs = (_encoder_weights(each.autoencoder) for each in (self, other))
+        return ours.keys() == theirs.keys() and all(
+            torch.equal(value.cpu(), theirs[name].cpu()) for name, value in ours.items()
+        )
 
     def posterior_raw(self, pixels: Tensor, features: TeacherFeatures | None = None) -> Posterior:
         gaussian = self.autoencoder.encode(pixels).latent_dist
@@ -244,6 +176,8 @@ class KLTokenizer(Tokenizer):
             latents_mean=self.texture_mean.tolist(),
             latents_std=self.texture_std.tolist(),
             scaling_factor=1.0,  # diffusers divides by it as well
+            # Of the VAE that training began with, as SD3's; its latents are no longer shifted by it.
+            shift_factor=self.autoencoder.config.get("shift_factor") and 0.0,
         )
         self.autoencoder.save_pretrained(folder / "vae")
         place = folder / "vae" / "config.json"
@@ -264,14 +198,25 @@ class KLTokenizer(Tokenizer):
         """A tokenizer from a diffusers VAE, standardised as its config says: by ``latents_mean`` and
         ``latents_std``, or by ``shift_factor`` and ``scaling_factor``."""
         autoencoder = load_autoencoder(str(folder))
-        config, tokenizer = autoencoder.config, cls(autoencoder, method="vae")
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is None or std is None:
-            mean, std = config.get("shift_factor") or 0.0, 1.0
-        tokenizer.texture_mean.copy_(torch.as_tensor(mean))
-        tokenizer.texture_std.copy_(torch.as_tensor(std) / config.scaling_factor)
-        tokenizer.num_measured_images.fill_(1)  # measured by whoever published it
+        tokenizer = cls(autoencoder, method="vae")
+        tokenizer._take(*stated_statistics(autoencoder))
         return tokenizer
+
+
+def stated_statistics(autoencoder: AutoencoderKL) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of latents per channel, two of (C,), as the config of a diffusers VAE has them."""
+    config = autoencoder.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        mean, std = config.get("shift_factor") or 0.0, 1.0
+    mean, std = torch.as_tensor(mean), torch.as_tensor(std) / config.scaling_factor
+    return mean.expand(config.latent_channels), std.expand(config.latent_channels)
+
+
+def _encoder_weights(autoencoder: AutoencoderKL) -> dict[str, Tensor]:
+    """All that latents depend on."""
+    before = ("encoder.", "quant_conv.")
+    return {n: value for n, value in autoencoder.state_dict().items() if n.startswith(before)}
 
 
 # Losses ------------------------------------------------------------------------------------------
@@ -295,7 +240,7 @@ def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 class AutoencoderLearner(nn.Module):
-    """Trains encoder and decoder.
+    """Trains encoder and decoder, or the decoder alone.
 
     A method that adds a loss to the VAE's subclasses this with a ``forward`` of its own, made of the same three calls
     and its own terms between them: see ``send_vae``.
@@ -307,6 +252,13 @@ class AutoencoderLearner(nn.Module):
         super().__init__()
         self.config = config
         self.autoencoder = make_autoencoder(config.vae)
+        if config.train == "decoder":
+            for name, parameter in self.autoencoder.named_parameters():
+                parameter.requires_grad_(not name.startswith(("encoder.", "quant_conv.")))
+            # Buffers, so that a resumed run has them whatever became of the weights that it began with.
+            mean, std = stated_statistics(self.autoencoder)
+            self.register_buffer("latents_mean", mean.clone())
+            self.register_buffer("latents_std", std.clone())
         if config.gradient_checkpointing:
             self.autoencoder.enable_gradient_checkpointing()
         lpips = LPIPS(config.lpips_net) if config.perceptual == "lpips" else None
@@ -340,15 +292,18 @@ class AutoencoderLearner(nn.Module):
 
             L = λ_r L_rec(x, x̂) + λ KL(q(z|x) ‖ N(0, I)) + λ_p d(x, x̂),  x̂ = decode(z),  z ~ q(z|x)
 
-        with L_rec the mean absolute or squared error, d LPIPS or a distance in the teacher's features.
+        with L_rec the mean absolute or squared error, d LPIPS or a distance in the teacher's features. Where the
+        decoder alone is trained there is no KL, which does not depend on it.
         """
         config, x = self.config, inputs["pixels"]
         terms = {
             config.reconstruction: Term(
                 reconstruction_loss(x_hat, x, config.reconstruction), config.reconstruction_weight
-            ),
-            "kl": Term(kl_loss(q.mean, q.logvar), config.kl_weight),
+            )
         }
+        if config.train == "all":
+            weight = 1e-6 if config.kl_weight is None else config.kl_weight
+            terms["kl"] = Term(kl_loss(q.mean, q.logvar), weight)
         if config.perceptual == "lpips":
             terms["perceptual"] = Term(self._lpips.module(x_hat, x), config.perceptual_weight)
         elif config.perceptual == "teacher":
@@ -440,7 +395,10 @@ class VAEObjective(TokenizerObjective):
         return {"pixels": batch.pixels, "features": features}
 
     def tokenizer(self, averaged: nn.Module) -> KLTokenizer:
-        return KLTokenizer(averaged, method=self.config.name)
+        learner, statistics = self.learners["autoencoder"], None
+        if self.config.train == "decoder":
+            statistics = (learner.latents_mean, learner.latents_std)
+        return KLTokenizer(averaged, method=self.config.name, statistics=statistics)
 
     def validate(
         self, averaged: nn.Module, pixels: Tensor, inputs: Inputs, *, indices: Sequence[int]
@@ -449,10 +407,14 @@ class VAEObjective(TokenizerObjective):
 
     def picture(self, averaged: nn.Module, pixels: Tensor, inputs: Inputs) -> Tensor:
         q, x_hat = reconstruct(averaged, pixels)
-        rows = [pixels, x_hat, principal_components(q.mean)]
+        rows = [
+            Row("image", pixels),
+            Row("reconstruction", x_hat),
+            Row("latents\n(PCA)", principal_components(q.mean)),
+        ]
         features: TeacherFeatures | None = inputs["features"]
         if features is not None:
-            rows.append(principal_components(features.patches[-1]))
+            rows.append(Row("teacher\n(PCA)", principal_components(features.patches[-1])))
         return rows_of_images(rows)
 
 

@@ -6,8 +6,11 @@ on the texture's grid; vector parts are further tokens (REG, Wu et al. 2025).
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
+from keyword import iskeyword
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from semtok.sampler.config import Config
-from semtok.sampler.latents import Latents, LatentSpec
+from semtok.sampler.latents import Latents, LatentSpec, as_pytree
 
 _EPS = 1e-6
 _FREQUENCIES = 256  # sines and cosines of the time embedding
@@ -309,11 +312,11 @@ class FinalLayer(nn.Module):
             {name: nn.Linear(config.width, width) for name, width in vectors.items()}
         )
 
-    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Tokens (B, N, D) to patch outputs (B, N - vectors, p * p * C) and vector outputs (B, D')."""
+    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Tokens (B, N, D) to patch outputs (B, N - vectors, p * p * C) and vector outputs (B, D') in order."""
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=2)
         x = modulate(self.norm(x), shift, scale)
-        vectors = {name: head(x[:, i]) for i, (name, head) in enumerate(self.vectors.items())}
+        vectors = [head(x[:, i]) for i, head in enumerate(self.vectors.values())]
         return self.linear(x[:, len(vectors) :]), vectors
 
 
@@ -331,6 +334,13 @@ class DiTOutput:
 
     velocity: Latents
     hidden: Tensor | None
+
+
+as_pytree(
+    DiTOutput,
+    lambda output: ([output.velocity, output.hidden], None),
+    lambda members, _: DiTOutput(*members),
+)
 
 
 class DiT(nn.Module):
@@ -405,19 +415,38 @@ class DiT(nn.Module):
     ) -> DiTOutput:
         """One forward pass.
 
+        Weights in half precision run as in training, under autocast: what autocast keeps in float32,
+        such as norms and the stream of tokens, is in float32 then too.
+
         Args:
-            x: noised latents; spatial parts (B, C, H, W) on one grid that the patch divides,
+            x: noised latents of any float type; spatial parts (B, C, H, W) on one grid that the patch divides,
                 vector parts (B, D).
             times: per part (B,) in [0, 1].
             labels: int64 (B,) in [0, num_classes].
             hidden_after: also give the tokens after this many blocks (1 is after the first).
         """
+        weight = self.patch_embed.weight
+        if weight.dtype == torch.float32:
+            return self._forward(x, times, labels, hidden_after)
+        half = weight.dtype in (torch.float16, torch.bfloat16)
+        with torch.autocast(weight.device.type, weight.dtype) if half else nullcontext():
+            x = {name: part.to(weight.dtype) for name, part in x.items()}
+            return self._forward(x, times, labels, hidden_after)
+
+    def _forward(
+        self,
+        x: Mapping[str, Tensor],
+        times: Mapping[str, Tensor],
+        labels: Tensor,
+        hidden_after: int | None,
+    ) -> DiTOutput:
         tokens = self.patch_embed(_stack([x[name] for name in self.spatial]))
         grid = (tokens.shape[-2], tokens.shape[-1])
         tokens = rearrange(tokens, "b d h w -> b (h w) d")
         tokens = tokens + sincos_positions(grid, self.config.width, device=tokens.device)
         if self.vectors:
-            extra = [self.vector_embed[name](x[name])[:, None] for name in self.vectors]
+            embeds = zip(self.vectors, self.vector_embed.values(), strict=True)
+            extra = [embed(x[name])[:, None] for name, embed in embeds]
             tokens = torch.cat([*extra, tokens], dim=1)
         condition = F.silu(self._embed_times(times) + self.label_embed(labels))
         head_width = self.config.width // self.config.heads
@@ -445,13 +474,30 @@ class DiT(nn.Module):
         spatial = dict(
             zip(self.spatial, stacked.split(list(self.spatial.values()), dim=1), strict=True)
         )
-        parts = spatial | vectors
+        parts = spatial | dict(zip(self.vectors, vectors, strict=True))
         return DiTOutput(Latents({part.name: parts[part.name] for part in self.spec.parts}), hidden)
 
     def _embed_times(self, times: Mapping[str, Tensor]) -> Tensor:
         if not self.timed_parts:
             return self.time_embed["all"](times["texture"])
-        return torch.cat([self.time_embed[name](times[name]) for name in self.timed_parts], dim=1)
+        embeds = zip(self.timed_parts, self.time_embed.values(), strict=True)
+        return torch.cat([embed(times[name]) for name, embed in embeds], dim=1)
+
+    def for_export(self) -> "DiT":
+        """The same network for ``torch.export``, with the same weights under names that no Python keyword is
+        part of: torch generates code that spells them, and a part is called ``global``."""
+        other = copy(self)
+        other._modules, final = dict(self._modules), copy(self.final)
+        final._modules = dict(self.final._modules)
+        other.vector_embed, other.time_embed = _spelt(self.vector_embed), _spelt(self.time_embed)
+        final.vectors, other.final = _spelt(self.final.vectors), final
+        return other
+
+
+def _spelt(modules: nn.ModuleDict) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {f"{name}_" if iskeyword(name) else name: m for name, m in modules.items()}
+    )
 
 
 def _stack(parts: list[Tensor]) -> Tensor:

@@ -65,6 +65,13 @@ class SampleNoise:
         self.device = device
         self._generators = [torch.Generator().manual_seed(_seed(seed, index)) for index in indices]
 
+    @classmethod
+    def of_seeds(cls, seeds: Sequence[int], device: torch.device) -> "SampleNoise":
+        """Samples that each have a seed of their own, of whose set they are the first."""
+        noise = cls(0, (), device)
+        noise._generators = [torch.Generator().manual_seed(_seed(seed, 0)) for seed in seeds]
+        return noise
+
     def __call__(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal numbers (B, *shape)."""
         pinned = self.device.type == "cuda"  # only from there is it copied without waiting

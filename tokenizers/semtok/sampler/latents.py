@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 class Latents(Mapping[str, Tensor]):
@@ -48,6 +49,24 @@ class Latents(Mapping[str, Tensor]):
     def to(self, *args: Any, **kwargs: Any) -> "Latents":
         """``Tensor.to`` on every part."""
         return self.map(lambda part: part.to(*args, **kwargs))
+
+
+def as_pytree(kind: type, flatten: Callable[[Any], tuple[list, Any]], build: Any) -> None:
+    """Lets ``torch.export`` and ``torch.func`` see the tensors in a class of ours.
+
+    Args:
+        flatten: an object to its members, and what else rebuilds it.
+        build: members and that, to an object.
+    """
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    pytree.register_pytree_node(kind, flatten, build, serialized_type_name=name)
+
+
+as_pytree(
+    Latents,
+    lambda latents: (list(latents.values()), list(latents)),
+    lambda parts, names: Latents(dict(zip(names, parts, strict=True))),
+)
 
 
 def on_texture_grid(latents: Latents) -> dict[str, Tensor]:
@@ -160,15 +179,26 @@ class LatentSpec:
                 f"the nearest that is: {near[0]}x{near[1]}"
             )
 
-    def check(self, latents: Latents) -> None:
+    def check(self, latents: Mapping[str, Tensor]) -> None:
         """Raises ValueError where latents do not have this spec's parts, in order, with its channels."""
         if tuple(latents) != self.names:
             raise ValueError(f"expected parts {list(self.names)}, got {list(latents)}")
         for part in self.parts:
             tensor = latents[part.name]
+            kind = f"(B, {part.channels}, H, W)" if part.is_spatial else f"(B, {part.channels})"
+            if not isinstance(tensor, Tensor):
+                raise ValueError(
+                    f"part '{part.name}': expected a tensor {kind}, got {type(tensor).__name__}"
+                )
             if tensor.ndim != (4 if part.is_spatial else 2) or tensor.shape[1] != part.channels:
-                kind = f"(B, {part.channels}, H, W)" if part.is_spatial else f"(B, {part.channels})"
                 raise ValueError(f"part '{part.name}': expected {kind}, got {tuple(tensor.shape)}")
+            if not tensor.is_floating_point():
+                raise ValueError(
+                    f"part '{part.name}': expected floating-point numbers, got {tensor.dtype}"
+                )
+        counts = {name: len(part) for name, part in latents.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"parts of several numbers of images: {counts}")
 
     def to_dict(self) -> list[dict[str, Any]]:
         return [asdict(part) for part in self.parts]

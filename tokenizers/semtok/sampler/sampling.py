@@ -21,6 +21,7 @@ from semtok.sampler.transport import (
     Schedule,
     coefficients,
     diffusion_coefficient,
+    interpolate,
     scaled_score,
     shift_times,
 )
@@ -47,8 +48,8 @@ class Velocity(Protocol):
         ...
 
 
-Watch = Callable[[float, State], None]
-"""Told the clock and the state on the way."""
+Watch = Callable[[float, State], State | None]
+"""Told the clock and the state on the way; a state that it returns is gone on from."""
 
 
 class SamplerConfig(Config):
@@ -100,6 +101,50 @@ class SamplerConfig(Config):
         return self
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where sampling starts: from noise, or from data with noise added (SDEdit, Meng et al. 2022).
+
+    Attributes:
+        noise: per part (B, ...), instead of drawn noise.
+        data: latents of the images to start from, per part (B, ...), on the texture's grid.
+        strength: with ``data``, the share of the clock that is sampled, in (0, 1]; 1 keeps nothing of them.
+    """
+
+    noise: Mapping[str, Tensor] | None = None
+    data: Mapping[str, Tensor] | None = None
+    strength: float = 1.0
+
+    def to(self, device: torch.device) -> "Start":
+        """The same on a device."""
+        noise, data = (
+            {name: part.to(device) for name, part in parts.items()} if parts is not None else None
+            for parts in (self.noise, self.data)
+        )
+        return Start(noise, data, self.strength)
+
+    def clock(self, schedule: Schedule) -> float:
+        """The reading of the clock at which sampling starts."""
+        return 0.0 if self.data is None else (1 - self.strength) * schedule.length
+
+    def state(self, drawn: State, schedule: Schedule, path: PathName) -> State:
+        """The state to start from: each part on its path between noise and data, at its own time.
+
+        Args:
+            drawn: noise, for where none was given.
+        """
+        noise = drawn if self.noise is None else dict(self.noise)
+        if self.data is None:
+            return noise
+        times = schedule.times_at(self.clock(schedule))
+        return {
+            name: interpolate(path, self.data[name], part, torch.full((1,), times[name]).to(part))[
+                0
+            ]
+            for name, part in noise.items()
+        }
+
+
 @torch.no_grad()
 def sample_latents(
     network: DiT,
@@ -112,7 +157,7 @@ def sample_latents(
     path: PathName = "linear",
     shift: float = 1.0,
     weak: DiT | None = None,
-    start: Mapping[str, Tensor] | None = None,
+    start: "Start | None" = None,
     watch: Watch | None = None,
 ) -> Latents:
     """Draws latents, spatial parts on the texture's grid.
@@ -124,19 +169,19 @@ def sample_latents(
         schedule: which part leads.
         shift: of the training times; ``config.shift`` goes before it.
         weak: the network of autoguidance.
-        start: noise per part to start from, instead of drawn noise.
+        start: where to start, instead of drawn noise.
         watch: see ``integrate``.
     """
     drawn = {
         part.name: noise((part.channels, *grid) if part.is_spatial else (part.channels,))
         for part in network.spec.parts
     }
-    begin = drawn if start is None else start  # ``sde`` draws on from the same place in both cases
-
+    start = start or Start()  # ``sde`` draws on from the same place in all cases
     return integrate(
         velocity_function(network, labels, schedule, config.guidance, weak=weak),
-        dict(begin),
+        start.state(drawn, schedule, path),
         config,
+        begin=start.clock(schedule),
         schedule=schedule,
         path=path,
         shift=shift if config.shift is None else config.shift,
@@ -186,20 +231,22 @@ def integrate(
     path: PathName = "linear",
     shift: float = 1.0,
     noise: Callable[[tuple[int, ...]], Tensor] | None = None,
+    begin: float = 0.0,
     watch: Watch | None = None,
 ) -> Latents:
     """Follows a velocity from noise to data. A part moves only between its own start and end.
 
     Args:
         velocity: see ``Velocity``.
-        start: noise per part.
+        start: the state at ``begin``, noise per part where that is 0.
         noise: further noise for ``sde``, called with a part's shape without the batch axis.
+        begin: the clock's reading at the start; steps before it are left out.
         watch: told the clock and the state at the start and after each step (``dopri5``: after each
             stretch between borders).
     """
     watch = watch or (lambda clock, state: None)
-    watch(0.0, start)
-    state, grid = start, clock_readings(config, schedule, shift)
+    grid = clock_readings(config, schedule, shift, begin)
+    state = watch(begin, start) or start
     if not config.split_at_borders:
         velocity = _in_turn(velocity, schedule)
     for begin, end in zip(grid, grid[1:], strict=False):
@@ -220,7 +267,7 @@ def integrate(
             assert noise is not None, "sde needs a source of noise"
             times = schedule.times_at(begin)
             state = _euler_maruyama(velocity, state, step, times, path, noise, config.diffusion)
-        watch(end, state)
+        state = watch(end, state) or state
     return Latents(state)
 
 
@@ -239,13 +286,17 @@ def _in_turn(velocity: Velocity, schedule: Schedule) -> Velocity:
     return masked
 
 
-def clock_readings(config: SamplerConfig, schedule: Schedule, shift: float) -> list[float]:
-    """The times at which ``integrate`` tells its watcher the state, on the clock."""
+def clock_readings(
+    config: SamplerConfig, schedule: Schedule, shift: float, begin: float = 0.0
+) -> list[float]:
+    """The times at which ``integrate`` tells its watcher the state, on the clock, from ``begin`` on."""
     split = config.split_at_borders
     if config.method == "dopri5":
-        return [0.0, *(schedule.borders if split else ()), schedule.length]
-    last_step = config.last_step if config.method == "sde" else None
-    return time_grid(config.steps, schedule, shift=shift, last_step=last_step, split=split)
+        grid = [0.0, *(schedule.borders if split else ()), schedule.length]
+    else:
+        last_step = config.last_step if config.method == "sde" else None
+        grid = time_grid(config.steps, schedule, shift=shift, last_step=last_step, split=split)
+    return grid if begin == 0 else [begin, *(reading for reading in grid if reading > begin + 1e-9)]
 
 
 def time_grid(

@@ -17,7 +17,10 @@ class Optimisers:
     def __init__(self, objective: Objective, config: TrainConfig, accelerator: Accelerator) -> None:
         self.objective, self.config, self.accelerator = objective, config, accelerator
         # Looked up once: to walk through a large network takes milliseconds, and each step would.
-        self._parameters = {name: list(p.parameters()) for name, p in objective.learners.items()}
+        self._parameters = {
+            name: [each for each in learner.parameters() if each.requires_grad]
+            for name, learner in objective.learners.items()
+        }
         self._optimisers = {name: self._made(name) for name in self._parameters}
         self._schedules = {
             name: torch.optim.lr_scheduler.LambdaLR(

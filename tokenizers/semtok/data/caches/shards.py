@@ -11,7 +11,7 @@ import hashlib
 import math
 import shutil
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -209,20 +209,15 @@ def ensure_shards(
             "pass data.crop=center"
         )
     wanted = {**about, "num_images": len(source), "flip": source.flip}
-    with together(), contextlib.ExitStack() as stack:
+    with together(), _disk_told_of(place, folder), contextlib.ExitStack() as stack:
         is_there = gather((folder / INDEX).is_file())[0]
         if not is_there and not process_index():
             stack.enter_context(only_one_in(folder, "a command that writes a cache"))
-        if (
-            not is_there and not gather((folder / INDEX).is_file())[0]
-        ):  # nor by who was there before
-            try:
-                writer = _Writer(source, folder, compute, wanted, batch_size, shard_size)
-                writer.claim(what, place)
-                writer.write(what)
-            except OSError as error:
-                reason = error.strerror or first_line(error)
-                raise UserError(f"{place}: {folder}: {reason}") from None
+        # Nor was it written by who was there before.
+        if not is_there and not gather((folder / INDEX).is_file())[0]:
+            writer = _Writer(source, folder, compute, wanted, batch_size, shard_size)
+            writer.claim(what, place)
+            writer.write(what)
         shards = Shards(folder, place)
         for key, value in wanted.items():
             if shards.about.get(key) != value:
@@ -231,6 +226,15 @@ def ensure_shards(
                     f"here {value}); choose another folder"
                 )
     return shards
+
+
+@contextlib.contextmanager
+def _disk_told_of(place: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(f"{place}: {folder}: {reason}") from None
 
 
 @dataclass

@@ -1,6 +1,10 @@
 """Images of given classes, from a transformer that denoises several parts of the latents together."""
 
-from collections.abc import Mapping, Sequence
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -12,6 +16,7 @@ from diffusers import (
     SchedulerMixin,
 )
 from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 from torch import Tensor
 
 
@@ -55,11 +60,17 @@ class SemtokPipeline(DiffusionPipeline):
         num_images_per_class: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float | Mapping[str, float] | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         first: int = 0,
-        latents: Mapping[str, Tensor] | None = None,
+        latents: Tensor | Mapping[str, Tensor] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        *,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        callback_on_step_end: Callable[[Any, int, float, dict], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         """Draws images. Image i of a seed is the same in a batch of any size, unless the model's sampler is
         ``dopri5`` with ``error_over: batch``, where the images of one call share their steps.
@@ -69,103 +80,141 @@ class SemtokPipeline(DiffusionPipeline):
             num_images_per_class: images of each of these labels, one after the other.
             num_inference_steps: instead of the model's own. Where a part leads, a few are added.
             guidance_scale: instead of the model's own; 1 is none, and per part it is a mapping.
-            seed: of the whole set that these images belong to.
-            first: place of the first of them in that set.
-            latents: noise per part to start from, instead of the seed's: ``texture`` (B, C, H, W),
-                and what other parts the model has, spatial ones on the texture's grid.
-            output_type: ``pil``, ``np`` (B, H, W, 3) or ``pt`` (B, 3, H, W), both in [0, 1], or
-                ``latent`` for the latents, a mapping from part to tensor.
+            seed: of the whole set that these images belong to. Without seed and generator noise is new.
+            first: place of the first of these images in the set of the seed.
+            latents: noise to start from: a tensor (B, C, H, W) where texture is the only part; else per part,
+                spatial ones on the texture's grid.
+            output_type: ``pil``, ``np`` (B, H, W, 3) or ``pt`` (B, 3, H, W), both in [0, 1], or ``latent``.
             return_dict: False: a tuple with the images alone.
+            generator: a ``torch.Generator`` from which each image's seed is drawn, or one for each image.
+            image: to start from, one or one for each: PIL, or floats in [0, 1], shaped as ``np`` and ``pt``.
+            strength: the share of the time axis that is sampled from ``image`` on, in (0, 1]; by default 0.8.
+            callback_on_step_end: called as (pipeline, step, time, ``{"latents": {part: tensor}}``) after each
+                step; ``latents`` that it returns are gone on from.
+            callback_on_step_end_tensor_inputs: ``latents`` is all there is.
 
         Raises:
             ValueError: a label, scale, shape or setting that does not fit this model.
         """
+        words = {
+            "class_labels": class_labels,
+            "num_images_per_class": num_images_per_class,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            **{"seed": seed, "generator": generator, "first": first, "latents": latents},
+            "strength": strength,
+            "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+        }
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r}: expected pil, np, pt or latent")
-        labels = self._numbers(class_labels, num_images_per_class)
-        settings = self.scheduler.settings(
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
-        )
-        self._check_guidance(settings.guidance)
-        device = self._execution_device
-        grid = self._shapes()["texture"][1:]
-        start = None if latents is None else self._start(latents, len(labels), device)
-        with self.progress_bar(total=self.scheduler.num_updates(settings)) as bar:
-            drawn = self.scheduler.sample(
-                self.transformer,
-                torch.tensor(labels, dtype=torch.int64, device=device),
-                grid,
-                settings,
-                seed=seed,
-                first=first,
-                start=start,
-                watch=lambda clock, state: bar.update() if clock > 0 else None,
-            )
-        if output_type == "latent":
-            images = dict(drawn)
-        else:
-            images = self.image_processor.postprocess(
-                self._decode(drawn["texture"]), output_type=output_type
-            )
+        drawn = self._draw(words, image)
+        images = dict(drawn)
+        if output_type != "latent":
+            pixels = self._decode(drawn["texture"])
+            images = self.image_processor.postprocess(pixels, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _draw(self, words: Mapping[str, Any], image: Any) -> Mapping[str, Tensor]:
+        """The latents of a call."""
+        if not hasattr(self.scheduler, "own_settings"):
+            raise ValueError(
+                f"scheduler: {type(self.scheduler).__name__} can't draw this model's parts, each in its own time; "
+                "keep SemtokScheduler, whose from_config takes another sampler={'method': …}"
+            )
+        request = self.scheduler.request(**words)
+        spec, names = self.transformer.spec, self.config.id2label
+        grid = spec.shape("texture", (self.config.height, self.config.width))[1:]
+        class_names = [names[number] for number in sorted(names, key=int)]
+        model = self.scheduler.sampled(self.transformer, class_names, grid)
+        settings = request.settings(self.scheduler.own_settings())
+        self.scheduler.check(settings, model, can_be_guided=self.config.can_be_guided)
+        return self.scheduler.sample(
+            model,
+            request,
+            settings,
+            device=self._execution_device,
+            image=None if image is None else self._encode(image),
+            owner=self,
+            bar=lambda steps: self.progress_bar(total=steps),
+        )
+
     def _decode(self, texture: Tensor) -> Tensor:
         """Standardised latents (B, C, h, w) to pixels (B, 3, H, W) in [-1, 1]."""
-        mean, std = (
-            torch.tensor(self.vae.config[key], device=texture.device).view(1, -1, 1, 1)
-            for key in ("latents_mean", "latents_std")
-        )
+        mean, std = self._statistics(texture.device)
         raw = (texture * std + mean).to(self.vae.dtype)
         return self.vae.decode(raw).sample.float().clamp(-1, 1)
 
-    def _numbers(
-        self, labels: int | str | Sequence[int | str | None] | None, num_images: int
-    ) -> list[int]:
-        names, num_classes = self.config.id2label, self.transformer.num_classes
-        numbers = {name: int(number) for number, name in names.items()}
-        several = [labels] if labels is None or isinstance(labels, int | str) else list(labels)
-        if not several or num_images < 1:
-            raise ValueError("no images asked for: give class_labels and num_images_per_class")
-        chosen = []
-        for label in several:
-            known = numbers.get(label, -1) if isinstance(label, str) else label
-            number = num_classes if known is None else int(known)
-            if not 0 <= number <= num_classes:
-                raise ValueError(
-                    f"class_labels: no class {label!r}; this model has 0 to {num_classes - 1}, or by name "
-                    f"{', '.join(list(numbers)[:8])}{' …' if len(numbers) > 8 else ''}; None is any class"
-                )
-            chosen += [number] * num_images
-        return chosen
+    def _encode(self, image: Any) -> Tensor:
+        """Images to standardised latents (B, C, h, w), float32: the mean of their posterior."""
+        parts = [part for part in self.transformer.spec.names if part != "texture"]
+        if parts:
+            raise ValueError(
+                f"image: this model also draws {', '.join(parts)}, for which an image needs the teacher, and a "
+                "pipeline has none; semtok's Generator takes image"
+            )
+        pixels = self._pixels(image).to(self._execution_device, self.vae.dtype)
+        mean, std = self._statistics(pixels.device)
+        return (self.vae.encode(pixels).latent_dist.mean.float() - mean) / std
 
-    def _check_guidance(self, guidance: Any) -> None:
-        parts = self.transformer.spec.names
-        unknown = (
-            sorted(set(guidance.scale) - set(parts)) if isinstance(guidance.scale, dict) else []
+    def _pixels(self, image: Any) -> Tensor:
+        """PIL images, or floats in [0, 1], to pixels (B, 3, H, W) in [-1, 1]. Transparency is over white.
+
+        Raises:
+            ValueError: another kind, range or size.
+        """
+        several = image if isinstance(image, list) else [image]
+        if all(isinstance(entry, Image.Image) for entry in several):
+            deep = [entry.mode for entry in several if entry.mode[0] in "IF"]
+            if deep:
+                raise ValueError(f"image: mode {deep[0]} has no known range; convert it to RGB")
+            layers = [entry.convert("RGBA") for entry in several]
+            grounds = [Image.new("RGBA", layer.size, "white") for layer in layers]
+            several = [Image.alpha_composite(*pair) for pair in zip(grounds, layers, strict=True)]
+        as_they_are = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_rgb=True)
+        pixels = as_they_are.preprocess(several)
+        expected = (3, self.config.height, self.config.width)
+        if tuple(pixels.shape[1:]) != expected:
+            raise ValueError(
+                f"image: expected (B, {', '.join(map(str, expected))}), got {tuple(pixels.shape)}"
+            )
+        if not pixels.is_floating_point() or not 0 <= pixels.min() <= pixels.max() <= 1:
+            raise ValueError(
+                f"image: tensors and arrays are of floats in [0, 1]; got {pixels.dtype}, from "
+                f"{pixels.min().item():g} to {pixels.max().item():g}"
+            )
+        return pixels * 2 - 1
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the raw latents per channel, (1, C, 1, 1)."""
+        mean, std = (
+            torch.tensor(self.vae.config[key], device=device).view(1, -1, 1, 1)
+            for key in ("latents_mean", "latents_std")
         )
-        if unknown:
-            raise ValueError(
-                f"guidance_scale: no part {', '.join(unknown)}; this model's: {', '.join(parts)}"
-            )
-        guidance.check_fits(self.transformer.spec)
-        is_guided = any(guidance.scale_of(part) != 1 for part in parts)
-        if is_guided and not self.config.can_be_guided:
-            raise ValueError(
-                "guidance_scale: this model was trained without the null label that guidance needs; pass 1"
-            )
+        return mean, std
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of each part without the batch axis, spatial ones on the texture's grid."""
-        spec = self.transformer.spec
-        grid = spec.shape("texture", (self.config.height, self.config.width))[1:]
-        return {p.name: (p.channels, *grid) if p.is_spatial else (p.channels,) for p in spec.parts}
+    def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> None:
+        """Writes the pipeline with its code, so that it loads again with ``trust_remote_code=True``.
 
-    def _start(
-        self, latents: Mapping[str, Tensor], num_images: int, device: torch.device
-    ) -> dict[str, Tensor]:
-        expected = {name: (num_images, *shape) for name, shape in self._shapes().items()}
-        given = {name: tuple(part.shape) for name, part in latents.items()}
-        if given != expected:
-            raise ValueError(f"latents: expected {expected}, got {given}")
-        return {name: latents[name].to(device, torch.float32) for name in expected}
+        Args:
+            save_directory: a folder; files there of the same names are replaced.
+            options: as ``DiffusionPipeline.save_pretrained`` takes them, but for ``push_to_hub``.
+
+        Raises:
+            ValueError: ``push_to_hub``, before which the code would have to be there.
+        """
+        if options.pop("push_to_hub", False):
+            raise ValueError(
+                "push_to_hub: save to a folder, and upload that by huggingface_hub's upload_folder"
+            )
+        super().save_pretrained(save_directory, **options)
+        folder = Path(save_directory)
+        place = folder / "model_index.json"
+        index = json.loads(place.read_text(encoding="utf-8"))
+        for name in ("", "transformer", "scheduler"):
+            kind = type(getattr(self, name) if name else self)
+            module = kind.__module__.rpartition(".")[2]
+            (folder / name / f"{module}.py").write_bytes(Path(inspect.getfile(kind)).read_bytes())
+            index[name or "_class_name"] = [module, kind.__name__]
+        place.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,17 +1,26 @@
 """How a generator's samples are drawn, as a diffusers scheduler."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from pydantic import ValidationError
 from torch import Tensor
 
-from semtok.sampler.draws import SampleNoise
 from semtok.sampler.latents import Latents
-from semtok.sampler.sampling import SamplerConfig, Watch, clock_readings, sample_latents
+from semtok.sampler.request import (
+    Sampled,
+    SampleRequest,
+    check_guidance_fits,
+    draw,
+    num_steps,
+    told,
+)
+from semtok.sampler.sampling import SamplerConfig
 from semtok.sampler.transport import PathName, Schedule
 
 
@@ -41,76 +50,61 @@ class SemtokScheduler(SchedulerMixin, ConfigMixin):
         shift: float = 1.0,
     ) -> None:
         self.schedule = Schedule(dict(starts))
-        self.settings()
+        self.own_settings()
 
-    def settings(
-        self,
-        *,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | Mapping[str, float] | None = None,
-    ) -> SamplerConfig:
-        """The sampler's settings, with those that a call has for itself.
-
-        Args:
-            guidance_scale: for all parts, or per part; 1 is none.
+    def own_settings(self) -> SamplerConfig:
+        """The settings that a call starts from.
 
         Raises:
             ValueError: a setting out of range.
         """
-        settings = dict(self.config.sampler)
-        if num_inference_steps is not None:
-            settings["steps"] = num_inference_steps
-        if guidance_scale is not None:
-            per_part = isinstance(guidance_scale, Mapping)
-            scale = dict(guidance_scale) if per_part else guidance_scale
-            settings["guidance"] = {**settings.get("guidance", {}), "scale": scale}
         try:
-            return SamplerConfig.model_validate_json(json.dumps(settings))
+            return SamplerConfig.model_validate_json(json.dumps(self.config.sampler))
         except ValidationError as error:
-            problem = error.errors()[0]
-            message = problem["msg"].removeprefix("Value error, ")
-            if problem["loc"]:
-                place = ".".join(str(part) for part in ("sampler", *problem["loc"]))
-                message = f"{place}: {message}, got {problem['input']!r}"
-            raise ValueError(message) from None
+            raise ValueError(told(error)) from None
 
-    def num_updates(self, settings: SamplerConfig) -> int:
-        """How often ``sample`` will tell its watcher a state, but for the noise that it starts from."""
-        shift = self.config.shift if settings.shift is None else settings.shift
-        return len(clock_readings(settings, self.schedule, shift)) - 1
+    def request(self, **words: Any) -> SampleRequest:
+        """A call's words, see ``SampleRequest``."""
+        return SampleRequest(**words)
+
+    def sampled(
+        self, transformer: Any, class_names: Sequence[str], grid: tuple[int, int]
+    ) -> Sampled:
+        """What is sampled from.
+
+        Args:
+            transformer: a ``SemtokTransformer``, in eval mode.
+            grid: (rows, columns) of the texture.
+        """
+        path, shift = self.config.path, self.config.shift
+        return Sampled(transformer, class_names, grid, self.schedule, path, shift)
+
+    def check(self, settings: SamplerConfig, model: Sampled, *, can_be_guided: bool) -> None:
+        """Raises ValueError where a model can't be guided so."""
+        check_guidance_fits(settings, model.network.spec, can_be_guided=can_be_guided)
 
     def sample(
         self,
-        transformer: Any,
-        labels: Tensor,
-        grid: tuple[int, int],
+        model: Sampled,
+        request: SampleRequest,
         settings: SamplerConfig,
         *,
-        seed: int,
-        first: int = 0,
-        start: Mapping[str, Tensor] | None = None,
-        watch: Watch | None = None,
+        device: torch.device,
+        image: Tensor | None = None,
+        owner: Any = None,
+        bar: Callable[[int], Any] | None = None,
     ) -> Latents:
         """Draws latents, spatial parts on the texture's grid.
 
         Args:
-            transformer: a ``SemtokTransformer``, in eval mode.
-            labels: int64 (B,), classes, or ``num_classes`` for none.
-            grid: (rows, columns) of the texture.
-            seed: of a set of samples; each has its own noise, whatever it shares a batch with.
-            first: place of the first of these samples in that set.
-            start: noise per part, instead of the seed's.
-            watch: told the clock and the state at the start and after each step.
+            settings: of ``request.settings(own_settings())``.
+            image: latents (B, C, H, W) of images to start from, where texture is the only part.
+            owner: what a callback is given first.
+            bar: a progress bar of so many steps, with ``update()``; used as a context.
         """
-        return sample_latents(
-            transformer,
-            SampleNoise(seed, range(first, first + len(labels)), labels.device),
-            labels,
-            grid,
-            settings,
-            schedule=self.schedule,
-            path=self.config.path,
-            shift=self.config.shift,
-            start=start,
-            watch=watch,
-        )
+        latents = None if image is None else Latents({"texture": image})
+        start = request.start(model, latents)
+        steps = num_steps(model, settings, start)
+        with bar(steps) if bar is not None else nullcontext() as shown:
+            watch = request.watch(owner, shown.update if shown is not None else None)
+            return draw(model, request, settings, start=start, device=device, watch=watch)

@@ -1,10 +1,8 @@
 """The network of a generator, as a diffusers model."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
@@ -43,17 +41,12 @@ class SemtokTransformer(ModelMixin, ConfigMixin):
     def forward(
         self, x: Mapping[str, Tensor], times: Mapping[str, Tensor], labels: Tensor
     ) -> DiTOutput:
-        """One forward pass; the velocity is of the latents' dtype.
-
-        Half-precision weights run as in training, under autocast: what autocast keeps in float32,
-        such as norms and the stream of tokens, is in float32 here too.
+        """One forward pass; the velocity is of the latents' dtype, whatever that of the weights.
 
         Args:
             x: noised latents; spatial parts (B, C, H, W) on one grid, vector parts (B, D).
             times: per part (B,) in [0, 1], from noise to data.
             labels: int64 (B,) in [0, num_classes].
         """
-        dtype, is_half = self.dtype, self.dtype in (torch.float16, torch.bfloat16)
-        with torch.autocast(self.device.type, dtype=dtype) if is_half else nullcontext():
-            output = self.dit({name: part.to(dtype) for name, part in x.items()}, times, labels)
+        output = self.dit(x, times, labels)
         return DiTOutput(output.velocity.to(x["texture"].dtype), None)
