@@ -51,6 +51,7 @@ class DataConfig(Config):
     """Settings that every kind of image source shares."""
 
     kind: str
+    """How the images are stored: ``shapes`` (embedded drawn scenes), ``folder``, ``tars`` or ``parquet``."""
     size: int | tuple[int, int]
     """Height and width in pixels; one number means square."""
     licence: str | None = None

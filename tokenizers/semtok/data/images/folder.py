@@ -28,6 +28,7 @@ class FolderConfig(StoredConfig):
 
     kind: Literal["folder"] = "folder"
     path: str
+    """The folder, with a sub-folder per class, or ``train/`` and ``val/`` with those, or images alone."""
     attributes: str | None = None
     """A CSV table of what the images show, for probes: a header, and the first column names the image."""
 
