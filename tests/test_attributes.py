@@ -80,10 +80,10 @@ CELEBA = """2
 """
 
 
-def readme_command(begin: str, end: str) -> str:
-    """A command of the README, which may run over several lines."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (command,) = re.findall(rf"^{re.escape(begin)}.*?{re.escape(end)}$", readme, flags=re.M | re.S)
+def documented_command(begin: str, end: str) -> str:
+    """A command of docs/methods.md, which may run over several lines."""
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    (command,) = re.findall(rf"^{re.escape(begin)}.*?{re.escape(end)}$", page, flags=re.M | re.S)
     return command
 
 
@@ -91,9 +91,9 @@ def shell(command: str, folder: Path) -> None:
     subprocess.run(["sh", "-ec", command], cwd=folder, check=True, timeout=60)
 
 
-def test_the_readme_converts_celebas_own_file(tmp_path):
+def test_the_page_converts_celebas_own_file(tmp_path):
     table(tmp_path, CELEBA, "list_attr_celeba.txt")
-    shell(readme_command("awk", "> celeba.csv"), tmp_path)
+    shell(documented_command("awk", "> celeba.csv"), tmp_path)
     files = pictures(tmp_path, "img/000001.jpg", "img/000002.jpg")
     known = read_attributes(tmp_path / "celeba.csv", files)
     names = ("5_o_Clock_Shadow", "Smiling", "Male")
@@ -101,14 +101,14 @@ def test_the_readme_converts_celebas_own_file(tmp_path):
     assert known.values.tolist() == [[0, 1, 0], [1, 0, 1]]
 
 
-def test_the_readme_converts_the_tables_of_animals_with_attributes(tmp_path):
+def test_the_page_converts_the_tables_of_animals_with_attributes(tmp_path):
     table(tmp_path, "       1\tantelope\n       2\tgrizzly+bear\n       3\twhale\n", "classes.txt")
     table(tmp_path, "       1\tblack\n       2\tbigteeth\n       3\tanimal\n", "predicates.txt")
     table(tmp_path, "0 1 1\n1 0 1\n1 1 1\n", "predicate-matrix-binary.txt")
     images = tmp_path / "JPEGImages"
     own = [f"{name}/{name}_{i}.jpg" for name in ("antelope", "grizzly+bear") for i in range(3)]
     pictures(images, *own)
-    shell(readme_command("(cd JPEGImages", "> awa2.csv"), tmp_path)
+    shell(documented_command("(cd JPEGImages", "> awa2.csv"), tmp_path)
     parts = open_folder(images, tmp_path / "awa2.csv", validation_fraction=0.3)
     assert parts[0].attributes == {"black": ("0", "1"), "bigteeth": ("0", "1")}
     for part in parts:

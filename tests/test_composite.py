@@ -569,19 +569,22 @@ def test_a_cache_names_unreadable_files_and_notices_changed_ones(folder, tmp_pat
     assert not (tmp_path / "third").exists(), "told before the run's folder is claimed"
 
 
-def test_two_runs_that_write_one_cache_do_not_disturb_each_other(folder, tmp_path, monkeypatch):
-    original, nested = Teacher.features, []
+def test_a_second_run_leaves_a_cache_alone_that_another_writes(folder, tmp_path, monkeypatch):
+    original, refused = Teacher.features, []
 
     def features(self: Teacher, images: Tensor, **settings: Any) -> Any:
-        if settings.get("grid") == (8, 8) and len(images) > 1 and not nested:
-            nested.append(True)
-            cached(folder, tmp_path / "cache", tmp_path / "other")
+        if settings.get("grid") == (8, 8) and len(images) > 1 and not refused:
+            with pytest.raises(UserError, match="a command that writes a cache is at work") as told:
+                cached(folder, tmp_path / "cache", tmp_path / "other")
+            refused.append(told)
         return original(self, images, **settings)
 
     monkeypatch.setattr(Teacher, "features", features)
     cached(folder, tmp_path / "cache", tmp_path / "run")
+    assert refused
+    cached(folder, tmp_path / "cache", tmp_path / "other")
     runs = [tiny.final_tensors(tmp_path / name) for name in ("run", "other")]
-    assert nested and all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".cache")]
 
 

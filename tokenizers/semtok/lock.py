@@ -49,7 +49,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def only_one_in(folder: Path, what: str, *, way_out: str = "wait, or stop it") -> Iterator[None]:
-    """Has a folder for itself, made if need be; one that was made and stayed empty goes again.
+    """Has a folder for itself, made if need be; what was made and stayed empty goes again.
 
     Args:
         what: works there, for the message of who comes second: "a run", "a command that writes a cache".
@@ -58,7 +58,7 @@ def only_one_in(folder: Path, what: str, *, way_out: str = "wait, or stop it") -
     Raises:
         InUse: somebody works there.
     """
-    is_new = not folder.exists()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / LOCK_FILE
     file = _taken(place, what, way_out)
@@ -76,9 +76,9 @@ def only_one_in(folder: Path, what: str, *, way_out: str = "wait, or stop it") -
             place.unlink()
         _held.discard(file.fileno())
         file.close()
-        if is_new:
-            with contextlib.suppress(OSError):  # not empty
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # not empty
+            for empty in made:
+                empty.rmdir()
 
 
 def _taken(place: Path, what: str, way_out: str) -> IO[str]:

@@ -13,5 +13,8 @@ class OptimiserConfig(Config):
     """AdamW. The learning rate is used as it stands, whatever the batch or the number of GPUs."""
 
     learning_rate: float = Field(gt=0)
+    """The highest rate, which the warm-up rises to."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay of AdamW's averages of the gradient and of its square."""
     weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay, times the learning rate in each step."""

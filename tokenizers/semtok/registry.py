@@ -16,6 +16,7 @@ class MethodConfig(Config):
     """Base of every method's settings; ``name`` is the one it is registered under."""
 
     name: str
+    """The method."""
 
     def needs_teacher(self) -> bool:
         """Whether training reads a teacher's features."""

@@ -39,16 +39,19 @@ class Skipped(NamedTuple):
     Attributes:
         position: in the batch, where another image stands for it.
         name: where it lies.
+        reason: why, in a few words; empty where a cache tells of it, which does not keep that.
     """
 
     position: int
     name: str
+    reason: str = ""
 
 
 class DataConfig(Config):
     """Settings that every kind of image source shares."""
 
     kind: str
+    """How the images are stored: ``shapes`` (embedded drawn scenes), ``folder``, ``tars`` or ``parquet``."""
     size: int | tuple[int, int]
     """Height and width in pixels; one number means square."""
     licence: str | None = None

@@ -18,6 +18,7 @@ class REPAConfig(Config):
     """Representation alignment (REPA, Yu et al. 2024): a block's tokens resemble the teacher's."""
 
     weight: float = Field(0.5, ge=0)
+    """Weight of the alignment loss."""
     depth: int | None = Field(None, ge=1)
     """After which block; None: a third of them, at most 8, which is REPA's 4 for B and 8 for L and XL."""
     projector_width: int | None = Field(None, ge=1)
@@ -48,7 +49,9 @@ class DiffusionConfig(Config):
     network: str | DiTArchitecture
     """A preset such as SiT-B/2 or LightningDiT-XL/1, or a shape spelt out."""
     path: PathName = "linear"
+    """From noise to data: a straight line, or a quarter of a circle."""
     time: TimeConfig = TimeConfig()
+    """Which times training draws."""
     leads: dict[str, float] | None = None
     """Per part, by how much of the time axis it leads; None: the tokenizer's defaults."""
     loss_weights: dict[str, Weight | dict[int, Weight]] | None = None

@@ -29,6 +29,7 @@ class AdversarialConfig(Config):
     """
 
     weight: float = Field(0.5, ge=0)
+    """Weight of the generator's loss, before the adaptive factor."""
     start_step: int = Field(ge=0)
     """Step from which the generator is paid for fooling the discriminator."""
     discriminator_start_step: int | None = Field(None, ge=0)
@@ -40,8 +41,11 @@ class AdversarialConfig(Config):
     max_adaptive: float = Field(1e4, gt=0)
     """Cap of that ratio."""
     width: int = Field(64, ge=8, multiple_of=8)
+    """Channels of the discriminator's first layer."""
     num_layers: int = Field(3, ge=1)
+    """Layers of the discriminator that halve the resolution."""
     norm: Literal["batch", "group", "none"] = "group"
+    """Normalisation in the discriminator."""
     weights: str | None = None
     """A file (``.safetensors``, ``.pt``, ``.pth``, ``.ckpt``) with a discriminator of this shape to start from: one of
     taming-transformers' layout (``main.0.weight`` …), alone or within the loss of a checkpoint, or a checkpoint's

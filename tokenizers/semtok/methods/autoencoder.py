@@ -24,8 +24,11 @@ class Architecture(Config):
     block_channels: tuple[int, ...]
     """Channels per resolution, finest first."""
     layers_per_block: int = Field(2, ge=1)
+    """Residual layers per resolution; the decoder has one more."""
     latent_channels: int = Field(ge=1)
+    """Channels of the latents."""
     norm_groups: int = Field(32, ge=1)
+    """Groups of each group norm."""
     attention: tuple[bool, ...] | None = None
     """Which resolutions have self-attention, beside the middle one; None: none of them."""
 

@@ -48,6 +48,7 @@ class REGLUEConfig(CompositeConfig):
     name: Literal["reglue"] = "reglue"
     global_token: bool = True
     compressor: CompressorConfig | None = CompressorConfig()
+    """The autoencoder of the teacher's features; None: no semantic part, which is REG."""
 
     def has_steps(self) -> bool:
         return self.compressor is not None

@@ -48,10 +48,13 @@ class SemVAEConfig(CompositeConfig):
     width: int | None = Field(None, ge=1)
     """Of the transformer; None: the features'."""
     heads: int = Field(6, ge=1)
+    """Attention heads."""
     blocks: int = Field(4, ge=1)
     """In the encoder, and again in the decoder."""
     mse_weight: float = Field(1.0, ge=0)
+    """Weight of the squared error of the features."""
     cosine_weight: float = Field(1.0, ge=0)
+    """Weight of 1 - cosine of the features."""
     cosine_axis: Literal["features", "tokens"] = "features"
     """``features`` compares tokens, as eq. 8 says; ``tokens`` compares channels over the positions of an
     image, which is what the published weights were trained with."""

@@ -48,12 +48,14 @@ class MapperConfig(Config):
     patch_size: int = Field(1, ge=1)
     """Latent cells per token and side: 1 for f16 latents, 2 for f8."""
     projector_width: int = Field(2048, ge=1)
+    """Hidden width of the MLP after the blocks."""
 
 
 class AlignmentConfig(Config):
     """How latents are noised and compared."""
 
     weight: float = Field(1.0, ge=0)
+    """Weight of the alignment loss."""
     noise: Literal["uniform", "logit_normal", "fixed", "none"] = "uniform"
     """The law of t in z_t = (1 - t) z + t ε, drawn per image; ``uniform`` is eq. 1."""
     noise_level: float | None = Field(None, ge=0, le=1)
@@ -71,7 +73,9 @@ class SendVAEConfig(VAEConfig):
 
     name: Literal["send_vae"] = "send_vae"
     mapper: MapperConfig = MapperConfig()
+    """The network from noised latents to the teacher's tokens."""
     alignment: AlignmentConfig = AlignmentConfig()
+    """What the latents learn from the teacher."""
 
     @model_validator(mode="after")
     def _trains_the_encoder(self) -> "SendVAEConfig":

@@ -77,16 +77,23 @@ class VAEConfig(MethodConfig):
     """``decoder`` keeps the encoder, and with it every latent, as it was, statistics included: what was trained on such
     latents goes on with the new decoder. Needs weights to start from."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, to save memory."""
     reconstruction: Literal["l1", "mse"] = "l1"
+    """Distance between pixels: absolute or squared error."""
     reconstruction_weight: float = Field(1.0, ge=0)
+    """Weight of that distance."""
     kl_weight: Annotated[float, Field(ge=0)] | None = None
     """Of the KL summed over the latent, in nats per image; None: 1e-6, and none where the decoder alone is trained,
     which it does not reach. Weights published beside losses that are sums over its numbers, as latent diffusion's, are
     to be divided by how many these are, and so is ``adversarial.max_adaptive``."""
     perceptual: Literal["lpips", "teacher", "none"] = "none"
+    """Distance between images besides pixels: LPIPS, the teacher's features, or none."""
     perceptual_weight: float = Field(1.0, ge=0)
+    """Weight of that distance."""
     lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
+    """Network of LPIPS."""
     adversarial: AdversarialConfig | None = None
+    """A discriminator; None: there is none."""
 
     @model_validator(mode="after")
     def _decoder_of_some_latents(self) -> "VAEConfig":

@@ -35,11 +35,15 @@ class DiTArchitecture(Config):
     """Shape of a diffusion transformer."""
 
     depth: int = Field(ge=1)
+    """Transformer blocks."""
     width: int = Field(ge=4)
+    """Channels of each token."""
     heads: int = Field(ge=1)
+    """Attention heads."""
     patch_size: int = Field(1, ge=1)
     """Texture cells per token and side."""
     mlp_ratio: float = Field(4.0, gt=0)
+    """Hidden width of each MLP, in widths of the transformer."""
     swiglu: bool = False
     """SwiGLU of two thirds of the MLP's width, instead of tanh-GELU."""
     rope: bool = False

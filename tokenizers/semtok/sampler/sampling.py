@@ -75,13 +75,15 @@ class SamplerConfig(Config):
     """Moves the fixed steps towards noise, see ``transport.shift_times``; None: as the training times
     were moved."""
     rtol: float = Field(1e-3, gt=0)
+    """Relative tolerance of ``dopri5``."""
     atol: float = Field(1e-6, gt=0)
-    """Tolerances of ``dopri5``."""
+    """Absolute tolerance of ``dopri5``."""
     error_over: ErrorOver = "image"
     """What ``dopri5`` takes a step's error over. ``image``: each goes by its own steps, whatever it shares a batch
     with. ``batch``: all that are drawn in one call share their steps, as torchdiffeq's do, so that an image depends
     on the others; SFD's figures come from batches of 4."""
     guidance: GuidanceConfig = GuidanceConfig()
+    """Classifier-free guidance, or guidance away from a weaker model."""
 
     @field_validator("diffusion", mode="before")
     @classmethod

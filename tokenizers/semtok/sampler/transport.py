@@ -111,9 +111,11 @@ class TimeConfig(Config):
     """How training times are drawn."""
 
     law: Literal["uniform", "logit_normal"] = "uniform"
+    """Times are drawn uniformly, or as the sigmoid of a normal."""
     mean: float = 0.0
     """Of the normal before the sigmoid, where ``law`` is ``logit_normal``; above 0 is nearer to data."""
     std: float = Field(1.0, gt=0)
+    """Of that normal."""
     shift: Annotated[float, Field(gt=0)] | Literal["dimension"] = 1.0
     """Moves times towards noise by ``shift_times``, in training and in samplers; ``dimension`` takes
     sqrt(latent dimensions / 4096) (RAE, Zheng et al. 2025, after Esser et al. 2024)."""

@@ -37,6 +37,7 @@ class TrainConfig(Config):
     optimiser: OptimiserConfig | None = None
     """Needed wherever there are steps."""
     schedule: Literal["constant", "cosine"] = "constant"
+    """Of the learning rate after the warm-up: it stays, or falls along a cosine."""
     warmup_steps: int = Field(0, ge=0)
     """Over which the rate rises from 0."""
     constant_steps: int = Field(0, ge=0)
@@ -47,6 +48,7 @@ class TrainConfig(Config):
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
     """Where the cosine ends, as a fraction of the learning rate."""
     clip_norm: float | None = Field(1.0, gt=0)
+    """Gradients of each learner are scaled down to this norm; None: they are used as they are."""
     precision: Precision = "fp32"
     """Of training: see ``semtok.speed.Precision``. Frozen teachers compute in it wherever the loop asks
     them, in steps, validation and pictures alike, and their features are handed on in float32. Frozen
@@ -70,19 +72,25 @@ class TrainConfig(Config):
     are fixed in training. Which one that is may change from run to run, and with it the last bits.
     Without effect on a CPU. Whether it pays: as above, with ``train.cudnn_benchmark``."""
     seed: int = Field(0, ge=0, lt=2**32)
+    """Of first weights, the order of images, and noise. A run repeats with the same seed."""
     log_every: int = Field(50, ge=1)
     """Steps between readings of the metrics; the host waits for the device at no other step."""
     checkpoint_every: int = Field(1000, ge=1)
+    """Steps between checkpoints, from which ``--resume`` goes on."""
     keep_last: int = Field(2, ge=1)
     """How many checkpoints stay; earlier ones are removed as new ones are written."""
     export_at: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Steps after which the averaged network is exported on the way, to ``exports/0070000/`` of the run."""
     sample_every: int = Field(1000, ge=1)
+    """Steps between pictures in ``samples/``."""
     num_sample_images: int = Field(8, ge=1)
+    """Images in a picture."""
     num_validation_images: int = Field(512, ge=1)
+    """Held-out images that scores are measured on."""
     num_statistics_images: int = Field(2048, ge=1)
     """Training images that the latents' statistics are measured on."""
     tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    """Where metrics go, besides ``metrics.jsonl``."""
 
     @field_validator("export_at")
     @classmethod

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from semtok.data.passes import read_images
 from semtok.data.source import ImageBatch, ImageSource, Key, Skipped
-from semtok.errors import UserError
+from semtok.errors import UserError, printable
 from semtok.lock import LOCK_FILE, only_one_in
 from semtok.processes import gather, num_processes, process_index, together
 from semtok.progress import progress
@@ -318,8 +318,8 @@ class _Writer:
             first = keys[places[0]].index
             number = first // self.shard_size
             begun[number].append(self._rows(batch))
-            for position, name in batch.skipped:  # first at a position is whose place it is
-                skipped[number].setdefault(str(first + position), name)
+            for position, name, _ in batch.skipped:  # first at a position is whose place it is
+                skipped[number].setdefault(str(first + position), printable(name))
             if sum(len(rows[_LABELS]) for rows in begun[number]) == len(self._images(number)):
                 own = begun.pop(number)
                 columns = {name: torch.cat([rows[name] for rows in own]) for name in own[0]}

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from semtok.data.images.encoded import VALIDATION_NAMES, StoredConfig
+from semtok.data.images.encoded import StoredConfig
+from semtok.data.images.layout import VALIDATION_NAMES
 from semtok.data.images.parquet_stream import (
     Cells,
     Footer,

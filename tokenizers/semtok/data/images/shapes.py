@@ -47,6 +47,7 @@ class ShapesConfig(DataConfig):
     num_images: int = 50_000
     """Training images; the held-out images are others."""
     num_validation_images: int = 2_000
+    """Held-out images."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Chooses the scenes, independently of the training seed."""
     classes: tuple[str, ...] = ("hue", "position")
