@@ -27,7 +27,8 @@ from semtok.data.source import ImageSource
 from semtok.errors import Interrupted, UserError
 from semtok.lock import only_one_in
 from semtok.objective import Objective
-from semtok.processes import gather, interruptible, is_first, process_index, together
+from semtok.processes import gather, interruptible, process_index, together
+from semtok.progress import is_first
 from semtok.recipe import DiffusionRecipe, TokenizerRecipe, write_recipe
 from semtok.settings import flatten
 from semtok.storage import DISK_FULL, read_json, write_json

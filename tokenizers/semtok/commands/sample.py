@@ -43,7 +43,8 @@ from semtok.evaluation.image_sets import DRAWN_AT_ONCE, labels_for
 from semtok.images import Uint8Rule
 from semtok.lock import only_one_in
 from semtok.pictures import grid_of_images, write_png
-from semtok.processes import gather, process_index, progress, together
+from semtok.processes import gather, process_index, together
+from semtok.progress import progress
 from semtok.registry import load_plugins
 from semtok.sampler.request import STRENGTH, class_numbers
 from semtok.sampler.sampling import SamplerConfig
@@ -143,7 +144,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     chosen = classes if args.classes is not None else None
     protocol = protocol_of(drawing, args, labels=args.labels or "balanced", classes=chosen)
-    _draw(args, drawing, protocol, kind)
+    with stopping.with_way_on(f"the same command {'begins anew' if kind == 'grid' else 'goes on'}"):
+        _draw(args, drawing, protocol, kind)
     return 0
 
 

@@ -1,6 +1,5 @@
 """Images that are stored encoded: holding some out, replacing what can't be read."""
 
-import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
@@ -201,12 +200,6 @@ class StoredImages(ImageSource):
             f"data.path: none of the {len(self)} images in '{self.place}' can be read; "
             f"{self.image_name(skipped[0])}: {self._unreadable[skipped[0]]}"
         )
-
-
-def announce(message: str) -> None:
-    """Prints what is about to take long, in the first of the processes that a launcher has started."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
 
 
 def split_rows(

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from functools import cache
 
-from semtok.data.images.encoded import announce
 from semtok.data.images.folder import Folder, FolderConfig
 from semtok.data.images.parquet import Parquet, ParquetConfig
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.data.images.tars import Tars, TarsConfig
 from semtok.data.source import DataConfig, ImageSource
 from semtok.errors import UserError, did_you_mean
+from semtok.progress import announce
 
 _KINDS: dict[str, tuple[type[DataConfig], Callable[..., tuple[ImageSource, ImageSource]]]] = {
     "shapes": (ShapesConfig, Shapes.open),

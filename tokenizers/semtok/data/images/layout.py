@@ -9,6 +9,7 @@ from pathlib import Path
 from semtok.data.images.decoding import image_suffixes
 from semtok.data.left_out import LeftOut
 from semtok.errors import UserError, printable
+from semtok.progress import progress
 
 TRAINING_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "validation", "valid", "test", "testing")
@@ -92,19 +93,22 @@ def scan(root: Path, place: str, left_out: LeftOut) -> Part:
         UserError: images lie in both, or two folders have one name.
     """
     part, written = Part(place), {}
-    for folder in _folders(root, place, left_out):
-        files = _files_within(root, f"{place}{folder}/", left_out)
-        if not files:
-            left_out.add("folders without images", f"{place}{folder}")
-            continue
-        name = class_name(folder)
-        if name in written:
-            raise UserError(
-                f"data.path: '{root / place}': the folders {written[name]!a} and {folder!a} have one name, '{name}', "
-                "written in two ways; put their images into one"
-            )
-        written[name] = folder
-        part.classes[name] = files
+    folders = _folders(root, place, left_out)
+    with progress(f"looking through {root / place}", len(folders), "folders") as advance:
+        for folder in folders:
+            files = _files_within(root, f"{place}{folder}/", left_out)
+            advance(1)
+            if not files:
+                left_out.add("folders without images", f"{place}{folder}")
+                continue
+            name = class_name(folder)
+            if name in written:
+                raise UserError(
+                    f"data.path: '{root / place}': the folders {written[name]!a} and {folder!a} have one name, "
+                    f"'{name}', written in two ways; put their images into one"
+                )
+            written[name] = folder
+            part.classes[name] = files
     part.flat = _files(root, place, left_out)
     if part.flat and part.classes:
         raise UserError(

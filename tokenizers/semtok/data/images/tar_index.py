@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +11,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from semtok.data.images.decoding import image_suffixes
-from semtok.data.images.encoded import announce
 from semtok.data.remote import StoredFile, file_system, reading_errors, reason
 from semtok.errors import UserError
+from semtok.progress import announce, progress
 from semtok.storage import DAMAGE, cache_folder, digest, first_line, new_file
 
 _BLOCK = 512  # bytes; of tar
@@ -55,11 +53,14 @@ def index_shards(shards: Sequence[StoredFile], image_key: str | None) -> list[np
         if not files[i].is_file():
             _made(shards[i], image_key, files[i])
 
-    with ThreadPoolExecutor(16) as pool:
-        made, quiet = pool.map(index, todo), not sys.stderr.isatty()
+    with (
+        progress("indexing tar files", len(todo), "files") as advance,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        made = pool.map(index, todo)
         try:
-            for _ in tqdm(made, desc="tar files", total=len(todo), disable=quiet):
-                pass
+            for _ in made:
+                advance(1)
         except BaseException:
             pool.shutdown(cancel_futures=True)  # the first error is told at once
             raise
