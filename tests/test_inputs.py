@@ -118,6 +118,12 @@ def test_numbered_classes_have_the_numbers_of_their_folders(tmp_path):
     assert training.left_out.counts() == {"class numbers without images": 7}
 
 
+def test_one_folder_of_images_is_one_class_also_where_its_name_is_a_number(tmp_path):
+    for i in range(4):
+        picture(tmp_path / "2019" / f"{i}.png")
+    assert opened(tmp_path / "2019")[0].class_names == ("2019",)
+
+
 def test_folders_of_one_number_are_refused(tmp_path):
     classes(tmp_path, "1", "01")
     with pytest.raises(UserError, match="two class folders have one number"):

@@ -103,7 +103,9 @@ class Folder(StoredImages):
         if held_out is not None:
             more, also_said = _listed(root, held_out)
             names, said = names + more, said + also_said
-        class_names, labels = _numbered(root, said, num_train)
+        class_names, labels = (class_name(root.name),), torch.zeros(len(said), dtype=torch.int64)
+        if train.classes:
+            class_names, labels = _numbered(root, said, num_train)
         _note_empty(class_names, labels, left_out)
         parts = split_rows(len(names), num_train, config)
         attributes = None
@@ -143,7 +145,7 @@ def _check_layouts(root: Path, train: Part, held_out: Part) -> None:
 
 
 def _listed(root: Path, part: Part) -> tuple[list[str], list[str]]:
-    """Of each image of a part its name and its class; without classes the folder's name is the one that there is."""
+    """Of each image of a part its name and its class; without classes, the folder's name."""
     classes = part.classes or {class_name(root.name): part.flat}
     names = [name for files in classes.values() for name in files]
     return names, [label for label, files in classes.items() for _ in files]

@@ -93,18 +93,22 @@ def scan(root: Path, place: str, left_out: LeftOut) -> Part:
         UserError: images lie in both, or two folders have one name.
     """
     part, written = Part(place), {}
-    for folder, files in _images_by_folder(root, place, left_out).items():
-        if not files:
-            left_out.add("folders without images", f"{place}{folder}")
-            continue
-        name = class_name(folder)
-        if name in written:
-            raise UserError(
-                f"data.path: '{root / place}': the folders {written[name]!a} and {folder!a} have one name, '{name}', "
-                "written in two ways; put their images into one"
-            )
-        written[name] = folder
-        part.classes[name] = files
+    folders = _folders(root, place, left_out)
+    with progress(f"looking through {root / place}", len(folders), "folders") as advance:
+        for folder in folders:
+            files = _files_within(root, f"{place}{folder}/", left_out)
+            advance(1)
+            if not files:
+                left_out.add("folders without images", f"{place}{folder}")
+                continue
+            name = class_name(folder)
+            if name in written:
+                raise UserError(
+                    f"data.path: '{root / place}': the folders {written[name]!a} and {folder!a} have one name, "
+                    f"'{name}', written in two ways; put their images into one"
+                )
+            written[name] = folder
+            part.classes[name] = files
     part.flat = _files(root, place, left_out)
     if part.flat and part.classes:
         raise UserError(
@@ -186,16 +190,6 @@ def _files_within(root: Path, place: str, left_out: LeftOut) -> list[str]:
                 below = own if own is not None else _identity_of(entry)
                 todo.append((f"{inside}{entry.name}/", (*above, below)))
     return sorted(names, key=lambda name: name.split("/"))
-
-
-def _images_by_folder(root: Path, place: str, left_out: LeftOut) -> dict[str, list[str]]:
-    """Of each folder in a place the image files in it and in all folders within it."""
-    folders, found = _folders(root, place, left_out), {}
-    with progress(f"looking through {root / place}", len(folders), "folders") as advance:
-        for folder in folders:
-            found[folder] = _files_within(root, f"{place}{folder}/", left_out)
-            advance(1)
-    return found
 
 
 def _identity(folder: Path) -> tuple[int, int]:
