@@ -19,7 +19,7 @@ from semtok.commands.cli import run
 from semtok.data import passes
 from semtok.data.order import load_batches
 from semtok.data.source import Key
-from semtok.errors import Interrupted
+from semtok.errors import Interrupted, UserError
 from semtok.processes import gather, together
 from semtok.recipe import parse_recipe
 from semtok.stopping import When
@@ -59,6 +59,7 @@ def sent(number: int, function: Callable[..., Any], *, after: bool = False) -> C
 
 PHASES = {
     "statistics": (train_tokenizer, "statistics_batches", signal.SIGUSR1, None),
+    "the step before the last picture": (Trainer, "_log", signal.SIGTERM, 1),
     "the first picture": (HeldOut, "picture", signal.SIGTERM, 3),
     "an export on the way": (train_tokenizer, "_export_on_the_way", signal.SIGUSR1, 4),
     "a checkpoint": (Trainer, "save", signal.SIGINT, 6),
@@ -84,6 +85,8 @@ def test_a_run_that_is_stopped_in_any_phase_keeps_its_steps_and_goes_on(
     after = tiny.final_tensors(tmp_path / "run")
     assert all(torch.equal(whole[name], after[name]) for name in whole)
     assert (tmp_path / "run" / "exports" / "0000004" / "config.json").is_file()
+    pictures = sorted(file.name for file in (tmp_path / "run" / "samples").iterdir())
+    assert pictures == ["step_00000003.png", "step_00000006.png"]
 
 
 def test_images_that_are_read_are_left_at_once(monkeypatch):
@@ -162,3 +165,32 @@ def test_two_trainings_one_after_another_work_in_a_thread_and_change_no_handler(
     thread.join()
     assert len(made) == 2 and torch.equal(*made)
     assert [signal.getsignal(number) for number in CODES] == before
+
+
+def test_two_trainings_at_once_would_share_random_numbers_and_the_second_is_refused(
+    tmp_path, monkeypatch
+):
+    recipe = parse_recipe(tiny.content(VAE, steps=2), "tiny")
+    alone = train_tokenizer.train_tokenizer(recipe, tmp_path / "alone")
+    told: list[str] = []
+
+    def at_once() -> None:
+        with pytest.raises(
+            UserError, match="another training is at work in this process"
+        ) as caught:
+            train_tokenizer.train_tokenizer(recipe, tmp_path / "other")
+        told.append(str(caught.value))
+
+    original = Trainer.train_step
+
+    def step(self: Trainer, *args: Any) -> None:
+        thread = threading.Thread(target=at_once)
+        thread.start()
+        thread.join()
+        original(self, *args)
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    beside = train_tokenizer.train_tokenizer(recipe, tmp_path / "beside")
+    images = tiny.batch_of_shapes(2)
+    assert len(told) == 2 and not (tmp_path / "other").exists()
+    assert torch.equal(alone.encode(images)["texture"], beside.encode(images)["texture"])

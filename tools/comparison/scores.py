@@ -95,7 +95,11 @@ def score_tokenizer(comparison: Comparison, reference: str, seed: int) -> None:
     shown = held_out.load(held_out.chosen(NUM_SHOWN)).images
     pixels = to_pixels(shown, device=device())
     file = comparison.tokenizer_scores(reference, seed)
-    _write_pictures(file.with_suffix(".png"), pixels, tokenizer.decode(tokenizer.encode(pixels)))
+    _write_pictures(
+        file.with_suffix(".png"),
+        pixels,
+        tokenizer.decode(tokenizer.encode(pixels, value_range=(-1, 1))),
+    )
     write_json(file, scores)
 
 

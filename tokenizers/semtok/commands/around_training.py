@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -93,6 +94,28 @@ def read_run_options(parser: Parser, arguments: Sequence[str]) -> argparse.Names
     args = parser.parse_intermixed_args(joined)
     args.resume = "auto" if args.resume == "auto" else args.resume is not None
     return args
+
+
+_training = threading.RLock()
+
+
+@contextlib.contextmanager
+def one_training() -> Iterator[None]:
+    """Within this context no other thread of this process plans or runs a training: torch's random numbers, which
+    weights are drawn from, are the whole process's.
+
+    Raises:
+        UserError: another thread is at it.
+    """
+    if not _training.acquire(blocking=False):
+        raise UserError(
+            "another training is at work in this process, and would share its random numbers; wait for it, or start "
+            "this one in a process of its own"
+        )
+    try:
+        yield
+    finally:
+        _training.release()
 
 
 @contextlib.contextmanager

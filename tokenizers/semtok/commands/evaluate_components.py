@@ -157,14 +157,15 @@ def _rows(
     tokenizer: Tokenizer, name: str, scores: dict[str, float], pixels: Tensor, tokens: Tensor
 ) -> list[Row]:
     """The reconstruction, and each spatial part of the latents in the colours of the teacher's tokens."""
-    latents = tokenizer.encode(pixels)
+    latents = tokenizer.encode(pixels, value_range=(-1, 1))
     decoded = tokenizer.decode(latents)
     parts = {part: x for part, x in latents.items() if x.ndim == 4}
     rows = [Row(f"{name}\nreconstruction\nPSNR {scores['psnr']:.1f} dB", decoded)]
+    # The score is of all parts together: beside one of several it would read as that part's.
+    score = f"\nself-similarity {scores['self_similarity']:.2f}" if len(parts) == 1 else ""
     for part, x in parts.items():
         what = f"latents: {part}" if len(parts) > 1 else "latents"
-        label = f"{name}\n{what}\nself-similarity {scores['self_similarity']:.2f}"
-        rows.append(Row(label, components_in_colours_of(x, tokens)))
+        rows.append(Row(f"{name}\n{what}{score}", components_in_colours_of(x, tokens)))
     return rows
 
 

@@ -149,7 +149,8 @@ def train_dit(
     folder = Path(folder)
     if around_training.is_finished_already(folder, recipe, resume):
         return Generator.from_pretrained(str(folder))
-    return run_dit(check_dit(recipe, folder, resume=resume, place=place, overrides=overrides))
+    with around_training.one_training():
+        return run_dit(check_dit(recipe, folder, resume=resume, place=place, overrides=overrides))
 
 
 def check_dit(

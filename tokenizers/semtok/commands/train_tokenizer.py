@@ -113,7 +113,7 @@ def train_tokenizer(
     """Trains, evaluates and exports a tokenizer into a run folder.
 
     In a thread other than the main one, as of a notebook server or a web worker, it trains as well; signals are
-    then not heard.
+    then not heard. One training at a time has a process.
 
     Args:
         recipe: or a file's path, or the name of one of the library's.
@@ -130,8 +130,9 @@ def train_tokenizer(
     folder = Path(folder)
     if around_training.is_finished_already(folder, recipe, resume):
         return Tokenizer.from_pretrained(folder)
-    plan = check_tokenizer(recipe, folder, resume=resume, place=place, overrides=overrides)
-    return run_tokenizer(plan)
+    with around_training.one_training():
+        plan = check_tokenizer(recipe, folder, resume=resume, place=place, overrides=overrides)
+        return run_tokenizer(plan)
 
 
 def check_tokenizer(

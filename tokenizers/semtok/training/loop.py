@@ -208,7 +208,9 @@ class Trainer:
             self.step in config.export_at
         ):  # which a run that was killed after its checkpoint may lack
             self._export(export)
-        if not config.steps:
+        if not config.steps or (
+            self.step and self._is_to_be_shown()
+        ):  # a signal may have come before
             self._sample()
         with stopping.obeyed(When.LATER):  # at the end of a step
             while self.step < config.steps:
@@ -221,17 +223,19 @@ class Trainer:
         config = self.config
         self.train_step(batches)
         self.log.step_done()
-        is_last = self.step == config.steps
-        if self.step % config.log_every == 0 or is_last:
+        if self.step % config.log_every == 0 or self.step == config.steps:
             self._log()
         if self._vote.should_stop():
             raise self._stopped(stopping.received())
-        if self.step % config.sample_every == 0 or is_last:
+        if self._is_to_be_shown():
             self._aside(self._sample)
-        if self.step % config.checkpoint_every == 0 or is_last:
+        if self.step % config.checkpoint_every == 0 or self.step == config.steps:
             self._pause(self.save)
         if self.step in config.export_at:
             self._aside(lambda: self._export(export))
+
+    def _is_to_be_shown(self) -> bool:
+        return self.step % self.config.sample_every == 0 or self.step == self.config.steps
 
     def _aside(self, work: Callable[[], None]) -> None:
         """Does something that is not training and takes its time: a signal stops it at once."""
