@@ -5,12 +5,15 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
 
@@ -21,11 +24,15 @@ from PIL import Image
 import semtok_cli
 from comparison import command as compare
 from comparison import plan, scores
+from comparison.estimate import expected_seconds
+from comparison.finished import take_finished_runs, with_whole_runs
 from comparison.jobs import Job, Stopped, only_one_in, run_jobs
 from comparison.plan import BUDGETS, Comparison, ComparisonSettings, Row
 from comparison.results import Spread, steps_to_reach
+from comparison.time_left import TimeLeft
 from semtok import Generator, Tokenizer, UserError
 from semtok.commands.cli import run
+from semtok.recipe import load_recipe, write_recipe
 from semtok.storage import write_json
 from semtok.training.loop import Trainer
 
@@ -171,7 +178,7 @@ def test_rows_and_seeds_may_be_added_but_nothing_else_changed(tmp_path):
             ["--data", "size=30", "--tokenizers", "send_vae"],
             "recipes/send_vae.yaml: data.size: image",
         ),
-        (["--steps", "7"], "steps: 7 is not a multiple of num_checkpoints 5"),
+        (["--steps", "7"], "steps: 7 is not a multiple of num_checkpoints 3"),
         (["--set", "diffusion.leads=3"], "diffusion.leads"),
         (["--steps", "-3"], "steps"),
         (["--data", "kind=fodler"], "unknown kind 'fodler'"),
@@ -182,6 +189,140 @@ def test_what_can_t_be_is_said_before_anything_is_trained(tmp_path, capsys, word
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert not (tmp_path / "c").exists()
+
+
+def test_a_comparison_that_began_with_another_budget_says_which(tmp_path):
+    comparison(tmp_path / "c", VAE, recipe_share=1.0).claim()
+    with pytest.raises(
+        ValueError, match="100% of their .* steps, now 33%; go on with --budget full"
+    ):
+        comparison(tmp_path / "c", VAE, recipe_share=1 / 3).claim()
+
+
+def test_a_comparison_is_quick_where_nobody_asks_for_more():
+    args = compare._parser().parse_args([])
+    assert args.budget == "quick" and compare._counted(1, "seed") == "1 seed"
+
+
+# Finished runs -----------------------------------------------------------------------------------
+
+
+def finished_run(planned: Comparison, name: str, *changes: str, texture: str = "demo") -> Path:
+    """A run of a recipe as the comparison would train it, but for some settings; its tokenizer is the demo's."""
+    folder = Path("runs") / name
+    words = [*planned.tokenizer_overrides(name, 0), *changes]
+    recipe = load_recipe(plan.find_recipe(name), words)
+    Tokenizer.from_pretrained("demo").save_pretrained(folder / "export")
+    if plan.is_composite(name):
+        Tokenizer.from_pretrained(texture).save_pretrained(folder / "texture")
+    write_recipe(recipe, folder / "recipe.yaml")
+    write_json(folder / "summary.json", {"training_seconds": 12.5})
+    return folder
+
+
+def taken(planned: Comparison) -> list[str]:
+    said: list[str] = []
+    take_finished_runs(planned, said.append)
+    return said
+
+
+def test_a_finished_run_of_the_same_recipe_is_taken_and_what_becomes_of_it_then_changes_nothing(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    planned = comparison(tmp_path / "c", VAE, REGLUE)
+    run_of_vae = finished_run(planned, "vae", "train.log_every=7")
+    finished_run(planned, "reglue")
+    assert taken(planned) == [
+        "tokenizer vae, seed 0: the finished run runs/vae is taken",
+        "tokenizer reglue, seed 0: the finished run runs/reglue is taken",
+    ]
+    todo = [one.name for one in compare._jobs(planned) if not one.is_done()]
+    assert not any(name.startswith("tokenizer ") for name in todo)
+    shutil.rmtree(run_of_vae)
+    assert taken(planned) == []
+    copy = planned.tokenizer_folder("vae", 0)
+    assert json.loads((copy / "summary.json").read_text()) == {"training_seconds": 12.5}
+    assert Tokenizer.from_pretrained(planned.tokenizer_reference("vae", 0)).is_measured
+
+
+def test_a_finished_run_that_is_another_is_left_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    planned = comparison(tmp_path / "c", VAE, REGLUE)
+    finished_run(planned, "vae", "train.batch_size=16")
+    finished_run(planned, "reglue")
+    of_vae, of_reglue = taken(planned)
+    assert of_vae == (
+        "tokenizer vae: trained anew, as runs/vae is another: train.batch_size is 16 there and 8 here; "
+        "to compare that run, name it in --tokenizers: runs/vae"
+    )
+    assert "what it is built on, are no longer there" in of_reglue, "its VAE is to be trained yet"
+    shutil.rmtree("runs/vae")
+    finished_run(planned, "vae")
+    other = Tokenizer.from_pretrained("demo")
+    other.texture_mean += 1
+    other.save_pretrained(tmp_path / "other")
+    finished_run(planned, "reglue", texture=str(tmp_path / "other"))
+    (_, of_reglue) = taken(planned)
+    assert "it is built on another image tokenizer than the 'vae' here" in of_reglue
+    assert not planned.tokenizer_folder("reglue", 0).exists()
+
+
+def test_a_quick_comparison_takes_whole_runs_where_there_is_one_of_each_recipe(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    planned = comparison(tmp_path / "c", VAE, REGLUE)
+    whole = comparison(tmp_path / "c", VAE, REGLUE, recipe_share=1.0)
+    finished_run(whole, "vae")
+    assert with_whole_runs(planned) == planned, "rows are trained equally long"
+    finished_run(whole, "reglue")
+    assert with_whole_runs(planned) == whole
+    assert with_whole_runs(replace(planned, num_seeds=2)).settings == TINY, "one run is of one seed"
+    whole.claim()
+    shutil.rmtree("runs")
+    assert with_whole_runs(planned) == whole, "it goes on as it began"
+
+
+# Time --------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_is_told_by_what_was_expected_and_by_how_long_others_took():
+    now = [0.0]
+    left = TimeLeft({"a": 100.0, "b": 50.0, "c": 30.0}, at_once=2, clock=lambda: now[0])
+    assert left.seconds() == 100, "the longest"
+    left.begin("a")
+    left.begin("b")
+    now[0] = 25.0
+    assert left.seconds() == 75
+    now[0] = 100.0
+    assert left.end("b") == 100, "twice as long as expected"
+    left.begin("c")
+    assert left.num_left == 2 and left.seconds() == 100, "twice 100, half of it over"
+    now[0] = 500.0
+    left.end("a")
+    left.end("c")
+    assert left.num_left == 0 and left.seconds() == 0
+
+
+def test_each_job_that_ends_says_how_long_the_others_will_take(tmp_path):
+    said: list[str] = []
+    jobs = [job(tmp_path, "a"), job(tmp_path, "b", "a")]
+    with only_one_in(tmp_path) as held:
+        run_jobs(jobs, held=held, environments=[{}], say=said.append, expected=lambda job: 60.0)
+    assert [re.sub(r"\d\d:\d\d", "…", line).strip() for line in said] == [
+        "[1/2] a",
+        "a: done in …; 1 job left, about …",
+        "[2/2] b",
+        "b: done in …",
+    ]
+
+
+def test_every_job_has_an_expected_time_once_steps_were_measured(finished):
+    planned = plan.read_comparison(finished, 1)
+    jobs = compare._jobs(planned)
+    assert len({one.kind for one in jobs}) == 4
+    assert all(expected_seconds(planned, one.kind, one.of) > 1 for one in jobs)
 
 
 # Jobs --------------------------------------------------------------------------------------------
@@ -368,6 +509,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, in_this_process: list[str
     folder = tmp_path_factory.mktemp("compare") / "c"
     assert run(compare.main, [*WORDS, "--output", str(folder)]) == 0
     assert in_this_process == [
+        "a few steps of each training",
         "tokenizer vae, seed 0",
         "transformer on vae, seed 0",
         "scores of generator vae, seed 0",
@@ -390,21 +532,70 @@ def test_the_report_is_one_file_with_everything_in_it(finished):
     assert psnr["demo"] > psnr["vae"] == psnr["repa"], "one of them is trained"
     assert by_name["vae"]["steps"] == [2, 4] and len(by_name["vae"]["generation"]["FD-demo"]) == 2
     page = (finished / "report.html").read_text()
-    for words in (
-        "attribute probe, mean F1",
-        "CKNNA with the teacher",
-        "FD-demo at 2",
-        "shown class at 4",
-    ):
-        assert words in page
     # The letters of a picture may spell such a word themselves.
     without_pictures = re.sub(r"(data:image/png;base64,)[^']+", r"\1", page)
-    links = re.findall(r"(?:src|href|url)\W+(\w+)", without_pictures)
+    links = re.findall(r"(?:src|href|url|@import)\W+(\w+)", without_pictures)
     assert set(links) == {"data"}, "nothing outside the file"
-    pictures = re.findall(r"data:image/png;base64,([^']+)", page)
-    sizes = [Image.open(BytesIO(base64.b64decode(picture))).size for picture in pictures]
-    assert len(sizes) == 3 and sizes[1] == (16 * scores.NUM_SHOWN, 32), "images, reconstructions"
-    assert Image.open(finished / "report.png").size == sizes[0]
+    assert "//" not in without_pictures, "nor an address"
+    assert Image.open(finished / "report.png").size[0] == 13 * 110
+
+
+class Page(HTMLParser):
+    """Tables as lists of rows of texts, and pictures by what stands beside them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.pictures: list[dict[str, str | None]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag == "img":
+            self.pictures.append(dict(attributes))
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, "tags are closed in the order of their opening"
+
+    def handle_data(self, text: str) -> None:
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += text + " "
+
+
+def test_rows_columns_and_pictures_of_the_report_are_labelled(finished):
+    page = Page((finished / "report.html").read_text())
+    assert not page.open
+    generation, samples, tokenizers, reconstructions, rows = page.tables
+    names = ["vae", "demo", "repa"]
+    for table in (generation, samples, rows):
+        assert [row[0].strip() for row in table][-3:] == names
+    assert generation[0][:3] == ["row ", "FD-demo less is better ", "shown class more is better "]
+    assert [cell.strip() for cell in generation[1]] == [f"{n}\xa0steps" for n in (2, 4, 2, 4)]
+    assert [cell.strip() for cell in tokenizers[0]] == ["score", "vae", "demo"]
+    labels = [row[0].strip() for row in tokenizers]
+    assert "attribute probe, mean F1 more is better" in labels
+    assert "CKNNA with the teacher more is better" in labels
+    columns = samples[0][1].split("  ")
+    assert len(samples[0][1].split()) >= scores.NUM_SHOWN and columns[0].startswith("red")
+    assert [row[0].strip() for row in reconstructions] == ["held-out image", "vae", "demo"]
+    assert all(picture["alt"] for picture in page.pictures) and len(page.pictures) == 1 + 3 + 3
+
+
+def test_images_of_the_report_are_enlarged_by_a_whole_number(finished):
+    page = (finished / "report.html").read_text()
+    assert ".strips img { image-rendering: pixelated" in page
+    for picture in Page(page).pictures[1:]:
+        with Image.open(BytesIO(base64.b64decode(picture["src"].partition(",")[2]))) as image:
+            assert image.size == (16 * scores.NUM_SHOWN, 16)
+            assert (int(picture["width"]), int(picture["height"])) == (3 * image.width, 3 * 16)
 
 
 def test_the_scored_weights_are_those_of_the_export_and_the_rest_is_removed(finished):
@@ -443,7 +634,7 @@ def test_trainings_that_were_interrupted_keep_every_checkpoint_to_be_scored(
 
     def step_and_stop(trainer: Trainer, batches: object) -> None:
         step_of(trainer, batches)
-        if at and trainer.step == at[0]:
+        if at and trainer.step == at[0] and trainer.log is not None:  # not where steps are measured
             del at[0]
             signal.raise_signal(signal.SIGTERM)
 

@@ -18,7 +18,7 @@ from semtok.commands.run_folder import check_run_folder
 from semtok.commands.train_dit import train_dit
 from semtok.commands.train_tokenizer import statistics_batches
 from semtok.data.caches.latent_cache import ensure_latent_cache, open_latent_cache
-from semtok.data.images.encoded import adm_center_crop, decode, random_crop
+from semtok.data.images.decoding import adm_center_crop, decode, random_crop
 from semtok.data.images.folder import Folder, FolderConfig
 from semtok.data.images.kinds import open_sources
 from semtok.data.order import BatchSlice, DataOrder, training_batches

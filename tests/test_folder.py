@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from semtok import UserError
-from semtok.data.images.encoded import adm_center_crop
+from semtok.data.images.decoding import adm_center_crop
 from semtok.data.images.folder import Folder, FolderConfig
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.data.order import BatchSlice, DataOrder, training_batches
@@ -117,7 +117,7 @@ def test_truncated_and_fake_images_are_replaced_by_the_next_readable_one(tmp_pat
     train, _ = open_folder(tmp_path)
     batch = train.load([1, 2, 5])
     assert torch.equal(batch.images[1], train.load([4]).images[0])
-    assert [(place, Path(name).name) for place, name in batch.skipped] == [
+    assert [(place, Path(name).name) for place, name, _ in batch.skipped] == [
         (1, "2.png"),
         (1, "3.png"),
     ]
@@ -244,7 +244,7 @@ def test_a_text_file_named_jpg_gives_way_to_the_next_image_and_to_its_label(tmp_
         batch = train.load([1, 3])
         assert batch.labels.tolist() == [1, 0], "of the picture shown; the last wraps to the first"
         assert batch.images[0, 2].min() > 200 and batch.images[1, 0].min() > 200
-        assert [Path(name).name for _, name in batch.skipped] == ["1.jpg", "2.jpg"]
+        assert [Path(one.name).name for one in batch.skipped] == ["1.jpg", "2.jpg"]
 
 
 def test_a_held_out_part_without_readable_images_is_an_error(tmp_path):
@@ -365,7 +365,7 @@ def test_a_million_images_take_little_memory_and_keep_their_identity(tmp_path):
 
 
 def test_names_of_any_kind_are_found_in_the_order_of_their_parts(tmp_path):
-    names = ["a/x.png", "a-b/x.png", "a/b/y.png", "a/b-c.png", "é/ü x.png", "a/B.PNG", "z/.png.png"]
+    names = ["a/x.png", "a-b/x.png", "a/b/y.png", "a/b-c.png", "é/ü x.png", "a/B.PNG", "z/png.png"]
     for name in names:
         picture(tmp_path / "train" / name)
     (tmp_path / "train" / "z" / "odd\udcff.png").write_bytes(

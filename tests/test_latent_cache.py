@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -575,3 +576,19 @@ def test_a_training_does_not_go_on_without_the_cache_that_another_is_writing(
     told = pytest.raises(InUse, match="a command that writes a cache is at work there")
     with only_one_in(folder, "a command"), told:
         train_dit.train_dit(recipe(place), tmp_path / "run")
+
+
+def test_what_writes_a_cache_ends_with_the_command_that_trains_on_it(tmp_path, monkeypatch, capsys):
+    """With its images, and with its targets where it has some."""
+    monkeypatch.chdir(tmp_path)
+    data = ["kind=shapes", "size=16", "num_images=8", "num_validation_images=4"]
+    for name, targets in (("plain", []), ("aligned", ["--targets", "name=demo"])):
+        words = ["--tokenizer", "demo", "--data", *data, "--output", name, *targets]
+        assert run(cache_latents.main, words) == 0
+        told = capsys.readouterr().out.rpartition("train on it by: semtok train_dit ")[2]
+        given = shlex.split(told)
+        assert ("teacher.name=demo" in given) == bool(targets)
+        tiny_run = ["train.steps=1", "train.warmup_steps=0", "train.batch_size=2"]
+        tiny_run += ["diffusion.network=SiT-T/4", "--output", f"run_{name}"]
+        assert run(train_dit.main, [*given, *tiny_run]) == 0
+        capsys.readouterr()

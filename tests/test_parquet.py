@@ -158,7 +158,7 @@ def test_an_unreadable_image_gives_way_to_the_next_and_is_named(tmp_path, stream
         batch = train.load([0, 1])
         assert stored.numbers(batch.images) == [0, 4] and batch.labels.tolist() == [0, 1]
         bad = str(tmp_path / "d" / "b.parquet")
-        assert [name for _, name in batch.skipped] == [f"{bad}, row {row}" for row in range(3)]
+        assert [one.name for one in batch.skipped] == [f"{bad}, row {row}" for row in range(3)]
     assert len(train.load([1]).skipped) == len(batch.skipped)
     write(tmp_path / "c.parquet", {"image": [b"hello"] * 3})
     with pytest.raises(UserError, match="none of the 2 images in .*c.parquet' can be read"):

@@ -14,7 +14,7 @@ import torch
 
 import processes as fresh
 import tiny
-from semtok import UserError, processes
+from semtok import UserError, processes, progress
 from semtok.commands import sample, train_dit, train_tokenizer, when_to_cache
 from semtok.data import passes
 from semtok.data.caches import shards
@@ -352,14 +352,15 @@ def test_each_block_is_fetched_by_one_loader_process():
 
 
 def test_a_long_pass_tells_how_far_it_is(monkeypatch, capsys):
-    monkeypatch.setattr(processes, "_LINE_SECONDS", 0)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
     source = Shapes(ShapesConfig(size=8, num_images=24), train=True)
     keys = [Key(i) for i in range(24)]
     for _ in read_images(source, keys, batch_size=6, what="held-out images"):
         pass
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and lines[1].startswith("held-out images:  50% 12/24 [")
-    assert "image/s" in lines[1] or "s/ image" in lines[1]
+    assert len(lines) == 4 and lines[1].startswith("held-out images: 12 of 24 images (50%), ")
+    assert " images/" in lines[1] and lines[1].endswith(" left")
     for _ in read_images(source, keys, batch_size=6):
         pass
     assert not capsys.readouterr().out, "short ones say nothing"

@@ -227,7 +227,7 @@ def test_an_unreadable_image_gives_way_to_the_next_and_is_named(tmp_path):
     for _ in range(2):
         batch = train.load([1, 0])
         assert stored.numbers(batch.images) == [2, 0] and batch.labels.tolist() == [1, 0]
-        assert [name for _, name in batch.skipped] == [f"{tmp_path}/a.tar: 0001.png"]
+        assert [one.name for one in batch.skipped] == [f"{tmp_path}/a.tar: 0001.png"]
     assert len(train.load([1]).skipped) == len(batch.skipped)
     stored.write_tar(tmp_path / "b.tar", [("0.png", b"hello"), ("1.png", b"hello")])
     with pytest.raises(UserError, match="none of the 1 images in 'b.tar' can be read"):

@@ -15,15 +15,24 @@ COMMANDS = {
 }
 
 
+def launched(name: str) -> int:
+    """Runs a command with the process's arguments; Ctrl-C while it is imported, which takes seconds, is one line."""
+    try:
+        from semtok.commands.cli import launch
+
+        return launch(name)
+    except KeyboardInterrupt:
+        print("stopped before anything was begun", file=sys.stderr)
+        return 130
+
+
 def main() -> int:
     """``semtok <command> …``; the command's name may be written with - or _."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     name = word.replace("-", "_")
     if name in COMMANDS:
-        from semtok.commands.cli import launch
-
         sys.argv = [f"semtok {name}", *sys.argv[2:]]
-        return launch(name)
+        return launched(name)
     if word in ("--version", "version"):
         print(f"semtok {version('semtok')}")
         return 0

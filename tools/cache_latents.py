@@ -2,7 +2,7 @@
 
 import sys
 
-from semtok.commands.cli import launch
+from semtok_cli import launched
 
 if __name__ == "__main__":
-    sys.exit(launch("cache_latents"))
+    sys.exit(launched("cache_latents"))

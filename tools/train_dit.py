@@ -2,7 +2,7 @@
 
 import sys
 
-from semtok.commands.cli import launch
+from semtok_cli import launched
 
 if __name__ == "__main__":
-    sys.exit(launch("train_dit"))
+    sys.exit(launched("train_dit"))

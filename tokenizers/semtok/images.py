@@ -5,7 +5,7 @@ files, PIL images, NumPy arrays, and tensors of other ranges.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,8 @@ Images = OneImage | Sequence[OneImage]
 ValueRange = tuple[float, float]
 Uint8Rule = Literal["round", "truncate"]
 """How pixels become uint8: to the nearest level, or to the next lower one."""
+_SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")
+_ORIENTATION = 0x0112  # its number in EXIF
 _FARTHEST = 1.5
 """Bicubic resizing overshoots [-1, 1] by less; images in [0, 255], or standardised for a classifier, by more."""
 
@@ -103,20 +105,31 @@ def check_range(pixels: Tensor) -> None:
         )
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(
+    image: Image.Image, smaller: Callable[[Image.Image], Image.Image] | None = None
+) -> Image.Image:
     """A PIL image as RGB, the way up that its camera has noted, transparency over white.
+
+    Args:
+        smaller: makes a large image of mode L or RGB smaller; asked before copies of it are made.
 
     Raises:
         ValueError: its numbers have no known range.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow would clip where 8 bits need the upper byte
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
+    # Pillow brings grey images of these formats to 16 bits, whatever their mode.
+    is_sixteen_bits = image.mode.startswith("I;16") or image.format in _SIXTEEN_BITS
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or (image.mode == "I" and not is_sixteen_bits):
+        kind = "32-bit whole numbers" if image.mode == "I" else "floating-point numbers"
         raise ValueError(
-            f"a PIL image of mode {image.mode} has no known range; give its numbers as a tensor, with value_range"
+            f"pixels are {kind} of no known range; save it with 8 or 16 bits, or give a tensor with value_range"
         )
-    if image.mode in ("P", "LA", "PA", "RGBA") or "transparency" in image.info:
+    if image.mode.startswith("I"):  # Pillow would clip where 8 bits need the upper byte
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if smaller is not None and image.mode in ("L", "RGB") and "transparency" not in image.info:
+        image = smaller(image)
+    if image.mode in ("P", "LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

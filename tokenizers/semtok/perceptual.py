@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semtok.errors import UserError
+from semtok.progress import announce
 from semtok.storage import DAMAGE, first_line
 from semtok.teachers import Teacher, TeacherFeatures
 
@@ -40,7 +41,7 @@ class LPIPS(nn.Module):
 
         file = backbone_file(net)
         if not file.is_file():
-            print(f"perceptual loss: fetching torchvision's {net} weights to {file}")
+            announce(f"perceptual loss: fetching torchvision's {net} weights to {file}")
         try:
             self.lpips = lpips.LPIPS(net=net, verbose=False)
         except DAMAGE as error:

@@ -5,15 +5,11 @@ and all end, or go on, together. Outside a launcher there is one process, and no
 """
 
 import contextlib
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 from semtok import stopping
 from semtok.errors import Interrupted, UserError
@@ -22,7 +18,6 @@ from semtok.stopping import When
 from semtok.storage import first_line
 
 T = TypeVar("T")
-_LINE_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -42,11 +37,6 @@ def num_processes() -> int:
 def process_index() -> int:
     """Which one this is, from 0."""
     return dist.get_rank() if num_processes() > 1 else 0
-
-
-def is_first() -> bool:
-    """Whether this is the process that speaks for all, also where a launcher's processes have not met yet."""
-    return process_index() == 0 if num_processes() > 1 else os.environ.get("RANK", "0") == "0"
 
 
 def gather(value: T) -> list[T]:
@@ -147,34 +137,3 @@ def _is_known(error: BaseException | None) -> bool:
             return True
         error = error.__context__
     return False
-
-
-@contextlib.contextmanager
-def progress(what: str | None, total: int, unit: str = "image") -> Iterator[Callable[[int], Any]]:
-    """Tells how far something is, in the first process: a bar on a terminal, elsewhere a line every ten seconds.
-
-    Args:
-        what: in a few words; None: nothing is told.
-        total: of units, over all processes.
-
-    Yields:
-        To be called with the number of units that were done.
-    """
-    if what is None or process_index():
-        yield lambda num: None
-    elif sys.stderr.isatty():
-        with tqdm(total=total, desc=what, unit=unit) as bar:
-            yield bar.update
-    else:
-        start = told = time.monotonic()
-        done = 0
-
-        def tell(num: int) -> None:
-            nonlocal done, told
-            done, now = done + num, time.monotonic()
-            if now - told >= _LINE_SECONDS:
-                told, rate = now, f" {unit}"
-                line = tqdm.format_meter(done, total, now - start, 0, prefix=what, unit=rate)
-                print(line, flush=True)
-
-        yield tell

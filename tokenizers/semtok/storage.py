@@ -46,7 +46,9 @@ def cache_folder(what: str) -> Path:
 
 def digest(*words: str, size: int = 16) -> str:
     """A short name for what words say together; ``size`` in bytes."""
-    return hashlib.blake2b("\n".join(words).encode(), digest_size=size).hexdigest()
+    return hashlib.blake2b(
+        "\n".join(words).encode("utf-8", "surrogateescape"), digest_size=size
+    ).hexdigest()
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from semtok.errors import UserError
+from semtok.progress import announce, waiting
 from semtok.references import check_hub
 from semtok.settings import Config
 from semtok.storage import DAMAGE, first_line, tensor_bytes
@@ -350,8 +351,9 @@ def _create(config: TeacherConfig, name: str) -> nn.Module:
         if file is not None:
             state = _local_weights(name, file, options)
             options["pretrained_cfg_overlay"] = dict(state_dict=state)
-        # With its own classifier a network loads strictly: nothing stays random in silence.
-        network = timm.create_model(name, pretrained=True, **options)
+        with waiting(f"loading teacher '{name}'"):
+            # With its own classifier a network loads strictly: nothing stays random in silence.
+            network = timm.create_model(name, pretrained=True, **options)
         network.reset_classifier(0)
         return network
     except DAMAGE as error:
@@ -379,6 +381,7 @@ def _weights_of(name: str) -> str | None:
         if isinstance(cached, str):
             return cached
     check_hub(repository, _HUB_FILES[0])
+    announce(f"fetching the weights of teacher '{name}', once")
     return None
 
 

@@ -1,7 +1,8 @@
 """``compare``: which tokenizer is better to generate in, and by how much.
 
 Trains what is missing, scores every tokenizer, trains the same small diffusion transformer on each,
-and reports. The same command goes on where it stopped.
+and reports. A finished run of a recipe in runs/ is taken where it is what would be trained. The same command goes on
+where it stopped.
 """
 
 import os
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from comparison.estimate import expected_seconds, is_measured, measure_steps, steps_file
+from comparison.finished import take_finished_runs, with_whole_runs
 from comparison.jobs import Job, Stopped, only_one_in, run_jobs
 from comparison.plan import (
     BUDGETS,
@@ -22,19 +25,24 @@ from comparison.plan import (
     ComparisonSettings,
     Row,
     diffusion_recipe,
+    read_comparison,
 )
 from comparison.report import generation_table, tokenizer_table, write_report
 from comparison.results import collect
 from comparison.scores import score
+from comparison.time_left import TimeLeft
 from semtok.commands.cli import Parser
 from semtok.commands.table import print_table
 from semtok.errors import UserError
+from semtok.progress import duration
 from semtok.references import RUNS, find_recipe
 from semtok.settings import parse
 from semtok.storage import read_json
 
 _DEFAULT = "vae,send_vae,reglue,semvae,redi"
 _TOOLS = Path(__file__).parents[1]
+_LOGS = "logs"
+_MEASURING = ["steps", "all", "0"]
 
 
 def _parser() -> Parser:
@@ -57,7 +65,12 @@ def _parser() -> Parser:
     parser.add_argument(
         "--seeds", type=int, help="default: 1 of a quick comparison, 3 of a full one"
     )
-    parser.add_argument("--budget", choices=BUDGETS, default="full")
+    parser.add_argument(
+        "--budget",
+        choices=BUDGETS,
+        default="quick",
+        help="quick (the default): one seed and a third of the recipes' steps; full: three seeds and all steps",
+    )
     parser.add_argument("--steps", type=int, help="of the transformer; default: the budget's")
     parser.add_argument("--num-checkpoints", type=int, help="evenly spaced over the steps")
     parser.add_argument("--num-images", type=int, help="generated at each checkpoint")
@@ -80,8 +93,8 @@ def _parser() -> Parser:
         "--score",
         nargs=3,
         metavar="WORD",
-        help="tokenizer or generator, its NAME and SEED: only this, in a comparison that was begun; "
-        "its processes are started with it",
+        help="tokenizer or generator, its NAME and SEED: only this, in a comparison that was begun; its processes are "
+        "started with it; 'steps all 0': measure a few steps of each training",
     )
     return parser
 
@@ -90,7 +103,10 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     args = _parser().parse_args(arguments)
     if args.score is not None:
-        score(args.output, *args.score)
+        if args.score == _MEASURING:
+            measure_steps(read_comparison(args.output, 1))
+        else:
+            score(args.output, *args.score)
         return 0
     budget = BUDGETS[args.budget].model_dump()
     named = {word.partition("=")[0] for word in args.set}
@@ -114,21 +130,19 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("compare needs at least one tokenizer, one seed and one job")
     comparison = Comparison(args.output, settings, tuple(rows), num_seeds)
     comparison.check_folder()
+    comparison = with_whole_runs(comparison)
     comparison.check()
 
     start = time.perf_counter()
     environments = _environments(args.jobs)
-    jobs = _jobs(comparison)
     try:
         with only_one_in(comparison.folder) as held:
             comparison.claim()
-            print(f"{len(rows)} rows, {num_seeds} seeds; output: {comparison.folder}", flush=True)
-            run_jobs(
-                jobs,
-                held=held,
-                environments=environments,
-                say=lambda line: print(line, flush=True),
+            _say(
+                f"{_counted(len(rows), 'row')}, {_counted(num_seeds, 'seed')}; output: {comparison.folder}"
             )
+            take_finished_runs(comparison, _say)
+            _run(comparison, held, environments)
     except Stopped as stopped:
         print(f"stopped by {stopped}; the same command goes on", file=sys.stderr)
         return 128 + stopped.number
@@ -141,8 +155,36 @@ def main(arguments: Sequence[str]) -> int:
         command="python tools/compare.py " + shlex.join(arguments),
         about=_about(comparison, len(environments)),
     )
-    print(f"{time.perf_counter() - start:.0f} s; report: " + "   ".join(map(str, places)))
+    print(f"{duration(time.perf_counter() - start)}; report: " + "   ".join(map(str, places)))
     return 0
+
+
+def _run(comparison: Comparison, held: int, environments: list[dict[str, str]]) -> None:
+    """Runs what is missing, and says before how long it will take."""
+    jobs = _jobs(comparison)
+    waiting = [job for job in jobs if not job.is_done()]
+    if not waiting:
+        return
+    told = {"held": held, "environments": environments, "say": _say}
+    run_jobs([_measuring_job(comparison)], **told)
+
+    def expected(job: Job) -> float:
+        return expected_seconds(comparison, job.kind, job.of)
+
+    seconds = TimeLeft({job.name: expected(job) for job in waiting}, len(environments)).seconds()
+    _say(
+        f"{_counted(len(waiting), 'job')}, {len(environments)} at a time: about {duration(seconds)}, by a few steps of "
+        f"each training on this machine; what each says: {comparison.folder / _LOGS}"
+    )
+    run_jobs(jobs, **told, expected=expected)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _counted(number: int, unit: str) -> str:
+    return f"{number} {unit}{'s' if number != 1 else ''}"
 
 
 def _print(title: str, header: list[str], rows: list[list[str]]) -> None:
@@ -202,6 +244,16 @@ def _jobs(comparison: Comparison) -> list[Job]:
     return jobs
 
 
+def _measuring_job(comparison: Comparison) -> Job:
+    words = ["--output", str(comparison.folder), "--score", *_MEASURING]
+    return Job(
+        "a few steps of each training",
+        lambda: [*_launcher("compare"), *words],
+        lambda: is_measured(comparison),
+        comparison.folder / _LOGS / f"{steps_file(comparison).stem}.log",
+    )
+
+
 def _tokenizer_job(comparison: Comparison, reference: str, seed: int) -> Job:
     folder, recipe = comparison.tokenizer_folder(reference, seed), find_recipe(reference)
     overrides = comparison.tokenizer_overrides(reference, seed)
@@ -210,8 +262,10 @@ def _tokenizer_job(comparison: Comparison, reference: str, seed: int) -> Job:
         f"tokenizer {reference}, seed {seed}",
         lambda: _training("train_tokenizer", [str(recipe), *overrides], folder),
         (folder / "export" / "config.json").is_file,
-        comparison.folder / "logs" / f"tokenizer_{reference}-{seed}.log",
+        comparison.folder / _LOGS / f"tokenizer_{reference}-{seed}.log",
         (f"tokenizer {TEXTURE}, seed {seed}",) if built_on else (),
+        kind="tokenizer",
+        of=reference,
     )
 
 
@@ -224,8 +278,10 @@ def _generator_job(comparison: Comparison, row: Row, seed: int, name: str) -> Jo
         name,
         lambda: _training("train_dit", words, folder),
         (folder / "export" / "config.json").is_file,
-        comparison.folder / "logs" / f"generator_{row.name}-{seed}.log",
+        comparison.folder / _LOGS / f"generator_{row.name}-{seed}.log",
         (f"tokenizer {row.tokenizer}, seed {seed}",),
+        kind="generator",
+        of=row.name,
     )
 
 
@@ -252,8 +308,10 @@ def _score_job(
         f"scores of {kind} {name}, seed {seed}",
         lambda: [*_launcher("compare"), *words],
         lambda: file.is_file() and file.with_suffix(".png").is_file() and bool(read_json(file)),
-        comparison.folder / "logs" / f"scores_{kind}_{file.stem}.log",
+        comparison.folder / _LOGS / f"scores_{kind}_{file.stem}.log",
         after,
+        kind=f"{kind} scores",
+        of=name,
     )
 
 

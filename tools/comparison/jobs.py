@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from comparison.time_left import TimeLeft
 from semtok.errors import UserError
+from semtok.progress import duration
 
 LOCK = ".lock"
 _STOP_SECONDS = 60
@@ -27,6 +29,8 @@ class Job:
         is_done: whether its result is there already.
         log: where its output goes, after what earlier runs of it left.
         after: names of the jobs whose results it reads.
+        kind: what it does, for ``estimate``; empty: nothing is known of it.
+        of: the name of the recipe or row.
     """
 
     name: str
@@ -34,6 +38,8 @@ class Job:
     is_done: Callable[[], bool]
     log: Path
     after: tuple[str, ...] = ()
+    kind: str = ""
+    of: str = ""
 
 
 class Stopped(Exception):
@@ -71,6 +77,7 @@ def run_jobs(
     held: int,
     environments: Sequence[dict[str, str]],
     say: Callable[[str], object] = print,
+    expected: Callable[[Job], float] | None = None,
 ) -> None:
     """Runs what is not done yet. However this ends, no job goes on running.
 
@@ -80,23 +87,50 @@ def run_jobs(
         held: a descriptor that jobs inherit, see ``only_one_in``.
         environments: variables; each is of one process at a time, so there are as many processes as these.
         say: is told what begins and ends.
+        expected: seconds of a job, by which it is told how long the others will take; None: it is not.
 
     Raises:
         UserError: a job failed; those that ran beside it were stopped.
         Stopped: SIGTERM, SIGINT or SIGHUP came. A second one kills the jobs.
     """
-    asyncio.run(_run_all(jobs, held, environments, say))
+    waiting = [job for job in jobs if not job.is_done()]
+    time_left = None
+    if expected is not None:
+        time_left = TimeLeft({job.name: expected(job) for job in waiting}, len(environments))
+    asyncio.run(_run_all(waiting, held, environments, _Teller(len(waiting), say, time_left)))
+
+
+class _Teller:
+    """Says which job begins and ends, and how long the others will take."""
+
+    def __init__(
+        self, num_jobs: int, say: Callable[[str], object], time_left: TimeLeft | None
+    ) -> None:
+        self._num_jobs, self._say, self._time_left = num_jobs, say, time_left
+        self._turns = itertools.count(1)
+
+    def begin(self, job: Job) -> None:
+        self._say(f"[{next(self._turns)}/{self._num_jobs}] {job.name}")
+        if self._time_left is not None:
+            self._time_left.begin(job.name)
+
+    def end(self, job: Job, seconds: float) -> None:
+        left = ""
+        if self._time_left is not None:
+            self._time_left.end(job.name)
+            if number := self._time_left.num_left:
+                jobs = f"{number} job{'s' if number > 1 else ''}"
+                left = f"; {jobs} left, about {duration(self._time_left.seconds())}"
+        self._say(f"        {job.name}: done in {duration(seconds)}{left}")
 
 
 async def _run_all(
-    jobs: Sequence[Job],
+    waiting: Sequence[Job],
     held: int,
     environments: Sequence[dict[str, str]],
-    say: Callable[[str], object],
+    teller: _Teller,
 ) -> None:
-    waiting = [job for job in jobs if not job.is_done()]
     tasks: dict[str, asyncio.Task[None]] = {}
-    turns = itertools.count(1)
     free: asyncio.Queue[dict[str, str]] = asyncio.Queue()
     for environment in environments:
         free.put_nowait(environment)
@@ -106,10 +140,10 @@ async def _run_all(
         for name in tasks.keys() & set(job.after):
             await tasks[name]
         environment = await free.get()
-        say(f"[{next(turns)}/{len(waiting)}] {job.name}")
+        teller.begin(job)
         start = time.perf_counter()
         await _run(job, environment, held)
-        say(f"        {job.name}: done in {time.perf_counter() - start:.0f} s")
+        teller.end(job, time.perf_counter() - start)
         free.put_nowait(environment)
 
     def stop(number: int) -> None:

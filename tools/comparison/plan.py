@@ -276,6 +276,12 @@ class Comparison:
 
     def _check_unchanged(self, before: "_Record", mine: "_Record") -> None:
         for key, value in before.settings.model_dump().items():
+            if key == "recipe_share" and value != self.settings.recipe_share:
+                budget = "full" if value == 1 else "quick"
+                raise UserError(
+                    f"{self.folder}: tokenizers were trained for {value:.0%} of their recipes' steps, now "
+                    f"{self.settings.recipe_share:.0%}; go on with --budget {budget}, or choose another --output"
+                )
             if value != getattr(self.settings, key):
                 raise UserError(
                     f"{self.folder}: begun with {key}={value}, now {getattr(self.settings, key)}; "

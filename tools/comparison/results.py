@@ -22,6 +22,16 @@ TOKENIZER_COLUMNS = {
 }
 
 
+def direction(name: str) -> str:
+    """``less is better`` or ``more is better`` of a score or a column's label; empty where neither is."""
+    labels = {predictor.label: predictor.better for predictor in PREDICTORS.values()}
+    if name in labels:
+        return "more is better" if labels[name] == "higher" else "less is better"
+    if name.startswith(("PSNR", "SSIM", "attribute probe", "precision", "recall", CLASS_SHARE)):
+        return "more is better"
+    return "less is better" if name.startswith(("FD", "KD", "steps to")) else ""
+
+
 @dataclass(frozen=True)
 class Spread:
     """One number of each seed."""

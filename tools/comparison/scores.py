@@ -125,10 +125,15 @@ def score_generator(comparison: Comparison, row: Row, seed: int) -> None:
             entry[CLASS_SHARE], _ = accuracy(reader(seen.features.numpy()), np.array(labels))
         scores.append(entry)
         write_json(file, scores)
-    shown = [i * max(1, num_classes) // NUM_SHOWN for i in range(NUM_SHOWN)]
+    shown = shown_labels(num_classes)
     _write_pictures(file.with_suffix(".png"), generator.sample(shown, seed=seed))
     for checkpoint in list_checkpoints(run_folder / "checkpoints")[:-1]:
         shutil.rmtree(checkpoint)  # scored, and large; the run can go on from the last
+
+
+def shown_labels(num_classes: int) -> list[int]:
+    """Labels of the images that a report shows of each row, evenly spaced over the classes."""
+    return [i * max(1, num_classes) // NUM_SHOWN for i in range(NUM_SHOWN)]
 
 
 def _class_reader(

@@ -27,7 +27,8 @@ from semtok.data.source import ImageSource
 from semtok.errors import Interrupted, UserError
 from semtok.lock import only_one_in
 from semtok.objective import Objective
-from semtok.processes import gather, interruptible, is_first, process_index, together
+from semtok.processes import gather, interruptible, process_index, together
+from semtok.progress import is_first
 from semtok.recipe import DiffusionRecipe, TokenizerRecipe, write_recipe
 from semtok.settings import flatten
 from semtok.storage import DISK_FULL, read_json, write_json
@@ -260,22 +261,7 @@ def summarise(
         texture: how well the tokenizer that this one is built on shows the training images.
     """
     images = trainer.step * trainer.config.batch_size
-    summary = {
-        "steps": trainer.step,
-        "images": images,
-        "images_per_second": images / trainer.seconds if trainer.seconds else None,
-        "training_seconds": trainer.seconds,
-        "total_seconds": total_seconds,
-        "weights": "ema" if trainer.ema is not None else "trained",
-        "num_validation_images": min(trainer.config.num_validation_images, len(trainer.validation)),
-        "validation": metrics,
-        "skipped_files": sorted(trainer.skipped),
-        "num_skipped_files": len(trainer.skipped),
-        "library_version": library_version(),
-        "torch_version": torch.__version__,
-        "num_processes": trainer.accelerator.num_processes,
-        "accumulate": trainer.accumulate,
-    }
+    summary = _figures(trainer, metrics, total_seconds)
     if texture is not None:
         summary["texture"] = asdict(texture)
     start = read_json(folder / _START) if (folder / _START).is_file() else {}
@@ -307,6 +293,27 @@ def summarise(
     places = {what: "export", "on the way": _EXPORTS, "pictures": "samples", "curves": "curves.png"}
     found = {name: folder / file for name, file in places.items() if (folder / file).exists()}
     print("   ".join(f"{name}: {path}" for name, path in found.items()))
+
+
+def _figures(trainer: Trainer, metrics: dict[str, float], total_seconds: float) -> dict[str, Any]:
+    images = trainer.step * trainer.config.batch_size
+    return {
+        "steps": trainer.step,
+        "images": images,
+        "images_per_second": images / trainer.seconds if trainer.seconds else None,
+        "training_seconds": trainer.seconds,
+        "total_seconds": total_seconds,
+        "weights": "ema" if trainer.ema is not None else "trained",
+        "num_validation_images": min(trainer.config.num_validation_images, len(trainer.validation)),
+        "validation": metrics,
+        "skipped_files": sorted(trainer.skipped),
+        "num_skipped_files": len(trainer.skipped),
+        "left_out": trainer.source.left_out.counts() if trainer.source.left_out else {},
+        "library_version": library_version(),
+        "torch_version": torch.__version__,
+        "num_processes": trainer.accelerator.num_processes,
+        "accumulate": trainer.accumulate,
+    }
 
 
 def export_at(folder: Path, step: int) -> Path:

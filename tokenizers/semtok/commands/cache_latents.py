@@ -4,6 +4,8 @@
 interrupted command goes on where it stopped.
 """
 
+import argparse
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from semtok.recipe import parse_data
 from semtok.registry import load_plugins
 from semtok.settings import apply_overrides, parse
 from semtok.teachers import Teacher, TeacherConfig
+from semtok.tokenizer import Tokenizer
 
 
 def _parser() -> Parser:
@@ -92,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
     tokenizer.to(accelerator.device)
     start = time.perf_counter()
     with stopping.with_way_on("the same command goes on"):
-        train, validation = ensure_latent_cache(
+        cached = ensure_latent_cache(
             sources,
             tokenizer,
             args.output,
@@ -103,11 +106,30 @@ def main(arguments: Sequence[str]) -> int:
             shard_size=args.shard_size,
         )
     if accelerator.is_main_process:
-        _report(args.output, train, validation, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        command = _training_command(args, tokenizer)
+        _report(args.output, cached, seconds=seconds, command=command)
     return 0
 
 
-def _report(folder: Path, train: CachedLatents, validation: CachedLatents, seconds: float) -> None:
+def _training_command(args: argparse.Namespace, tokenizer: Tokenizer) -> str:
+    """What trains on the cache: of the same tokenizer, images and targets."""
+    words = ["--tokenizer", args.tokenizer, *(f"data.{word}" for word in args.data)]
+    words.append(f"data.cache={args.output}")
+    if args.targets is not None and tokenizer.diffusion_defaults.repa is None:
+        words.append("diffusion.repa={weight: 0.5}")
+    words += [f"teacher.{word}" for word in args.targets or ()]
+    return f"semtok train_dit {shlex.join(words)}"
+
+
+def _report(
+    folder: Path,
+    cached: tuple[CachedLatents, CachedLatents],
+    *,
+    seconds: float,
+    command: str,
+) -> None:
+    train, validation = cached
     rows = [
         (name, str(dtype).removeprefix("torch."), "x".join(map(str, shape)))
         for name, (dtype, shape) in train.shards.columns.items()
@@ -117,5 +139,5 @@ def _report(folder: Path, train: CachedLatents, validation: CachedLatents, secon
     print(
         f"{len(train)} training and {len(validation)} held-out images{mirrored}; "
         f"{train.shards.bytes_per_image / 1e3:.1f} kB an image; {seconds:.0f} s; "
-        f"train on it by: python tools/train_dit.py --tokenizer … data.cache={folder}"
+        f"train on it by: {command}"
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import re
 import sys
 import warnings
@@ -66,6 +67,11 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     warnings.filterwarnings("ignore", category=UserWarning, module="torchvision|huggingface_hub")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # names of files may be in another encoding, or in none
+            stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in given if word != _DEBUG]
     try:

@@ -3,6 +3,7 @@ good tokenizers and generators are."""
 
 from collections.abc import Sequence
 
+from semtok import stopping
 from semtok.commands import evaluate_classes as classes
 from semtok.commands import evaluate_components as components
 from semtok.commands import evaluate_generation as generation
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str]) -> int:
     check_one_process()
     load_plugins(args.plugin)
     # PyTorch would compute convolutions on a GPU as TF32.
-    with computing(device(), "fp32"):
+    way_on = "nothing was written; the same command begins anew"
+    with computing(device(), "fp32"), stopping.with_way_on(way_on):
         scores = args.command(args)
     if args.output is not None:
         write_json(args.output, scores)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from semtok.commands import evaluate_options as options
 from semtok.commands.around_training import errors_at
@@ -29,7 +28,12 @@ from semtok.evaluation.classes import (
     features_and_labels,
     real_batches,
 )
-from semtok.evaluation.image_sets import DRAWN_AT_ONCE, images_of_generator, labels_for
+from semtok.evaluation.image_sets import (
+    DRAWN_AT_ONCE,
+    ImageSet,
+    images_of_generator,
+    labels_for,
+)
 from semtok.evaluation.protocol import (
     Network,
     PixelDigest,
@@ -39,6 +43,7 @@ from semtok.evaluation.protocol import (
     shown_names,
     teacher_protocol,
 )
+from semtok.progress import progress
 
 
 def add_task(tasks: argparse._SubParsersAction) -> None:
@@ -95,8 +100,8 @@ def _classes(args: argparse.Namespace) -> dict[str, Any]:
     images = images_of_generator(generator, labels, seed=args.seed, sampler=sampler, weak=weak)
     batches = torch.tensor(labels).split(DRAWN_AT_ONCE)
     with errors_at("--guidance"):
-        drawn = tqdm(images.open(), total=len(batches), desc="sampling", unit="batch")
-        share, by_label = read(zip(drawn, batches, strict=True), "drawn")
+        drawn = zip(_sampled(images), batches, strict=True)
+        share, by_label = read(drawn, "drawn")
     worst = sorted(by_label, key=lambda label: by_label[label])[:3]
     rows = [
         ("real held-out images", f"{100 * real:.1f}"),
@@ -154,6 +159,13 @@ def _protocol(
         references={args.teacher: real},
         fitted_on=data_protocol(train, args.num_train, str(digests["train"])),
     )
+
+
+def _sampled(images: ImageSet) -> Iterator[Tensor]:
+    with progress("sampling", images.num_images) as advance:
+        for batch in images.open():
+            yield batch
+            advance(len(batch))
 
 
 def _seen(

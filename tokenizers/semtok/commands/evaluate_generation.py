@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from tqdm import tqdm
-
 from semtok.commands import evaluate_options as options
 from semtok.commands.around_training import errors_at
 from semtok.commands.sample_set import Drawing, protocol_of
@@ -142,11 +140,8 @@ def _generation(args: argparse.Namespace) -> dict[str, Any]:
         write_statistics(args.save_reference, next(iter(references.values())))
     networks = [network for network in networks if network.name in references]
     generated = drawn.images
-    with (
-        errors_at(args.model or "--images"),
-        tqdm(total=generated.num_images, desc="images", unit="image", disable=None) as progress,
-    ):
-        seen = see(generated, networks, progress=progress.update)
+    with errors_at(args.model or "--images"):
+        seen = see(generated, networks)
     with errors_at("--reference"):
         scores = {
             name: generation_scores(seen[name], features) for name, features in references.items()

@@ -168,3 +168,17 @@ def record_files(folder: Path, states: Mapping[str, str]) -> None:
     """Notes the files of images that the run begins with."""
     if states and not (folder / _FILES_FILE).is_file():
         write_json(folder / _FILES_FILE, dict(states))
+
+
+def differing(file: Path, recipe: Config) -> list[tuple[str, Any, Any]]:
+    """Of the settings that change what is learned, those in which a run's recipe is another.
+
+    Args:
+        file: the run's recorded recipe.
+
+    Returns:
+        for each its dotted key, what the run has, and what ``recipe`` has.
+    """
+    old, new = flatten(_recorded(file, recipe)), flatten(recipe.model_dump(mode="json"))
+    keys = [key for key in sorted(old.keys() | new.keys()) if not _is_of(key, _FREE_ON_RESUME)]
+    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from semtok.commands.run_folder import RECIPE_FILE
 from semtok.errors import UserError
-from semtok.processes import is_first
+from semtok.progress import is_first
 from semtok.recipe import DiffusionRecipe, TokenizerRecipe
 from semtok.settings import apply_overrides, read_yaml
 from semtok.storage import read_json, write_json

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -36,15 +37,16 @@ from semtok.commands.sampler_options import (
     sped_up,
 )
 from semtok.diffusion.generator import Generator
-from semtok.errors import UserError
+from semtok.errors import UserError, did_you_mean
 from semtok.evaluation.drawn_sets import image_files, read_images, read_protocol, write_archive
 from semtok.evaluation.image_sets import DRAWN_AT_ONCE, labels_for
 from semtok.images import Uint8Rule
 from semtok.lock import only_one_in
 from semtok.pictures import grid_of_images, write_png
-from semtok.processes import gather, process_index, progress, together
+from semtok.processes import gather, process_index, together
+from semtok.progress import progress
 from semtok.registry import load_plugins
-from semtok.sampler.request import STRENGTH
+from semtok.sampler.request import STRENGTH, class_numbers
 from semtok.sampler.sampling import SamplerConfig
 
 _PACK = "'sample pack FOLDER FILE.npz' packs a folder of images as ADM's evaluation reads it."
@@ -142,7 +144,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     chosen = classes if args.classes is not None else None
     protocol = protocol_of(drawing, args, labels=args.labels or "balanced", classes=chosen)
-    _draw(args, drawing, protocol, kind)
+    with stopping.with_way_on(f"the same command {'begins anew' if kind == 'grid' else 'goes on'}"):
+        _draw(args, drawing, protocol, kind)
     return 0
 
 
@@ -312,16 +315,22 @@ def _classes(words: list[str] | None, generator: Generator) -> list[int]:
     names = generator.class_names
     if words is None:
         return list(range(len(names))) or [0]
-    numbers = {name: i for i, name in enumerate(names)} | {"none": len(names)}
+    numbers = {"none": len(names)} | class_numbers(names)
+    # Where names are numbers, another number could mean a class of that name, or a place among them.
+    are_places = not any(name.isdecimal() for name in names)
+    most = len(names) + ("none" in names)  # then any class has only its number
     chosen = []
-    for word in words:
+    for word in (unicodedata.normalize("NFC", given) for given in words):
         if word in numbers:
             chosen.append(numbers[word])
-        elif word.isdecimal() and int(word) < len(names):
+        elif word.isdecimal() and are_places and int(word) < most:
             chosen.append(int(word))
         else:
             known = ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
+            numbered = f"0 to {len(names) - 1}, or by name " if are_places else ""
+            hint = did_you_mean(word, names)
             raise UserError(
-                f"--classes: no class '{word}'; this model has 0 to {len(names) - 1} ({known}), and none"
+                f"--classes: no class '{word}'; {hint + ' ' if hint else ''}this model has {numbered}{known}; "
+                "none is any class"
             )
     return chosen

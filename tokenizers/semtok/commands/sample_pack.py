@@ -7,7 +7,7 @@ from pathlib import Path
 from semtok.commands.cli import Parser
 from semtok.errors import UserError
 from semtok.evaluation.drawn_sets import image_files, write_archive
-from semtok.processes import progress
+from semtok.progress import progress
 
 
 def _parser() -> Parser:

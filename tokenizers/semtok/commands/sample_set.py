@@ -21,7 +21,8 @@ from semtok.images import Uint8Rule, to_uint8
 from semtok.lock import LOCK_FILE
 from semtok.pictures import write_png
 from semtok.privacy import fit_to_show
-from semtok.processes import gather, num_processes, process_index, progress
+from semtok.processes import gather, num_processes, process_index
+from semtok.progress import progress
 from semtok.sampler.sampling import SamplerConfig
 from semtok.settings import flatten
 from semtok.storage import write_json, write_text
@@ -193,7 +194,7 @@ def _missing(drawing: Drawing, folder: Path) -> list[int]:
     size = drawing.generator.image_size
     share = range(process_index(), drawing.num_batches, num_processes())
     missing = []
-    with progress("looking for images", len(share), unit="batch") as advance:
+    with progress("looking for images", len(share), "batches") as advance:
         for number in share:
             files = (folder / image_name(i) for i in drawing.images_of_batch(number))
             if not all(is_whole(file, size) for file in files):

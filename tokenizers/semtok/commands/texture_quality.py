@@ -118,7 +118,7 @@ def _measured(
             source,
             keys,
             batch_size=min(32, batch_size),
-            what="images through the texture part",
+            what="measuring the texture part",
         ):
             pixels = to_pixels(batch.images.to(device))
             raw = texture.posterior_raw(pixels).mean

@@ -215,7 +215,8 @@ def _run(plan: TokenizerPlan) -> Tokenizer:
             record(quality, folder)
     if not trainer.step:
         with together():
-            batches = statistics_batches(read, recipe, accelerator.device)
+            what = "measuring the teacher's features"
+            batches = statistics_batches(read, recipe, accelerator.device, what=what)
             objective.measure(batch for _, batch in batches)
         if recipe.method.starts_from_weights():
             around_training.measure_start(trainer)
@@ -379,10 +380,17 @@ def build_objective(
 
 
 def statistics_batches(
-    source: ImageSource, recipe: TokenizerRecipe[Any, Any], device: torch.device
+    source: ImageSource,
+    recipe: TokenizerRecipe[Any, Any],
+    device: torch.device,
+    *,
+    what: str = "measuring the statistics of the latents",
 ) -> Iterator[tuple[list[int], Batch]]:
     """This process's share of the first training images in the order of the first epoch, unmirrored and cropped at the
     centre.
+
+    Args:
+        what: is done with them, for a line of progress.
 
     Yields:
         The images' numbers in that order, and the images.
@@ -394,7 +402,7 @@ def statistics_batches(
         source,
         order.keys(0),
         batch_size=min(64, train.batch_size),
-        what="images for statistics",
+        what=what,
     ):
         yield places, on_device(batch, device)
 

@@ -8,7 +8,8 @@ import torch
 
 from semtok.data.order import load_batches
 from semtok.data.source import ImageBatch, ImageSource, Key
-from semtok.processes import gather, num_processes, process_index, progress
+from semtok.processes import gather, num_processes, process_index
+from semtok.progress import progress
 
 
 def read_images(
@@ -27,7 +28,7 @@ def read_images(
 
     Args:
         keys: images of the source; the same in all processes.
-        what: they are, for a line of progress; None: there is none.
+        what: is done with them, for a line of progress; None: there is none.
         together: so many consecutive keys are read by one process, in batches of their own; None: no keys
             belong together.
 
@@ -64,18 +65,28 @@ def read_images(
             advance(sum(len(plan[number]) for plan in plans if number < len(plan)))
 
 
-def chosen_images(source: ImageSource, num_images: int, *, batch_size: int) -> Iterator[ImageBatch]:
-    """``source.chosen(num_images)``, unflipped and cropped at the centre, all in this process and in that order."""
+def chosen_images(
+    source: ImageSource, num_images: int, *, batch_size: int, what: str | None = None
+) -> Iterator[ImageBatch]:
+    """``source.chosen(num_images)``, unflipped and cropped at the centre, all in this process and in that order.
+
+    Args:
+        what: is done with them, for a line of progress; None: there is none.
+    """
     chosen = source.chosen(num_images)
     # Each loader process would fetch the blocks anew.
     workers = 0 if source.is_cheap or source.block_size is not None else source.num_workers
     firsts = range(0, len(chosen), batch_size)
-    yield from load_batches(
+    loaded = load_batches(
         source,
         [[Key(index) for index in chosen[first : first + batch_size]] for first in firsts],
         num_workers=min(workers, len(firsts)),
         pin_memory=torch.cuda.is_available(),
     )
+    with progress(what, len(chosen)) as advance:
+        for batch in loaded:
+            yield batch
+            advance(len(batch.labels))
 
 
 def _reading_order(

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from semtok.errors import UserError
 from semtok.extras import need
+from semtok.progress import progress
 from semtok.storage import first_line
 
 T = TypeVar("T")
@@ -193,8 +194,15 @@ def stored_files(places: Sequence[str], *, key: str, kind: str) -> list[StoredFi
         stamps = (about.get(name) for name in ("ETag", "Last-Modified", "LastModified", "mtime"))
         return StoredFile(place, about["size"], str(next(filter(None, stamps), "")))
 
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(look_up, places))
+    found = []
+    with (
+        progress(f"looking up {kind} files", len(places), "files") as advance,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        for file in pool.map(look_up, places):
+            found.append(file)
+            advance(1)
+    return found
 
 
 def persist(ask: Callable[[], T], place: str) -> T:

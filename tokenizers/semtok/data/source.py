@@ -39,10 +39,12 @@ class Skipped(NamedTuple):
     Attributes:
         position: in the batch, where another image stands for it.
         name: where it lies.
+        reason: why, in a few words; empty where a cache tells of it, which does not keep that.
     """
 
     position: int
     name: str
+    reason: str = ""
 
 
 class DataConfig(Config):

@@ -11,6 +11,7 @@ from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
 from semtok.evaluation.probe import fit
 from semtok.images import to_pixels
+from semtok.progress import waiting
 from semtok.teachers import Teacher
 
 MEASURES = (
@@ -23,6 +24,7 @@ ClassReader = Callable[[np.ndarray], np.ndarray]
 """A classifier of a frozen teacher's pooled features: (B, D) to labels int64 (B,)."""
 
 
+@waiting("fitting the reader of classes")
 def class_reader(features: np.ndarray, labels: np.ndarray) -> ClassReader:
     """Learns the labels (N,) of real images from their features (N, D).
 
@@ -63,5 +65,6 @@ def features_and_labels(
 
 def real_batches(source: ImageSource, num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
     """``source.chosen(num_images)`` with their labels."""
-    for batch in chosen_images(source, num_images, batch_size=64):
+    what = f"features ({source.name})"
+    for batch in chosen_images(source, num_images, batch_size=64, what=what):
         yield batch.images, batch.labels

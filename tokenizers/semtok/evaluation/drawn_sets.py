@@ -15,9 +15,8 @@ from typing import IO, Any
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from semtok.data.images.encoded import NO_IMAGE, decode
+from semtok.data.images.decoding import NO_IMAGE, decode, image_suffixes
 from semtok.errors import UserError
 from semtok.storage import DAMAGE, first_line, new_file, read_json
 
@@ -84,7 +83,7 @@ def image_files(folder: Path) -> list[str]:
         os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
         for place, _, files in os.walk(folder)
         for name in files
-        if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+        if os.path.splitext(name)[1].lower() in image_suffixes() and not name.startswith(".")
     ]
     return sorted(names, key=_natural)
 

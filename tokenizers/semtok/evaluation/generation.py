@@ -25,6 +25,7 @@ from semtok.evaluation.image_sets import ImageSet
 from semtok.evaluation.inception import Inception, check_torch_fidelity
 from semtok.evaluation.protocol import Network, PixelDigest, teacher_protocol
 from semtok.images import to_pixels
+from semtok.progress import progress, waiting
 from semtok.settings import Config, parse
 from semtok.statistics import StreamingMoments
 from semtok.storage import DAMAGE, first_line, new_file
@@ -130,13 +131,11 @@ def see(
     networks: Sequence[FeatureNetwork],
     *,
     max_features: int | None = None,
-    progress: Callable[[int], object] = lambda count: None,
 ) -> dict[str, SetFeatures]:
     """One pass over a set for all networks, by whose names the result is; holds no more images than a batch.
 
     Args:
         max_features: keep the features of a random choice of so many images; None: of all.
-        progress: is told the number of images of each batch.
 
     Raises:
         ValueError: fewer than two images, or features that are not finite.
@@ -146,11 +145,12 @@ def see(
     is_kept[order[:max_features]] = True
     collectors = [_Collector(network) for network in networks]
     digest, first = PixelDigest(), 0
-    for batch in digest.watch(images.open()):
-        for collector in collectors:
-            collector.add(batch, is_kept[first : first + len(batch)])
-        first += len(batch)
-        progress(len(batch))
+    with progress(f"features ({images.name})", images.num_images) as advance:
+        for batch in digest.watch(images.open()):
+            for collector in collectors:
+                collector.add(batch, is_kept[first : first + len(batch)])
+            first += len(batch)
+            advance(len(batch))
     return {c.network.name: replace(c.result(images), digest=str(digest)) for c in collectors}
 
 
@@ -290,6 +290,7 @@ _STATISTICS_KEYS = {"mu", "sigma", "mu_s", "sigma_s", "features"}
 # Scores -------------------------------------------------------------------------------------------
 
 
+@waiting("computing distances between sets of features")
 def generation_scores(generated: SetFeatures, reference: SetFeatures) -> dict[str, float]:
     """All scores that the features of the two sets allow, by ``MEASURES``.
 

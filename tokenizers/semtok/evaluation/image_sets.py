@@ -58,7 +58,9 @@ def images_of_source(source: ImageSource, num_images: int, *, batch_size: int = 
     def batches() -> Iterator[Tensor]:
         for batch in chosen_images(source, len(chosen), batch_size=batch_size):
             if batch.skipped:
-                raise UserError(f"{batch.skipped[0].name}: can't be read as an image; remove it")
+                raise UserError(
+                    f"{batch.skipped[0].name}: can't be read as an image ({batch.skipped[0].reason}); remove it"
+                )
             yield batch.images
 
     size = f"{source.image_size[0]}x{source.image_size[1]}"

@@ -1,5 +1,6 @@
 """The Inception network of FID, by torch-fidelity; asked for, never assumed."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from semtok.errors import UserError
 from semtok.evaluation.protocol import Network, file_digest, with_version
 from semtok.extras import need
+from semtok.progress import announce
 from semtok.storage import DAMAGE, first_line
 
 _SIDE = 299
@@ -103,8 +105,11 @@ def load_inception(*, download: bool = False, resize: Resize = "tensorflow") -> 
         raise UserError(f"Inception's weights are not at {file}; put them there, or --download")
     try:
         if not file.is_file():
+            announce(f"fetching Inception's weights (91 MB) to {file}")
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file))
+            torch.hub.download_url_to_file(
+                URL_INCEPTION_V3, str(file), progress=sys.stderr.isatty()
+            )
         torch.load(file, map_location="cpu", weights_only=True)  # refuses all but tensors
         layers = ["2048", "logits_unbiased"]
         network = FeatureExtractorInceptionV3(

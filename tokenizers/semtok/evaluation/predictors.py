@@ -25,6 +25,7 @@ from semtok.data.source import ImageSource
 from semtok.errors import UserError
 from semtok.evaluation.protocol import PixelDigest
 from semtok.images import to_pixels
+from semtok.progress import progress
 from semtok.sampler.draws import SampleNoise
 from semtok.sampler.latents import Latents, on_texture_grid
 from semtok.settings import Config, parse, read_yaml
@@ -36,6 +37,7 @@ SIGMA = 0.2
 MOST_COMPARED = 4000
 MOST_MAPPED = 1000
 NUM_MAPS = 3
+_PASS = "comparing latents with the teacher's features"
 
 
 class Predictor(Config):
@@ -229,12 +231,14 @@ def density_uniformity(features: Tensor, seed: int = 0) -> tuple[float, float]:
     if len(rows) < 4 or not rows.std(axis=0).any():
         raise ValueError("a density needs at least four images, and latents that vary")
     scores = []
-    for i in range(NUM_MAPS):
-        tsne = TSNE(perplexity=min(30.0, (len(rows) - 1) / 3), random_state=seed + i)
-        with threadpool_limits(1):  # sums over several threads differ from run to run
-            points = tsne.fit_transform(rows).T.astype(np.float64)
-        density = gaussian_kde(points)(points)
-        scores.append((gini(density), coefficient_of_variation(density)))
+    with progress("mapping latents", NUM_MAPS, "maps") as advance:
+        for i in range(NUM_MAPS):
+            tsne = TSNE(perplexity=min(30.0, (len(rows) - 1) / 3), random_state=seed + i)
+            with threadpool_limits(1):  # sums over several threads differ from run to run
+                points = tsne.fit_transform(rows).T.astype(np.float64)
+            density = gaussian_kde(points)(points)
+            scores.append((gini(density), coefficient_of_variation(density)))
+            advance(1)
     first, second = np.mean(scores, axis=0)
     return float(first), float(second)
 
@@ -276,7 +280,8 @@ def evaluate_latents(
     pooled: list[Tensor] = []
     by_image: dict[str, list[Tensor]] = {}
     count = 0
-    images = (batch.images for batch in chosen_images(source, num_images, batch_size=batch_size))
+    batches = chosen_images(source, num_images, batch_size=batch_size, what=_PASS)
+    images = (batch.images for batch in batches)
     for batch in digest.watch(images) if digest is not None else images:
         pixels = to_pixels(batch, device=device)
         features = teacher.features(pixels)

@@ -27,6 +27,7 @@ from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
 from semtok.evaluation.protocol import PixelDigest
 from semtok.images import to_pixels
+from semtok.progress import progress
 from semtok.tokenizer import Tokenizer
 
 _STRENGTHS = (0.001, 0.01, 0.1)
@@ -88,7 +89,8 @@ def latent_table(
         raise ValueError(f"{source.name} has no attributes to probe for")
     features, attributes = [], {name: [] for name in source.attributes}
     digest = PixelDigest()
-    for batch in chosen_images(source, num_images, batch_size=batch_size):
+    what = f"encoding {source.name}"
+    for batch in chosen_images(source, num_images, batch_size=batch_size, what=what):
         digest.add(batch.images)
         latents = tokenizer.encode(to_pixels(batch.images), value_range=(-1, 1))
         features.append(
@@ -116,11 +118,12 @@ def probe(
         Scores by name, without the attributes of which the training images show one category alone.
     """
     names = train.attributes if only is None else only
-    predicted = {
-        name: _predict(train, held_out.features, name)
-        for name in names
-        if len(np.unique(train.attributes[name])) > 1
-    }
+    names = [name for name in names if len(np.unique(train.attributes[name])) > 1]
+    predicted = {}
+    with progress("fitting the probe", len(names), "attributes") as advance:
+        for name in names:
+            predicted[name] = _predict(train, held_out.features, name)
+            advance(1)
     if not predicted:
         return {}
     true = {name: held_out.attributes[name] for name in predicted}

@@ -128,7 +128,8 @@ def evaluate_reconstruction(
     latents = {name: StreamingMoments() for name in tokenizer.spec.names}
     kl_sums: dict[str, tuple[float, int]] = {}
     digest = PixelDigest()
-    for batch in chosen_images(source, num_images, batch_size=batch_size):
+    what = "reconstructing held-out images"
+    for batch in chosen_images(source, num_images, batch_size=batch_size, what=what):
         digest.add(batch.images)
         pixels = to_pixels(batch.images, device=device)
         raw = tokenizer.posterior_raw(pixels)

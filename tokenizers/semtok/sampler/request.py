@@ -3,8 +3,10 @@
 A ``Generator`` and an exported pipeline both answer a ``SampleRequest``, so that a word means the same in both.
 """
 
+import difflib
 import itertools
 import operator
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,7 +139,7 @@ class SampleRequest:
         given = [given] if given is None or isinstance(given, int | str) else list(given)
         if not given or self.num_images_per_class < 1:
             raise ValueError("no images asked for: give class_labels and num_images_per_class")
-        known = {name: number for number, name in enumerate(model.class_names)}
+        known = class_numbers(model.class_names)
         return [
             _number(label, known, model.network.num_classes)
             for label in given
@@ -293,11 +295,21 @@ def check_guidance_fits(settings: SamplerConfig, spec: LatentSpec, *, can_be_gui
         )
 
 
+def class_numbers(names: Sequence[str]) -> dict[str, int]:
+    """The number of each class name, whatever way its accents are written in."""
+    return {_composed(name): number for number, name in enumerate(names)}
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
 def _number(label: Any, known: Mapping[str, int], num_classes: int) -> int:
     if label is None:
         return num_classes
     try:
-        number = known.get(label, -1) if isinstance(label, str) else operator.index(label)
+        is_name = isinstance(label, str)
+        number = known.get(_composed(label), -1) if is_name else operator.index(label)
     except TypeError:
         number = -1
     if 0 <= number <= num_classes:
@@ -307,8 +319,10 @@ def _number(label: Any, known: Mapping[str, int], num_classes: int) -> int:
             f"class_labels: no class {label!r}; this model has none, give None for each image"
         )
     names = ", ".join(list(known)[:_MOST_NAMES]) + (" …" if len(known) > _MOST_NAMES else "")
+    near = difflib.get_close_matches(label, known, n=1) if isinstance(label, str) else []
+    hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(
-        f"class_labels: no class {label!r}; this model has 0 to {num_classes - 1}, or by name {names}; None is "
+        f"class_labels: no class {label!r}; {hint}this model has 0 to {num_classes - 1}, or by name {names}; None is "
         "any class"
     )
 

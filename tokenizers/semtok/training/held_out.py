@@ -42,7 +42,7 @@ class HeldOut:
         keys = [Key(i) for i in self.source.chosen(num_images)]
         with together(), self._evaluating():
             for places, images in read_images(
-                self.source, keys, batch_size=self.batch_size, what="held-out images"
+                self.source, keys, batch_size=self.batch_size, what="validating"
             ):
                 batch, inputs = self.prepared(images)
                 values = self.objective.validate(averaged, batch.pixels, inputs, indices=places)

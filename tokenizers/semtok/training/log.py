@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from semtok.errors import NonFiniteLoss
+from semtok.progress import ProgressLines, duration
 from semtok.storage import new_file
 
 if TYPE_CHECKING:
@@ -138,7 +139,15 @@ def _step_of(line: str) -> float:
 class RunLog:
     """``metrics.jsonl`` and ``curves.png`` of a run, and its progress on the terminal."""
 
-    def __init__(self, folder: Path, *, total_steps: int, first_step: int, is_main: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        first_step: int,
+        is_main: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.file = folder / "metrics.jsonl"
         self.curves = folder / "curves.png"
         self.is_main = is_main
@@ -150,6 +159,10 @@ class RunLog:
             dynamic_ncols=True,
             disable=not (is_main and sys.stderr.isatty()),
         )
+        # Between the lines of the metrics where these are far apart, as at the first steps of a slow run.
+        self._steps = ProgressLines(
+            "training", total_steps, "steps", first=first_step, clock=clock, say=self.say
+        )
         if is_main and self.file.exists():
             # An interrupted run may have logged steps that it will now take again.
             lines = self.file.read_text().splitlines()
@@ -159,6 +172,8 @@ class RunLog:
 
     def step_done(self) -> None:
         self._bar.update()
+        if self._bar.disable:
+            self._steps.advance(1)
 
     def say(self, text: str) -> None:
         """A line for people, from the main process."""
@@ -183,8 +198,9 @@ class RunLog:
             self._bar.set_postfix({**shown, "rate": rate}, refresh=False)
         else:
             losses = "  ".join(f"{name} {value}" for name, value in shown.items())
-            left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
+            left = duration(seconds_left)
             self.say(f"step {step}/{self.total_steps}  {losses}  {rate}  {left} left")
+            self._steps.postpone()
 
     def close(self) -> None:
         self._bar.close()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from semtok import stopping
 from semtok.data.order import BatchSlice, DataOrder, training_batches
 from semtok.data.source import ImageBatch, ImageSource
-from semtok.errors import Interrupted, UserError
+from semtok.errors import Interrupted, UserError, printable
 from semtok.objective import Batch, Objective, StepOutput
 from semtok.pictures import write_png
 from semtok.processes import gather, interruptible, num_processes, together
@@ -103,7 +103,7 @@ class Trainer:
         self._running_statistics = RunningStatistics(objective.learners)
         self.metrics = MetricSums()
         self.step, self.seconds = 0, 0.0
-        self.skipped: set[str] = set()
+        self.skipped: dict[str, str] = {}  # unreadable files, and why
         self._vote = StopVote()
         self._mark()
 
@@ -155,7 +155,7 @@ class Trainer:
             return
         state = load_checkpoint(checkpoints[-1], modules=self._modules())
         self.step, self.seconds = state["step"], state["seconds"]
-        self.skipped = set(state["skipped"])
+        self.skipped = dict.fromkeys(state["skipped"], "")
         if self.ema is not None:
             self.ema.num_updates = state["ema_updates"]
         self.optimisers.load_state_dict(state)
@@ -295,18 +295,22 @@ class Trainer:
     def _prepared(self, images: ImageBatch) -> tuple[Batch, dict[str, Any]]:
         """What a source loaded, on the device, and what the objective makes of it, in steps and in
         validation alike: teachers under autocast, their features handed on in float32."""
-        self._warn_of({skipped.name for skipped in images.skipped})
+        self._warn_of({skipped.name: skipped.reason for skipped in images.skipped})
         batch = on_device(images, self.device)
         with self.accelerator.autocast():
             inputs = self.objective.prepare(batch)
         return batch, {name: in_float32(value) for name, value in inputs.items()}
 
-    def _warn_of(self, *skipped: set[str]) -> None:
-        """Tells of files that could not be read, once of each."""
-        for name in sorted(set().union(*skipped) - self.skipped):
-            self.skipped.add(name)
+    def _warn_of(self, *skipped: dict[str, str]) -> None:
+        """Tells of files that could not be read, once of each, and why."""
+        reasons = {name: reason for part in skipped for name, reason in part.items()}
+        for name in sorted(reasons.keys() - self.skipped.keys()):
+            self.skipped[name] = reasons[name]
+            why = f" ({reasons[name]})" if reasons[name] else ""
             say = self.log.say if self.log is not None else print
-            say(f"warning: {name} can't be read as an image; another image takes its place")
+            say(
+                f"warning: {printable(name)} can't be read as an image{why}; another image takes its place"
+            )
 
     def _total(self, output: StepOutput) -> Tensor:
         means = {name: term.value.mean() for name, term in output.terms.items()}

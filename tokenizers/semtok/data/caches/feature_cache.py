@@ -29,6 +29,7 @@ class CachedFeatures(ImageSource):
         self.source, self.shards = source, shards
         self.image_size, self.class_names = source.image_size, source.class_names
         self.attributes, self.flip, self.name = source.attributes, source.flip, source.name
+        self.left_out = source.left_out
 
     def __len__(self) -> int:
         return len(self.source)

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from semtok.data.passes import read_images
 from semtok.data.source import ImageBatch, ImageSource, Key, Skipped
-from semtok.errors import UserError
+from semtok.errors import UserError, printable
 from semtok.lock import LOCK_FILE, only_one_in
 from semtok.processes import gather, num_processes, process_index, together
+from semtok.progress import progress
 from semtok.settings import Config, parse
 from semtok.storage import first_line, new_file, read_json, write_json, write_tensors
 
@@ -129,9 +130,12 @@ class Shards:
         Raises:
             UserError: a shard is not what was written.
         """
-        for entry in self.entries:
-            if shard_checksum(self.folder / entry["file"]) != entry["checksum"]:
-                raise UserError(self._damaged(ValueError(f"{entry['file']} has another checksum")))
+        with progress(f"comparing {self.folder}", len(self.entries), "files") as advance:
+            for entry in self.entries:
+                if shard_checksum(self.folder / entry["file"]) != entry["checksum"]:
+                    reason = ValueError(f"{entry['file']} has another checksum")
+                    raise UserError(self._damaged(reason))
+                advance(1)
 
     @cached_property
     def columns(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -285,7 +289,11 @@ class _Writer:
         missing = gather([n for n in shards if not self._notes(n).is_file()])[0]
         self._compute(missing, what)
         gather(None)  # all are written
-        own = [self._entry(n) for n in shards[process_index() :: num_processes()]]
+        share, own = shards[process_index() :: num_processes()], []
+        with progress(f"checksums of {what}", len(share), "files") as advance:
+            for number in share:
+                own.append(self._entry(number))
+                advance(1)
         described = sorted((e for part in gather(own) for e in part), key=lambda e: e[0]["file"])
         if not process_index():
             index = {
@@ -310,8 +318,8 @@ class _Writer:
             first = keys[places[0]].index
             number = first // self.shard_size
             begun[number].append(self._rows(batch))
-            for position, name in batch.skipped:  # first at a position is whose place it is
-                skipped[number].setdefault(str(first + position), name)
+            for position, name, _ in batch.skipped:  # first at a position is whose place it is
+                skipped[number].setdefault(str(first + position), printable(name))
             if sum(len(rows[_LABELS]) for rows in begun[number]) == len(self._images(number)):
                 own = begun.pop(number)
                 columns = {name: torch.cat([rows[name] for rows in own]) for name in own[0]}

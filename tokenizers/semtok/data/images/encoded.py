@@ -1,38 +1,21 @@
-"""Images that are stored encoded: decoding, cropping, holding some out, replacing what can't be read."""
+"""Images that are stored encoded: holding some out, replacing what can't be read."""
 
-import io
-import os
-import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange
-from PIL import Image, ImageOps
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from semtok.data.images.attributes import ImageAttributes
-from semtok.data.remote import LASTING, persist
+from semtok.data.images.decoding import Unreadable, decode, read_image
+from semtok.data.left_out import LeftOut
 from semtok.data.source import Crop, DataConfig, ImageBatch, ImageSource, Key, Skipped, mirror
 from semtok.errors import UserError
-
-T = TypeVar("T")
-VALIDATION_NAMES = ("val", "validation", "valid", "test")
-"""What held-out parts are called, the likeliest first."""
-
-NO_IMAGE = (
-    OSError,  # Pillow's own, UnidentifiedImageError among them: what is decoded is in memory
-    SyntaxError,
-    ValueError,
-    Image.DecompressionBombError,
-)
-"""What decoding raises where a file is no image, or cut short."""
 
 
 class StoredConfig(DataConfig):
@@ -99,7 +82,7 @@ class StoredImages(ImageSource):
         known = attributes or ImageAttributes({}, torch.zeros(len(labels), 0, dtype=torch.int64))
         self.attributes, self._values = known.categories, known.values
         self.name = f"{title} ({len(labels)} images)"
-        self._unreadable: set[int] = set()
+        self._unreadable: dict[int, str] = {}  # and why
 
     @classmethod
     def parts_of(
@@ -111,6 +94,7 @@ class StoredImages(ImageSource):
         *,
         class_names: tuple[str, ...],
         attributes: ImageAttributes | None,
+        left_out: LeftOut | None = None,
     ) -> tuple[Self, Self]:
         """The training and the held-out images of a store.
 
@@ -118,6 +102,7 @@ class StoredImages(ImageSource):
             store: what the class takes before the rows.
             parts: rows of each.
             labels, attributes: of all rows.
+            left_out: what the store holds beside them.
 
         Raises:
             UserError: no image of a part can be read.
@@ -135,6 +120,7 @@ class StoredImages(ImageSource):
             )
             for rows, crop in zip(parts, (config.crop, "center"), strict=True)
         )
+        train.left_out = held_out.left_out = left_out
         train.check_readable()
         held_out.check_readable()
         return train, held_out
@@ -175,9 +161,12 @@ class StoredImages(ImageSource):
         contents = dict(zip(wanted, found, strict=True))
         images, rows, skipped = [], [], []
         for position, key in enumerate(keys):
-            unreadable: list[str] = []
+            unreadable: list[int] = []
             image, used = self._read(key, contents, unreadable)
-            skipped += [Skipped(position, name) for name in unreadable]
+            skipped += [
+                Skipped(position, self.image_name(other), self._unreadable[other])
+                for other in unreadable
+            ]
             images.append(torch.from_numpy(image).permute(2, 0, 1))
             rows.append(used)
         attributes = dict(zip(self.attributes, self._values[rows].unbind(1), strict=True))
@@ -193,7 +182,7 @@ class StoredImages(ImageSource):
         self._read(Key(0), {}, [])
 
     def _read(
-        self, key: Key, contents: dict[int, Path | bytes], skipped: list[str]
+        self, key: Key, contents: dict[int, Path | bytes], skipped: list[int]
     ) -> tuple[np.ndarray, int]:
         """The image of a key, or the next readable one, unmirrored, as uint8 (H, W, 3), and whose it is."""
         for offset in range(len(self)):
@@ -201,19 +190,16 @@ class StoredImages(ImageSource):
             if candidate not in self._unreadable:
                 if candidate not in contents:
                     contents[candidate] = self.contents([candidate])[0]
-                crop = partial(_cropped, image_size=self.image_size, place=key.crop)
-                image = read_image(contents[candidate], crop)
-                if image is not None:
+                cropped = partial(decode, image_size=self.image_size, place=key.crop)
+                image = read_image(contents[candidate], cropped)
+                if not isinstance(image, Unreadable):
                     return image, candidate
-                self._unreadable.add(candidate)
-            skipped.append(self.image_name(candidate))
-        raise UserError(f"data.path: none of the {len(self)} images in '{self.place}' can be read")
-
-
-def announce(message: str) -> None:
-    """Prints what is about to take long, in the first of the processes that a launcher has started."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
+                self._unreadable[candidate] = image.reason
+            skipped.append(candidate)
+        raise UserError(
+            f"data.path: none of the {len(self)} images in '{self.place}' can be read; "
+            f"{self.image_name(skipped[0])}: {self._unreadable[skipped[0]]}"
+        )
 
 
 def split_rows(
@@ -231,111 +217,3 @@ def split_rows(
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(num_images, generator=generator).numpy()
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
-
-
-def read_image(content: Path | bytes, turn: Callable[[Image.Image], T]) -> T | None:
-    """What becomes of the image of a file, or of what it holds; None where it is unreadable.
-
-    Args:
-        turn: a whole RGB image into what is wanted of it.
-
-    Raises:
-        UserError: the disk fails, also when it is asked again.
-    """
-    if isinstance(content, Path):
-        try:
-            content = persist(content.read_bytes, str(content))
-        except LASTING:
-            return None
-        except OSError as error:
-            raise UserError(f"data.path: {content}: {error.strerror}; see to the disk") from None
-    try:
-        return turn(_whole(content))
-    except NO_IMAGE:
-        return None
-
-
-def decode(
-    content: bytes, image_size: tuple[int, int], place: tuple[float, float] | None = None
-) -> np.ndarray:
-    """Reads an image as the camera held it, transparency on white, cropped.
-
-    Args:
-        content: what an image file holds.
-        image_size: (height, width) in pixels.
-        place: see ``random_crop``; None: cropped as ADM does.
-
-    Returns:
-        uint8 (H, W, 3).
-
-    Raises:
-        OSError, SyntaxError, ValueError, DecompressionBombError: it is no image, or cut short.
-    """
-    return _cropped(_whole(content), image_size, place)
-
-
-def _cropped(
-    image: Image.Image, image_size: tuple[int, int], place: tuple[float, float] | None
-) -> np.ndarray:
-    if place is None:
-        return np.array(adm_center_crop(image, image_size))
-    return random_crop(image, image_size, place)
-
-
-def _whole(content: bytes) -> Image.Image:
-    """The RGB image of a file, as ``decode`` reads it, uncropped."""
-    file = io.BytesIO(content)
-    with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # odd but readable
-        image = ImageOps.exif_transpose(image)  # cameras store which way is up beside the pixels
-        if image.mode.startswith("I;16"):  # Pillow would clip where 8 bits need the upper byte
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode in ("P", "LA", "PA", "RGBA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            ground = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(ground, image)
-        return image.convert("RGB")
-
-
-def adm_center_crop(image: Image.Image, image_size: tuple[int, int]) -> Image.Image:
-    """The crop of ADM (Dhariwal and Nichol 2021), for any target (height, width).
-
-    Halved with a box filter while both sides are at least twice the target, resized bicubically so
-    that it just covers the target, then cropped at the centre with offsets rounded down.
-    """
-    height, width = image_size
-    while image.width >= 2 * width and image.height >= 2 * height:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    image = image.resize(size, resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def random_crop(
-    image: Image.Image, image_size: tuple[int, int], place: tuple[float, float]
-) -> np.ndarray:
-    """The crop that taming-transformers' ``ImagePaths`` draws (``taming/data/base.py``), on which LightningDiT's
-    autoencoders are trained, for any target (height, width).
-
-    Resized so that it just covers the target, then cropped. The resizing is OpenCV's bilinear one, which is used there:
-    each pixel is read from four, however much the image shrinks.
-
-    Args:
-        image: RGB.
-        place: (vertical, horizontal), each in [0, 1); where they are uniform, so are the places of the crop.
-
-    Returns:
-        uint8 (H, W, 3).
-    """
-    height, width = image_size
-    scale = max(width / image.width, height / image.height)
-    size = (max(height, round(image.height * scale)), max(width, round(image.width * scale)))
-    pixels = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").float()
-    resized = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=False)
-    top, left = (
-        int((side - target + 1) * u)
-        for side, target, u in zip(size, image_size, place, strict=True)
-    )
-    cropped = resized[0, :, top : top + height, left : left + width]
-    return rearrange(cropped.round().to(torch.uint8), "c h w -> h w c").numpy()

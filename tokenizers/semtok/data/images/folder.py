@@ -9,18 +9,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from semtok.data.images.attributes import read_attributes
-from semtok.data.images.encoded import VALIDATION_NAMES, StoredConfig, StoredImages, split_rows
+from semtok.data.images.encoded import StoredConfig, StoredImages, split_rows
+from semtok.data.images.labels import Labels, number_classes
+from semtok.data.images.layout import Part, class_name, find_parts
+from semtok.data.left_out import LeftOut
 from semtok.errors import UserError
 
 
 class FolderConfig(StoredConfig):
     """Settings of a folder of images.
 
-    Layouts: ``train/``, beside ``val/`` or alone (each as follows), one sub-folder per class
-    (torchvision's ``ImageFolder``), or images in one folder, which then is one class.
+    Layouts: ``train/``, beside ``val/`` or without it (each as follows), one sub-folder per class (torchvision's
+    ``ImageFolder``), or images in one folder, which then is one class. Classes that are all numbers are numbered by
+    them, others by their order.
     """
 
     kind: Literal["folder"] = "folder"
@@ -60,7 +63,7 @@ class Folder(StoredImages):
         rows, labels, about: see ``StoredImages``.
     """
 
-    expected = f"files such as {', '.join(IMG_EXTENSIONS[:3])}"
+    expected = "files such as .png, .jpg and .webp"
 
     def __init__(
         self, root: Path, names: Names, rows: np.ndarray, labels: torch.Tensor, **about: Any
@@ -88,32 +91,34 @@ class Folder(StoredImages):
         root = Path(config.path)
         if not root.is_dir():
             raise UserError(f"data.path: no such folder '{config.path}'; pass data.path=…")
-        validation = next((n for n in VALIDATION_NAMES if (root / n).is_dir()), None)
+        left_out = LeftOut()
         try:
-            if (root / "train").is_dir() and validation is not None:
-                classes, names, labels = _scan(root, "train/")
-                own, *held_out = _scan(root, f"{validation}/")
-                unknown = sorted(set(own) - set(classes))
-                if unknown:
-                    raise UserError(
-                        f"data.path: {root / validation} has classes that training lacks: {', '.join(unknown[:5])}"
-                    )
-                num_train: int | None = len(names)
-                names += held_out[0]
-                labels += [classes.index(own[label]) for label in held_out[1]]
-            else:
-                only_train = _folders(root) == ["train"]
-                classes, names, labels = _scan(root, "train/" if only_train else "")
-                num_train = None
+            train, held_out = find_parts(root, left_out)
         except OSError as error:
             raise UserError(f"data.path: {error.filename}: {error.strerror}") from None
+        if held_out is not None:
+            _check_layouts(root, train, held_out)
+        names, said = _listed(root, train)
+        num_train = len(names) if held_out is not None else None
+        if held_out is not None:
+            more, also_said = _listed(root, held_out)
+            names, said = names + more, said + also_said
+        class_names, labels = (class_name(root.name),), torch.zeros(len(said), dtype=torch.int64)
+        if train.classes:
+            class_names, labels = _numbered(root, said, num_train)
+        _note_empty(class_names, labels, left_out)
         parts = split_rows(len(names), num_train, config)
         attributes = None
         if config.attributes is not None and all(map(len, parts)):  # an empty part is told of later
             attributes = read_attributes(Path(config.attributes), names)
-        numbers = torch.tensor(labels, dtype=torch.int64)
         return cls.parts_of(
-            (root, Names(names)), parts, numbers, config, class_names=classes, attributes=attributes
+            (root, Names(names)),
+            parts,
+            labels,
+            config,
+            class_names=class_names,
+            attributes=attributes,
+            left_out=left_out,
         )
 
     def contents(self, indices: Sequence[int]) -> list[Path]:
@@ -127,46 +132,46 @@ class Folder(StoredImages):
         return str(self.file(index))
 
 
-def _scan(root: Path, part: str) -> tuple[tuple[str, ...], list[str], list[int]]:
-    """Class names; and of all image files, sorted, the name relative to ``root`` and the class.
+def _check_layouts(root: Path, train: Part, held_out: Part) -> None:
+    """Raises UserError where one part has classes and the other has none."""
+    if not (train and held_out) or bool(train.classes) == bool(held_out.classes):
+        return
+    sorted_, flat = (train, held_out) if train.classes else (held_out, train)
+    raise UserError(
+        f"data.path: {root / sorted_.place} has a folder for each class, and {root / flat.place} holds "
+        f"{len(flat.flat)} images without classes; sort these into class folders, or pass "
+        f"data.path={root / train.place} to hold some of its own images out"
+    )
+
+
+def _listed(root: Path, part: Part) -> tuple[list[str], list[str]]:
+    """Of each image of a part its name and its class; without classes, the folder's name."""
+    classes = part.classes or {class_name(root.name): part.flat}
+    names = [name for files in classes.values() for name in files]
+    return names, [label for label, files in classes.items() for _ in files]
+
+
+def _numbered(
+    root: Path, said: Sequence[str], num_train: int | None
+) -> tuple[tuple[str, ...], torch.Tensor]:
+    """Class names, and the class of each image, as every store numbers them.
 
     Args:
-        part: of the folder, empty or ending in ``/``.
-
-    Raises:
-        OSError: a folder can't be read.
+        said: class of each image, by name.
+        num_train: behind so many images the held-out part begins; None: it has no part of its own.
     """
-    groups = [(name, _images(root, f"{part}{name}/")) for name in _folders(root / part)]
-    groups = [(name, files) for name, files in groups if files]
-    flat = _images(root, part, nested=False)
-    if flat and groups:
-        raise UserError(
-            f"data.path: '{root / part}' holds images both in itself and in sub-folders; use one layout"
-        )
-    if not groups:
-        groups = [(root.name, flat)]
-    labels = [label for label, (_, files) in enumerate(groups) for _ in files]
-    return tuple(name for name, _ in groups), [n for _, files in groups for n in files], labels
+    values, codes = np.unique(np.array(said, dtype=object), return_inverse=True)
+    numbers = [int(value) for value in values if value.isdecimal()]
+    if len(numbers) == len(values) > len(set(numbers)):
+        raise UserError(f"data.path: '{root}': two class folders have one number; rename one")
+    labels = Labels(tuple(values), codes.astype(np.int64))
+    known = None if num_train is None else range(num_train)
+    return number_classes(labels, known, place=str(root))
 
 
-def _folders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-
-
-def _images(root: Path, part: str, *, nested: bool = True) -> list[str]:
-    """The image files of a part of a folder, sorted; what the folders tell of a file is enough to know it."""
-    names, todo = [], [part]
-    while todo:
-        inside = todo.pop()
-        try:
-            entries = list(os.scandir(root / inside))
-        except PermissionError:  # lost+found, where a disk is one set
-            continue
-        for entry in entries:
-            name = f"{inside}{entry.name}"
-            if entry.is_dir(follow_symlinks=False):
-                todo += [f"{name}/"] if nested else []
-            elif os.path.splitext(name)[1].lower() in IMG_EXTENSIONS and entry.is_file():
-                names.append(name)
-    return sorted(names, key=lambda name: name.split("/"))
+def _note_empty(class_names: Sequence[str], labels: torch.Tensor, left_out: LeftOut) -> None:
+    """Tells of class numbers that no folder has."""
+    seen = set(labels.unique().tolist())
+    for number, name in enumerate(class_names):
+        if number not in seen:
+            left_out.add("class numbers without images", name)

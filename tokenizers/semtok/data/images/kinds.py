@@ -1,6 +1,7 @@
 """Image sources by kind."""
 
 from collections.abc import Callable
+from functools import cache
 
 from semtok.data.images.folder import Folder, FolderConfig
 from semtok.data.images.parquet import Parquet, ParquetConfig
@@ -8,6 +9,7 @@ from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.data.images.tars import Tars, TarsConfig
 from semtok.data.source import DataConfig, ImageSource
 from semtok.errors import UserError, did_you_mean
+from semtok.progress import announce
 
 _KINDS: dict[str, tuple[type[DataConfig], Callable[..., tuple[ImageSource, ImageSource]]]] = {
     "shapes": (ShapesConfig, Shapes.open),
@@ -30,7 +32,7 @@ def data_config_class(kind: object, *, place: str) -> type[DataConfig]:
 
 
 def open_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
-    """The training and the held-out images.
+    """The training and the held-out images; what lies beside them and is not used is told of, once.
 
     Raises:
         UserError: images are missing, or none of them is readable.
@@ -38,4 +40,12 @@ def open_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
     sources = _KINDS[config.kind][1](config)
     for source in sources:
         source.num_workers = config.num_workers
+    left_out = sources[0].left_out
+    if left_out:
+        _tell(f"left out of {sources[0].name}: {left_out.line()}")
     return sources
+
+
+@cache
+def _tell(line: str) -> None:
+    announce(line)  # commands open one set several times

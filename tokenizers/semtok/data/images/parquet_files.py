@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from semtok.data.images.encoded import VALIDATION_NAMES, StoredConfig, announce
+from semtok.data.images.encoded import StoredConfig
+from semtok.data.images.layout import VALIDATION_NAMES
 from semtok.data.images.parquet_stream import (
     Cells,
     Footer,
@@ -25,6 +26,7 @@ from semtok.data.images.parquet_stream import (
 from semtok.data.remote import named_files, protocol, short_name
 from semtok.errors import UserError
 from semtok.extras import need
+from semtok.progress import announce, progress, waiting
 from semtok.references import is_hub_id
 from semtok.storage import cache_folder
 
@@ -162,9 +164,15 @@ class StreamedStore(ParquetStore):
             announce(
                 f"reading {', '.join(names)} of {todo} Parquet files, once; kept in {cache_folder('parquet')}"
             )
-        with ThreadPoolExecutor(64) as pool:  # of a file, a row group is asked for after the other
-            tables = pool.map(lambda f: read_columns(f, names, self.features), self.footers)
-            return pyarrow.concat_tables(list(tables))
+        what, tables = f"reading {', '.join(names)}", []
+        with (
+            progress(what, len(self.footers), "files") as advance,
+            ThreadPoolExecutor(64) as pool,  # of a file, a row group is asked for after the other
+        ):
+            for table in pool.map(lambda f: read_columns(f, names, self.features), self.footers):
+                tables.append(table)
+                advance(1)
+        return pyarrow.concat_tables(tables)
 
     def images(self, column: str) -> Cells:
         return StreamedCells(self.footers, column)
@@ -187,7 +195,7 @@ class ConvertedStore(ParquetStore):
 
         if not Path(self.builder.cache_dir).is_dir():
             announce(f"converting '{self.place}', once; kept in {self.builder.cache_dir}")
-        with dataset_errors(self.place):
+        with dataset_errors(self.place), waiting(f"converting '{self.place}'"):
             self.builder.download_and_prepare()
             tables = [self.builder.as_dataset(split=split) for split in self.splits]
         self.table = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]

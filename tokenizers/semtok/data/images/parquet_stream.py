@@ -18,6 +18,7 @@ import numpy as np
 from semtok.data.order import BLOCKS_AT_A_TIME
 from semtok.data.remote import StoredFile, protocol, read_ranges, stored_files
 from semtok.errors import UserError
+from semtok.progress import progress
 from semtok.storage import DAMAGE, cache_folder, digest, first_line, new_file
 
 BLOCK_BYTES = 2**24
@@ -58,8 +59,15 @@ def read_footers(places: Sequence[str], *, key: str = "data.path") -> list[Foote
         UserError: a file is missing or can't be read, is damaged, or no Parquet file.
     """
     files = stored_files(places, key=key, kind="Parquet")
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(_footer, files))
+    footers = []
+    with (
+        progress("reading footers of Parquet files", len(files), "files") as advance,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        for footer in pool.map(_footer, files):
+            footers.append(footer)
+            advance(1)
+    return footers
 
 
 def _footer(file: StoredFile) -> Footer:

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 import torchvision.transforms.functional as transforms
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
-from semtok.data.images.encoded import StoredImages, read_image
+from semtok.data.images.decoding import Unreadable, read_image, whole_image
+from semtok.data.images.encoded import StoredImages
 from semtok.data.source import ImageBatch, ImageSource
 from semtok.errors import UserError
 
@@ -59,15 +59,16 @@ class ResizedImages(ImageSource):
         pixels = []
         for index, content in zip(indices, self.source.contents(indices), strict=True):
             image = read_image(content, self._resized)
-            if image is None:
+            if isinstance(image, Unreadable):
                 raise UserError(
-                    f"{self.source.image_name(index)}: can't be read as an image; remove it"
+                    f"{self.source.image_name(index)}: can't be read as an image ({image.reason}); remove it"
                 )
             pixels.append(image)
         return ImageBatch(torch.stack(pixels), self.source.labels[list(indices)])
 
-    def _resized(self, image: Image.Image) -> Tensor:
-        pixels = rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w").float() / 255
+    def _resized(self, content: bytes) -> Tensor:
+        image = np.array(whole_image(content))
+        pixels = rearrange(torch.from_numpy(image), "h w c -> c h w").float() / 255
         side = self.image_size[0]
         resized = transforms.resize(
             pixels, [side], interpolation=transforms.InterpolationMode.BILINEAR, antialias=True

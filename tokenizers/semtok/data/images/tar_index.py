@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +11,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from tqdm import tqdm
 
-from semtok.data.images.encoded import announce
+from semtok.data.images.decoding import image_suffixes
 from semtok.data.remote import StoredFile, file_system, reading_errors, reason
 from semtok.errors import UserError
+from semtok.progress import announce, progress
 from semtok.storage import DAMAGE, cache_folder, digest, first_line, new_file
 
-_ENDINGS = tuple(ending.removeprefix(".") for ending in IMG_EXTENSIONS)
 _BLOCK = 512  # bytes; of tar
 _READ_AHEAD = 2**22  # bytes: small members come in few requests, large ones are passed over
 _METADATA = re.compile(r"__[^/]*__($|/)")  # members that WebDataset keeps for itself
@@ -56,11 +53,14 @@ def index_shards(shards: Sequence[StoredFile], image_key: str | None) -> list[np
         if not files[i].is_file():
             _made(shards[i], image_key, files[i])
 
-    with ThreadPoolExecutor(16) as pool:
-        made, quiet = pool.map(index, todo), not sys.stderr.isatty()
+    with (
+        progress("indexing tar files", len(todo), "files") as advance,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        made = pool.map(index, todo)
         try:
-            for _ in tqdm(made, desc="tar files", total=len(todo), disable=quiet):
-                pass
+            for _ in made:
+                advance(1)
         except BaseException:
             pool.shutdown(cancel_futures=True)  # the first error is told at once
             raise
@@ -143,7 +143,7 @@ def _samples(file: BinaryIO, place: str) -> Iterator[dict[str, Any]]:
 def _image_of(sample: dict[str, Any], image_key: str | None) -> tarfile.TarInfo | None:
     if image_key is not None:
         return sample.get(image_key.lower())
-    found = [ending for ending in sample if ending in _ENDINGS]
+    found = [ending for ending in sample if f".{ending}" in image_suffixes()]
     if len(found) > 1:
         raise _error(sample, f"holds several images; choose by data.image_key={found[0]}")
     return sample[found[0]] if found else None

@@ -1,0 +1,117 @@
+"""How long the jobs of a comparison will take, by a few measured steps of each training."""
+
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import TrainerStep
+from benchmarks.training import make_trainer
+from comparison.plan import Comparison, diffusion_recipe, is_composite
+from semtok.commands.train_dit import build_diffusion_objective, needs_teacher
+from semtok.commands.train_tokenizer import build_objective
+from semtok.data.images.kinds import open_sources
+from semtok.objective import Objective
+from semtok.recipe import load_diffusion_recipe, load_recipe
+from semtok.references import DEMO, find_recipe
+from semtok.storage import read_json, write_json
+from semtok.teachers import Teacher
+from semtok.tokenizer import Tokenizer
+
+_STEPS = 2
+_START = 10.0
+"""Seconds until a process has imported what it needs and read its networks."""
+_TOKENIZER_SCORES = 40.0
+"""Seconds of a tokenizer's scores, of which maps and probes take most; stated, not measured."""
+_FORWARD = 1 / 3
+"""Of a training step."""
+
+
+def measure_steps(comparison: Comparison) -> None:
+    """Writes seconds of a training step of each recipe and row into the comparison's folder.
+
+    A row's transformer is measured on the embedded tokenizer where its own is not trained yet: what a step takes
+    hardly depends on it.
+    """
+    seconds: dict[str, dict[str, float]] = {"tokenizer": {}, "generator": {}}
+    train, _ = open_sources(comparison.data())
+    with tempfile.TemporaryDirectory() as place:
+        for name in comparison.tokenizers:
+            path = find_recipe(name)
+            if path is None:
+                continue
+            recipe = load_recipe(path, comparison.tokenizer_overrides(name, 0))
+            texture = Tokenizer.from_pretrained(DEMO) if is_composite(name) else None
+            objective = build_objective(recipe, texture, place=str(path))
+            images = open_sources(recipe.data)[0]
+            seconds["tokenizer"][name] = _seconds_a_step(objective, recipe, images, Path(place))
+        for row in comparison.rows:
+            words = comparison.generator_overrides(row, 0)
+            recipe = load_diffusion_recipe(diffusion_recipe(), words, tokenizer=row.tokenizer)
+            trained = find_recipe(row.tokenizer) is None
+            tokenizer = Tokenizer.from_pretrained(row.tokenizer if trained else DEMO)
+            objective = build_diffusion_objective(
+                recipe,
+                tokenizer,
+                train,
+                Teacher(recipe.teacher) if needs_teacher(recipe) else None,
+                place=row.name,
+            )
+            seconds["generator"][row.name] = _seconds_a_step(objective, recipe, train, Path(place))
+    write_json(steps_file(comparison), seconds)
+
+
+def _seconds_a_step(objective: Objective, recipe: Any, images: Any, folder: Path) -> float:
+    """Of the second and the third: the first sets things up. Without learners, of the frozen networks."""
+    config = recipe.train.model_copy(update={"steps": 1_000_000, "tracker": "none"})
+    step = TrainerStep(make_trainer(objective, config, images, folder))
+    step()
+    start = time.perf_counter()
+    for _ in range(_STEPS):
+        step()
+    return (time.perf_counter() - start) / _STEPS
+
+
+def steps_file(comparison: Comparison) -> Path:
+    """Where what was measured is kept."""
+    return comparison.folder / "seconds_a_step.json"
+
+
+def is_measured(comparison: Comparison) -> bool:
+    """Whether every recipe and row was measured; rows may have been added."""
+    if not steps_file(comparison).is_file():
+        return False
+    known = read_json(steps_file(comparison))
+    recipes = {name for name in comparison.tokenizers if find_recipe(name) is not None}
+    return recipes <= set(known["tokenizer"]) and {r.name for r in comparison.rows} <= set(
+        known["generator"]
+    )
+
+
+def expected_seconds(comparison: Comparison, kind: str, name: str) -> float:
+    """Of one job.
+
+    Args:
+        kind: ``tokenizer``, ``generator``, ``tokenizer scores`` or ``generator scores``.
+        name: of the recipe or row.
+    """
+    known: Mapping[str, Mapping[str, float]] = read_json(steps_file(comparison))
+    settings = comparison.settings
+    if kind == "tokenizer scores":
+        return _START + _TOKENIZER_SCORES
+    if kind == "tokenizer":
+        path = find_recipe(name)
+        assert path is not None
+        train = load_recipe(path, comparison.tokenizer_overrides(name, 0)).train
+        passes = 2 * train.num_statistics_images / train.batch_size * _FORWARD
+        return _START + known["tokenizer"][name] * (train.steps + passes)
+    row = next(row for row in comparison.rows if row.name == name)
+    words = comparison.generator_overrides(row, 0)
+    recipe = load_diffusion_recipe(diffusion_recipe(), words, tokenizer=row.tokenizer)
+    step = known["generator"][name]
+    if kind == "generator":
+        return _START + step * recipe.train.steps
+    forward = step / recipe.train.batch_size * _FORWARD
+    drawn = settings.num_images * settings.num_checkpoints * recipe.sampler.steps
+    return _START + forward * drawn
