@@ -10,7 +10,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimiserConfig(Config):
-    """AdamW. The learning rate is used as it stands, whatever the batch or the number of GPUs."""
+    """AdamW. Nothing scales the learning rate by the batch or by the number of GPUs."""
 
     learning_rate: float = Field(gt=0)
     """The highest rate, which the warm-up rises to."""
