@@ -121,7 +121,7 @@ def main() -> None:
     seen["compressor"] = running_statistics(trainer)
     seen["discriminator"] = running_statistics(train(folder / "gan", GAN))
 
-    trainer.skipped.add(f"image {rank}")
+    trainer.skipped[f"image {rank}"] = "cut short"
     trainer.save()
     seen["logged"] = trainer.metrics.read(trainer._mean_over_processes)
     resumed = started(folder / "reglue", REGLUE, **SETTINGS)

@@ -111,6 +111,13 @@ def test_the_first_process_alone_tells(monkeypatch, capsys):
         assert len(capsys.readouterr().out.splitlines()) == num_lines
 
 
+def test_names_that_are_no_utf8_are_told_all_the_same(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0)
+    with progress.progress("looking through caf\udce9", 1) as advance:
+        advance(1)
+    assert capsys.readouterr().out.startswith("looking through caf\ufffd: 1 images")
+
+
 # Terminals ---------------------------------------------------------------------------------------
 
 

@@ -1,18 +1,17 @@
 """Code in README and the pages of docs/ runs as it stands."""
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import tiny
+from documented import ROOT, blocks
+from semtok.commands import hub
 from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.recipe import parse_recipe
-
-ROOT = Path(__file__).parents[1]
 
 
 def block(page: str, heading: str) -> str:
@@ -45,12 +44,28 @@ def test_a_tokenizer_in_foreign_training_code(tmp_path, method):
     assert all(torch.equal(v, before[n]) for n, v in tokenizer.state_dict().items())
 
 
-def test_a_method_of_ones_own_trains_as_it_stands_there(tmp_path):
-    example = (Path(__file__).parent / "examples" / "edge_vae.py").read_text()
-    imports = [line for line in example.splitlines() if line.startswith(("from ", "import "))]
-    names = {"__name__": "readme"}
-    exec("\n".join(imports) + "\n" + block("docs/plugins.md", "A method of your own"), names)
-    content = tiny.content({"name": "edge_vae"}, steps=2, log_every=1)
-    train_tokenizer(parse_recipe(content, "tiny"), tmp_path / "run")
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    assert all(row["loss/edges"] > 0 for row in rows)
+def test_the_first_lines_of_python_work_on_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image = Shapes(ShapesConfig(size=32), train=False).load([0]).images[0]
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save("photo.png")
+    names: dict = {}
+    exec(block("README.md", "Start").replace("send_vae", "demo"), names)
+    assert names["pixels"].shape == (1, 3, 32, 32)
+    assert names["pixels"].sub(image / 127.5 - 1).square().mean() < 0.05
+
+
+def test_a_generator_and_its_pipeline_draw_as_the_pages_say(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.runs(tmp_path, steps=2)
+    assert hub.main(["export", "dit", "--output", "pipeline"]) == 0
+    _, ours, of_diffusers = blocks(ROOT / "README.md", "python")
+    in_words, from_an_image = blocks(ROOT / "docs" / "generate.md", "python")
+    Image.new("RGB", (16, 16), "red").save("start.png")
+    names: dict = {}
+    for code in (ours, of_diffusers):
+        exec(code.replace('"dit_send_vae"', '"dit"'), names)
+        assert [image.size for image in names["images"]] == [(16, 16), (16, 16)]
+    for code in (in_words, from_an_image):
+        exec(code.replace('"dit_send_vae"', '"dit"'), names)
+        assert [image.size for image in names["pictures"]] == [(16, 16)]
+    assert names["pixels"].shape == (3, 3, 16, 16)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 import torch.distributed as dist
 from tqdm import tqdm
 
+from semtok.errors import printable
+
 QUIET_SECONDS = 5
 LINE_SECONDS = 30
 _UNITS_OF_TIME = ((1, "s"), (60, "min"), (3600, "h"))
@@ -48,7 +50,7 @@ def is_first() -> bool:
 def announce(message: str) -> None:
     """Prints what is about to take long, in the first process."""
     if is_first():
-        print(message, flush=True)
+        print(printable(message), flush=True)
 
 
 class ProgressLines:
@@ -127,7 +129,11 @@ def progress(what: str | None, total: int | None, unit: str = "images") -> Itera
         yield lambda count: None
     elif sys.stderr.isatty():
         with tqdm(
-            total=total, desc=what, unit=f" {unit}", delay=QUIET_SECONDS, dynamic_ncols=True
+            total=total,
+            desc=printable(what),
+            unit=f" {unit}",
+            delay=QUIET_SECONDS,
+            dynamic_ncols=True,
         ) as bar:
             yield bar.update
     else:
