@@ -16,6 +16,7 @@ from semtok import Generator, Tokenizer, UserError
 from semtok.commands import evaluate, sample, train_dit
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import train_tokenizer
+from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.diffusion.diffusion_config import DiffusionConfig, REPAConfig
 from semtok.diffusion.training import DiffusionObjective, cosine_loss, squared_error
 from semtok.objective import Batch
@@ -217,6 +218,25 @@ def test_a_resumed_run_keeps_its_tokenizer_though_the_reference_changed(trained,
     assert run(train_dit.main, [*base, "train.steps=4", "--resume"]) == 0
     then = Tokenizer.from_pretrained(tmp_path / "run/export/tokenizer").state_dict()
     assert all(torch.equal(first[name], then[name]) for name in first)
+
+
+def test_embedded_scenes_in_place_of_the_tokenizers_own_images_are_told(trained, tmp_path, capsys):
+    for i, drawn in enumerate(Shapes(ShapesConfig(size=16), train=True).load(range(12)).images):
+        (tmp_path / "mine" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(drawn.permute(1, 2, 0).numpy())
+        image.save(tmp_path / "mine" / "ab"[i % 2] / f"{i}.png")
+    own = {"kind": "folder", "path": str(tmp_path / "mine"), "size": 16, "validation_fraction": 0.4}
+    recipe = tiny.content({"name": "vae"}, steps=2) | {"data": own}
+    train_tokenizer(parse_recipe(recipe, "tiny"), tmp_path / "runs" / "tok")
+    (tmp_path / "dit.yaml").write_text(yaml.safe_dump(content(steps=2)))
+    capsys.readouterr()
+    train(tmp_path, "scenes")
+    told = capsys.readouterr().out
+    assert "was trained on mine (" in told and "these are the embedded scenes" in told
+    assert "data.kind=folder" in told
+    (tmp_path / "dit.yaml").write_text(yaml.safe_dump(content(steps=2) | {"data": own}))
+    train(tmp_path, "own")
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_training_first_needs_a_finite_tokenizer(trained, capsys):

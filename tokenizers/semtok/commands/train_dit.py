@@ -224,6 +224,7 @@ def _run(plan: GeneratorPlan) -> Generator:
     sources = plan.latents or cached_latents(recipe, images, objective, accelerator) or images
     if accelerator.is_main_process:
         _warn_of_size(tokenizer, recipe)
+        _warn_of_scenes(tokenizer, recipe)
         if plan.latents is not None:
             warn_of_other_images(sources[0], recipe.data)
     trainer = around_training.start_trainer(
@@ -318,6 +319,18 @@ def _warn_of_size(tokenizer: Tokenizer, recipe: DiffusionRecipe[Any]) -> None:
         print(
             f"warning: tokenizer '{recipe.tokenizer}' was trained on images of {seen[0]}x{seen[1]}, "
             f"these are {given[0]}x{given[1]}",
+            flush=True,
+        )
+
+
+def _warn_of_scenes(tokenizer: Tokenizer, recipe: DiffusionRecipe[Any]) -> None:
+    """Whoever trained on images of their own and names none here gets the recipe's scenes, which they hardly meant."""
+    trained = tokenizer.training_info
+    kind = (trained.get("recipe") or {}).get("data", {}).get("kind", "shapes")
+    if recipe.data.kind == "shapes" and kind != "shapes":
+        print(
+            f"warning: tokenizer '{recipe.tokenizer}' was trained on {trained.get('data', kind)}, these are the "
+            f"embedded scenes; for images of your own pass data.kind={kind} data.path=… data.size=…",
             flush=True,
         )
 
