@@ -13,6 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from semtok.data.images.attributes import read_attributes
 from semtok.data.images.encoded import VALIDATION_NAMES, StoredConfig, StoredImages, split_rows
+from semtok.data.images.states import folder_states
 from semtok.errors import UserError
 
 
@@ -29,7 +30,7 @@ class FolderConfig(StoredConfig):
     """A CSV table of what the images show, for probes: a header, and the first column names the image."""
 
 
-class Names:
+class Names(Sequence[bytes]):
     """File names, as two arrays: as many objects would take ten times the memory, in every loader process.
 
     Args:
@@ -75,6 +76,10 @@ class Folder(StoredImages):
             state = os.stat(os.path.join(os.fsencode(self.root), name))
             digest.update(b"%s %d %d\n" % (name, state.st_size, state.st_mtime_ns))
         return f"{self.name} {digest.hexdigest()}"
+
+    @property
+    def file_states(self) -> dict[str, str]:
+        return folder_states(self.root, self.names)
 
     @classmethod
     def open(cls, config: FolderConfig) -> tuple["Folder", "Folder"]:

@@ -22,6 +22,7 @@ from semtok.data.images.parquet_stream import (
     read_columns,
     read_footers,
 )
+from semtok.data.images.states import joined
 from semtok.data.remote import named_files, protocol, short_name
 from semtok.errors import UserError
 from semtok.extras import need
@@ -139,13 +140,7 @@ class StreamedStore(ParquetStore):
             states=["streamed", *(f"{short_name(f.file.place)} {f.state}" for f in self.footers)],
             features=features or own,
         )
-        for footer in self.footers:
-            name = short_name(footer.file.place)
-            # When a file on disk was written counts for nothing here: it may have been moved.
-            on_disk = f"{footer.file.size} {footer.digest}"
-            state = footer.state if protocol(footer.file.place) else on_disk
-            known = self.file_states.get(name)
-            self.file_states[name] = f"{known}, {state}" if known else state
+        self.file_states = _file_states(self.footers)
 
     def prepare(self) -> tuple[int, ...]:
         return self._num_rows
@@ -321,8 +316,22 @@ def _converted_store(path: str, splits: dict[str, list[str]]) -> ParquetStore:
     states = [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
     with dataset_errors(path):
         builder = datasets.load_dataset_builder("parquet", data_files=splits)
-    return ConvertedStore(
+    store = ConvertedStore(
         path, builder, list(splits), parts=parts, states=states, features=features
+    )
+    store.file_states = _file_states(footers)
+    return store
+
+
+def _file_states(footers: Sequence[Footer]) -> dict[str, str]:
+    """See ``ImageSource.file_states``."""
+    # When a file on disk was written counts for nothing here: it may have been moved.
+    return joined(
+        (
+            short_name(footer.file.place),
+            footer.state if protocol(footer.file.place) else f"{footer.file.size} {footer.digest}",
+        )
+        for footer in footers
     )
 
 

@@ -25,6 +25,8 @@ _BLOCK = 512  # bytes; of tar
 _READ_AHEAD = 2**22  # bytes: small members come in few requests, large ones are passed over
 _METADATA = re.compile(r"__[^/]*__($|/)")  # members that WebDataset keeps for itself
 _LAYOUT = "1"  # of the kept files
+FIELDS = ("member", "offset", "size", "label")
+"""What the index says of each image."""
 
 
 def index_shards(shards: Sequence[StoredFile], image_key: str | None) -> list[np.ndarray]:

@@ -12,8 +12,16 @@ from numpy.lib.recfunctions import append_fields
 from semtok.data.images.attributes import read_attributes
 from semtok.data.images.encoded import StoredConfig, StoredImages, split_rows
 from semtok.data.images.labels import UNLABELLED, Labels, number_classes
-from semtok.data.images.tar_index import index_shards
-from semtok.data.remote import StoredFile, named_files, read_ranges, short_name, stored_files
+from semtok.data.images.states import index_state, joined
+from semtok.data.images.tar_index import FIELDS, index_shards
+from semtok.data.remote import (
+    StoredFile,
+    named_files,
+    protocol,
+    read_ranges,
+    short_name,
+    stored_files,
+)
 from semtok.errors import UserError
 from semtok.extras import need
 
@@ -66,6 +74,17 @@ class Tars(StoredImages):
             digest.update(f"{shard.place.rpartition('/')[2]} {shard.state}\n".encode())
         digest.update(self.rows.tobytes())
         return f"{self.name} {digest.hexdigest()}"
+
+    @property
+    def file_states(self) -> dict[str, str]:
+        ends = np.searchsorted(self.table["shard"], np.arange(len(self.shards) + 1))
+        states = []
+        for number, shard in enumerate(self.shards):
+            own = self.table[ends[number] : ends[number + 1]][list(FIELDS)]
+            # When a file on disk was written counts for nothing here: it may have been moved.
+            stamp = f" {shard.stamp}" if protocol(shard.place) else ""
+            states.append((short_name(shard.place), index_state(own) + stamp))
+        return joined(states)
 
     @classmethod
     def open(cls, config: TarsConfig) -> tuple["Tars", "Tars"]:
