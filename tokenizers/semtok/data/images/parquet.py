@@ -12,7 +12,7 @@ import torch
 
 from semtok.data.images.attributes import ImageAttributes, image_attributes
 from semtok.data.images.encoded import StoredImages, split_rows
-from semtok.data.images.labels import UNLABELLED, Labels, number_classes
+from semtok.data.images.labels import UNLABELLED, Labels, number_classes, plain_labels
 from semtok.data.images.parquet_files import ParquetConfig, ParquetStore, find_store
 from semtok.data.order import permutation
 from semtok.errors import UserError
@@ -171,7 +171,7 @@ def _classes(
         return UNLABELLED, torch.zeros(num_rows, dtype=torch.int64)
     labels, feature = _categories(columns, name, "label_column"), store.features[name]
     if not isinstance(feature, datasets.ClassLabel):
-        return number_classes(labels, known, place=store.place)
+        return number_classes(plain_labels(labels, place=store.place), known, place=store.place)
     if "-1" in labels.values:
         raise UserError(
             f"data.label_column: '{name}' of '{store.place}' holds -1, which stands for unknown; choose another split"
