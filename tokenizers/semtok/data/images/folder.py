@@ -14,6 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from semtok.data.images.attributes import read_attributes
 from semtok.data.images.encoded import VALIDATION_NAMES, StoredConfig, StoredImages, split_rows
 from semtok.data.images.states import folder_states
+from semtok.data.left_out import LeftOut
 from semtok.errors import UserError
 
 
@@ -112,13 +113,16 @@ class Folder(StoredImages):
         except OSError as error:
             raise UserError(f"data.path: {error.filename}: {error.strerror}") from None
         parts = split_rows(len(names), num_train, config)
-        attributes = None
+        attributes, left_out = None, LeftOut()
         if config.attributes is not None and all(map(len, parts)):  # an empty part is told of later
-            attributes = read_attributes(Path(config.attributes), names)
+            attributes = read_attributes(Path(config.attributes), names, left_out)
         numbers = torch.tensor(labels, dtype=torch.int64)
-        return cls.parts_of(
+        opened = cls.parts_of(
             (root, Names(names)), parts, numbers, config, class_names=classes, attributes=attributes
         )
+        for source in opened:
+            source.left_out = left_out
+        return opened
 
     def contents(self, indices: Sequence[int]) -> list[Path]:
         return [self.file(index) for index in indices]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from semtok.data.images.attributes import ImageAttributes, image_attributes
+from semtok.data.images.cells import Ambiguous
 from semtok.data.images.encoded import StoredImages, split_rows
 from semtok.data.images.labels import UNLABELLED, Labels, number_classes, plain_labels
 from semtok.data.images.parquet_files import ParquetConfig, ParquetStore, find_store
@@ -189,7 +190,12 @@ def _attributes(columns: Any, store: ParquetStore, names: Sequence[str]) -> Imag
         named = isinstance(feature, datasets.ClassLabel)
         values = [feature.int2str(int(v)) for v in labels.values] if named else labels.values
         texts.append([values[code] for code in labels.codes])
-    known = image_attributes(names, texts)
+    try:
+        known = image_attributes(names, texts)
+    except Ambiguous as problem:
+        raise UserError(
+            f"data.attributes: {store.place}: {problem}; mend it or leave the column out"
+        ) from None
     if known is None:
         raise UserError(
             "data.attributes: each column is the same in all images; give one that differs"

@@ -120,7 +120,7 @@ class Tars(StoredImages):
         attributes = None
         if config.attributes is not None:
             members = [_text(member) for member in table["member"].tolist()]
-            attributes = read_attributes(Path(config.attributes), members)
+            attributes = read_attributes(Path(config.attributes), members, left_out)
         opened = cls.parts_of(
             (title, shards, table),
             parts,
