@@ -75,6 +75,7 @@ class ParquetStore(ABC):
 
     Attributes:
         file_states: see ``ImageSource.file_states``.
+        other_splits: names of those that nobody asked for.
     """
 
     def __init__(
@@ -86,8 +87,14 @@ class ParquetStore(ABC):
             short_name(place) if protocol(place) else Path(place).name if is_local else place
         )
         self.file_states: dict[str, str] = {}
+        self.other_splits: tuple[str, ...] = ()
         self._names = [name for name, _ in parts]
         self._ends = list(accumulate(num_rows for _, num_rows in parts))
+
+    @property
+    def num_rows(self) -> int:
+        """Of all splits."""
+        return self._ends[-1] if self._ends else 0
 
     @abstractmethod
     def prepare(self) -> tuple[int, ...]:
@@ -195,8 +202,10 @@ class ConvertedStore(ParquetStore):
     def images(self, column: str) -> Cells:
         import datasets
 
-        undecoded = datasets.Image(decode=False)
-        return _TableCells(self.table.select_columns([column]).cast_column(column, undecoded))
+        images = self.table.select_columns([column])
+        if getattr(images.features[column], "dtype", None) == "binary_view":
+            images = images.cast_column(column, datasets.Value("binary"))
+        return _TableCells(images.cast_column(column, datasets.Image(decode=False)))
 
 
 class _TableCells(Cells):
@@ -244,7 +253,10 @@ def find_store(config: ParquetConfig) -> ParquetStore:
         raise UserError(f"data.validation: '{min(both)}' is trained on; hold out other files")
     if held_out:
         files[_VALIDATION] = held_out
-    return StreamedStore(path, files) if config.streaming else _converted_store(path, files)
+    store = StreamedStore(path, files) if config.streaming else _converted_store(path, files)
+    used = {file for own in files.values() for file in own}
+    store.other_splits = tuple(name for name, own in named.items() if not used & set(own))
+    return store
 
 
 def _resolved(file: str) -> str:
