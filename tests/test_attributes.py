@@ -117,6 +117,54 @@ def test_the_page_converts_the_tables_of_animals_with_attributes(tmp_path):
         assert torch.equal(batch.attributes["bigteeth"], 1 - batch.labels)
 
 
+@pytest.mark.parametrize("text", [CELEBA, CELEBA.removeprefix("2\n"), CELEBA.replace("\n", "\r\n")])
+def test_celebas_own_file_is_read_with_and_without_its_count(tmp_path, text):
+    known = read(tmp_path, text, "img/000001.jpg", "img/000002.jpg")
+    assert known == {"5_o_Clock_Shadow": ["-1", "1"], "Smiling": ["1", "-1"], "Male": ["-1", "1"]}
+
+
+def test_cells_that_mean_the_same_are_one_category(tmp_path):
+    text = "file,n,answer,name\na,1,  yes ,caf\u00e9\nb,1.0,yes,cafe\u0301\nc,+2,no,bar\nd,2.50,no,none\n"
+    known = read(tmp_path, text, "a.png", "b.png", "c.png", "d.png")
+    assert known == {
+        "n": ["1", "1", "2", "2.5"],
+        "answer": ["yes", "yes", "no", "no"],
+        "name": ["caf\u00e9", "caf\u00e9", "bar", "none"],
+    }
+
+
+def test_letters_are_told_apart_by_their_case_and_free_text_is_left_alone(tmp_path):
+    names = [f"{i}.png" for i in range(20)]
+    rows = [f"{i},{'aA'[i % 2]},{'A cat' if i else 'a cat'} {i % 19}" for i in range(20)]
+    known = read(tmp_path, "\n".join(["file,letter,caption", *rows]), *names)
+    assert set(known["letter"]) == {"a", "A"} and len(set(known["caption"])) == 20
+
+
+def test_names_are_matched_in_any_of_unicodes_forms(tmp_path):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    for ours, theirs in ((composed, apart), (apart, composed)):
+        for ending in ("", ".png"):
+            text = f"file,x\n{theirs}{ending},0\nb,1\n"
+            assert read(tmp_path, text, f"k/{ours}.png", "b.png") == {"x": ["0", "1"]}
+
+
+def test_names_that_differ_in_their_form_alone_stay_two(tmp_path):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    text = f"file,x\n{apart},0\n{composed},1\n"
+    assert read(tmp_path, text, f"{composed}.png", f"{apart}.png") == {"x": ["1", "0"]}
+    with pytest.raises(UserError, match="no row for image"):
+        read(tmp_path, f"file,x\n{apart},0\n", f"{composed}.png", f"{apart}.png")
+
+
+def test_rows_without_an_image_are_counted(tmp_path):
+    path = table(tmp_path, "file,x\n1,0\n2,1\n3,0\nlost.png,0\ngone.png,1\n", "t.csv")
+    pictures(tmp_path / "images", "1.png", "2.png", "3.png")
+    train, held_out = open_folder(tmp_path / "images", path)
+    kind = "rows of the table of attributes without an image"
+    assert train.left_out.counts() == held_out.left_out.counts() == {kind: 2}
+    assert "lost.png" in train.left_out.line() and "gone.png" in train.left_out.line()
+
+
 # Errors ------------------------------------------------------------------------------------------
 
 
@@ -138,6 +186,16 @@ def test_the_page_converts_the_tables_of_animals_with_attributes(tmp_path):
         ("f,x\n", "no row for image 'a.png'"),
         ('f,x\na,"1\nb,0\n', "not CSV"),
         ("2\nx y\na.png 1\nb.png 1 1\n", "no attributes; expected CSV with a header"),
+        ("2\nx y\na.png 1 0\nb.png 1\n", "line 4: 1 values, 2 attributes"),
+        ("3\nx y\na.png 1 0\nb.png 1 1\n", "line 1: tells of 3 rows and has 2"),
+        ("f,x\nc,0\n", "no row for image 'a.png' and 1 more; name each image"),
+        ("f,x\na,yes\nb,Yes\n", "'x': 'Yes' and 'yes' differ in upper and lower case alone; mend"),
+        ("f,x\na,1\nb,true\n", "'x': '1' and 'true' mean the same"),
+        ("f,x\na,no\nb,F\n", "'x': 'no' and 'F' mean the same"),
+        ("f,x\na,cat\nb,NA\n", "'x': 'NA' says nothing; mend it or remove the column"),
+        ("f,x\na,1\nb,nan\n", "'x': 'nan' says nothing"),
+        ("f,x\na,1\nb,?\n", "'x': '?' says nothing"),
+        ("f,x\na,1\nb,-\n", "'x': '-' says nothing"),
     ],
 )
 def test_tables_that_do_not_fit_are_one_line_errors(tmp_path, text, message):

@@ -108,6 +108,10 @@ def test_the_cache_holds_the_posterior_the_labels_and_the_teachers_tokens(place,
         torch.testing.assert_close(kept.patches[-1], tokens, atol=0.05, rtol=0)
         torch.testing.assert_close(kept.pooled, features.pooled)
     assert (len(cached), len(held_out)) == (NUM, 4) and cached.class_names == source.class_names
+    assert (cached.labels_state, held_out.labels_state) == (
+        source.labels_state,
+        validation.labels_state,
+    ), "a resumed run knows them by that"
 
 
 def test_rows_in_any_order_across_shards_are_those_one_by_one(place, cache):

@@ -165,6 +165,82 @@ def test_an_unreadable_image_gives_way_to_the_next_and_is_named(tmp_path, stream
         open_parquet(str(tmp_path / "c.parquet"), streaming=streaming)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("image", "label"), [("binary_view", "int64"), ("binary", "string_view")])
+def test_columns_of_views_are_read(tmp_path, image, label, streaming):
+    names = ["cat", "dog"] if label == "string_view" else [0, 1]
+    columns = {
+        "image": pyarrow.array([stored.png(n) for n in range(4)], image),
+        "label": pyarrow.array([names[n % 2] for n in range(4)], label),
+    }
+    path = write(tmp_path / "views.parquet", columns)
+    parts = open_parquet(path, streaming=streaming)
+    for part in parts:
+        labels = part.load(range(len(part))).labels.tolist()
+        assert labels == [n % 2 for n in stored.numbers_in(part)]
+    assert parts[0].class_names == tuple(map(str, names)) and sum(map(len, parts)) == 4
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["0.png", "../flat/0.png", "/flat/0.png"])
+def test_cells_that_hold_a_name_and_no_image_are_refused_by_name(tmp_path, name, streaming):
+    (tmp_path / "0.png").write_bytes(stored.png(0))
+    columns = {"image": [{"bytes": None, "path": name}] * 4, "label": [0] * 4}
+    path = write(tmp_path / "names.parquet", columns)
+    with pytest.raises(UserError) as caught:
+        open_parquet(path, streaming=streaming)
+    message = f"names.parquet, row {{}} names the file '{name}' and holds no image"
+    assert any(message.format(row) in str(caught.value) for row in range(4))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_without_rows_are_refused_by_name(tmp_path, streaming):
+    columns = {"image": pyarrow.array([], "binary"), "label": pyarrow.array([], "int64")}
+    path = write(tmp_path / "empty.parquet", columns)
+    with pytest.raises(UserError, match=r"empty.parquet' holds no rows; expected rows with images"):
+        open_parquet(path, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_and_splits_that_are_not_used_are_counted(tmp_path, streaming):
+    images = [stored.png(n) for n in range(4)]
+    columns = {
+        "image": images,
+        "fine_label": [0, 1, 2, 3],
+        "coarse_label": [0] * 4,
+        "url": ["x"] * 4,
+    }
+    for split in ("train", "validation", "test"):
+        write(tmp_path / f"{split}-0.parquet", columns)
+    parts = open_parquet(str(tmp_path), streaming=streaming)
+    for part in parts:
+        assert part.class_names == ("images",) and part.left_out.counts() == {
+            "columns that may hold labels (data.label_column=…)": 2,
+            "columns": 1,
+            "splits": 1,
+        }
+    line = parts[0].left_out.line()
+    assert "(fine_label, coarse_label)" in line and "1 columns (url)" in line and "(test)" in line
+    parts = open_parquet(str(tmp_path), streaming=streaming, label_column="fine_label")
+    assert parts[0].left_out.counts() == {"columns": 2, "splits": 1}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_may_be_whole_numbers_with_a_point(tmp_path, streaming):
+    images = [stored.png(n) for n in range(4)]
+    path = write(tmp_path / "f.parquet", {"image": images, "label": [0.0, 1.0, 1.0, 2.0]})
+    train, _ = open_parquet(path, streaming=streaming)
+    assert train.class_names == ("0", "1", "2")
+    for labels, message in (
+        ([0.5, 1.0, 0.0, 0.0], "label 0.5 is no"),
+        ([float("nan"), 1.0, 0.0, 0.0], "'nan' says nothing"),
+    ):
+        path = write(tmp_path / "g.parquet", {"image": images, "label": labels})
+        with pytest.raises(UserError, match=message):
+            open_parquet(path, streaming=streaming)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

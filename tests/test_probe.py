@@ -168,18 +168,30 @@ def test_an_attribute_of_one_category_in_training_is_left_out():
 def test_a_rare_category_may_miss_in_either_part_of_the_training_images(values):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scores = probe(latents(40, rare=values), latents(40, seed=1, rare=[0]))
+        scores = probe(latents(40, rare=values), latents(40, seed=1, rare=[0, 1]))
     assert 0 <= scores["rare"].f1 <= 1
 
 
-def test_held_out_images_of_one_category_are_scored_without_warnings():
+def test_an_attribute_of_one_category_among_held_out_images_is_left_out_without_warnings():
     train, held_out = latents(200), latents(60, seed=1)
+    alone = probe(train, held_out)["three"]
     held_out.attributes["two"][:] = 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = probe(train, held_out)["two"]
-    assert found.f1 == 0, "no image of the second category"
-    assert 0 < found.balanced_accuracy < 1
+        assert probe(train, held_out) == {"three": alone}, "a constant guess would be right"
+
+
+def test_a_constant_guess_scores_its_chance_where_a_category_is_missing():
+    rng = np.random.default_rng(0)
+    blind = LatentTable(
+        np.zeros((300, 1), np.float32), {"three": rng.integers(3, size=300)}, {"three": 3}
+    )
+    held_out = LatentTable(
+        blind.features[:60], {"three": blind.attributes["three"][:60] % 2}, {"three": 3}
+    )
+    assert held_out.num_shown("three") == 2
+    accuracy = probe(blind, held_out)["three"].balanced_accuracy
+    assert accuracy in (0, 1 / held_out.num_shown("three"))
 
 
 # The command -------------------------------------------------------------------------------------
@@ -265,6 +277,65 @@ def test_attributes_that_can_not_be_probed_are_said(tmp_path, capsys):
     assert "not probed, as the training images show one category: same" in shown
     assert run(*arguments, "--only", "same") == 2
     assert "--num-train 55: these images show one category" in capsys.readouterr().err
+
+
+RARE = "file,smile\n" + "".join(f"img{i}.png,{'x' if i == 3 else 'y'}\n" for i in range(40))
+
+
+def pictures(root: Path, text: str) -> list[str]:
+    """Options for 40 images and a table of them, of which two are held out."""
+    (root / "flat").mkdir()
+    for i in range(40):
+        Image.new("RGB", (32, 32), (6 * i, 0, 0)).save(root / "flat" / f"img{i}.png")
+    (root / "t.csv").write_text(text)
+    return [
+        "demo",
+        "--data",
+        f"path={root / 'flat'}",
+        "size=32",
+        "--attributes",
+        str(root / "t.csv"),
+    ]
+
+
+def test_a_category_that_no_held_out_image_shows_is_no_success(tmp_path, capsys):
+    arguments = pictures(tmp_path, RARE)
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert "--num-held-out 2: these images show one category of each attribute" in error
+    assert "validation_fraction" in error and error.count("\n") == 1
+    rows = RARE.splitlines()
+    many = [f"{row},{i % 2},{'abc'[i % 3]}" for i, row in enumerate(rows[1:])]
+    (tmp_path / "t.csv").write_text("\n".join([rows[0] + ",odd,three", *many]))
+    output = tmp_path / "scores.json"
+    arguments = [*arguments, "--num-held-out", "4", "--output", str(output)]
+    assert run(*arguments, "--data", *arguments[2:4], "validation_fraction=0.1") == 0
+    shown, written = capsys.readouterr().out, json.loads(output.read_text())
+    assert "not probed, as the held-out images show one category: smile" in shown
+    assert written["not_probed"] == ["smile"] and "smile" not in written["categories"]
+    there = written["categories_held_out"]["three"]
+    chance = written["chance_balanced_accuracy"]
+    assert chance["attributes"] == {"odd": 1 / 2, "three": 1 / there}
+    assert chance["mean"] == pytest.approx((1 / 2 + 1 / there) / 2)
+    assert there == 3 or f"{there} of 3" in shown
+
+
+def test_free_text_is_not_probed_unless_it_is_named(tmp_path, capsys):
+    rows = [f"img{i}.png,picture {i // 1.5:.0f},{i % 2}" for i in range(40)]
+    arguments = pictures(tmp_path, "\n".join(["file,caption,odd", *rows]))
+    assert run(*arguments) == 0
+    shown = capsys.readouterr().out
+    assert "not probed, as they have nearly as many values as there are images" in shown
+    assert ": caption\n" in shown and "caption  " not in shown
+    assert run(*arguments, "--only", "caption") == 0
+    assert "of 27" in capsys.readouterr().out
+    rows = [row.rpartition(",")[0] for row in rows]
+    (tmp_path / "t.csv").write_text("\n".join(["file,caption", *rows]))
+    assert run(*arguments) == 2
+    assert (
+        "each attribute has nearly as many values as there are images (caption)"
+        in capsys.readouterr().err
+    )
 
 
 def test_options_that_can_not_be_are_one_line_errors(tmp_path, capsys):

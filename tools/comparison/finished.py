@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from comparison.plan import SETTINGS_FILE, TEXTURE, Comparison, is_composite, read_comparison
-from semtok.commands.run_folder import RECIPE_FILE, check_files, differing
+from semtok.commands.run_data import check_data
+from semtok.commands.run_folder import RECIPE_FILE, differing
 from semtok.data.images.kinds import open_sources
 from semtok.errors import UserError
 from semtok.evaluation.protocol import weights_digest
@@ -81,7 +82,7 @@ def why_not(comparison: Comparison, name: str, seed: int) -> str | None:
         if key != _TEXTURE_SETTING:
             return f"{key} is {there!r} there and {here!r} here"
     try:
-        check_files(run, open_sources(wanted.data)[0].file_states)
+        check_data(run, open_sources(wanted.data))
         same = not is_composite(name) or _digest(run / _TEXTURE_OF_RUN) == _digest(
             _texture(comparison, seed)
         )

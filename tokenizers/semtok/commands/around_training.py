@@ -14,12 +14,11 @@ from accelerate import Accelerator
 
 from semtok import stopping
 from semtok.commands.cli import Parser
+from semtok.commands.run_data import check_data, record_data
 from semtok.commands.run_folder import (
     RECIPE_FILE,
-    check_files,
     check_run_folder,
     is_finished,
-    record_files,
 )
 from semtok.commands.run_recipe import Resume, record_overrides
 from semtok.commands.table import print_table
@@ -219,13 +218,14 @@ def start_trainer(
     )
     with together():
         if resume:
-            check_files(folder, train.file_states)
+            if accelerator.is_main_process:  # a look at each file
+                check_data(folder, sources)
             trainer.resume()
             _check_exports_on_the_way(trainer)
         if accelerator.is_main_process:
             write_recipe(recipe, folder / RECIPE_FILE)
             record_overrides(folder, overrides)
-            record_files(folder, train.file_states)
+            record_data(folder, sources)
             height, width = recipe.data.image_size
             print(
                 f"training {what} on {train.name} at {height}x{width}; output: {folder}", flush=True

@@ -1,20 +1,21 @@
 """The folder of a run: whose it is, and what may be written there."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from semtok.commands.run_data import knows_files
 from semtok.errors import UserError
 from semtok.lock import LOCK_FILE
 from semtok.settings import Config, flatten, parse, read_yaml
-from semtok.storage import read_json, write_json
+from semtok.storage import read_json
 from semtok.training.checkpoint import CHECKPOINTS, list_checkpoints, step_of
 
 RECIPE_FILE = "recipe.yaml"
 """The resolved recipe, which makes the folder a run's."""
-_FILES_FILE = "data_files.json"
 _PLANNED = "train.planned_before"
+_PLACES = ("data.path", "data.validation")  # where images lie
 RecipeType = TypeVar("RecipeType", bound=Config)
 
 # Settings that change what is written or how fast, but not what is learned.
@@ -79,6 +80,8 @@ def _check_unchanged(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> 
     is_longer = isinstance(steps, int) and isinstance(was, int) and steps >= was
     if is_longer or new.get("train.schedule") == "constant":
         free += ("train.steps",)
+    if knows_files(folder):  # which are compared, wherever they lie
+        free += _PLACES
     changed = [
         key
         for key in sorted(old.keys() | new.keys())
@@ -141,33 +144,6 @@ def _recorded(file: Path, recipe: Config) -> dict[str, Any]:
 def _is_of(key: str, settings: Iterable[str]) -> bool:
     """Whether a dotted key is one of the settings, or of a section among them."""
     return any(key == name or key.startswith(f"{name}.") for name in settings)
-
-
-def check_files(folder: Path, states: Mapping[str, str]) -> None:
-    """Checks that a resumed run finds the files of images that it began with.
-
-    Args:
-        states: see ``ImageSource.file_states``.
-
-    Raises:
-        UserError: one has changed, is gone, or is new.
-    """
-    recorded = folder / _FILES_FILE
-    if not states or not recorded.is_file():  # none are read, as latents are cached
-        return
-    known = read_json(recorded)
-    for name in sorted(known.keys() | states.keys()):
-        if known.get(name) != states.get(name):
-            what = "is gone" if name not in states else "is new" if name not in known else "changed"
-            raise UserError(
-                f"{folder}: can't resume with other images: {name} {what} since the run began; start anew with --output"
-            )
-
-
-def record_files(folder: Path, states: Mapping[str, str]) -> None:
-    """Notes the files of images that the run begins with."""
-    if states and not (folder / _FILES_FILE).is_file():
-        write_json(folder / _FILES_FILE, dict(states))
 
 
 def differing(file: Path, recipe: Config) -> list[tuple[str, Any, Any]]:

@@ -1,6 +1,6 @@
 """What lies in a user's data and is not used: counted by kind, so that one line can tell of all of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from semtok.errors import printable
 
@@ -23,6 +23,17 @@ class LeftOut:
         examples = self._examples.setdefault(kind, [])
         if len(examples) < MAX_EXAMPLES:
             examples.append(name)
+
+    def entries(self) -> list[tuple[str, int, list[str]]]:
+        """Each kind with its count and its examples, to be kept and given to ``include``."""
+        return [(kind, n, list(self._examples[kind])) for kind, n in self._counts.items()]
+
+    def include(self, entries: Iterable[tuple[str, int, Sequence[str]]]) -> None:
+        """Adds what another counted."""
+        for kind, count, examples in entries:
+            for name in examples[:-1]:
+                self.add(kind, name)
+            self.add(kind, examples[-1], count - len(examples) + 1)
 
     def __len__(self) -> int:
         return sum(self._counts.values())

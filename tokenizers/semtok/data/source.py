@@ -157,6 +157,11 @@ class ImageSource(ABC):
         """Of the files that a resumed run has to find as it left them, by name; empty: nobody looks."""
         return {}
 
+    @property
+    def labels_state(self) -> str:
+        """What changes when an image of this part comes, goes, or gets another class; empty: nobody looks."""
+        return ""
+
     @abstractmethod
     def __len__(self) -> int: ...
 

@@ -10,6 +10,7 @@ choices are ours; ``MEASURES`` states them and is stored with every score.
 - F1 is that of the second category where there are two ('1' of 0/1 or -1/1), and otherwise the mean over
   the categories that occur among the true or the predicted ones; 0 where neither has the second.
 - Every attribute counts alike in the mean.
+- Balanced accuracy is the mean over the categories that the held-out images show, and so is its chance.
 - Where attributes belong to classes (Animals with Attributes), both parts hold images of all classes.
 """
 
@@ -57,6 +58,10 @@ class LatentTable:
     attributes: dict[str, np.ndarray]
     num_categories: dict[str, int]
     digest: str = ""
+
+    def num_shown(self, attribute: str) -> int:
+        """How many of an attribute's categories these images show."""
+        return len(np.unique(self.attributes[attribute]))
 
 
 @dataclass(frozen=True)
@@ -115,10 +120,11 @@ def probe(
         only: names of attributes; None: all.
 
     Returns:
-        Scores by name, without the attributes of which the training images show one category alone.
+        Scores by name, without the attributes of which either part shows one category alone: where all held-out
+        images are of one, a constant answer is always right.
     """
     names = train.attributes if only is None else only
-    names = [name for name in names if len(np.unique(train.attributes[name])) > 1]
+    names = [n for n in names if train.num_shown(n) > 1 and held_out.num_shown(n) > 1]
     predicted = {}
     with progress("fitting the probe", len(names), "attributes") as advance:
         for name in names:
@@ -137,6 +143,13 @@ def probe(
         )
         for name in predicted
     }
+
+
+def free_texts(train: ImageSource, held_out: ImageSource) -> list[str]:
+    """Attributes with nearly as many categories as images, such as names and captions, which say what no other image
+    shows: more than half as many."""
+    num_images = len(train) + len(held_out)
+    return [name for name, known in train.attributes.items() if 2 * len(known) > num_images]
 
 
 def mean_score(scores: Mapping[str, AttributeScore]) -> AttributeScore:
@@ -161,12 +174,15 @@ def probed(
     num_train: int,
     num_held_out: int,
 ) -> AttributeScore | None:
-    """The mean over all attributes; None where the images have none that can be probed for."""
-    if not train.attributes:
+    """The mean over all attributes but free text; None where the images have none that can be probed for."""
+    names = [name for name in train.attributes if name not in free_texts(train, held_out)]
+    if not names:
         return None
-    scores = probe(
-        latent_table(tokenizer, train, num_train), latent_table(tokenizer, held_out, num_held_out)
+    tables = (
+        latent_table(tokenizer, train, num_train),
+        latent_table(tokenizer, held_out, num_held_out),
     )
+    scores = probe(*tables, only=names)
     return mean_score(scores) if scores else None
 
 

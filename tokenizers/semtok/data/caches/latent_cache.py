@@ -47,6 +47,8 @@ class CachedImages(Config):
     name: str
     data: dict[str, Any]
     """The settings that decide which images there are."""
+    labels_states: tuple[str, str] = ("", "")
+    """Of the training and the held-out images, see ``ImageSource.labels_state``; of older caches it is not known."""
 
 
 class _Kept(Config):
@@ -65,6 +67,7 @@ class CachedLatents(ImageSource):
     Args:
         shards: see ``ensure_latent_cache``.
         images: of which they are.
+        held_out: whether they are the held-out ones of these.
 
     Raises:
         UserError: the shards hold something else than their index says.
@@ -72,7 +75,7 @@ class CachedLatents(ImageSource):
 
     is_cheap = True  # measured: two workers read latents at a fifth of the speed
 
-    def __init__(self, shards: Shards, images: CachedImages) -> None:
+    def __init__(self, shards: Shards, images: CachedImages, *, held_out: bool = False) -> None:
         place = f"{_PLACE}: {shards.folder}"
         self.shards, self.kept = shards, parse(_Kept, shards.about, f"{place}: about")
         # Behind a URL a look at the columns would fetch a shard.
@@ -86,6 +89,11 @@ class CachedLatents(ImageSource):
         self.attributes: dict[str, tuple[str, ...]] = {}
         self.flip, self.name = self.kept.flip, images.name
         self.block_size = shards.shard_size if isinstance(shards, RemoteShards) else None
+        self._labels_state = images.labels_states[held_out]
+
+    @property
+    def labels_state(self) -> str:
+        return self._labels_state
 
     def __len__(self) -> int:
         return self.shards.num_images
@@ -139,10 +147,9 @@ def ensure_latent_cache(
         UserError: the folder holds something else, or the disk has too little room; in all processes, where it
             is raised in one.
     """
-    device = tokenizer.texture_mean.device
+    (train, validation), device = sources, tokenizer.texture_mean.device
     if targets is not None:
         targets.to(device)
-    train, validation = sources
     about = {
         "tokenizer": fingerprint(tokenizer),
         "parts": list(tokenizer.spec.names),
@@ -157,6 +164,7 @@ def ensure_latent_cache(
         class_names=train.class_names,
         name=train.name,
         data=_data_about(data),
+        labels_states=(train.labels_state, validation.labels_state),
     )
     cached = []
     with together():
@@ -172,7 +180,7 @@ def ensure_latent_cache(
                 batch_size=batch_size,
                 shard_size=shard_size,
             )
-            cached.append(CachedLatents(shards, seen))
+            cached.append(CachedLatents(shards, seen, held_out=images is validation))
         if not process_index() and not (folder / _ABOUT).is_file():
             try:
                 write_json(folder / _ABOUT, seen.model_dump(mode="json"))
@@ -231,7 +239,7 @@ def open_latent_cache(
                 f"{_PLACE}: {place} holds latents of other images (data.{key}: {known}, here {value}); "
                 "choose another folder"
             )
-    return CachedLatents(train, images), CachedLatents(validation, images)
+    return CachedLatents(train, images), CachedLatents(validation, images, held_out=True)
 
 
 def _same_setting(ours: Any, theirs: Any) -> bool:

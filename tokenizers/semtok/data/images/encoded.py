@@ -1,5 +1,6 @@
 """Images that are stored encoded: holding some out, replacing what can't be read."""
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
@@ -139,6 +140,12 @@ class StoredImages(ImageSource):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def labels_state(self) -> str:
+        digest = hashlib.blake2b(np.ascontiguousarray(self.rows, dtype=np.int64), digest_size=8)
+        digest.update(self.labels.numpy().tobytes())
+        return f"{len(self)} images {digest.hexdigest()}"
 
     def chosen(self, num_images: int) -> list[int]:
         # Often sorted by class: the first images would be of few classes.

@@ -14,6 +14,7 @@ from semtok.data.images.attributes import read_attributes
 from semtok.data.images.encoded import StoredConfig, StoredImages, split_rows
 from semtok.data.images.labels import Labels, number_classes
 from semtok.data.images.layout import Part, class_name, find_parts
+from semtok.data.images.states import folder_states
 from semtok.data.left_out import LeftOut
 from semtok.errors import UserError
 
@@ -33,7 +34,7 @@ class FolderConfig(StoredConfig):
     """A CSV table of what the images show, for probes: a header, and the first column names the image."""
 
 
-class Names:
+class Names(Sequence[bytes]):
     """File names, as two arrays: as many objects would take ten times the memory, in every loader process.
 
     Args:
@@ -80,6 +81,10 @@ class Folder(StoredImages):
             digest.update(b"%s %d %d\n" % (name, state.st_size, state.st_mtime_ns))
         return f"{self.name} {digest.hexdigest()}"
 
+    @property
+    def file_states(self) -> dict[str, str]:
+        return folder_states(self.root, self.names)
+
     @classmethod
     def open(cls, config: FolderConfig) -> tuple["Folder", "Folder"]:
         """The training and the held-out part of a folder.
@@ -110,7 +115,7 @@ class Folder(StoredImages):
         parts = split_rows(len(names), num_train, config)
         attributes = None
         if config.attributes is not None and all(map(len, parts)):  # an empty part is told of later
-            attributes = read_attributes(Path(config.attributes), names)
+            attributes = read_attributes(Path(config.attributes), names, left_out)
         return cls.parts_of(
             (root, Names(names)),
             parts,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from semtok.data.images.cells import Ambiguous, is_number, plain
 from semtok.errors import UserError
 
 _MAX_CLASSES = 1_000_000  # an embedding has a row for each
@@ -69,3 +70,27 @@ def number_classes(
         )
     by_code = torch.tensor([numbers[value] for value in labels.values], dtype=torch.int64)
     return names, by_code[torch.from_numpy(labels.codes)]
+
+
+def plain_labels(labels: Labels, *, place: str) -> Labels:
+    """The same, of which each class has one spelling, see ``cells.plain``.
+
+    Raises:
+        UserError: labels may mean the same, say nothing, or are numbers and not whole.
+    """
+    try:
+        plainly = plain(labels.values)
+    except Ambiguous as problem:
+        more = "labels" if " and " in str(problem) else "label"
+        raise UserError(
+            f"data.path: {place}: {more} {problem}; write what is one class alike, and leave images of no class out"
+        ) from None
+    values = tuple(sorted(set(plainly.values())))
+    parted = [v for v in values if not re.fullmatch(r"-?\d+", v)]
+    if parted and all(map(is_number, values)):
+        raise UserError(
+            f"data.path: {place}: label {parted[0]} is no whole number; number classes from 0, or name them"
+        )
+    codes = {value: code for code, value in enumerate(values)}
+    anew = np.array([codes[plainly[value]] for value in labels.values], dtype=np.int64)
+    return Labels(values, anew[labels.codes] if len(anew) else labels.codes)

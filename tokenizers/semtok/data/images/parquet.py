@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,18 @@ import numpy as np
 import torch
 
 from semtok.data.images.attributes import ImageAttributes, image_attributes
+from semtok.data.images.cells import Ambiguous
 from semtok.data.images.encoded import StoredImages, split_rows
-from semtok.data.images.labels import UNLABELLED, Labels, number_classes
+from semtok.data.images.labels import UNLABELLED, Labels, number_classes, plain_labels
 from semtok.data.images.parquet_files import ParquetConfig, ParquetStore, find_store
+from semtok.data.left_out import LeftOut
 from semtok.data.order import permutation
 from semtok.errors import UserError
 from semtok.extras import need
+
+_BINARY = ("binary", "large_binary", "binary_view")
+_CATEGORICAL = ("integer", "boolean", "floating", "string", "large_string", "string_view")
+_LABEL_NAME = re.compile(r"label|class|category|target|^y$", re.IGNORECASE)
 
 
 class Parquet(StoredImages):
@@ -63,13 +70,16 @@ class Parquet(StoredImages):
         need("datasets", "datasets", extra="data", place="data.kind: parquet ")
         store = find_store(config)
         image, label = _check_columns(store.features, config)
+        if not store.num_rows:
+            raise UserError(f"data.path: '{store.place}' holds no rows; expected {cls.expected}")
+        left_out = _left_out(store, {image, label, *config.attributes}, label)
         num_rows = store.prepare()
         parts = split_rows(sum(num_rows), num_rows[0] if len(num_rows) > 1 else None, config)
         known = parts[0] if len(num_rows) > 1 else None
         columns = store.columns([*([label] if label is not None else []), *config.attributes])
         class_names, labels = _classes(columns, store, label, known, sum(num_rows))
         attributes = _attributes(columns, store, config.attributes) if config.attributes else None
-        return cls.parts_of(
+        opened = cls.parts_of(
             (store, image),
             parts,
             labels,
@@ -77,6 +87,16 @@ class Parquet(StoredImages):
             class_names=class_names,
             attributes=attributes,
         )
+        for source in opened:
+            source.left_out = left_out
+        return opened
+
+    def check_readable(self) -> None:
+        if len(self):
+            (cell,) = self.cells.read(self.rows[:1])
+            if cell and not cell.get("bytes") and cell.get("path"):
+                _content(cell, self.image_name(0), refuse=True)
+        super().check_readable()
 
     def contents(self, indices: Sequence[int]) -> list[Path | bytes]:
         values = self.cells.read(self.rows[list(indices)])
@@ -94,8 +114,11 @@ class Parquet(StoredImages):
         return permutation(len(self), self.block_size, generator)[:num_images].tolist()
 
 
-def _content(value: dict[str, Any], place: str) -> Path | bytes:
+def _content(value: dict[str, Any], place: str, *, refuse: bool = False) -> Path | bytes:
     """Of a cell: bytes, or of a dataset of the Hub also a file in its cache; an empty cell is no image.
+
+    Args:
+        refuse: whether a name alone is an error too.
 
     Raises:
         UserError: it names another file, which is none of the dataset's.
@@ -109,17 +132,36 @@ def _content(value: dict[str, Any], place: str) -> Path | bytes:
     caches = (datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
     if any(Path(path).is_relative_to(cache) for cache in caches):
         return Path(path)
-    if os.path.isabs(path) or path.startswith(".."):
+    if refuse or os.path.isabs(path) or path.startswith(".."):
         raise UserError(
-            f"data.path: {place} names the file {value['path']!r}; put the images themselves there"
+            f"data.path: {place} names the file {value['path']!r} and holds no image; put the images themselves there, "
+            "or pass data.kind=folder and the folder of the files"
         )
     return b""  # a name alone
+
+
+def _left_out(store: ParquetStore, used: set[str | None], label: str | None) -> LeftOut:
+    """Counts columns and splits that are not read."""
+    import datasets
+
+    left_out = LeftOut()
+    for name, feature in store.features.items():
+        if name not in used:
+            looks = isinstance(feature, datasets.ClassLabel) or _LABEL_NAME.search(name)
+            is_label = label is None and looks
+            left_out.add(
+                "columns that may hold labels (data.label_column=…)" if is_label else "columns",
+                name,
+            )
+    for name in store.other_splits:
+        left_out.add("splits", name)
+    return left_out
 
 
 def _check_columns(features: Any, config: ParquetConfig) -> tuple[str, str | None]:
     """The names of the column of images and, where there is one, of labels."""
     import datasets
-    import pyarrow.types as types
+    import pyarrow.types
 
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if config.image_column is not None:
@@ -132,7 +174,7 @@ def _check_columns(features: Any, config: ParquetConfig) -> tuple[str, str | Non
             f"choose of {', '.join(images or features)}"
         )
     kind = features.arrow_schema.field(image).type
-    binary = types.is_binary(kind) or types.is_large_binary(kind)
+    binary = any(getattr(pyarrow.types, f"is_{name}")(kind) for name in _BINARY)
     if not (binary or "bytes" in getattr(kind, "names", ())):
         raise UserError(
             f"data.image_column: '{image}' of '{config.path}' holds {kind}, not images; "
@@ -142,10 +184,9 @@ def _check_columns(features: Any, config: ParquetConfig) -> tuple[str, str | Non
     if label is None and "label" in features:
         label = "label"
     columns = [("label_column", label)] if label is not None else []
-    categorical = (types.is_integer, types.is_boolean, types.is_string, types.is_large_string)
     for key, name in (*columns, *(("attributes", name) for name in config.attributes)):
         kind = features.arrow_schema.field(_known(name, features, key)).type
-        if not any(test(kind) for test in categorical):
+        if not any(getattr(pyarrow.types, f"is_{name}")(kind) for name in _CATEGORICAL):
             raise UserError(
                 f"data.{key}: '{name}' of '{config.path}' holds {kind}; "
                 "expected whole numbers, truth values or text"
@@ -171,7 +212,7 @@ def _classes(
         return UNLABELLED, torch.zeros(num_rows, dtype=torch.int64)
     labels, feature = _categories(columns, name, "label_column"), store.features[name]
     if not isinstance(feature, datasets.ClassLabel):
-        return number_classes(labels, known, place=store.place)
+        return number_classes(plain_labels(labels, place=store.place), known, place=store.place)
     if "-1" in labels.values:
         raise UserError(
             f"data.label_column: '{name}' of '{store.place}' holds -1, which stands for unknown; choose another split"
@@ -189,7 +230,12 @@ def _attributes(columns: Any, store: ParquetStore, names: Sequence[str]) -> Imag
         named = isinstance(feature, datasets.ClassLabel)
         values = [feature.int2str(int(v)) for v in labels.values] if named else labels.values
         texts.append([values[code] for code in labels.codes])
-    known = image_attributes(names, texts)
+    try:
+        known = image_attributes(names, texts)
+    except Ambiguous as problem:
+        raise UserError(
+            f"data.attributes: {store.place}: {problem}; mend it or leave the column out"
+        ) from None
     if known is None:
         raise UserError(
             "data.attributes: each column is the same in all images; give one that differs"

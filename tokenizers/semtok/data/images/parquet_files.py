@@ -23,6 +23,7 @@ from semtok.data.images.parquet_stream import (
     read_columns,
     read_footers,
 )
+from semtok.data.images.states import joined
 from semtok.data.remote import named_files, protocol, short_name
 from semtok.errors import UserError
 from semtok.extras import need
@@ -76,6 +77,7 @@ class ParquetStore(ABC):
 
     Attributes:
         file_states: see ``ImageSource.file_states``.
+        other_splits: names of those that nobody asked for.
     """
 
     def __init__(
@@ -87,8 +89,14 @@ class ParquetStore(ABC):
             short_name(place) if protocol(place) else Path(place).name if is_local else place
         )
         self.file_states: dict[str, str] = {}
+        self.other_splits: tuple[str, ...] = ()
         self._names = [name for name, _ in parts]
         self._ends = list(accumulate(num_rows for _, num_rows in parts))
+
+    @property
+    def num_rows(self) -> int:
+        """Of all splits."""
+        return self._ends[-1] if self._ends else 0
 
     @abstractmethod
     def prepare(self) -> tuple[int, ...]:
@@ -141,13 +149,7 @@ class StreamedStore(ParquetStore):
             states=["streamed", *(f"{short_name(f.file.place)} {f.state}" for f in self.footers)],
             features=features or own,
         )
-        for footer in self.footers:
-            name = short_name(footer.file.place)
-            # When a file on disk was written counts for nothing here: it may have been moved.
-            on_disk = f"{footer.file.size} {footer.digest}"
-            state = footer.state if protocol(footer.file.place) else on_disk
-            known = self.file_states.get(name)
-            self.file_states[name] = f"{known}, {state}" if known else state
+        self.file_states = _file_states(self.footers)
 
     def prepare(self) -> tuple[int, ...]:
         return self._num_rows
@@ -208,8 +210,10 @@ class ConvertedStore(ParquetStore):
     def images(self, column: str) -> Cells:
         import datasets
 
-        undecoded = datasets.Image(decode=False)
-        return _TableCells(self.table.select_columns([column]).cast_column(column, undecoded))
+        images = self.table.select_columns([column])
+        if getattr(images.features[column], "dtype", None) == "binary_view":
+            images = images.cast_column(column, datasets.Value("binary"))
+        return _TableCells(images.cast_column(column, datasets.Image(decode=False)))
 
 
 class _TableCells(Cells):
@@ -257,7 +261,10 @@ def find_store(config: ParquetConfig) -> ParquetStore:
         raise UserError(f"data.validation: '{min(both)}' is trained on; hold out other files")
     if held_out:
         files[_VALIDATION] = held_out
-    return StreamedStore(path, files) if config.streaming else _converted_store(path, files)
+    store = StreamedStore(path, files) if config.streaming else _converted_store(path, files)
+    used = {file for own in files.values() for file in own}
+    store.other_splits = tuple(name for name, own in named.items() if not used & set(own))
+    return store
 
 
 def _resolved(file: str) -> str:
@@ -329,8 +336,22 @@ def _converted_store(path: str, splits: dict[str, list[str]]) -> ParquetStore:
     states = [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
     with dataset_errors(path):
         builder = datasets.load_dataset_builder("parquet", data_files=splits)
-    return ConvertedStore(
+    store = ConvertedStore(
         path, builder, list(splits), parts=parts, states=states, features=features
+    )
+    store.file_states = _file_states(footers)
+    return store
+
+
+def _file_states(footers: Sequence[Footer]) -> dict[str, str]:
+    """See ``ImageSource.file_states``."""
+    # When a file on disk was written counts for nothing here: it may have been moved.
+    return joined(
+        (
+            short_name(footer.file.place),
+            footer.state if protocol(footer.file.place) else f"{footer.file.size} {footer.digest}",
+        )
+        for footer in footers
     )
 
 

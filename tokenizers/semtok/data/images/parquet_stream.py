@@ -151,7 +151,7 @@ class StreamedCells(Cells):
         footer = self.footers[file]
         table = read_groups(footer, groups, [self.column])
         undecoded = {self.column: datasets.Image(decode=False)}
-        return cast(footer, table, undecoded).column(self.column)
+        return cast(footer, without_view(table, self.column), undecoded).column(self.column)
 
 
 # One file -----------------------------------------------------------------------------------------
@@ -193,6 +193,17 @@ def read_groups(footer: Footer, groups: Sequence[int], columns: Sequence[str]) -
         raise UserError(
             f"data.path: {footer.file.place}: damaged, or changed since this run began ({first_line(error)})"
         ) from None
+
+
+def without_view(table: Any, column: str) -> Any:
+    """The table, of which a column of views of bytes is one of bytes, from which images are made."""
+    import pyarrow
+
+    field = table.schema.field(column)
+    if not pyarrow.types.is_binary_view(field.type):
+        return table
+    place, plain = table.schema.get_field_index(column), pyarrow.binary()
+    return table.set_column(place, field.with_type(plain), table.column(column).cast(plain))
 
 
 def cast(footer: Footer, table: Any, features: Mapping[str, Any]) -> Any:

@@ -11,9 +11,18 @@ from numpy.lib.recfunctions import append_fields
 
 from semtok.data.images.attributes import read_attributes
 from semtok.data.images.encoded import StoredConfig, StoredImages, split_rows
-from semtok.data.images.labels import UNLABELLED, Labels, number_classes
-from semtok.data.images.tar_index import index_shards
-from semtok.data.remote import StoredFile, named_files, read_ranges, short_name, stored_files
+from semtok.data.images.labels import UNLABELLED, Labels, number_classes, plain_labels
+from semtok.data.images.states import index_state, joined
+from semtok.data.images.tar_index import FIELDS, index_shards
+from semtok.data.left_out import LeftOut
+from semtok.data.remote import (
+    StoredFile,
+    named_files,
+    protocol,
+    read_ranges,
+    short_name,
+    stored_files,
+)
 from semtok.errors import UserError
 from semtok.extras import need
 
@@ -67,6 +76,17 @@ class Tars(StoredImages):
         digest.update(self.rows.tobytes())
         return f"{self.name} {digest.hexdigest()}"
 
+    @property
+    def file_states(self) -> dict[str, str]:
+        ends = np.searchsorted(self.table["shard"], np.arange(len(self.shards) + 1))
+        states = []
+        for number, shard in enumerate(self.shards):
+            own = self.table[ends[number] : ends[number + 1]][list(FIELDS)]
+            # When a file on disk was written counts for nothing here: it may have been moved.
+            stamp = f" {shard.stamp}" if protocol(shard.place) else ""
+            states.append((short_name(shard.place), index_state(own) + stamp))
+        return joined(states)
+
     @classmethod
     def open(cls, config: TarsConfig) -> tuple["Tars", "Tars"]:
         """The training and the held-out images.
@@ -86,7 +106,8 @@ class Tars(StoredImages):
                 f"data.validation: '{min(both)}' is in data.path too; leave it out of one"
             )
         shards = [*train, *validation]
-        indices = index_shards(shards, config.image_key)
+        left_out = LeftOut()
+        indices = index_shards(shards, config.image_key, left_out)
         numbers = np.arange(len(shards), dtype=np.int32)
         shard = np.repeat(numbers, [len(index) for index in indices])
         table = append_fields(np.concatenate(indices), "shard", shard, usemask=False)
@@ -94,11 +115,13 @@ class Tars(StoredImages):
         title = _title(config.path)
         parts = split_rows(num_images, num_train if validation else None, config)
         class_names, labels = _classes(table, parts[0] if validation else None, title)
+        if class_names == UNLABELLED:
+            _note_folders(table, left_out)
         attributes = None
         if config.attributes is not None:
             members = [_text(member) for member in table["member"].tolist()]
-            attributes = read_attributes(Path(config.attributes), members)
-        return cls.parts_of(
+            attributes = read_attributes(Path(config.attributes), members, left_out)
+        opened = cls.parts_of(
             (title, shards, table),
             parts,
             labels,
@@ -106,6 +129,9 @@ class Tars(StoredImages):
             class_names=class_names,
             attributes=attributes,
         )
+        for source in opened:
+            source.left_out = left_out
+        return opened
 
     def contents(self, indices: Sequence[int]) -> list[bytes]:
         found = self.table[self.rows[list(indices)]]
@@ -115,6 +141,17 @@ class Tars(StoredImages):
     def image_name(self, index: int) -> str:
         found = self.table[self.rows[index]]
         return f"{self.shards[found['shard']].place}: {_text(found['member'])}"
+
+
+def _note_folders(table: np.ndarray, left_out: LeftOut) -> None:
+    """Counts folders in the archives, which nobody takes for classes."""
+    folders = {member.rpartition(b"/")[0]: member for member in table["member"].tolist()}
+    if len(folders) > 1:
+        for folder in sorted(folders):
+            left_out.add(
+                "folders that are not taken for classes, as tar files label by .cls or .json",
+                _text(folder),
+            )
 
 
 def _text(name: bytes) -> str:
@@ -148,4 +185,4 @@ def _classes(
         )
     values, codes = np.unique(table["label"], return_inverse=True)
     labels = Labels(tuple(value.decode() for value in values.tolist()), codes.astype(np.int64))
-    return number_classes(labels, known, place=title)
+    return number_classes(plain_labels(labels, place=title), known, place=title)
