@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -84,11 +85,61 @@ def test_train_is_taken_without_a_held_out_part(tmp_path):
         (("Train", "train", "val"), "'Train', 'train'; keep one"),
         (("Val", "test"), "'Val', 'test', which read as parts of a set"),
         (("bus", "car", "train"), "in 'train' and in 'bus', 'car'"),
+        (("set/train/a", "set/val/a"), "'set' would be a class, and holds 'train', 'val'.*/set$"),
+        (("bus/Train/a", "bus/test/b", "car"), "'bus' would be a class, and holds 'Train', 'test'"),
     ],
 )
 def test_what_may_be_parts_or_classes_is_refused_by_name(tmp_path, folders, told):
     classes(tmp_path, *folders)
     with pytest.raises(UserError, match=told):
+        opened(tmp_path)
+
+
+def test_a_held_out_part_alone_is_no_class_whatever_lies_beside_it(tmp_path):
+    classes(tmp_path / "val", "a", "b")
+    (tmp_path / "annotations").mkdir()
+    with pytest.raises(UserError, match="holds 'val', which read as parts .*/val$"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("empty", "full", "told"),
+    [
+        ("val", "train/a", r"no images in '.*/val'; put images there, or remove it"),
+        ("train", "val/a", r"no images in '.*/train'; put images there"),
+        ("train", "a", r"no images in '.*/train'; .*left out: 1 folders beside train/ \(a\)"),
+        ("a", "b", None),
+    ],
+)
+def test_an_empty_part_is_named(tmp_path, empty, full, told):
+    (tmp_path / empty).mkdir()
+    classes(tmp_path, full)
+    if told is None:
+        assert opened(tmp_path)[0].class_names == (full,)
+        return
+    with pytest.raises(UserError, match=told):
+        opened(tmp_path)
+
+
+def test_a_folder_without_usable_images_tells_what_it_holds(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.heic").write_text("x")
+    with pytest.raises(UserError, match=r"left out: 3 files with the suffix .heic \(0.heic"):
+        opened(tmp_path)
+
+
+def test_a_folder_has_its_name_however_it_is_given(tmp_path, monkeypatch):
+    classes(tmp_path, "pets")
+    (tmp_path / "pets" / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "pets")
+    assert opened(Path("."))[0].class_names == ("pets",)
+    assert opened(Path("."))[0].name == "pets (2 images)"
+    assert opened(Path("inner/.."))[0].class_names == ("pets",)
+
+
+def test_classes_of_the_held_out_part_alone_are_refused_at_the_path(tmp_path):
+    classes(tmp_path, "train/a", "val/a", "val/B")
+    with pytest.raises(UserError, match="^data.path: .* that training lacks: B"):
         opened(tmp_path)
 
 
@@ -125,8 +176,15 @@ def test_one_folder_of_images_is_one_class_also_where_its_name_is_a_number(tmp_p
 
 
 def test_folders_of_one_number_are_refused(tmp_path):
-    classes(tmp_path, "1", "01")
-    with pytest.raises(UserError, match="two class folders have one number"):
+    for first, second in (("1", "01"), ("2", "+2")):
+        classes(tmp_path / second, first, second)
+        with pytest.raises(UserError, match="two class folders have one number"):
+            opened(tmp_path / second)
+
+
+def test_names_of_digits_that_are_no_class_numbers_are_refused_with_a_way_out(tmp_path):
+    classes(tmp_path, "20190101", "20190102")
+    with pytest.raises(UserError, match="label 20190101; .*need a letter before them"):
         opened(tmp_path)
 
 
@@ -209,7 +267,31 @@ def test_links_to_folders_are_followed_but_for_loops(tmp_path):
     (tmp_path / "set" / "b" / "up").symlink_to(tmp_path / "set" / "b")
     training, held_out = opened(tmp_path / "set")
     assert training.class_names == ("a", "b", "c") and len(training) + len(held_out) == 12
-    assert training.left_out.counts() == {"links that lead back": 2}
+    assert training.left_out.counts() == {
+        "links that lead back": 2,
+        "names of folders within classes": 1,
+    }
+
+
+def test_links_to_a_folder_above_are_no_class_and_bring_no_image_twice(tmp_path):
+    classes(tmp_path / "set" / "train", "a", "b")
+    classes(tmp_path, "others")
+    (tmp_path / "set" / "train" / "all").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "train" / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "way").symlink_to(tmp_path / "set")
+    for root in (tmp_path / "set", tmp_path / "way"):
+        training, held_out = opened(root)
+        assert training.class_names == ("a", "b") and len(training) + len(held_out) == 6
+        assert training.left_out.counts() == {"links that lead back": 2}
+
+
+def test_folders_within_classes_count_to_them_and_their_names_are_told(tmp_path):
+    classes(tmp_path, "animals/cat", "animals/dog", "things")
+    training, held_out = opened(tmp_path)
+    assert training.class_names == ("animals", "things") and len(training) + len(held_out) == 9
+    assert training.left_out.line() == (
+        "2 names of folders within classes (animals/cat, animals/dog)"
+    )
 
 
 def test_a_training_tells_of_what_it_leaves_out_before_it_begins(tmp_path, capsys):
@@ -221,6 +303,7 @@ def test_a_training_tells_of_what_it_leaves_out_before_it_begins(tmp_path, capsy
     told = capsys.readouterr().out
     line = "left out of images (7 images): 1 files with the suffix .heic (b/photo.heic)"
     assert told.index(line) < told.index("training vae")
+    assert "classes: 2 (a, b)" in told
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["left_out"] == {"files with the suffix .heic": 1}
 
@@ -289,6 +372,14 @@ def test_a_mode_comes_out_as_its_colour(mode, form):
     assert np.abs(seen(content).astype(int) - expected).max() <= 6
 
 
+def tiff(data: bytes, num_bits: int, photometric: int) -> bytes:
+    """A grey TIFF file of 8x8 pixels, as scanners write it and Pillow does not; ``photometric`` 0: white is zero."""
+    tags = {256: 8, 257: 8, 258: num_bits, 259: 1, 262: photometric, 277: 1, 278: 8}
+    tags |= {273: 10 + 12 * (len(tags) + 2) + 4, 279: len(data)}
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, tags[tag], 0) for tag in sorted(tags))
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+
+
 def test_sixteen_bits_are_scaled_and_unknown_ranges_are_refused_by_name():
     grey = np.full((8, 8), 0x8000, dtype=np.uint16)
     pgm = b"P5 8 8 65535\n" + grey.astype(">u2").tobytes()
@@ -300,6 +391,8 @@ def test_sixteen_bits_are_scaled_and_unknown_ranges_are_refused_by_name():
         saved(Image.fromarray(grey), "TIFF"),
     ):
         assert np.abs(seen(content).astype(int) - 128).max() <= 1
+    assert np.abs(seen(tiff(grey.tobytes(), 16, 0)).astype(int) - 127).max() <= 1
+    assert np.abs(seen(tiff(bytes([0x80, 0x08, 0x00]) * 32, 12, 1)).astype(int) - 128).max() <= 1
     for dtype, kind in ((np.int32, "32-bit whole numbers"), (np.float32, "floating-point numbers")):
         unknown = seen(saved(Image.fromarray(np.ones((8, 8), dtype)), "TIFF"))
         assert isinstance(unknown, Unreadable) and kind in unknown.reason

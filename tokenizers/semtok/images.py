@@ -24,7 +24,7 @@ ValueRange = tuple[float, float]
 Uint8Rule = Literal["round", "truncate"]
 """How pixels become uint8: to the nearest level, or to the next lower one."""
 _SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")
-_ORIENTATION = 0x0112  # its number in EXIF
+_ORIENTATION, _NUM_BITS, _PHOTOMETRIC = 274, 258, 262  # numbers of tags in EXIF and TIFF
 _FARTHEST = 1.5
 """Bicubic resizing overshoots [-1, 1] by less; images in [0, 255], or standardised for a classifier, by more."""
 
@@ -118,15 +118,20 @@ def as_rgb(
     """
     # Pillow brings grey images of these formats to 16 bits, whatever their mode.
     is_sixteen_bits = image.mode.startswith("I;16") or image.format in _SIXTEEN_BITS
+    tags = getattr(
+        image, "tag_v2", {}
+    )  # of TIFF, whose grey may be of fewer bits, or white at zero
+    num_bits, zero_is_white = int(tags.get(_NUM_BITS, (16,))[0]), tags.get(_PHOTOMETRIC) == 0
     if image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F" or (image.mode == "I" and not is_sixteen_bits):
-        kind = "32-bit whole numbers" if image.mode == "I" else "floating-point numbers"
+        kind = "signed or 32-bit whole numbers" if image.mode == "I" else "floating-point numbers"
         raise ValueError(
             f"pixels are {kind} of no known range; save it with 8 or 16 bits, or give a tensor with value_range"
         )
     if image.mode.startswith("I"):  # Pillow would clip where 8 bits need the upper byte
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        grey = (np.asarray(image) >> (num_bits - 8)).astype(np.uint8)
+        image = Image.fromarray(255 - grey if zero_is_white else grey)
     if smaller is not None and image.mode in ("L", "RGB") and "transparency" not in image.info:
         image = smaller(image)
     if image.mode in ("P", "LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:

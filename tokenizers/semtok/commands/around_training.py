@@ -230,12 +230,19 @@ def start_trainer(
             print(
                 f"training {what} on {train.name} at {height}x{width}; output: {folder}", flush=True
             )
+            if train.num_classes > 1:
+                print(f"classes: {_some(train.class_names)}", flush=True)
             if trainer.memory_line:
                 print(trainer.memory_line, flush=True)
             if trainer.step:
                 print(f"resuming after step {trainer.step}", flush=True)
             _tell_of_more_steps(recipe, trainer.step)
     return trainer
+
+
+def _some(names: Sequence[str]) -> str:
+    """How many there are, with the first few."""
+    return f"{len(names)} ({', '.join(names[:6])}{', …' if len(names) > 6 else ''})"
 
 
 def _tell_of_more_steps(recipe: Recipe, step: int) -> None:

@@ -78,7 +78,10 @@ def _reconstruction(args: argparse.Namespace) -> dict[str, Any]:
     protocol = _protocol(args)
     _, held_out = options.open_data(args)
     if args.num_held_out < 2:
-        raise UserError("--num-held-out: a Fréchet distance needs at least 2 images")
+        few = "--data: there is one held-out image"
+        raise UserError(
+            f"{few if len(held_out) < 2 else '--num-held-out'}: a Fréchet distance needs at least 2 images"
+        )
     if args.protocol == "lightningdit":
         with errors_at("--data with --protocol lightningdit"):
             held_out = ResizedImages(held_out)

@@ -182,9 +182,10 @@ class StoredImages(ImageSource):
     def check_readable(self) -> None:
         """Raises UserError where no image can be read; stops at the first that can."""
         if not len(self):
+            beside = f"; left out: {self.left_out.line()}" if self.left_out else ""
             raise UserError(
                 f"data.path: no images in '{self.place}' (or too few to hold some out); "
-                f"expected {self.expected}"
+                f"expected {self.expected}{beside}"
             )
         self._read(Key(0), {}, [])
 

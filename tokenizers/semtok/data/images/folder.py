@@ -12,7 +12,7 @@ import torch
 
 from semtok.data.images.attributes import read_attributes
 from semtok.data.images.encoded import StoredConfig, StoredImages, split_rows
-from semtok.data.images.labels import Labels, number_classes
+from semtok.data.images.labels import NUMBER, Labels, number_classes
 from semtok.data.images.layout import Part, class_name, find_parts
 from semtok.data.images.states import folder_states
 from semtok.data.left_out import LeftOut
@@ -96,13 +96,17 @@ class Folder(StoredImages):
         root = Path(config.path)
         if not root.is_dir():
             raise UserError(f"data.path: no such folder '{config.path}'; pass data.path=…")
+        if root.name in ("", ".."):
+            root = root.resolve()  # its name is said in logs and cards
         left_out = LeftOut()
         try:
             train, held_out = find_parts(root, left_out)
         except OSError as error:
             raise UserError(f"data.path: {error.filename}: {error.strerror}") from None
         if held_out is not None:
-            _check_layouts(root, train, held_out)
+            _check_layouts(root, train, held_out, left_out)
+        elif not train and train.place:
+            raise _empty(root, train, left_out, "put images there, or rename the folder")
         names, said = _listed(root, train)
         num_train = len(names) if held_out is not None else None
         if held_out is not None:
@@ -137,9 +141,19 @@ class Folder(StoredImages):
         return str(self.file(index))
 
 
-def _check_layouts(root: Path, train: Part, held_out: Part) -> None:
-    """Raises UserError where one part has classes and the other has none."""
-    if not (train and held_out) or bool(train.classes) == bool(held_out.classes):
+def _empty(root: Path, part: Part, left_out: LeftOut, way_out: str) -> UserError:
+    beside = f"; left out: {left_out.line()}" if left_out else ""
+    return UserError(f"data.path: no images in '{root / part.place}'; {way_out}{beside}")
+
+
+def _check_layouts(root: Path, train: Part, held_out: Part, left_out: LeftOut) -> None:
+    """Raises UserError where a part is empty, or one has classes and the other has none."""
+    if not train:
+        raise _empty(root, train, left_out, "put images there")
+    if not held_out:
+        away = "put images there, or remove it, so that some of the others are held out"
+        raise _empty(root, held_out, left_out, away)
+    if bool(train.classes) == bool(held_out.classes):
         return
     sorted_, flat = (train, held_out) if train.classes else (held_out, train)
     raise UserError(
@@ -166,12 +180,12 @@ def _numbered(
         num_train: behind so many images the held-out part begins; None: it has no part of its own.
     """
     values, codes = np.unique(np.array(said, dtype=object), return_inverse=True)
-    numbers = [int(value) for value in values if value.isdecimal()]
+    numbers = [int(value) for value in values if NUMBER.fullmatch(value)]
     if len(numbers) == len(values) > len(set(numbers)):
         raise UserError(f"data.path: '{root}': two class folders have one number; rename one")
     labels = Labels(tuple(values), codes.astype(np.int64))
     known = None if num_train is None else range(num_train)
-    return number_classes(labels, known, place=str(root))
+    return number_classes(labels, known, place=str(root), held_out="data.path")
 
 
 def _note_empty(class_names: Sequence[str], labels: torch.Tensor, left_out: LeftOut) -> None:

@@ -12,6 +12,8 @@ from semtok.data.images.cells import Ambiguous, is_number, plain
 from semtok.errors import UserError
 
 _MAX_CLASSES = 1_000_000  # an embedding has a row for each
+NUMBER = re.compile(r"[+-]?\d+")
+"""Labels that are all of this form are numbers of classes."""
 UNLABELLED = ("images",)
 """Class names where images have no labels."""
 
@@ -30,7 +32,11 @@ class Labels:
 
 
 def number_classes(
-    labels: Labels, known: Sequence[int] | None = None, *, place: str
+    labels: Labels,
+    known: Sequence[int] | None = None,
+    *,
+    place: str,
+    held_out: str = "data.validation",
 ) -> tuple[tuple[str, ...], Tensor]:
     """Class names, and the class of each image.
 
@@ -39,6 +45,7 @@ def number_classes(
     Args:
         known: the images that tell which classes there are; None: all do.
         place: the store, for messages.
+        held_out: the setting that names the held-out images.
 
     Returns:
         names, int64 (N,).
@@ -48,13 +55,16 @@ def number_classes(
     """
     seen = labels.codes if known is None else labels.codes[known]
     told = {labels.values[code] for code in np.unique(seen)}
-    if all(re.fullmatch(r"[+-]?\d+", value) for value in labels.values):
+    if all(NUMBER.fullmatch(value) for value in labels.values):
         numbers = {value: int(value) for value in labels.values}
         wrong = [number for number in numbers.values() if not 0 <= number < _MAX_CLASSES]
         if wrong:
+            hint = "names that are all digits need a letter before them"
+            if wrong[0] < 0:
+                hint = "-1 often means that a part has no labels: choose another"
             raise UserError(
                 f"data.path: {place}: label {wrong[0]}; class numbers start at 0 and stay below {_MAX_CLASSES:,} "
-                "(-1 often means that a part has no labels: choose another)"
+                f"({hint})"
             )
         num_classes = 1 + max(numbers[value] for value in told) if told else 0
         names = tuple(map(str, range(num_classes)))
@@ -65,7 +75,7 @@ def number_classes(
         unknown = sorted(set(labels.values) - told)
     if unknown:
         raise UserError(
-            f"data.validation: {place}: held-out images have classes that training lacks: "
+            f"{held_out}: {place}: held-out images have classes that training lacks: "
             f"{', '.join(unknown[:5])}"
         )
     by_code = torch.tensor([numbers[value] for value in labels.values], dtype=torch.int64)

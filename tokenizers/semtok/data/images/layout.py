@@ -53,19 +53,8 @@ def find_parts(root: Path, left_out: LeftOut) -> tuple[Part, Part | None]:
     if len(training) > 1:
         raise UserError(f"data.path: '{root}' has {_named(training)}; keep one of them")
     if not training:
-        if held_out and len(held_out) == len(folders):
-            raise UserError(
-                f"data.path: '{root}' holds {_named(held_out)}, which read as parts of a set, and no train/; rename "
-                f"the one to train on, or pass data.path={root / held_out[0]}"
-            )
         whole = scan(root, "", left_out)
-        alike = [name for name in whole.classes if _first_word(name) in TRAINING_NAMES]
-        others = [name for name in whole.classes if _first_word(name) in VALIDATION_NAMES]
-        if alike and others:
-            raise UserError(
-                f"data.path: '{root}': classes would be {_named(list(whole.classes))}, which read as parts of a "
-                f"set; rename them to train/ and val/, or pass data.path={root / alike[0]}"
-            )
+        _check_classes(root, whole)
         return whole, None
     part = scan(root, f"{training[0]}/", left_out)
     beside = [name for name in folders if name not in (training[0], *held_out[:1])]
@@ -83,6 +72,32 @@ def find_parts(root: Path, left_out: LeftOut) -> tuple[Part, Part | None]:
     for name in _files(root, "", left_out):
         left_out.add(f"images beside {training[0]}/", name)
     return part, scan(root, f"{held_out[0]}/", left_out) if held_out else None
+
+
+def _check_classes(root: Path, whole: Part) -> None:
+    """Raises UserError where what would be classes, or lies in one, reads as the parts of a set."""
+    names = list(whole.classes)
+    if names and all(name.casefold() in VALIDATION_NAMES for name in names):
+        raise UserError(
+            f"data.path: '{root}' holds {_named(names)}, which read as parts of a set, and no train/; rename "
+            f"the one to train on, or pass data.path={root / names[0]}"
+        )
+    alike = [name for name in names if _first_word(name) in TRAINING_NAMES]
+    if alike and any(_first_word(name) in VALIDATION_NAMES for name in names):
+        raise UserError(
+            f"data.path: '{root}': classes would be {_named(names)}, which read as parts of a "
+            f"set; rename them to train/ and val/, or pass data.path={root / alike[0]}"
+        )
+    for name, files in whole.classes.items():
+        folder = files[0].split("/")[0]
+        within = sorted({file.split("/")[1] for file in files if file.count("/") > 1})
+        lower = [inner.casefold() for inner in within]
+        if any(n in lower for n in TRAINING_NAMES) and any(n in lower for n in VALIDATION_NAMES):
+            sorted_otherwise = ", or put the classes into the parts" if len(names) > 1 else ""
+            raise UserError(
+                f"data.path: '{root}': '{name}' would be a class, and holds {_named(within)}, which read as parts "
+                f"of a set; pass data.path={root / folder}{sorted_otherwise}"
+            )
 
 
 def scan(root: Path, place: str, left_out: LeftOut) -> Part:
@@ -109,6 +124,8 @@ def scan(root: Path, place: str, left_out: LeftOut) -> Part:
                 )
             written[name] = folder
             part.classes[name] = files
+            for inner in sorted({os.path.dirname(file) for file in files} - {f"{place}{folder}"}):
+                left_out.add("names of folders within classes", inner)
     part.flat = _files(root, place, left_out)
     if part.flat and part.classes:
         raise UserError(
@@ -143,13 +160,15 @@ def _is_hidden(name: str) -> bool:
 
 def _folders(root: Path, place: str, left_out: LeftOut) -> list[str]:
     """Names of the folders in a place, and of links to folders, but for hidden ones."""
-    found = []
+    found, above = [], _above(root / place)
     with os.scandir(root / place) as entries:
         for entry in entries:
             if not _is_folder(entry):
                 continue
             if _is_hidden(entry.name):
                 left_out.add("hidden folders", f"{place}{entry.name}")
+            elif entry.is_symlink() and _identity(entry) in above:
+                left_out.add("links that lead back", f"{place}{entry.name}")
             else:
                 found.append(entry.name)
     return sorted(found, key=lambda name: (class_name(name), name))
@@ -168,7 +187,7 @@ def _files_within(root: Path, place: str, left_out: LeftOut) -> list[str]:
     Links to folders are followed, but for those that lead back to a folder which they lie in.
     """
     names: list[str] = []
-    todo = [(place, (_identity(root / place),))]
+    todo = [(place, _above(root / place))]
     while todo:
         inside, above = todo.pop()
         try:
@@ -182,23 +201,23 @@ def _files_within(root: Path, place: str, left_out: LeftOut) -> list[str]:
                     names.append(f"{inside}{entry.name}")
             elif _is_hidden(entry.name):
                 left_out.add("hidden folders", f"{inside}{entry.name}")
+            elif (own := _identity(entry)) in above:
+                left_out.add("links that lead back", f"{inside}{entry.name}")
             else:
-                own = _identity(root / inside / entry.name) if entry.is_symlink() else None
-                if own in above:
-                    left_out.add("links that lead back", f"{inside}{entry.name}")
-                    continue
-                below = own if own is not None else _identity_of(entry)
-                todo.append((f"{inside}{entry.name}/", (*above, below)))
+                todo.append((f"{inside}{entry.name}/", above | {own}))
     return sorted(names, key=lambda name: name.split("/"))
 
 
-def _identity(folder: Path) -> tuple[int, int]:
+def _above(folder: Path) -> frozenset[tuple[int, int]]:
+    """A folder and all that it lies in, as its path tells and as links lead to it."""
+    resolved = folder.resolve()
+    return frozenset(
+        map(_identity, (folder, *folder.absolute().parents, resolved, *resolved.parents))
+    )
+
+
+def _identity(folder: Path | os.DirEntry[str]) -> tuple[int, int]:
     state = folder.stat()
-    return state.st_dev, state.st_ino
-
-
-def _identity_of(entry: os.DirEntry[str]) -> tuple[int, int]:
-    state = entry.stat()
     return state.st_dev, state.st_ino
 
 
