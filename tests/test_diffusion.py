@@ -272,6 +272,10 @@ def test_training_first_needs_a_finite_tokenizer(trained, capsys):
             ["tokenizer=nowhere", "--tokenizer", "nowhere"],
             "tokenizer 'nowhere': no such folder, run",
         ),
+        (
+            ["tokenizer=somewhere", "--tokenizer", "nowhere"],
+            "name two tokenizers; give one",
+        ),
     ],
 )
 def test_wrong_settings_are_one_line_before_any_work(trained, capsys, arguments, words):
@@ -451,7 +455,7 @@ def test_a_model_is_the_same_after_saving_and_its_weak_self_guides_nothing(model
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--classes", "36"], "no class '36'; this model has 0 to 35 (ellipse red"),
+        (["--classes", "36"], "no class '36'; this model has 0 to 35, or by name ellipse red"),
         (["--classes", "-1"], "no class '-1'"),
         (["--steps", "0"], "--steps: expected at least 1"),
         (["--guidance", "strong"], "--guidance: expected a number"),

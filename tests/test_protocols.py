@@ -382,4 +382,4 @@ def test_what_goes_against_the_protocol_is_refused_by_name(tmp_path, capsys):
         assert message in refused(capsys, *words, *more)
     (tmp_path / "data" / "val" / "0.png").write_bytes(b"no image")
     error = refused(capsys, *words, *data, "size=32")
-    assert "0.png: can't be read as an image; remove it" in error
+    assert "0.png: can't be read as an image (no format that Pillow knows here); remove it" in error

@@ -66,6 +66,9 @@ def main(arguments: Sequence[str]) -> int:
 
     overrides = args.overrides
     if args.tokenizer is not None:
+        overrides = [word for word in overrides if word != f"tokenizer={args.tokenizer}"]
+        if any(word.startswith("tokenizer=") for word in overrides):
+            raise UserError("--tokenizer and tokenizer=… name two tokenizers; give one of them")
         overrides = [*overrides, f"tokenizer={json.dumps(args.tokenizer)}"]
     path = locate_recipe(args.recipe) if args.recipe else None
     folder = _folder(args.output, path or _default_recipe(), overrides)
