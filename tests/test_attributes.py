@@ -91,16 +91,6 @@ def shell(command: str, folder: Path) -> None:
     subprocess.run(["sh", "-ec", command], cwd=folder, check=True, timeout=60)
 
 
-def test_the_page_converts_celebas_own_file(tmp_path):
-    table(tmp_path, CELEBA, "list_attr_celeba.txt")
-    shell(documented_command("awk", "> celeba.csv"), tmp_path)
-    files = pictures(tmp_path, "img/000001.jpg", "img/000002.jpg")
-    known = read_attributes(tmp_path / "celeba.csv", files)
-    names = ("5_o_Clock_Shadow", "Smiling", "Male")
-    assert known.categories == dict.fromkeys(names, ("-1", "1"))
-    assert known.values.tolist() == [[0, 1, 0], [1, 0, 1]]
-
-
 def test_the_page_converts_the_tables_of_animals_with_attributes(tmp_path):
     table(tmp_path, "       1\tantelope\n       2\tgrizzly+bear\n       3\twhale\n", "classes.txt")
     table(tmp_path, "       1\tblack\n       2\tbigteeth\n       3\tanimal\n", "predicates.txt")

@@ -251,7 +251,7 @@ def test_a_held_out_part_without_readable_images_is_an_error(tmp_path):
     picture(tmp_path / "train" / "a" / "1.png")
     (tmp_path / "val" / "a").mkdir(parents=True)
     (tmp_path / "val" / "a" / "1.png").write_text("hello")
-    with pytest.raises(UserError, match="data.path: none of the 1 images"):
+    with pytest.raises(UserError, match="data.path: none of the 1 held-out images"):
         open_folder(tmp_path)
 
 

@@ -82,6 +82,7 @@ def test_train_is_taken_without_a_held_out_part(tmp_path):
     ("folders", "told"),
     [
         (("train2017", "val2017"), "classes would be 'train2017', 'val2017'"),
+        (("trainset", "testset"), "classes would be 'testset', 'trainset'"),
         (("Train", "train", "val"), "'Train', 'train'; keep one"),
         (("Val", "test"), "'Val', 'test', which read as parts of a set"),
         (("bus", "car", "train"), "in 'train' and in 'bus', 'car'"),
@@ -107,7 +108,7 @@ def test_a_held_out_part_alone_is_no_class_whatever_lies_beside_it(tmp_path):
     [
         ("val", "train/a", r"no images in '.*/val'; put images there, or remove it"),
         ("train", "val/a", r"no images in '.*/train'; put images there"),
-        ("train", "a", r"no images in '.*/train'; .*left out: 1 folders beside train/ \(a\)"),
+        ("train", "a", r"no images in '.*/train'; .*left out: folders beside train/: 1 \(a\)"),
         ("a", "b", None),
     ],
 )
@@ -124,7 +125,7 @@ def test_an_empty_part_is_named(tmp_path, empty, full, told):
 def test_a_folder_without_usable_images_tells_what_it_holds(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.heic").write_text("x")
-    with pytest.raises(UserError, match=r"left out: 3 files with the suffix .heic \(0.heic"):
+    with pytest.raises(UserError, match=r"left out: files with the suffix .heic: 3 \(0.heic"):
         opened(tmp_path)
 
 
@@ -208,6 +209,12 @@ def test_one_name_in_two_ways_of_writing_is_one_class(tmp_path):
         (("0", "1", "10"), ["10"], [2]),
         (("0", "1", "10"), ["2"], "no class '2'; this model has 0, 1, 10; none is any class"),
         (("red", "blue"), ["bleu"], "no class 'bleu'; did you mean 'blue'"),
+        (("red", "all"), ["ALL"], "no class 'ALL'; did you mean 'all'"),
+        (
+            ("none", "b"),
+            ["c"],
+            "no class 'c'; this model has 0 to 1, or by name none, b; 2 is any class",
+        ),
     ],
 )
 def test_classes_on_the_command_line(names, words, numbers):
@@ -225,11 +232,12 @@ def test_classes_on_the_command_line(names, words, numbers):
 
 
 def test_hidden_things_are_never_trained_on(tmp_path):
+    classes(tmp_path, "a/@eaDir", "$RECYCLE.BIN", "lost+found")
     classes(tmp_path, "a", "b", "__MACOSX/a", "a/.ipynb_checkpoints", "a/deep/__MACOSX", ".thumbs")
     picture(tmp_path / "a" / "._0.png", format="PNG")
     training, held_out = opened(tmp_path)
     assert training.class_names == ("a", "b") and len(training) + len(held_out) == 6
-    assert training.left_out.counts() == {"hidden folders": 4, "hidden files": 1}
+    assert training.left_out.counts() == {"hidden folders": 7, "hidden files": 1}
 
 
 def test_every_format_that_pillow_reads_here_is_used_and_others_are_counted(tmp_path):
@@ -242,6 +250,9 @@ def test_every_format_that_pillow_reads_here_is_used_and_others_are_counted(tmp_
         (tmp_path / "b" / name).write_text("x")
     (tmp_path / "b" / "gone.png").symlink_to("nowhere")
     (tmp_path / "b" / "round.png").symlink_to("round.png")
+    os.mkfifo(tmp_path / "b" / "pipe.png")
+    suffixes.append(".mpo")
+    picture(tmp_path / "b" / "x.mpo", format="JPEG")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "x.heic").write_text("x")
     training, held_out = opened(tmp_path)
@@ -253,9 +264,10 @@ def test_every_format_that_pillow_reads_here_is_used_and_others_are_counted(tmp_
         "files with the suffix .txt": 2,
         "files without a suffix": 1,
         "links that lead nowhere": 2,
+        "things that are no files": 1,
         "folders without images": 1,
     }
-    assert "1 folders without images (c)" in training.left_out.line()
+    assert "folders without images: 1 (c)" in training.left_out.line()
 
 
 def test_links_to_folders_are_followed_but_for_loops(tmp_path):
@@ -290,7 +302,7 @@ def test_folders_within_classes_count_to_them_and_their_names_are_told(tmp_path)
     training, held_out = opened(tmp_path)
     assert training.class_names == ("animals", "things") and len(training) + len(held_out) == 9
     assert training.left_out.line() == (
-        "2 names of folders within classes (animals/cat, animals/dog)"
+        "names of folders within classes: 2 (animals/cat, animals/dog)"
     )
 
 
@@ -301,7 +313,7 @@ def test_a_training_tells_of_what_it_leaves_out_before_it_begins(tmp_path, capsy
     content["data"] = {"kind": "folder", "path": str(tmp_path / "images"), "size": 16}
     train_tokenizer.train_tokenizer(parse_recipe(content, "tiny"), tmp_path / "run")
     told = capsys.readouterr().out
-    line = "left out of images (7 images): 1 files with the suffix .heic (b/photo.heic)"
+    line = "left out of images (7 images): files with the suffix .heic: 1 (b/photo.heic)"
     assert told.index(line) < told.index("training vae")
     assert "classes: 2 (a, b)" in told
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

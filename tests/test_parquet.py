@@ -161,7 +161,7 @@ def test_an_unreadable_image_gives_way_to_the_next_and_is_named(tmp_path, stream
         assert [one.name for one in batch.skipped] == [f"{bad}, row {row}" for row in range(3)]
     assert len(train.load([1]).skipped) == len(batch.skipped)
     write(tmp_path / "c.parquet", {"image": [b"hello"] * 3})
-    with pytest.raises(UserError, match="none of the 2 images in .*c.parquet' can be read"):
+    with pytest.raises(UserError, match="none of the 2 .* images in .*c.parquet' can be read"):
         open_parquet(str(tmp_path / "c.parquet"), streaming=streaming)
 
 

@@ -152,8 +152,8 @@ def test_members_that_are_not_used_are_counted_by_kind_and_named(tmp_path):
     }
     assert counts == expected
     line = opened(tmp_path / "a.tar")[0].left_out.line()  # from the index that was kept
-    assert "4 hidden members (._0000.png, .DS_Store, …)" in line
-    assert "1 samples with a label and no image (0002)" in line and "\n" not in line
+    assert "hidden members: 4 (._0000.png, .DS_Store, …)" in line
+    assert "samples with a label and no image: 1 (0002)" in line and "\n" not in line
 
 
 def test_json_that_names_no_label_and_folders_that_are_no_classes_are_told_of(tmp_path):
@@ -170,7 +170,7 @@ def test_json_that_names_no_label_and_folders_that_are_no_classes_are_told_of(tm
     told = "folders that are not taken for classes, as tar files label by .cls or .json"
     assert counts == {"members .json without 'label'": 3, told: 2}
     line = opened(tmp_path / "a.tar")[0].left_out.line()
-    assert "(cat/0.json: class, caption, " in line and f"2 {told} (cat, dog)" in line
+    assert "(cat/0.json: class, caption, " in line and f"{told}: 2 (cat, dog)" in line
 
 
 def test_counts_of_several_tar_files_add_up(tmp_path):
@@ -178,7 +178,7 @@ def test_counts_of_several_tar_files_add_up(tmp_path):
         own = samples(*range(4 * shard, 4 * shard + 4))
         stored.write_tar(tmp_path / f"{shard}.tar", [*own, (".x", b""), (".y", b"")])
     assert found(tmp_path / "*.tar")[1] == {"hidden members": 6}
-    assert "6 hidden members (.x, .y, …)" in opened(tmp_path / "*.tar")[0].left_out.line()
+    assert "hidden members: 6 (.x, .y, …)" in opened(tmp_path / "*.tar")[0].left_out.line()
 
 
 @pytest.mark.parametrize("ending", ["cls", "json"])

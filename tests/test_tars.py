@@ -230,7 +230,7 @@ def test_an_unreadable_image_gives_way_to_the_next_and_is_named(tmp_path):
         assert [one.name for one in batch.skipped] == [f"{tmp_path}/a.tar: 0001.png"]
     assert len(train.load([1]).skipped) == len(batch.skipped)
     stored.write_tar(tmp_path / "b.tar", [("0.png", b"hello"), ("1.png", b"hello")])
-    with pytest.raises(UserError, match="none of the 1 images in 'b.tar' can be read"):
+    with pytest.raises(UserError, match="none of the 1 .* images in 'b.tar' can be read"):
         open_tars(str(tmp_path / "b.tar"))
 
 

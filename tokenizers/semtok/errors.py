@@ -51,5 +51,6 @@ def did_you_mean(
     Args:
         cutoff: how alike they must be at least, in [0, 1].
     """
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f"did you mean '{near[0]}'?" if near else otherwise
+    plain = {other.casefold(): other for other in known}
+    near = difflib.get_close_matches(word.casefold(), plain, n=1, cutoff=cutoff)
+    return f"did you mean '{plain[near[0]]}'?" if near else otherwise

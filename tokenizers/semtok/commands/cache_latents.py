@@ -69,8 +69,10 @@ def main(arguments: Sequence[str]) -> int:
             Shards(args.verify / name, "--verify").verify()
         print(f"{args.verify}: every shard is as it was written")
         return 0
-    if args.tokenizer is None or args.output is None:
-        raise UserError("cache_latents needs --tokenizer REF and --output DIR")
+    needed = {"--tokenizer REF": args.tokenizer, "--output DIR": args.output}
+    missing = [option for option, value in needed.items() if value is None]
+    if missing:
+        raise UserError(f"cache_latents needs {' and '.join(missing)}")
     if min(args.batch_size, args.shard_size) < 1:
         raise UserError("--batch-size and --shard-size must be at least 1")
     load_plugins(args.plugin)

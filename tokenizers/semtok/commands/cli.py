@@ -37,6 +37,8 @@ class Parser(argparse.ArgumentParser):
         """Options, and names of commands within this one with their own options."""
         for action in self._actions:
             yield from action.option_strings
+            if action.option_strings and action.choices is not None:
+                yield from map(str, action.choices)
             if isinstance(action, argparse._SubParsersAction):
                 yield from action.choices
                 for inner in action.choices.values():

@@ -331,6 +331,6 @@ def _classes(words: list[str] | None, generator: Generator) -> list[int]:
             hint = did_you_mean(word, names)
             raise UserError(
                 f"--classes: no class '{word}'; {hint + ' ' if hint else ''}this model has {numbered}{known}; "
-                "none is any class"
+                f"{len(names) if 'none' in names else 'none'} is any class"
             )
     return chosen

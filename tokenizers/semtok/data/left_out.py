@@ -51,5 +51,5 @@ class LeftOut:
         for kind, count in self._counts.items():
             examples = ", ".join(printable(name) for name in self._examples[kind])
             more = ", …" if count > len(self._examples[kind]) else ""
-            told.append(f"{count} {kind} ({examples}{more})")
+            told.append(f"{kind}: {count} ({examples}{more})")
         return "; ".join(told)

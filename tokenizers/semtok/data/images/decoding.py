@@ -68,7 +68,12 @@ class Unreadable(NamedTuple):
 def image_suffixes() -> frozenset[str]:
     """Lower-case suffixes, each with its dot, of the images that this Pillow reads, as ``.png``."""
     known = Image.registered_extensions()
-    return frozenset(s for s, form in known.items() if form in _FORMATS and form in Image.OPEN)
+    # What opens JPEG files opens several of them in one, too.
+    return frozenset(
+        suffix
+        for suffix, form in known.items()
+        if form in _FORMATS and ("JPEG" if form == "MPO" else form) in Image.OPEN
+    )
 
 
 def read_image(content: Path | bytes, turn: Callable[[bytes], T]) -> T | Unreadable:

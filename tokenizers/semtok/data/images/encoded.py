@@ -63,6 +63,8 @@ class StoredImages(ImageSource):
 
     expected: str
     """What images are expected to lie in, for messages."""
+    part = "stored"
+    """Which part of the set these are, for messages."""
 
     def __init__(
         self,
@@ -122,6 +124,7 @@ class StoredImages(ImageSource):
             for rows, crop in zip(parts, (config.crop, "center"), strict=True)
         )
         train.left_out = held_out.left_out = left_out
+        train.part, held_out.part = "training", "held-out"
         train.check_readable()
         held_out.check_readable()
         return train, held_out
@@ -205,8 +208,9 @@ class StoredImages(ImageSource):
                 self._unreadable[candidate] = image.reason
             skipped.append(candidate)
         raise UserError(
-            f"data.path: none of the {len(self)} images in '{self.place}' can be read; "
+            f"data.path: none of the {len(self)} {self.part} images in '{self.place}' can be read; "
             f"{self.image_name(skipped[0])}: {self._unreadable[skipped[0]]}"
+            "; mend it, or remove it to have others in this part"
         )
 
 

@@ -15,6 +15,9 @@ TRAINING_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "validation", "valid", "test", "testing")
 """What held-out parts are called, the likeliest first."""
 
+_OF_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+"""Folders that archives, stores and systems make for themselves."""
+
 
 @dataclass
 class Part:
@@ -145,17 +148,17 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _first_word(name: str) -> str:
-    """``train`` of ``Train2017`` and ``train_images``."""
+    """``train`` of ``Train2017``, ``train_images`` and ``trainset``."""
     lower = name.casefold()
     end = next((i for i, letter in enumerate(lower) if not letter.isalpha()), len(lower))
-    return lower[:end]
+    return lower[:end].removesuffix("set")
 
 
 # Names on the disk --------------------------------------------------------------------------------
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in _OF_SYSTEMS
 
 
 def _folders(root: Path, place: str, left_out: LeftOut) -> list[str]:
@@ -236,8 +239,11 @@ def _is_image(entry: os.DirEntry[str], place: str, left_out: LeftOut) -> bool:
     except OSError:
         is_file = False
     if not is_file:
-        if entry.is_symlink() and not _is_folder(entry):
-            left_out.add("links that lead nowhere", name)
+        if not _is_folder(entry):
+            left_out.add(
+                "links that lead nowhere" if entry.is_symlink() else "things that are no files",
+                name,
+            )
         return False
     if _is_hidden(entry.name):
         left_out.add("hidden files", name)
