@@ -269,7 +269,9 @@ def test_a_files_orientation_transparency_and_depth_are_understood(tmp_path):
     assert (to_pixels(clear) == 1).all()
     deep = Image.fromarray(np.full((4, 6), 65535, dtype=np.uint16))
     assert deep.mode.startswith("I;16") and (to_pixels(deep) == 1).all()
-    with pytest.raises(ValueError, match="floating-point numbers of no known range; .* with value_range"):
+    with pytest.raises(
+        ValueError, match="floating-point numbers of no known range; .* with value_range"
+    ):
         to_pixels(Image.fromarray(np.zeros((4, 6), dtype=np.float32)))
 
 

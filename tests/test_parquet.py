@@ -221,7 +221,7 @@ def test_columns_and_splits_that_are_not_used_are_counted(tmp_path, streaming):
             "splits": 1,
         }
     line = parts[0].left_out.line()
-    assert "(fine_label, coarse_label)" in line and "1 columns (url)" in line and "(test)" in line
+    assert "(fine_label, coarse_label)" in line and "columns: 1 (url)" in line and "(test)" in line
     parts = open_parquet(str(tmp_path), streaming=streaming, label_column="fine_label")
     assert parts[0].left_out.counts() == {"columns": 2, "splits": 1}
 

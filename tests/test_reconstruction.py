@@ -178,6 +178,11 @@ def test_rfid_runs_where_its_weights_lie(tmp_path, capsys, monkeypatch):
 def test_wrong_options_are_one_line(tmp_path, capsys):
     for arguments, words in (
         (["--num-held-out", "0"], "--num-held-out at least 1"),
+        (["--num-held-out", "1"], "--num-held-out: a Fréchet distance needs at least 2 images"),
+        (
+            ["--data", "kind=shapes", "size=32", "num_validation_images=1"],
+            "--data: there is one held-out image: a Fréchet distance needs at least 2 images",
+        ),
         (["--grid", str(tmp_path)], "--grid"),
         (["--data", "kind=shapes", "size=30"], "image size 30x30 is not divisible"),
         (["--teacher", "demoo"], "timm knows no model 'demoo'"),
