@@ -1,5 +1,6 @@
 """Autoencoders in CompVis' layout: against a kit of the official code, and what must be refused."""
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -315,3 +316,26 @@ def test_text_of_old_pickles_is_decoded_in_no_other_encoding(tmp_path):
     (tmp_path / "x").write_bytes(b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x03\x00\x00\x00zipt\x52.")
     with pytest.raises(UserError, match="is refused"):
         read_checkpoint(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("stated", "told"),
+    [
+        ({"scaling_factor": 0}, "config.json: scaling_factor 0: expected more than 0"),
+        ({"scaling_factor": None}, "config.json: scaling_factor is null"),
+        ({"latents_mean": [0.1] * 4}, "states latents_mean and no latents_std"),
+        ({"latents_std": [0.1] * 4}, "states latents_std and no latents_mean"),
+        ({"latents_mean": [0.1] * 3, "latents_std": [2.0] * 3}, "has 3 numbers for 4 channels"),
+        ({"latents_mean": [0.1] * 4, "latents_std": [-2.0] * 4}, "latents_std .*more than 0"),
+        ({"shift_factor": float("nan")}, "shift_factor nan is not finite"),
+    ],
+)
+def test_scaling_that_no_latents_have_is_refused_by_its_key(tmp_path, stated, told):
+    small = Architecture(
+        block_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_groups=4
+    )
+    build_autoencoder(small).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | stated))
+    with pytest.raises(UserError, match=told):
+        Tokenizer.from_pretrained(tmp_path)
