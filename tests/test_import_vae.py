@@ -388,3 +388,16 @@ def test_a_broken_vae_is_told_in_words_of_our_own(tmp_path, breaks):
     breaks(tmp_path / "vae")
     with pytest.raises(UserError, match=BROKEN[breaks]):
         load_autoencoder(str(tmp_path / "vae"))
+
+
+def test_a_folder_around_a_vae_is_the_vae_for_every_reader(tmp_path):
+    small = Architecture(
+        block_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_groups=4
+    )
+    made = build_autoencoder(small)
+    made.save_pretrained(tmp_path / "vae")
+    for loaded in (
+        load_autoencoder(str(tmp_path)),
+        Tokenizer.from_pretrained(tmp_path).autoencoder,
+    ):
+        assert torch.equal(loaded.encoder.conv_in.weight, made.encoder.conv_in.weight)
