@@ -103,6 +103,29 @@ def test_a_run_does_not_go_on_with_other_settings(words, told, root, half, monke
     assert told in capsys.readouterr().err
 
 
+def test_a_run_of_another_method_is_told_by_the_methods_name(root, half, monkeypatch, capsys):
+    monkeypatch.chdir(root)
+    (root / "sent.yaml").write_text(yaml.safe_dump(tiny.content({"name": "send_vae"})))
+    assert train("sent.yaml", "--resume", "auto", "--output", half) == 2
+    assert "recipe: method.name was 'vae' and is now 'send_vae' (and" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", [[], ["recipe.yaml"]])
+def test_a_run_of_another_command_is_told_with_the_command_that_goes_on(
+    recipe, root, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(root)
+    (tmp_path / "recipe.yaml").write_text("tokenizer: demo\ndiffusion: {}\n")
+    assert train(*recipe, "--resume", "--output", tmp_path) == 2
+    told = f"{tmp_path}: is a transformer's run; semtok train_dit --resume --output {tmp_path} goes"
+    assert told in capsys.readouterr().err
+    (tmp_path / "recipe.yaml").write_text("method: {name: vae}\n")
+    words = ["--tokenizer", "demo"] if recipe else []
+    assert run(train_dit.main, [*words, "--resume", "--output", str(tmp_path)]) == 2
+    told = f"{tmp_path}: is a tokenizer's run; semtok train_tokenizer --resume --output {tmp_path} goes"
+    assert told in capsys.readouterr().err
+
+
 def test_a_finished_run_is_left_alone_and_said_to_be_finished(root, tmp_path, capsys):
     folder = shutil.copytree(root / "whole", tmp_path / "run")
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}

@@ -1,5 +1,6 @@
 """Autoencoders in CompVis' layout: against a kit of the official code, and what must be refused."""
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -193,7 +194,7 @@ def test_older_weights_run_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     of_kinds(("", ""), ("", "")).save_pretrained("vae", safe_serialization=False)
     torch.save({"encoder.conv_in.bias": Evil()}, "vae/diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match="can't be loaded"):
+    with pytest.raises(UserError, match="could run code"):
         import_checkpoint("vae", "auto", ImportOptions())
     assert not Path("evil").exists()
 
@@ -315,3 +316,88 @@ def test_text_of_old_pickles_is_decoded_in_no_other_encoding(tmp_path):
     (tmp_path / "x").write_bytes(b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x03\x00\x00\x00zipt\x52.")
     with pytest.raises(UserError, match="is refused"):
         read_checkpoint(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("stated", "told"),
+    [
+        ({"scaling_factor": 0}, "config.json: scaling_factor 0: expected more than 0"),
+        ({"scaling_factor": None}, "config.json: scaling_factor is null"),
+        ({"latents_mean": [0.1] * 4}, "states latents_mean and no latents_std"),
+        ({"latents_std": [0.1] * 4}, "states latents_std and no latents_mean"),
+        ({"latents_mean": [0.1] * 3, "latents_std": [2.0] * 3}, "has 3 numbers for 4 channels"),
+        ({"latents_mean": [0.1] * 4, "latents_std": [-2.0] * 4}, "latents_std .*more than 0"),
+        ({"shift_factor": float("nan")}, "shift_factor nan is not finite"),
+    ],
+)
+def test_scaling_that_no_latents_have_is_refused_by_its_key(tmp_path, stated, told):
+    small = Architecture(
+        block_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_groups=4
+    )
+    build_autoencoder(small).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | stated))
+    with pytest.raises(UserError, match=told):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def _cut(folder: Path) -> None:
+    file = folder / f"{NAME}.safetensors"
+    file.write_bytes(file.read_bytes()[:300])
+
+
+def _not_finite(folder: Path) -> None:
+    file = folder / f"{NAME}.safetensors"
+    state = safetensors.torch.load_file(file)
+    state["encoder.conv_in.bias"][1] = float("nan")
+    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+
+
+def _in_a_dict(folder: Path) -> None:
+    file = folder / f"{NAME}.safetensors"
+    state = {"state_dict": safetensors.torch.load_file(file), "step": 3}
+    file.unlink()
+    torch.save(state, folder / f"{NAME}.bin")
+
+
+def _of_other_channels(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"latent_channels": 8}))
+
+
+def _a_list(folder: Path) -> None:
+    (folder / "config.json").write_text("[1]")
+
+
+NAME = "diffusion_pytorch_model"
+BROKEN = {
+    _cut: f"{NAME}.safetensors: cut short or damaged",
+    _not_finite: r"vae: its weights are not finite \(NaN or infinite in encoder.conv_in.bias\)",
+    _in_a_dict: f"{NAME}.bin: is no plain weights file, it holds state_dict, step; .* semtok hub import",
+    _of_other_channels: "its weights do not fit its config.json [^;]*$",
+    _a_list: "config.json holds no settings",
+}
+
+
+@pytest.mark.parametrize("breaks", BROKEN, ids=lambda breaks: breaks.__name__[1:])
+def test_a_broken_vae_is_told_in_words_of_our_own(tmp_path, breaks):
+    small = Architecture(
+        block_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_groups=4
+    )
+    build_autoencoder(small).save_pretrained(tmp_path / "vae")
+    breaks(tmp_path / "vae")
+    with pytest.raises(UserError, match=BROKEN[breaks]):
+        load_autoencoder(str(tmp_path / "vae"))
+
+
+def test_a_folder_around_a_vae_is_the_vae_for_every_reader(tmp_path):
+    small = Architecture(
+        block_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_groups=4
+    )
+    made = build_autoencoder(small)
+    made.save_pretrained(tmp_path / "vae")
+    for loaded in (
+        load_autoencoder(str(tmp_path)),
+        Tokenizer.from_pretrained(tmp_path).autoencoder,
+    ):
+        assert torch.equal(loaded.encoder.conv_in.weight, made.encoder.conv_in.weight)

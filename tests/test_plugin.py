@@ -48,6 +48,27 @@ def test_a_missing_plugin_file_is_named():
         parse_recipe(recipe() | {"plugins": ["nowhere.py"]}, "recipe.yaml")
 
 
+def test_a_plugin_beside_its_recipe_is_found_and_the_run_goes_on_with_it(tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    lines = "from semtok.recipe import PUBLISHED  # a plugin of no method"
+    (tmp_path / "own" / "beside.py").write_text(lines)
+    content = tiny.content({"name": "vae"}) | {"plugins": ["beside.py"]}
+    (tmp_path / "own" / "recipe.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.chdir(tmp_path)
+    assert main(["own/recipe.yaml", "train.steps=2", "--output", "run"]) == 0
+    recorded = yaml.safe_load(Path("run/recipe.yaml").read_text())
+    assert recorded["plugins"] == ["own/beside.py"]
+    sys.modules.pop("semtok_plugin_beside")
+    for words in ([], ["own/recipe.yaml"]):
+        assert main([*words, "--resume", "--output", "run"]) == 0
+    assert "semtok_plugin_beside" in sys.modules
+
+
+def test_a_plugin_that_is_nowhere_is_told_with_where_it_was_looked_for(tmp_path):
+    with pytest.raises(UserError, match=f"neither in {Path.cwd()} nor beside the recipe"):
+        parse_recipe(recipe() | {"plugins": ["nowhere.py"]}, str(tmp_path / "recipe.yaml"))
+
+
 def test_two_methods_of_one_name_are_refused():
     load_plugins([EXAMPLE])
 

@@ -14,7 +14,7 @@ import yaml
 
 import tiny
 from semtok import Tokenizer, stopping
-from semtok.commands import around_training, train_tokenizer
+from semtok.commands import around_training, train_dit, train_tokenizer
 from semtok.commands.cli import run
 from semtok.data import passes
 from semtok.data.order import load_batches
@@ -114,6 +114,18 @@ def test_before_the_first_file_a_run_says_that_it_starts_again(
     monkeypatch.setattr(around_training, "start_trainer", sent(signal.SIGTERM, start))
     assert run(train_tokenizer.main, [str(recipe), "--output", str(tmp_path / "run")]) == 143
     assert capsys.readouterr().err == "stopped by SIGTERM; the same command starts it again\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [train_tokenizer, train_dit])
+def test_while_a_run_is_planned_a_signal_says_that_nothing_was_begun(
+    command, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(command, "check_launch", sent(signal.SIGTERM, command.check_launch))
+    words = ["vae"] if command is train_tokenizer else ["--tokenizer", "demo"]
+    assert run(command.main, [*words, "--output", str(tmp_path / "run")]) == 143
+    told = "stopped by SIGTERM; nothing was begun; give the same command again\n"
+    assert capsys.readouterr().err == told
     assert not (tmp_path / "run").exists()
 
 

@@ -35,7 +35,7 @@ class TokenizerRecipe(Config, Generic[MethodType, DataType]):
     """Used where the method asks for one."""
     train: TrainConfig
     plugins: tuple[str, ...] = ()
-    """Python files that register methods of your own."""
+    """Python files that register methods of your own, from the current folder or the recipe's."""
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> "TokenizerRecipe[MethodType, DataType]":
@@ -67,7 +67,7 @@ class DiffusionRecipe(Config, Generic[DataType]):
     """Used by REPA; None: the tokenizer's own, where it has one."""
     train: TrainConfig
     plugins: tuple[str, ...] = ()
-    """Python files that register methods of your own."""
+    """Python files that register methods of your own, from the current folder or the recipe's."""
 
     @pydantic.model_validator(mode="after")
     def _some_steps(self) -> "DiffusionRecipe[DataType]":
@@ -146,7 +146,7 @@ def load_recipe(path: Path, overrides: list[str]) -> TokenizerRecipe[Any, Any]:
 
 def parse_recipe(content: dict[str, Any], place: str) -> TokenizerRecipe[Any, Any]:
     """Validates the content of a tokenizer recipe; ``place`` starts every message."""
-    _load_plugins(content, place)
+    content = _load_plugins(content, place)
     method = get_method(_choice(content, "method", "name", place), place=f"{place}: method.name")
     data = data_config_class(_choice(content, "data", "kind", place), place=f"{place}: data.kind")
     return parse(TokenizerRecipe[method.config, data], content, place)
@@ -166,18 +166,34 @@ def parse_diffusion_recipe(content: dict[str, Any], place: str) -> DiffusionReci
     """Validates the content of a generator's recipe; ``place`` starts every message."""
     if "tokenizer" not in content:
         raise UserError(f"{place}: 'tokenizer' is missing; give --tokenizer REF or tokenizer=…")
-    _load_plugins(content, place)
+    content = _load_plugins(content, place)
     data = data_config_class(_choice(content, "data", "kind", place), place=f"{place}: data.kind")
     return parse(DiffusionRecipe[data], content, place)
 
 
-def _load_plugins(content: dict[str, Any], place: str) -> None:
+def _load_plugins(content: dict[str, Any], place: str) -> dict[str, Any]:
+    """Runs the files that a recipe names; where they are not in the current folder, those beside the recipe.
+
+    Returns:
+        the content with each file as it was found, so that a recipe recorded elsewhere finds it too.
+    """
     plugins = content.get("plugins")
-    if isinstance(plugins, list):
-        try:
-            load_plugins([str(plugin) for plugin in plugins])
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from error
+    if not isinstance(plugins, list):
+        return content
+    found = [str(plugin) for plugin in plugins]
+    for number, plugin in enumerate(found):
+        beside = Path(place).parent / plugin
+        if not Path(plugin).is_file() and beside.is_file():
+            found[number] = str(beside)
+        elif not Path(plugin).exists():
+            raise UserError(
+                f"{place}: plugins: no such file '{plugin}', neither in {Path.cwd()} nor beside the recipe"
+            )
+    try:
+        load_plugins(found)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+    return content | {"plugins": found}
 
 
 def parse_data(settings: list[str], *, place: str) -> DataConfig:

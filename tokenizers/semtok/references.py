@@ -34,8 +34,8 @@ def locate_export(
 ) -> Path:
     """Finds the exported folder that a reference names.
 
-    The order: a folder (an export, or a run that holds one), ``runs/<name>``, ``demo`` for the
-    embedded VAE, a Hub id.
+    The order: a folder (an export, a run that holds one, or one around a diffusers VAE), ``runs/<name>``,
+    ``demo`` for the embedded VAE, a Hub id.
 
     Args:
         kind: what is looked for, for messages.
@@ -56,6 +56,8 @@ def locate_export(
             raise UserError(f"{folder}: is a diffusers pipeline; {way_on}")
         if (folder / "recipe.yaml").is_file():
             raise UserError(f"{folder}: this run has no export yet; let it finish with --resume")
+        if kind == "tokenizer" and (folder / "vae" / "config.json").is_file():
+            return folder / "vae"
     if Path(reference).is_file():
         raise UserError(f"{kind} '{reference}': {from_a_file(reference)}")
     if Path(reference).is_dir():

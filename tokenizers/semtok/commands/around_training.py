@@ -117,6 +117,11 @@ def one_training() -> Iterator[None]:
         _training.release()
 
 
+def planning() -> contextlib.AbstractContextManager[None]:
+    """Within this context a signal ends a run of which no file is written, and says so."""
+    return stopping.with_way_on("nothing was begun; give the same command again")
+
+
 @contextlib.contextmanager
 def at_work(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
     """Within this context a run has its folder for itself, in all processes, hears signals, and says how to go on.

@@ -88,7 +88,7 @@ def _check_unchanged(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> 
         if old.get(key) != new.get(key) and not _is_of(key, free)
     ]
     if changed:
-        key = changed[0]
+        key = "method.name" if "method.name" in changed else changed[0]  # the others follow from it
         raise UserError(
             f"{folder}: can't resume with another recipe: {key} was {old.get(key)!r} and is now {new.get(key)!r}"
             + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")

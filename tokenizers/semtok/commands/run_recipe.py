@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from semtok.commands.run_folder import RECIPE_FILE
 from semtok.errors import UserError
 from semtok.progress import is_first
-from semtok.recipe import DiffusionRecipe, TokenizerRecipe
+from semtok.recipe import DiffusionRecipe, TokenizerRecipe, load_diffusion_recipe, load_recipe
 from semtok.settings import apply_overrides, read_yaml
 from semtok.storage import read_json, write_json
 
@@ -67,7 +67,7 @@ def resolve(
         folder: of the run; None: nothing is there.
 
     Raises:
-        UserError: see ``load``; or neither is there.
+        UserError: see ``load``; neither is there; or the folder's run is of another command.
     """
     given = list(overrides)
     if folder is not None and resumes(folder, resume):
@@ -77,6 +77,7 @@ def resolve(
                 f"{folder}: no run to resume there (no {RECIPE_FILE}); leave --resume out to start one, or pass "
                 "--resume auto"
             )
+        _check_kind(folder, load)
         merged = _merged(earlier, given)
         if path is None:
             return Resolved(load(own, given), str(own), tuple(merged))
@@ -85,6 +86,21 @@ def resolve(
         raise UserError("no recipe is named, and no run to go on with; give a recipe")
     given = _fitted(read_yaml(path), given)
     return Resolved(load(path, given), str(path), tuple(given))
+
+
+def _check_kind(folder: Path, load: Load[RecipeType]) -> None:
+    """Raises UserError where a run is a transformer's and not a tokenizer's, or the other way round."""
+    content = read_yaml(folder / RECIPE_FILE)
+    if load is load_recipe and "diffusion" in content and "method" not in content:
+        what, command = "a transformer's", "train_dit"
+    elif load is load_diffusion_recipe and "method" in content and "diffusion" not in content:
+        what, command = "a tokenizer's", "train_tokenizer"
+    else:
+        return
+    raise UserError(
+        f"{folder}: is {what} run; semtok {command} --resume --output {folder} goes on with it, or choose another "
+        "--output"
+    )
 
 
 def record_overrides(folder: Path, overrides: Sequence[str]) -> None:

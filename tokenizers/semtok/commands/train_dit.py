@@ -74,7 +74,8 @@ def main(arguments: Sequence[str]) -> int:
     folder = _folder(args.output, path or _default_recipe(), overrides)
     if path is None and not resumes(folder, args.resume):
         path = _default_recipe()
-    found = resolve(load_diffusion_recipe, path, overrides, folder=folder, resume=args.resume)
+    with around_training.planning():
+        found = resolve(load_diffusion_recipe, path, overrides, folder=folder, resume=args.resume)
     if args.print_recipe:
         print(recipe_text(found.recipe), end="")
         return 0
@@ -153,7 +154,9 @@ def train_dit(
     if around_training.is_finished_already(folder, recipe, resume):
         return Generator.from_pretrained(str(folder))
     with around_training.one_training():
-        return run_dit(check_dit(recipe, folder, resume=resume, place=place, overrides=overrides))
+        with around_training.planning():
+            plan = check_dit(recipe, folder, resume=resume, place=place, overrides=overrides)
+        return run_dit(plan)
 
 
 def check_dit(

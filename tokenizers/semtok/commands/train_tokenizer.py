@@ -62,7 +62,8 @@ def main(arguments: Sequence[str]) -> int:
     if args.output is None and path is None:
         parser.error("a recipe is missing, or the --output of a run to go on with")
     folder = Path(args.output or default_run(path))
-    found = resolve(load_recipe, path, overrides, folder=folder, resume=args.resume)
+    with around_training.planning():
+        found = resolve(load_recipe, path, overrides, folder=folder, resume=args.resume)
     if args.print_recipe:
         print(recipe_text(found.recipe), end="")
         return 0
@@ -131,7 +132,8 @@ def train_tokenizer(
     if around_training.is_finished_already(folder, recipe, resume):
         return Tokenizer.from_pretrained(folder)
     with around_training.one_training():
-        plan = check_tokenizer(recipe, folder, resume=resume, place=place, overrides=overrides)
+        with around_training.planning():
+            plan = check_tokenizer(recipe, folder, resume=resume, place=place, overrides=overrides)
         return run_tokenizer(plan)
 
 

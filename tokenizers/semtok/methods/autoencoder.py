@@ -9,11 +9,12 @@ from typing import Any
 from diffusers import AutoencoderKL
 from diffusers.utils import logging
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from semtok.errors import UserError
 from semtok.references import DEMO, RUNS, check_hub, demo_folder, from_a_file
 from semtok.settings import Config
-from semtok.storage import DAMAGE, first_line, read_json
+from semtok.storage import DAMAGE, first_line, read_json, read_weights
 
 # Shapes ------------------------------------------------------------------------------------------
 
@@ -62,6 +63,7 @@ PRESETS: dict[str, Architecture] = {
 
 
 _WEIGHTS = "diffusion_pytorch_model"
+_UNFIT = "its weights do not fit its config.json"
 
 
 def build_autoencoder(architecture: Architecture) -> AutoencoderKL:
@@ -93,7 +95,8 @@ def load_autoencoder(reference: str) -> AutoencoderKL:
     Hub the same files are looked for, at the top and under ``vae``.
 
     Raises:
-        UserError: nothing there that AutoencoderKL can load, of other than three channels, or the weights are damaged.
+        UserError: nothing there that AutoencoderKL can load, of other than three channels, or the weights are damaged
+            or not finite.
     """
     folder = autoencoder_folder(reference)
     try:
@@ -102,13 +105,48 @@ def load_autoencoder(reference: str) -> AutoencoderKL:
         else:
             autoencoder, report = _loaded(str(folder), **_which_weights(folder))
     except DAMAGE as error:
+        _check_weights_files(folder)
+        unfit = re.search(r"because (\S+) expected shape", first_line(error))
+        if unfit:
+            raise UserError(f"VAE '{reference}': {_UNFIT} (such as {unfit[1]})") from None
         raise UserError(f"VAE '{reference}' can't be loaded: {first_line(error)}") from None
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
-        raise UserError(
-            f"VAE '{reference}': its weights do not fit its config.json ({len(wrong)} tensors, such as {wrong[0]})"
-        )
+        _check_weights_files(folder)
+        raise UserError(f"VAE '{reference}': {_UNFIT} ({len(wrong)} tensors, such as {wrong[0]})")
+    _check_finite(autoencoder, str(folder or reference))
     return autoencoder
+
+
+def _check_weights_files(folder: Path | None) -> None:
+    """Raises UserError where one of a folder's weights files is damaged or holds other things than weights."""
+    if folder is None:
+        return
+    use = _which_weights(folder)
+    suffix, variant = ("bin", "safetensors")[use["use_safetensors"]], use.get("variant")
+    for file in sorted(folder.glob(f"{_WEIGHTS}*.{suffix}")):
+        if variant is not None and variant not in file.name:
+            continue
+        content = read_weights(file)
+        if not isinstance(content, dict) or not all(
+            isinstance(v, Tensor) for v in content.values()
+        ):
+            keys = (
+                ", ".join(map(str, list(content)[:3])) if isinstance(content, dict) else "no names"
+            )
+            raise UserError(
+                f"{file}: is no plain weights file, it holds {keys}; save its tensors alone there, or, of weights in "
+                "CompVis' layout, let semtok hub import auto FILE --output DIR make a folder"
+            )
+
+
+def _check_finite(autoencoder: AutoencoderKL, place: str) -> None:
+    """Raises UserError where weights are NaN or infinite."""
+    for name, tensor in autoencoder.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{place}: its weights are not finite (NaN or infinite in {name}); fetch or train it again"
+            )
 
 
 def _loaded(place: str, **files: Any) -> tuple[AutoencoderKL, dict[str, list[str]]]:
@@ -195,6 +233,8 @@ def autoencoder_folder(reference: str) -> Path | None:
 def check_autoencoder(config: Mapping[str, Any], place: str) -> None:
     """Raises UserError where a diffusers config is of another class than AutoencoderKL, or of images that have other
     than three channels; ``place`` starts the message."""
+    if not isinstance(config, dict):
+        raise UserError(f"{place}: its config.json holds no settings by name, so it is of no VAE")
     name = config.get("_class_name", "AutoencoderKL")
     if name != "AutoencoderKL":
         raise UserError(f"{place}: is of diffusers' {name}; only AutoencoderKL can be loaded")
@@ -205,8 +245,8 @@ def check_channels(taken: int, given: int, place: str) -> None:
     """Raises UserError where an autoencoder takes or gives images of other than three channels."""
     if (taken, given) != (3, 3):
         raise UserError(
-            f"{place}: takes images of {taken} channels and gives {given}; only autoencoders of RGB images, 3 and 3, "
-            "can be used"
+            f"{place}: takes images of {taken!r} channels and gives {given!r}; only autoencoders of RGB images, 3 and "
+            "3, can be used"
         )
 
 

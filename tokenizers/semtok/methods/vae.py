@@ -7,6 +7,7 @@ losses are means over pixels, so that weights keep their meaning across image si
 weight can ramp and is capped.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -203,21 +204,56 @@ class KLTokenizer(Tokenizer):
     @classmethod
     def from_diffusers(cls, folder: Path) -> "KLTokenizer":
         """A tokenizer from a diffusers VAE, standardised as its config says: by ``latents_mean`` and
-        ``latents_std``, or by ``shift_factor`` and ``scaling_factor``."""
+        ``latents_std``, or by ``shift_factor`` and ``scaling_factor``.
+
+        Raises:
+            UserError: see ``load_autoencoder`` and ``stated_statistics``.
+        """
         autoencoder = load_autoencoder(str(folder))
         tokenizer = cls(autoencoder, method="vae")
-        tokenizer._take(*stated_statistics(autoencoder))
+        tokenizer._take(*stated_statistics(autoencoder, str(folder / "config.json")))
         return tokenizer
 
 
-def stated_statistics(autoencoder: AutoencoderKL) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of latents per channel, two of (C,), as the config of a diffusers VAE has them."""
+def stated_statistics(autoencoder: AutoencoderKL, place: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of latents per channel, two of (C,), as the config of a diffusers VAE has them.
+
+    Args:
+        place: starts messages.
+
+    Raises:
+        UserError: the config states what no latents have.
+    """
     config = autoencoder.config
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is None or std is None:
-        mean, std = config.get("shift_factor") or 0.0, 1.0
-    mean, std = torch.as_tensor(mean), torch.as_tensor(std) / config.scaling_factor
-    return mean.expand(config.latent_channels), std.expand(config.latent_channels)
+    channels = config.latent_channels
+    mean, std = (_stated(config, key, channels, place) for key in ("latents_mean", "latents_std"))
+    if (mean is None) != (std is None):
+        there, missing = ("latents_std", "latents_mean")[:: 1 if mean is None else -1]
+        raise UserError(
+            f"{place}: states {there} and no {missing}; give both, or neither (scaling_factor stands for them then)"
+        )
+    if mean is None:
+        mean, std = _stated(config, "shift_factor", 1, place) or 0.0, 1.0
+    scale = _stated(config, "scaling_factor", 1, place)
+    if scale is None:
+        raise UserError(f"{place}: scaling_factor is null; give a number, as 0.18215, or 1")
+    mean, std = torch.as_tensor(mean), torch.as_tensor(std) / scale
+    return mean.expand(channels), std.expand(channels)
+
+
+def _stated(config: Mapping[str, Any], key: str, channels: int, place: str) -> Any:
+    """What a config of diffusers states under a key: a number, of several channels also a list of them; or None."""
+    value = config.get(key)
+    numbers = list(value) if isinstance(value, list | tuple) and channels > 1 else [value]
+    if value is None:
+        return None
+    if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+        raise UserError(f"{place}: {key} {value!r} is not finite numbers; mend it there")
+    if len(numbers) not in (1, channels):
+        raise UserError(f"{place}: {key} has {len(numbers)} numbers for {channels} channels")
+    if key in ("latents_std", "scaling_factor") and min(numbers) <= 0:
+        raise UserError(f"{place}: {key} {value!r}: expected more than 0; mend it there")
+    return value
 
 
 def _encoder_weights(autoencoder: AutoencoderKL) -> dict[str, Tensor]:
@@ -263,7 +299,7 @@ class AutoencoderLearner(nn.Module):
             for name, parameter in self.autoencoder.named_parameters():
                 parameter.requires_grad_(not name.startswith(("encoder.", "quant_conv.")))
             # Buffers, so that a resumed run has them whatever became of the weights that it began with.
-            mean, std = stated_statistics(self.autoencoder)
+            mean, std = stated_statistics(self.autoencoder, f"VAE '{config.vae}'")
             self.register_buffer("latents_mean", mean.clone())
             self.register_buffer("latents_std", std.clone())
         if config.gradient_checkpointing:
