@@ -711,8 +711,11 @@ def test_a_recipes_name_trains_the_texture_on_the_same_images(
     assert "is not trained yet" not in capsys.readouterr().out
     shutil.rmtree(tmp_path / "runs" / "x")
     other = on(tmp_path, "reg", texture="mine", min_texture_psnr=0)
-    other["data"]["path"] = str(shutil.copytree(drawings, tmp_path / "others"))
-    with pytest.raises(UserError, match="runs/x_mine: can't resume with another recipe: data.path"):
+    copied = shutil.copytree(drawings, tmp_path / "others")
+    other["data"]["path"] = str(copied)
+    images = sorted(copied.rglob("*.png"))
+    images[0].unlink()
+    with pytest.raises(UserError, match="runs/x_mine: can't resume with other images"):
         train_tokenizer(parse_recipe(other, "tiny"), Path("runs/x"))
 
 

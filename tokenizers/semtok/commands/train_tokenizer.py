@@ -13,6 +13,7 @@ from torch import nn
 
 from semtok.commands import around_training
 from semtok.commands.cli import Parser
+from semtok.commands.run_data import check_data
 from semtok.commands.run_folder import check_run_folder
 from semtok.commands.run_recipe import Resume, resolve, resumes, split_recipe
 from semtok.commands.texture_quality import TextureQuality, record, texture_quality
@@ -309,8 +310,10 @@ def check_reference(
         content, place, overrides = found.recipe, found.place, found.overrides
     plan = check_tokenizer(content, folder, resume="auto", place=place, overrides=overrides)
     # Also a finished run has to be of the same recipe and images, which is checked above.
-    is_finished = (folder / "export" / "config.json").is_file()
-    return Tokenizer.from_pretrained(folder) if is_finished else plan
+    if not (folder / "export" / "config.json").is_file():
+        return plan
+    check_data(folder, plan.sources)
+    return Tokenizer.from_pretrained(folder)
 
 
 def check_tokenizer_of_run(
