@@ -104,3 +104,36 @@ def test_a_test_that_hangs_fails_with_where_it_hangs(tmp_path):
         [sys.executable, "-m", "pytest", *words], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1 and "Timeout" in done.stderr and "in test_it" in done.stderr
+
+
+JOIN = """
+import datetime, time
+from semtok.training import process
+process.PATIENCE_OF_JOINING = datetime.timedelta(seconds=SECONDS)
+process.TOLD_AFTER = 0.5
+"""
+
+
+def test_a_process_whose_others_never_start_says_so_and_ends(tmp_path):
+    source = JOIN.replace("SECONDS", "3") + (
+        "import os; from semtok.commands.cli import run\n"
+        "os.environ |= {'WORLD_SIZE': '2', 'RANK': '0', 'LOCAL_RANK': '0'}\n"
+        "raise SystemExit(run(lambda words: process.join_processes() or 0, []))"
+    )
+    (rank,) = launch(["-c", source], tmp_path, num=1)
+    assert rank.code == 2
+    told = "process 0 of 2 (RANK, WORLD_SIZE): "
+    assert f"{told}waiting for the others to start" in rank.output
+    assert f"error: {told}the others did not start within 0.05 minutes" in rank.output
+
+
+def test_after_the_processes_have_met_they_wait_longer_for_each_other(tmp_path):
+    source = JOIN.replace("SECONDS", "8") + (
+        "from semtok.processes import gather, process_index\n"
+        "process.join_processes()\n"
+        "time.sleep(10 * process_index())\n"
+        "print(gather(process_index()))"
+    )
+    assert [rank.output.splitlines()[-1] for rank in launch(["-c", source], tmp_path)] == [
+        "[0, 1]"
+    ] * 2

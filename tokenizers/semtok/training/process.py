@@ -2,18 +2,28 @@
 
 import importlib.util
 import os
+import sys
+import threading
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch.distributed import distributed_c10d
 
 from semtok.errors import UserError
 from semtok.speed import Precision, allow_tf32, autocast_dtype
 from semtok.training.accumulation import device_gb, micro_batches
 from semtok.training.agreement import PATIENCE
 from semtok.training.train_config import TrainConfig
+
+PATIENCE_OF_JOINING = timedelta(minutes=10)
+"""How long a process waits for the others to start, and to check what it has checked."""
+TOLD_AFTER = 10.0
+"""After how long it says that it waits."""
 
 # What `accelerate launch` and its configuration file ask for by these variables, and the loop does not do.
 _REFUSED = {
@@ -75,8 +85,34 @@ def check_launch(config: TrainConfig) -> None:
 
 
 def join_processes() -> None:
-    """Meets the processes that a launcher has started; alone, or where they have met, it does nothing."""
-    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    """Meets the processes that a launcher has started; alone, or where they have met, it does nothing.
+
+    Raises:
+        UserError: the others did not come.
+    """
+    num, rank = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0")
+    if num == 1 or dist.is_initialized():
+        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+        return
+    told = f"process {rank} of {num} (RANK, WORLD_SIZE): waiting for the others to start"
+    teller = threading.Timer(TOLD_AFTER, print, [told], {"file": sys.stderr, "flush": True})
+    teller.daemon = True
+    teller.start()
+    try:
+        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE_OF_JOINING)
+    except dist.DistError:
+        PartialState._reset_state()
+        minutes = PATIENCE_OF_JOINING.total_seconds() / 60
+        raise UserError(
+            f"process {rank} of {num} (RANK, WORLD_SIZE): the others did not start within {minutes:g} minutes; see "
+            "what they printed, and start all again"
+        ) from None
+    finally:
+        teller.cancel()
+    if dist.is_initialized():  # what follows may last longer
+        set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+        set_timeout(PATIENCE)
+        distributed_c10d._get_default_store().set_timeout(PATIENCE)
 
 
 def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
