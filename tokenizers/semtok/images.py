@@ -88,10 +88,13 @@ def _ends(value_range: Any) -> ValueRange:
     return black, white
 
 
-def check_range(pixels: Tensor) -> None:
+def check_range(pixels: Tensor, value_range: ValueRange | None = None) -> None:
     """Looks whether float images can be pixels in [-1, 1]; reads them, so that the host waits for a GPU.
 
-    Images in [0, 1] could be bright ones: there is one warning.
+    Images in [0, 1] could be bright ones: there is one warning where no value_range was given.
+
+    Args:
+        value_range: what the pixels were brought to [-1, 1] from.
 
     Raises:
         ValueError: they are certainly of another range, or not finite.
@@ -99,7 +102,17 @@ def check_range(pixels: Tensor) -> None:
     if not pixels.numel():
         return
     low, high = (value.item() for value in pixels.detach().float().aminmax())
-    if not (low >= -_FARTHEST and high <= _FARTHEST):
+    is_within = low >= -_FARTHEST and high <= _FARTHEST
+    if value_range is not None:
+        if not is_within:
+            black, white = value_range
+            low, high = (black + (end + 1) / 2 * (white - black) for end in (low, high))
+            raise ValueError(
+                f"value_range: black and white are ({black:g}, {white:g}); these images lie in [{low:g}, {high:g}]; "
+                "pass the range that they are of"
+            )
+        return
+    if not is_within:
         likely = (0, 255) if low >= 0 else (low, high)
         way_out = f"pass value_range=({likely[0]:g}, {likely[1]:g}) if black and white are so"
         if not np.isfinite([low, high]).all():
