@@ -10,7 +10,7 @@ from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from semtok import UserError
-from semtok.images import to_pil, to_pixels, to_uint8
+from semtok.images import check_range, to_pil, to_pixels, to_uint8
 from semtok.metrics import psnr, ssim
 from semtok.perceptual import LPIPS, teacher_distance
 from semtok.pictures import principal_components
@@ -22,6 +22,37 @@ def noise(*size: int, seed: int = 0) -> torch.Tensor:
 
 
 # Pixels ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value_range", [5, (0,), "ab", "01", (1, 0)])
+def test_a_value_range_that_is_none_is_named(value_range):
+    with pytest.raises(ValueError, match="^value_range: expected \\(black, white\\)"):
+        to_pixels(torch.zeros(1, 3, 4, 4), value_range=value_range)
+
+
+def test_images_outside_their_value_range_are_refused():
+    pixels = to_pixels(torch.full((1, 3, 4, 4), 200.0), value_range=(0, 1))
+    with pytest.raises(ValueError, match="^value_range: .* lie in .*200, 200"):
+        check_range(pixels, (0, 1))
+    check_range(to_pixels(torch.ones(1, 3, 4, 4), value_range=(0, 1)), (0, 1))
+
+
+def test_floats_of_another_order_of_bytes_are_taken():
+    array = np.full((4, 4, 3), 0.5, dtype=">f4")
+    assert to_pixels(array).eq(0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("array", "way_out"),
+    [
+        (np.zeros((4, 4), np.uint8), "np.stack"),
+        (np.zeros((4, 4, 4), np.uint8), "leave transparency out"),
+        (np.zeros((4, 4, 3), bool), "255$"),
+    ],
+)
+def test_arrays_that_are_refused_have_a_way_out(array, way_out):
+    with pytest.raises(ValueError, match=way_out):
+        to_pixels(array)
 
 
 def test_pil_images_become_channels_first_in_rgb_order():

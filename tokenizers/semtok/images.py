@@ -70,18 +70,31 @@ def to_pixels(
         return result.float() / 127.5 - 1
     if value_range is None:
         return result
-    black, white = value_range
-    if not black < white:
-        raise ValueError(
-            f"value_range: expected (black, white) with black < white, got {value_range}"
-        )
+    black, white = _ends(value_range)
     return result if (black, white) == (-1, 1) else (result - black) * (2 / (white - black)) - 1
 
 
-def check_range(pixels: Tensor) -> None:
+def _ends(value_range: Any) -> ValueRange:
+    """Black and white of a ``value_range``; raises ValueError where it is none."""
+    try:
+        black, white = (float(end) for end in value_range)
+        is_range = not isinstance(value_range, str) and black < white
+    except (TypeError, ValueError):
+        is_range = False
+    if not is_range:
+        raise ValueError(
+            f"value_range: expected (black, white) with black < white, got {value_range!r}"
+        )
+    return black, white
+
+
+def check_range(pixels: Tensor, value_range: ValueRange | None = None) -> None:
     """Looks whether float images can be pixels in [-1, 1]; reads them, so that the host waits for a GPU.
 
-    Images in [0, 1] could be bright ones: there is one warning.
+    Images in [0, 1] could be bright ones: there is one warning where no value_range was given.
+
+    Args:
+        value_range: what the pixels were brought to [-1, 1] from.
 
     Raises:
         ValueError: they are certainly of another range, or not finite.
@@ -89,7 +102,17 @@ def check_range(pixels: Tensor) -> None:
     if not pixels.numel():
         return
     low, high = (value.item() for value in pixels.detach().float().aminmax())
-    if not (low >= -_FARTHEST and high <= _FARTHEST):
+    is_within = low >= -_FARTHEST and high <= _FARTHEST
+    if value_range is not None:
+        if not is_within:
+            black, white = value_range
+            low, high = (black + (end + 1) / 2 * (white - black) for end in (low, high))
+            raise ValueError(
+                f"value_range: black and white are ({black:g}, {white:g}); these images lie in [{low:g}, {high:g}]; "
+                "pass the range that they are of"
+            )
+        return
+    if not is_within:
         likely = (0, 255) if low >= 0 else (low, high)
         way_out = f"pass value_range=({likely[0]:g}, {likely[1]:g}) if black and white are so"
         if not np.isfinite([low, high]).all():
@@ -177,13 +200,18 @@ def _from_array(array: np.ndarray) -> Tensor:
     if array.ndim not in (3, 4) or array.shape[-1] != 3:
         is_first = array.ndim in (3, 4) and array.shape[-3] == 3
         way_out = "; channels come first in tensors: torch.from_numpy(…)" if is_first else ""
+        if array.ndim == 2:
+            way_out = "; grey images become three channels by np.stack([array] * 3, axis=-1)"
+        elif array.ndim in (3, 4) and array.shape[-1] == 4:
+            way_out = "; leave transparency out: array[..., :3]"
         raise ValueError(
             f"expected images (height, width, 3) or (B, height, width, 3) as a NumPy array, got {array.shape}"
             f"{way_out}"
         )
     if array.dtype.kind not in "buif":
         raise ValueError(f"expected images of numbers, got a NumPy array of {array.dtype}")
-    batch = torch.from_numpy(np.array(array))  # a copy: others may be read-only
+    # A copy, as others may be read-only, in this machine's order of bytes.
+    batch = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
     batch = batch.float() if batch.dtype == torch.float64 else batch
     return rearrange(batch[None] if batch.ndim == 3 else batch, "b h w c -> b c h w")
 
@@ -200,9 +228,11 @@ def _checked(images: Tensor) -> Tensor:
             way_out = "; leave transparency out: images[:, :3]"
         raise ValueError(f"expected images (B, 3, height, width), got {shape}{way_out}")
     if images.dtype != torch.uint8 and not images.is_floating_point():
+        way_out = "values in [0, 255] become uint8 by .to(torch.uint8)"
+        if images.dtype == torch.bool:
+            way_out = "black and white become uint8 by .to(torch.uint8) * 255"
         raise ValueError(
-            f"expected uint8 images in [0, 255] or float images in [-1, 1], got {images.dtype}; values in [0, 255] "
-            "become uint8 by .to(torch.uint8)"
+            f"expected uint8 images in [0, 255] or float images in [-1, 1], got {images.dtype}; {way_out}"
         )
     return images
 

@@ -153,8 +153,8 @@ class Tokenizer(PushToHub, nn.Module, ABC):
                 in [0, 255] or float in ``value_range``; H and W divisible by ``spec.stride``.
             sample: draw from the posterior, instead of taking its mean.
             generator: the source of that draw.
-            value_range: (black, white) of float images. None: [-1, 1]; it is then looked whether they can be, on
-                a GPU at the first batch alone, as looking waits for it.
+            value_range: (black, white) of float images. None: [-1, 1]. It is looked whether they can be, on
+                a GPU at the first batch alone, as looking waits for it; (-1, 1) takes them as they are.
 
         Raises:
             ValueError: images of another shape, range or kind, a size that the stride does not divide, statistics
@@ -163,8 +163,9 @@ class Tokenizer(PushToHub, nn.Module, ABC):
         if generator is not None and not sample:
             raise ValueError("generator: nothing is drawn; pass sample=True too")
         pixels = to_pixels(images, self.device, value_range=value_range)
-        if value_range is None and self._range_is_looked_at(images, pixels):
-            check_range(pixels)
+        is_taken_as_it_is = value_range is not None and tuple(value_range) == (-1, 1)
+        if not is_taken_as_it_is and self._range_is_looked_at(images, pixels):
+            check_range(pixels, value_range)
         posterior = self.posterior(pixels)
         return posterior.sample(generator) if sample else posterior.mean
 

@@ -37,7 +37,13 @@ class Resolved:
 
 
 def resumes(folder: Path, resume: Resume) -> bool:
-    """Whether a run in this folder goes on, as ``--resume`` says."""
+    """Whether a run in this folder goes on, as ``--resume`` says.
+
+    Raises:
+        ValueError: it says something else than ``Resume`` knows.
+    """
+    if resume != "auto" and not isinstance(resume, bool):
+        raise ValueError(f'resume: expected True, False or "auto", got {resume!r}')
     return (folder / RECIPE_FILE).is_file() if resume == "auto" else resume
 
 

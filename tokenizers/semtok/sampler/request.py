@@ -7,8 +7,9 @@ import difflib
 import itertools
 import operator
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -94,6 +95,7 @@ class SampleRequest:
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         if self.seed is not None and self.generator is not None:
             raise ValueError("seed and generator both say where noise comes from; give one of them")
         if self.first and self.seed is None:
@@ -104,6 +106,23 @@ class SampleRequest:
         if unknown:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs: no tensor {', '.join(unknown)}; latents is all there is"
+            )
+
+    def _check_numbers(self) -> None:
+        """Raises ValueError where a word of this call is of another kind than it should be."""
+        if self.seed is not None:
+            _check_whole("seed", self.seed, least=0)
+        _check_whole("first", self.first, least=0)
+        _check_whole("num_images_per_class", self.num_images_per_class, least=None)
+        strength = self.strength
+        if strength is not None and (isinstance(strength, bool) or not isinstance(strength, Real)):
+            raise ValueError(
+                f"strength: expected a number more than 0 and at most 1, got {strength!r}"
+            )
+        callback = self.callback_on_step_end
+        if callback is not None and not callable(callback):
+            raise ValueError(
+                f"callback_on_step_end: expected a function of (model, step, clock, latents), got {callback!r}"
             )
 
     def settings(self, own: SamplerConfig) -> SamplerConfig:
@@ -136,7 +155,9 @@ class SampleRequest:
         """
         given = self.class_labels
         given = given.tolist() if isinstance(given, Tensor) else given
-        given = [given] if given is None or isinstance(given, int | str) else list(given)
+        given = (
+            list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+        )
         if not given or self.num_images_per_class < 1:
             raise ValueError("no images asked for: give class_labels and num_images_per_class")
         known = class_numbers(model.class_names)
@@ -327,6 +348,17 @@ def _number(label: Any, known: Mapping[str, int], num_classes: int) -> int:
     )
 
 
+def _check_whole(word: str, value: Any, *, least: int | None) -> None:
+    """Raises ValueError where a value is no whole number, or less than the least."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise ValueError(f"{word}: expected a whole number{bound}, got {value!r}")
+
+
 def _drawn_seed(generator: torch.Generator | None) -> int:
     device = generator.device if generator is not None else torch.device("cpu")
     return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
@@ -352,6 +384,10 @@ def _fitting(
     for name, part in latents.items():
         if not part.is_floating_point():
             raise ValueError(f"latents: expected floating-point numbers, got {part.dtype} ({name})")
+        if not part.isfinite().all():
+            raise ValueError(
+                f"latents: {name} has values that are not finite; mend what made them so"
+            )
     return {name: latents[name].float() for name in expected}
 
 
