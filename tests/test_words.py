@@ -237,6 +237,30 @@ def test_both_start_from_the_same_image(one):
         assert same(over_white, call([0], seed=5, image=white, strength=0.4))
 
 
+def test_an_image_means_the_same_to_both_in_every_form(one):
+    drawn = one.model.sample([1], seed=2)
+    picture = to_pil(drawn)[0]
+    levels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    turned = picture.rotate(90, expand=True)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # a quarter turn to the right shows it the right way up
+    forms = [
+        {"image": picture},
+        {"image": turned},
+        {"image": levels},
+        {"image": levels[0].permute(1, 2, 0).numpy()},
+        {"image": levels / 255},
+        {"image": (levels / 255).permute(0, 2, 3, 1).numpy()},
+        {"image": levels / 127.5 - 1, "value_range": (-1, 1)},
+        {"image": levels.float(), "value_range": (0, 255)},
+    ]
+    made = [call([0], seed=5, strength=0.3, **form) for form in forms for call in one.surfaces()]
+    assert [same(made[0], other) for other in made] == [True] * 2 * len(forms)
+    for call in one.surfaces():
+        with pytest.raises(ValueError, match=r"pass value_range=\(black, white\), as \(-1, 1\)"):
+            call([0], image=drawn, strength=0.3)
+
+
 def test_semantics_of_an_image_come_from_the_teacher_where_there_is_one(three):
     picture = to_pil(three.model.sample([1], seed=2))[0]
     drawn = three.model.sample_latents([0], seed=5, image=picture, strength=1e-3)

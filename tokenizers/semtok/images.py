@@ -88,6 +88,24 @@ def _ends(value_range: Any) -> ValueRange:
     return black, white
 
 
+def check_unit_range(pixels: Tensor) -> None:
+    """Raises ValueError where images of a stated range do not lie in it; half a level beyond is rounding."""
+    low, high = (value.item() for value in pixels.detach().float().aminmax())
+    if not (low >= -1 - 1 / 255 and high <= 1 + 1 / 255):
+        raise ValueError(
+            f"image: floats lie from {(low + 1) / 2:g} to {(high + 1) / 2:g}, where 0 is black and 1 is white; "
+            "pass value_range=(black, white), as (-1, 1)"
+        )
+
+
+def are_floats(images: Images) -> bool:
+    """Whether images are arrays or tensors of floats, which do not say themselves what black and white are."""
+    one = images[0] if isinstance(images, list | tuple) and images else images
+    if isinstance(one, np.ndarray):
+        return one.dtype.kind == "f"
+    return isinstance(one, Tensor) and one.is_floating_point()
+
+
 def check_range(pixels: Tensor, value_range: ValueRange | None = None) -> None:
     """Looks whether float images can be pixels in [-1, 1]; reads them, so that the host waits for a GPU.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from semtok.card import provenance, write_readme
 from semtok.diffusion.diffusion_config import DiffusionConfig, build_network, check_guidance
 from semtok.errors import UserError
-from semtok.images import Images, to_pil
+from semtok.images import Images, ValueRange, are_floats, check_unit_range, to_pil, to_pixels
 from semtok.pictures import Row, principal_components, rows_of_images
 from semtok.privacy import fit_to_show
 from semtok.publish import PushToHub
@@ -137,6 +137,7 @@ class Generator(PushToHub, nn.Module):
         class_labels: ClassLabels = None,
         *,
         image: Images | None = None,
+        value_range: ValueRange | None = None,
         output_type: OutputType = "pixels",
         sampler: SamplerConfig | None = None,
         weak: "Generator | None" = None,
@@ -152,6 +153,7 @@ class Generator(PushToHub, nn.Module):
                 classes.
             image: to start from, one for all or one for each, as ``Tokenizer.encode`` takes them; ``strength``
                 says how much of it is sampled anew. Semantics are encoded too, by the tokenizer's teacher.
+            value_range: (black, white) of an image of floats; None: (0, 1), as ``np`` and ``pt`` give them.
             output_type: ``pixels`` (B, 3, H, W) in [-1, 1], ``pt`` the same in [0, 1], ``np`` (B, H, W, 3) in
                 [0, 1], ``pil`` or ``latent``.
             sampler: instead of the one it was saved with.
@@ -173,7 +175,12 @@ class Generator(PushToHub, nn.Module):
                 f"output_type {output_type!r}: expected {', '.join(get_args(OutputType))}"
             )
         latents = self.sample_latents(
-            class_labels, image=image, sampler=sampler, weak=weak, **words
+            class_labels,
+            image=image,
+            value_range=value_range,
+            sampler=sampler,
+            weak=weak,
+            **words,
         )
         if output_type == "latent":
             return latents
@@ -197,6 +204,7 @@ class Generator(PushToHub, nn.Module):
         class_labels: ClassLabels = None,
         *,
         image: Images | None = None,
+        value_range: ValueRange | None = None,
         sampler: SamplerConfig | None = None,
         weak: "Generator | None" = None,
         watch: Watch | None = None,
@@ -217,7 +225,8 @@ class Generator(PushToHub, nn.Module):
             check_guidance_fits(settings, self.network.spec, can_be_guided=guided)
         self.check_sampling(settings, weak)
         model = self._sampled()
-        start = request.start(model, None if image is None else self.encode(image))
+        known = None if image is None else self.encode(image, value_range=value_range)
+        start = request.start(model, known)
         with computing(self.device, self._precision):
             return draw(
                 model,
@@ -238,14 +247,20 @@ class Generator(PushToHub, nn.Module):
         return SampleRequest(class_labels).numbers(self._sampled())
 
     @torch.no_grad()
-    def encode(self, image: Images) -> Latents:
+    def encode(self, image: Images, *, value_range: ValueRange | None = None) -> Latents:
         """Images as latents to start from, on the texture's grid, float32: the mean of their posterior.
+
+        Args:
+            value_range: see ``sample``.
 
         Raises:
             ValueError: images that ``Tokenizer.encode`` does not take, or of another size than it draws.
         """
         with computing(self.device, "fp32" if self._precision is not None else None):
-            latents = self.tokenizer.encode(image).to(torch.float32)
+            if are_floats(image):
+                image, value_range = to_pixels(image, value_range=value_range or (0, 1)), (-1, 1)
+                check_unit_range(image)
+            latents = self.tokenizer.encode(image, value_range=value_range).to(torch.float32)
         size = tuple(
             side * self.tokenizer.spec["texture"].stride for side in latents.texture.shape[2:]
         )

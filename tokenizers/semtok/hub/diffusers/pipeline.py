@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -16,7 +17,7 @@ from diffusers import (
     SchedulerMixin,
 )
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 
@@ -68,6 +69,7 @@ class SemtokPipeline(DiffusionPipeline):
         *,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         image: Any = None,
+        value_range: tuple[float, float] | None = None,
         strength: float | None = None,
         callback_on_step_end: Callable[[Any, int, float, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -87,7 +89,8 @@ class SemtokPipeline(DiffusionPipeline):
             output_type: ``pil``, ``np`` (B, H, W, 3) or ``pt`` (B, 3, H, W), both in [0, 1], or ``latent``.
             return_dict: False: a tuple with the images alone.
             generator: a ``torch.Generator`` from which each image's seed is drawn, or one for each image.
-            image: to start from, one or one for each: PIL, or floats in [0, 1], shaped as ``np`` and ``pt``.
+            image: to start from, one or one for each: PIL, or uint8 or floats, shaped as ``np`` and ``pt``.
+            value_range: (black, white) of an image of floats; None: (0, 1), as ``np`` and ``pt`` give them.
             strength: the share of the time axis that is sampled from ``image`` on, in (0, 1]; by default 0.8.
             callback_on_step_end: called as (pipeline, step, time, ``{"latents": {part: tensor}}``) after each
                 step; ``latents`` that it returns are gone on from.
@@ -108,7 +111,7 @@ class SemtokPipeline(DiffusionPipeline):
         }
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r}: expected pil, np, pt or latent")
-        drawn = self._draw(words, image)
+        drawn = self._draw(words, image, value_range or (0, 1))
         images = dict(drawn)
         if output_type != "latent":
             pixels = self._decode(drawn["texture"])
@@ -116,7 +119,9 @@ class SemtokPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _draw(self, words: Mapping[str, Any], image: Any) -> Mapping[str, Tensor]:
+    def _draw(
+        self, words: Mapping[str, Any], image: Any, value_range: tuple[float, float]
+    ) -> Mapping[str, Tensor]:
         """The latents of a call."""
         if not hasattr(self.scheduler, "own_settings"):
             raise ValueError(
@@ -135,7 +140,7 @@ class SemtokPipeline(DiffusionPipeline):
             request,
             settings,
             device=self._execution_device,
-            image=None if image is None else self._encode(image),
+            image=None if image is None else self._encode(image, value_range),
             owner=self,
             bar=lambda steps: self.progress_bar(total=steps),
         )
@@ -146,7 +151,7 @@ class SemtokPipeline(DiffusionPipeline):
         raw = (texture * std + mean).to(self.vae.dtype)
         return self.vae.decode(raw).sample.float().clamp(-1, 1)
 
-    def _encode(self, image: Any) -> Tensor:
+    def _encode(self, image: Any, value_range: tuple[float, float]) -> Tensor:
         """Images to standardised latents (B, C, h, w), float32: the mean of their posterior."""
         parts = [part for part in self.transformer.spec.names if part != "texture"]
         if parts:
@@ -154,24 +159,31 @@ class SemtokPipeline(DiffusionPipeline):
                 f"image: this model also draws {', '.join(parts)}, for which an image needs the teacher, and a "
                 "pipeline has none; semtok's Generator takes image"
             )
-        pixels = self._pixels(image).to(self._execution_device, self.vae.dtype)
+        pixels = self._pixels(image, value_range).to(self._execution_device, self.vae.dtype)
         mean, std = self._statistics(pixels.device)
         return (self.vae.encode(pixels).latent_dist.mean.float() - mean) / std
 
-    def _pixels(self, image: Any) -> Tensor:
-        """PIL images, or floats in [0, 1], to pixels (B, 3, H, W) in [-1, 1]. Transparency is over white.
+    def _pixels(self, image: Any, value_range: tuple[float, float]) -> Tensor:
+        """PIL images, uint8, or floats in a range, to pixels (B, 3, H, W) in [-1, 1]. Transparency is over white, and
+        a camera's note of which way is up is followed.
 
         Raises:
             ValueError: another kind, range or size.
         """
         several = image if isinstance(image, list) else [image]
+        if not several:
+            raise ValueError("image: an empty list; give one image, or one for each")
         if all(isinstance(entry, Image.Image) for entry in several):
             deep = [entry.mode for entry in several if entry.mode[0] in "IF"]
             if deep:
                 raise ValueError(f"image: mode {deep[0]} has no known range; convert it to RGB")
-            layers = [entry.convert("RGBA") for entry in several]
+            layers = [ImageOps.exif_transpose(entry).convert("RGBA") for entry in several]
             grounds = [Image.new("RGBA", layer.size, "white") for layer in layers]
             several = [Image.alpha_composite(*pair) for pair in zip(grounds, layers, strict=True)]
+        elif any(isinstance(entry, str | os.PathLike) for entry in several):
+            raise ValueError("image: a path; open it by PIL.Image.open")
+        else:
+            several = [self._unit(entry, value_range) for entry in several]
         as_they_are = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_rgb=True)
         pixels = as_they_are.preprocess(several)
         expected = (3, self.config.height, self.config.width)
@@ -179,12 +191,27 @@ class SemtokPipeline(DiffusionPipeline):
             raise ValueError(
                 f"image: expected (B, {', '.join(map(str, expected))}), got {tuple(pixels.shape)}"
             )
-        if not pixels.is_floating_point() or not 0 <= pixels.min() <= pixels.max() <= 1:
+        low, high = pixels.min().item(), pixels.max().item()
+        if not (low >= -1 / 510 and high <= 1 + 1 / 510):
             raise ValueError(
-                f"image: tensors and arrays are of floats in [0, 1]; got {pixels.dtype}, from "
-                f"{pixels.min().item():g} to {pixels.max().item():g}"
+                f"image: floats lie from {low:g} to {high:g}, where 0 is black and 1 is white; pass "
+                "value_range=(black, white), as (-1, 1)"
             )
         return pixels * 2 - 1
+
+    @staticmethod
+    def _unit(image: Any, value_range: tuple[float, float]) -> Any:
+        """An array or a tensor with black at 0 and white at 1."""
+        if not isinstance(image, np.ndarray | Tensor):
+            raise ValueError(
+                f"image: expected PIL images, arrays or tensors, got {type(image).__name__}"
+            )
+        if image.dtype in (np.uint8, torch.uint8):
+            return image / np.float32(255) if isinstance(image, np.ndarray) else image.float() / 255
+        black, white = value_range
+        if not black < white:
+            raise ValueError(f"value_range: expected (black, white), got {value_range}")
+        return (image - black) / (white - black)
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the raw latents per channel, (1, C, 1, 1)."""
