@@ -385,6 +385,8 @@ def test_a_signal_stops_the_running_jobs(tmp_path):
                 time.sleep(1)
 
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # Ignored where the tests run in a shell's background.
+        interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)
         thread = threading.Thread(target=interrupt)
         thread.start()
         try:
@@ -393,6 +395,7 @@ def test_a_signal_stops_the_running_jobs(tmp_path):
         finally:
             thread.join()
             signal.signal(signal.SIGHUP, before)
+            signal.signal(signal.SIGINT, interrupted)
         assert is_gone(int(pid.read_text())) and not list(tmp_path.glob("*.done"))
 
 

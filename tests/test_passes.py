@@ -400,7 +400,7 @@ def test_a_cache_notes_which_image_could_not_be_read(pictures, tmp_path):
     )
     (index,) = cached.shards.skipped
     assert index == 2 and cached.shards.skipped[2].endswith("2.png")
-    assert [place for place, _ in cached.load([5, 2, 1]).skipped] == [1]
+    assert [one.position for one in cached.load([5, 2, 1]).skipped] == [1]
 
 
 def test_an_image_is_decoded_once_for_itself_and_its_mirror_image(pictures, tmp_path, monkeypatch):

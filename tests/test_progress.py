@@ -16,6 +16,7 @@ from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.data import passes
 from semtok.data.images.tar_index import index_shards
+from semtok.data.left_out import LeftOut
 from semtok.data.remote import StoredFile
 from semtok.evaluation.generation import FeatureNetwork, see
 from semtok.evaluation.image_sets import ImageSet
@@ -279,7 +280,7 @@ def test_indices_of_tars_and_features_of_sets_tell_how_far_they_are(at_once, tmp
             member = tarfile.TarInfo(name)
             member.size = len(content_of)
             archive.addfile(member, io.BytesIO(content_of))
-    index_shards([StoredFile(str(tmp_path / "a.tar"), 0, "made up")], None)
+    index_shards([StoredFile(str(tmp_path / "a.tar"), 0, "made up")], None, LeftOut())
     network = FeatureNetwork("mean", "", lambda x: {"pooled": x.float().mean(dim=(2, 3))})
     pixels = torch.rand(8, 3, 4, 4).mul(255).to(torch.uint8)
     see(ImageSet("made up", "", 8, (4, 4), lambda: iter(pixels.split(4))), [network])
