@@ -316,7 +316,10 @@ def test_a_files_orientation_transparency_and_depth_are_understood(tmp_path):
         (torch.zeros(1, 1, 4, 4), r"got \(1, 1, 4, 4\); grey images become three channels by"),
         (torch.zeros(1, 4, 8, 8), r"got \(1, 4, 8, 8\); leave transparency out: images\[:, :3\]"),
         (np.zeros((3, 4, 6)), r"as a NumPy array, got \(3, 4, 6\); channels come first in tensors"),
-        (np.zeros((4, 6, 4)), r"\(height, width, 3\) .* got \(4, 6, 4\); leave transparency out: array\[\.\.\., :3\]$"),
+        (
+            np.zeros((4, 6, 4)),
+            r"\(height, width, 3\) .* got \(4, 6, 4\); leave transparency out: array\[\.\.\., :3\]$",
+        ),
         (
             torch.zeros(1, 3, 4, 4, dtype=torch.int64),
             r"got torch.int64; values in \[0, 255\] become",
