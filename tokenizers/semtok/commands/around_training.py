@@ -295,7 +295,6 @@ def summarise(
         what: the export is.
         texture: how well the tokenizer that this one is built on shows the training images.
     """
-    images = trainer.step * trainer.config.batch_size
     summary = _figures(trainer, metrics, total_seconds)
     if texture is not None:
         summary["texture"] = asdict(texture)
@@ -317,7 +316,7 @@ def summarise(
         found = f"{texture.psnr:.2f} dB on {texture.num_images} training images"
         rows.append(("PSNR of the texture", found))
     rows += [
-        ("speed", f"{images / trainer.seconds:.1f} images/s" if trainer.seconds else "-"),
+        ("speed", f"{summary['images_per_second']:.1f} images/s" if trainer.seconds else "-"),
         ("time", f"{total_seconds:.0f} s in all, {trainer.seconds:.0f} s training"),
     ]
     if trainer.skipped:

@@ -72,15 +72,13 @@ def _components(args: argparse.Namespace) -> dict[str, Any]:
             f"--num-held-out {args.num_held_out} and --num {args.num}: CKNNA needs at least {NUM_NEIGHBOURS + 1} "
             "images, and no more are shown than are scored"
         )
-    if args.seed < 0:
-        raise UserError(f"--seed: expected at least 0, got {args.seed}")
+    options.check_seed(args)
     teacher = options.load_teacher(args)
     pixels, classes = _shown(held_out, args.num, args.num_held_out)
     tokens = teacher.features(pixels).patches[-1]
     rows = [Row("image", pixels, classes)]
     scores: dict[str, dict[str, float]] = {}
     models: dict[str, str] = {}
-    digest = PixelDigest()
     for reference, name in names.items():
         tokenizer = options.load_tokenizer(reference, held_out)
         digest = PixelDigest()

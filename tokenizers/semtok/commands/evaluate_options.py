@@ -118,6 +118,12 @@ def open_data(
     return train, held_out
 
 
+def check_seed(args: argparse.Namespace) -> None:
+    """Raises UserError where ``--seed`` is none."""
+    if args.seed < 0:
+        raise UserError(f"--seed: expected at least 0, got {args.seed}")
+
+
 def data_trained_on(reference: str, model: Generator) -> dict[str, Any] | None:
     """The data settings that a model was trained on: whole, as its run has them, or as much as its export says.
 

@@ -38,8 +38,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
 
 def _latents(args: argparse.Namespace) -> dict[str, Any]:
     train, held_out = options.open_data(args)
-    if args.seed < 0:
-        raise UserError(f"--seed: expected at least 0, got {args.seed}")
+    options.check_seed(args)
     if args.num_held_out <= NUM_NEIGHBOURS:
         raise UserError(
             f"--num-held-out: {args.num_held_out} images, but each is compared with its "

@@ -1,7 +1,6 @@
 """``evaluate probe``: what a linear layer reads off the latents."""
 
 import argparse
-import difflib
 import json
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from semtok.commands import evaluate_options as options
 from semtok.commands.table import print_table
 from semtok.data.source import ImageSource
-from semtok.errors import UserError
+from semtok.errors import UserError, did_you_mean
 from semtok.evaluation.probe import (
     MEASURES,
     AttributeScore,
@@ -209,8 +208,9 @@ def _names(
         )
     for name in only or ():
         if name not in train.attributes:
-            near = difflib.get_close_matches(name, train.attributes, n=1, cutoff=0)
-            raise UserError(f"--only: no attribute '{name}'; did you mean '{near[0]}'?")
+            raise UserError(
+                f"--only: no attribute '{name}'; {did_you_mean(name, train.attributes, cutoff=0)}"
+            )
     if only:
         return list(dict.fromkeys(only)), []
     texts = free_texts(train, held_out)

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import tempfile
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -46,7 +45,7 @@ from semtok.pictures import grid_of_images, write_png
 from semtok.processes import gather, process_index, together
 from semtok.progress import progress
 from semtok.registry import load_plugins
-from semtok.sampler.request import STRENGTH, class_numbers
+from semtok.sampler.request import STRENGTH, class_numbers, composed
 from semtok.sampler.sampling import SamplerConfig
 
 _PACK = "'sample pack FOLDER FILE.npz' packs a folder of images as ADM's evaluation reads it."
@@ -320,7 +319,7 @@ def _classes(words: list[str] | None, generator: Generator) -> list[int]:
     are_places = not any(name.isdecimal() for name in names)
     most = len(names) + ("none" in names)  # then any class has only its number
     chosen = []
-    for word in (unicodedata.normalize("NFC", given) for given in words):
+    for word in map(composed, words):
         if word in numbers:
             chosen.append(numbers[word])
         elif word.isdecimal() and are_places and int(word) < most:

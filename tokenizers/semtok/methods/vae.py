@@ -256,10 +256,12 @@ def _stated(config: Mapping[str, Any], key: str, channels: int, place: str) -> A
     return value
 
 
+_BEFORE_LATENTS = ("encoder.", "quant_conv.")
+
+
 def _encoder_weights(autoencoder: AutoencoderKL) -> dict[str, Tensor]:
     """All that latents depend on."""
-    before = ("encoder.", "quant_conv.")
-    return {n: value for n, value in autoencoder.state_dict().items() if n.startswith(before)}
+    return {n: v for n, v in autoencoder.state_dict().items() if n.startswith(_BEFORE_LATENTS)}
 
 
 # Losses ------------------------------------------------------------------------------------------
@@ -297,7 +299,7 @@ class AutoencoderLearner(nn.Module):
         self.autoencoder = make_autoencoder(config.vae)
         if config.train == "decoder":
             for name, parameter in self.autoencoder.named_parameters():
-                parameter.requires_grad_(not name.startswith(("encoder.", "quant_conv.")))
+                parameter.requires_grad_(not name.startswith(_BEFORE_LATENTS))
             # Buffers, so that a resumed run has them whatever became of the weights that it began with.
             mean, std = stated_statistics(self.autoencoder, f"VAE '{config.vae}'")
             self.register_buffer("latents_mean", mean.clone())

@@ -318,10 +318,11 @@ def check_guidance_fits(settings: SamplerConfig, spec: LatentSpec, *, can_be_gui
 
 def class_numbers(names: Sequence[str]) -> dict[str, int]:
     """The number of each class name, whatever way its accents are written in."""
-    return {_composed(name): number for number, name in enumerate(names)}
+    return {composed(name): number for number, name in enumerate(names)}
 
 
-def _composed(name: str) -> str:
+def composed(name: str) -> str:
+    """A name with its accents as one character with their letter, whatever way they are written in."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -330,7 +331,7 @@ def _number(label: Any, known: Mapping[str, int], num_classes: int) -> int:
         return num_classes
     try:
         is_name = isinstance(label, str)
-        number = known.get(_composed(label), -1) if is_name else operator.index(label)
+        number = known.get(composed(label), -1) if is_name else operator.index(label)
     except TypeError:
         number = -1
     if 0 <= number <= num_classes:

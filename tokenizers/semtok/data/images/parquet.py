@@ -1,6 +1,5 @@
 """Images in Parquet files or in a dataset of the Hugging Face Hub, converted once or read where they are."""
 
-import difflib
 import hashlib
 import os
 import re
@@ -18,7 +17,7 @@ from semtok.data.images.labels import UNLABELLED, Labels, number_classes, plain_
 from semtok.data.images.parquet_files import ParquetConfig, ParquetStore, find_store
 from semtok.data.left_out import LeftOut
 from semtok.data.order import permutation
-from semtok.errors import UserError
+from semtok.errors import UserError, did_you_mean
 from semtok.extras import need
 
 _BINARY = ("binary", "large_binary", "binary_view")
@@ -79,17 +78,15 @@ class Parquet(StoredImages):
         columns = store.columns([*([label] if label is not None else []), *config.attributes])
         class_names, labels = _classes(columns, store, label, known, sum(num_rows))
         attributes = _attributes(columns, store, config.attributes) if config.attributes else None
-        opened = cls.parts_of(
+        return cls.parts_of(
             (store, image),
             parts,
             labels,
             config,
             class_names=class_names,
             attributes=attributes,
+            left_out=left_out,
         )
-        for source in opened:
-            source.left_out = left_out
-        return opened
 
     def check_readable(self) -> None:
         if len(self):
@@ -196,8 +193,7 @@ def _check_columns(features: Any, config: ParquetConfig) -> tuple[str, str | Non
 
 def _known(name: str, features: Any, key: str) -> str:
     if name not in features:
-        near = difflib.get_close_matches(name, features, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"choose of {', '.join(features)}"
+        hint = did_you_mean(name, features, f"choose of {', '.join(features)}")
         raise UserError(f"data.{key}: no column '{name}'; {hint}")
     return name
 

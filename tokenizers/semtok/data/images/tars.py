@@ -121,17 +121,15 @@ class Tars(StoredImages):
         if config.attributes is not None:
             members = [_text(member) for member in table["member"].tolist()]
             attributes = read_attributes(Path(config.attributes), members, left_out)
-        opened = cls.parts_of(
+        return cls.parts_of(
             (title, shards, table),
             parts,
             labels,
             config,
             class_names=class_names,
             attributes=attributes,
+            left_out=left_out,
         )
-        for source in opened:
-            source.left_out = left_out
-        return opened
 
     def contents(self, indices: Sequence[int]) -> list[bytes]:
         found = self.table[self.rows[list(indices)]]
