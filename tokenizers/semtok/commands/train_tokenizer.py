@@ -226,7 +226,8 @@ def _run(plan: TokenizerPlan) -> Tokenizer:
             around_training.measure_start(trainer)
     averaged = trainer.run(lambda module, step: _export_on_the_way(plan, objective, module, step))
     metrics = trainer.validate()
-    tokenizer = objective.tokenizer(averaged)
+    # Its statistics are new, and not yet where its networks are.
+    tokenizer = objective.tokenizer(averaged).to(accelerator.device)
     with together():  # and other processes may read the export next
         export_tokenizer(
             tokenizer,
