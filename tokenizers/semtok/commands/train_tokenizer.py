@@ -41,6 +41,7 @@ from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 from semtok.training.checkpoint import CHECKPOINTS, list_checkpoints
 from semtok.training.inputs import on_device
+from semtok.training.optimisers import check_optimisers
 from semtok.training.process import check_launch, make_accelerator
 
 _TEXTURE = "texture"
@@ -175,6 +176,8 @@ def plan_tokenizer(
     built_on = texture.stand_in if isinstance(texture, TokenizerPlan) else texture
     resumes = resume and _has_checkpoints(folder)
     objective = build_objective(recipe, built_on, place=place, resumes=resumes)
+    with around_training.errors_at(place):
+        check_optimisers(objective, recipe.train)
     return TokenizerPlan(recipe, folder, place, resume, sources, texture, objective)
 
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from semtok.sampler.config import Config
 from semtok.sampler.latents import Latents, LatentSpec, as_pytree
+from semtok.sampler.roles import hidden_matrix
 
 _EPS = 1e-6
 _FREQUENCIES = 256  # sines and cosines of the time embedding
@@ -240,10 +241,10 @@ class Attention(nn.Module):
         self.heads = config.heads
         head_width = config.width // config.heads
         norm = partial(RMSNorm, eps=_EPS) if config.rms_norm else nn.LayerNorm
-        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.qkv = hidden_matrix(nn.Linear(config.width, 3 * config.width), slices=3)
         self.q_norm = norm(head_width) if config.qk_norm else nn.Identity()
         self.k_norm = norm(head_width) if config.qk_norm else nn.Identity()
-        self.proj = nn.Linear(config.width, config.width)
+        self.proj = hidden_matrix(nn.Linear(config.width, config.width))
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """(B, N, D) to (B, N, D)."""
@@ -261,12 +262,19 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
+        self.w12 = hidden_matrix(nn.Linear(width, 2 * hidden), slices=2)
+        self.w3 = hidden_matrix(nn.Linear(hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(gate) * value)
+
+
+def _gelu_mlp(width: int, hidden: int) -> Mlp:
+    mlp = Mlp(width, hidden, act_layer=partial(nn.GELU, approximate="tanh"))
+    for layer in (mlp.fc1, mlp.fc2):
+        hidden_matrix(layer)
+    return mlp
 
 
 def _norm(config: DiTArchitecture) -> nn.Module:
@@ -291,9 +299,9 @@ class Block(nn.Module):
         self.mlp = (
             SwiGLU(config.width, int(2 / 3 * hidden))
             if config.swiglu
-            else Mlp(config.width, hidden, act_layer=partial(nn.GELU, approximate="tanh"))
+            else _gelu_mlp(config.width, hidden)
         )
-        self.modulation = nn.Linear(config.width, 6 * config.width)
+        self.modulation = hidden_matrix(nn.Linear(config.width, 6 * config.width), slices=6)
 
     def forward(self, x: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """Tokens (B, N, D), the activated condition (B, D), rotary tables or None."""
