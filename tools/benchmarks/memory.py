@@ -53,7 +53,7 @@ class MemoryEstimate:
         networks: trained and frozen ones, in float32.
         gradients: twice, as those that processes exchange are copies.
         optimiser: AdamW's two moments, of Muon's matrices one.
-        average: the EMA's weights.
+        average: the EMA's weights, and those of ``train.averages``.
         step: of a step what does not grow with its images, such as weights in half precision.
         per_image: of each image of a micro-batch: what the forward pass keeps for the backward pass, and what
             passes by.
@@ -126,7 +126,10 @@ def _estimate(objective: Objective, config: TrainConfig, source: ImageSource) ->
     networks = _distinct_bytes([*learners, *frozen])
     trained = _distinct_bytes(learners, buffers=False)
     moments = 2 * trained - _of_matrices(learners) * _uses_muon(config)
-    averaged = _distinct_bytes([objective.averaged_module()]) if config.ema_decay is not None else 0
+    followers = (config.ema_decay is not None) + len(
+        config.averages.sigma_rel if config.averages is not None else ()
+    )
+    averaged = followers * _distinct_bytes([objective.averaged_module()])
     batches = [on_device(source.load(range(num)), _CPU) for num in (_FEW, _MORE)]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for network in (*learners, *frozen):

@@ -445,6 +445,7 @@ def export_tokenizer(
     step: int,
     metrics: dict[str, float],
     pictures: dict[str, Path],
+    weights: str | None = None,
 ) -> None:
     """Measures the latents' statistics, in all processes; the first writes the export and checks what a reader
     of it gets.
@@ -455,6 +456,7 @@ def export_tokenizer(
         step: after which the tokenizer is.
         metrics: held-out, as far as they were measured.
         pictures: for the card.
+        weights: which it holds; None: those that the run exports.
 
     Raises:
         UserError: latents that do not vary.
@@ -472,6 +474,7 @@ def export_tokenizer(
         "teacher": recipe.teacher.model_dump() if recipe.method.needs_teacher() else None,
         "metrics": metrics,
         "steps": step,
+        "weights": weights or around_training.kept_weights(recipe.train),
         "recipe": json.loads(recipe.model_dump_json()),
     }
     if process_index():

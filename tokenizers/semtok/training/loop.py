@@ -24,6 +24,7 @@ from semtok.speed import compile_networks, use_channels_last
 from semtok.stopping import When
 from semtok.training.accumulation import device_gb, micro_batches
 from semtok.training.agreement import RunningStatistics, StopVote
+from semtok.training.averages import AVERAGES, PowerAverages
 from semtok.training.checkpoint import (
     CHECKPOINTS,
     list_checkpoints,
@@ -31,6 +32,7 @@ from semtok.training.checkpoint import (
     random_state,
     restore_random_state,
     save_checkpoint,
+    step_of,
 )
 from semtok.training.ema import ModelEMA
 from semtok.training.held_out import HeldOut
@@ -95,6 +97,11 @@ class Trainer:
             if config.ema_decay is not None and objective.learners
             else None
         )
+        self.averages = (
+            PowerAverages(objective.averaged_module(), config.averages, folder / AVERAGES)
+            if config.averages is not None and objective.learners
+            else None
+        )
         compile_networks([*objective.compiled_modules(), *teacher_blocks(networks)], config.compile)
         self.learners = {
             name: accelerator.prepare_model(p) for name, p in objective.learners.items()
@@ -114,8 +121,10 @@ class Trainer:
         return self.folder / CHECKPOINTS
 
     def _modules(self) -> dict[str, nn.Module]:
-        return {"learners": self.objective.learners} | (
-            {"ema": self.ema.module} if self.ema is not None else {}
+        return (
+            {"learners": self.objective.learners}
+            | ({"ema": self.ema.module} if self.ema is not None else {})
+            | (self.averages.modules() if self.averages is not None else {})
         )
 
     def _state(self) -> dict[str, Any]:
@@ -151,6 +160,9 @@ class Trainer:
             UserError: the checkpoint is damaged, or of other networks.
         """
         checkpoints = list_checkpoints(self.checkpoints)
+        if self.averages is not None:
+            step = step_of(checkpoints[-1]) if checkpoints else 0
+            self.averages.go_back(step, forget=self.accelerator.is_main_process)
         if not checkpoints:
             return
         state = load_checkpoint(checkpoints[-1], modules=self._modules())
@@ -225,6 +237,8 @@ class Trainer:
         self.log.step_done()
         if self.step % config.log_every == 0 or self.step == config.steps:
             self._log()
+        if self.averages is not None and self.averages.is_due(self.step):  # a stop is no excuse
+            self._pause(self._write_averages)
         if self._vote.should_stop():
             raise self._stopped(stopping.received())
         if self._is_to_be_shown():
@@ -275,6 +289,8 @@ class Trainer:
         self._running_statistics.average()
         if self.ema is not None:
             self.ema.update()
+        if self.averages is not None:
+            self.averages.update()
         self.step += 1
 
     def _batches(self) -> Iterator[ImageBatch]:
@@ -379,6 +395,12 @@ class Trainer:
         before = random_state()
         export(copy.deepcopy(self.averaged), self.step)
         restore_random_state(before)
+
+    def _write_averages(self) -> None:
+        self._check_finite(self.metrics.read(self._mean_over_processes))
+        with together():
+            if self.accelerator.is_main_process:
+                self.averages.write(self.step)
 
     def _sample(self) -> None:
         with together():
