@@ -29,7 +29,8 @@ from semtok.data.images.kinds import open_sources
 from semtok.images import to_pixels
 from semtok.methods.vae import PRESETS
 from semtok.recipe import parse_diffusion_recipe, parse_recipe
-from semtok.sampler.dit import DiT, DiTArchitecture
+from semtok.sampler.architecture import DiTArchitecture
+from semtok.sampler.dit import DiT
 from semtok.sampler.latents import Latents, Posterior
 from semtok.sampler.roles import find_hidden_matrices
 from semtok.training.loop import Trainer

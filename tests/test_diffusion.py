@@ -18,10 +18,11 @@ from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.diffusion.diffusion_config import DiffusionConfig, REPAConfig
-from semtok.diffusion.training import DiffusionObjective, cosine_loss, squared_error
+from semtok.diffusion.learner import cosine_loss, squared_error
+from semtok.diffusion.training import DiffusionObjective
 from semtok.objective import Batch
 from semtok.recipe import parse_recipe
-from semtok.sampler.dit import DiTArchitecture
+from semtok.sampler.architecture import DiTArchitecture
 from semtok.sampler.guidance import GuidanceConfig
 from semtok.sampler.sampling import Method, SamplerConfig
 from semtok.teachers import Teacher, TeacherConfig

@@ -7,14 +7,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from semtok.sampler.dit import (
-    PRESETS,
-    DiT,
-    DiTArchitecture,
-    architecture,
-    rotary_table,
-    sincos_positions,
-)
+from semtok.sampler.architecture import PRESETS, DiTArchitecture, architecture
+from semtok.sampler.dit import DiT
+from semtok.sampler.embeddings import rotary_table, rotate, sincos_positions
 from semtok.sampler.guidance import GuidanceConfig, guided_velocity
 from semtok.sampler.latents import LatentSpec, PartSpec
 from tiny import awake
@@ -134,12 +129,11 @@ def test_rotary_attention_sees_only_distances():
     """Scores of rotated queries and keys are the same for any two cells equally far apart."""
     cos, sin = rotary_table((5, 7), 16, 2, torch.device("cpu"))
     assert cos.shape == (2 + 35, 16) and (cos[:2] == 1).all() and not sin[:2].any()
-    from semtok.sampler.dit import _rotate
 
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 16, generator=generator)
-    rotate = lambda v, cell: _rotate(v, cos[2 + cell], sin[2 + cell])  # noqa: E731
-    score = lambda a, b: rotate(query, a) @ rotate(key, b)  # noqa: E731
+    turned = lambda v, cell: rotate(v, cos[2 + cell], sin[2 + cell])  # noqa: E731
+    score = lambda a, b: turned(query, a) @ turned(key, b)  # noqa: E731
     cell = lambda row, column: row * 7 + column  # noqa: E731
     torch.testing.assert_close(
         score(cell(0, 0), cell(2, 3)), score(cell(1, 2), cell(3, 5)), atol=1e-5, rtol=0
@@ -147,7 +141,7 @@ def test_rotary_attention_sees_only_distances():
     assert not torch.isclose(
         score(cell(0, 0), cell(2, 3)), score(cell(0, 0), cell(3, 2)), atol=1e-3
     )
-    assert torch.allclose(rotate(query, 12).norm(), query.norm())
+    assert torch.allclose(turned(query, 12).norm(), query.norm())
 
 
 def test_checkpointing_changes_memory_and_no_gradient():

@@ -30,7 +30,7 @@ from semtok.evaluation import drawn_sets
 from semtok.evaluation.drawn_sets import read_protocol
 from semtok.evaluation.image_sets import images_of_folder, images_of_npz, labels_for
 from semtok.images import to_pil, to_uint8
-from semtok.sampler.dit import DiTArchitecture
+from semtok.sampler.architecture import DiTArchitecture
 from semtok.sampler.guidance import GuidanceConfig
 from semtok.sampler.sampling import SamplerConfig
 

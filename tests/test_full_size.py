@@ -23,7 +23,7 @@ from semtok.recipe import (
     load_diffusion_recipe,
     load_recipe,
 )
-from semtok.sampler.dit import architecture
+from semtok.sampler.architecture import architecture
 from semtok.sampler.latents import LatentSpec, PartSpec
 from semtok.settings import read_yaml
 from semtok.teachers import silu_mlp

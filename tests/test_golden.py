@@ -165,7 +165,7 @@ def test_steps_on_one_cached_image_see_latents_with_the_posteriors_spread(tmp_pa
         seen.append(data)
         return interpolate(path, data, noise, t)
 
-    monkeypatch.setattr("semtok.diffusion.training.interpolate", see)
+    monkeypatch.setattr("semtok.diffusion.learner.interpolate", see)
     for step in range(2):
         learner(inputs, tiny.draws(step, num), step, {})
     mean, std = posterior.mean.map(Tensor.float), posterior.std.map(Tensor.float)

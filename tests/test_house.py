@@ -136,7 +136,7 @@ def test_the_ways_of_a_batch_name_files_that_are_there():
     page = architecture.PAGE.read_text(encoding="utf-8")
     for title, most in (
         ("## A batch through a Send-VAE step", 11),
-        ("## A batch through an SFD step", 14),
+        ("## A batch through an SFD step", 15),
     ):
         section = page.split(title)[1].split("\n## ")[0]
         files = re.findall(r"^\| `([^`]+)` \|", section, flags=re.MULTILINE)

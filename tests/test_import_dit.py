@@ -14,7 +14,9 @@ from semtok.errors import UserError
 from semtok.hub.formats import open_checkpoint
 from semtok.hub.import_coder import import_compressor, import_semvae
 from semtok.hub.import_dit import import_dit
-from semtok.sampler.dit import DiT, DiTArchitecture, rotary_table, sincos_positions
+from semtok.sampler.architecture import DiTArchitecture
+from semtok.sampler.dit import DiT
+from semtok.sampler.embeddings import rotary_table, sincos_positions
 from semtok.sampler.latents import LatentSpec, PartSpec
 
 SIT = DiTArchitecture(depth=3, width=384, heads=6, patch_size=4)

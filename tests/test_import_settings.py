@@ -29,7 +29,8 @@ from semtok.hub.job import ImportOptions
 from semtok.methods.composite import CompositeTokenizer
 from semtok.methods.reglue import Compressor, CompressorShape
 from semtok.methods.vae import Architecture, KLTokenizer, build_autoencoder
-from semtok.sampler.dit import DiT, sincos_positions
+from semtok.sampler.dit import DiT
+from semtok.sampler.embeddings import sincos_positions
 from semtok.sampler.latents import LatentSpec, PartSpec
 from semtok.teachers import Teacher, TeacherConfig
 from test_import_dit import LIGHTNING as DEEP_LIGHTNING

@@ -24,11 +24,13 @@ from semtok.diffusion.diffusion_config import (
     build_network,
     resolve_defaults,
 )
-from semtok.diffusion.training import DiffusionObjective, DiTLearner
+from semtok.diffusion.learner import DiTLearner
+from semtok.diffusion.repa import repa_loss
+from semtok.diffusion.training import DiffusionObjective
 from semtok.objective import Batch
 from semtok.recipe import parse_recipe
 from semtok.registry import get_method
-from semtok.sampler.dit import DiTArchitecture
+from semtok.sampler.architecture import DiTArchitecture
 from semtok.sampler.guidance import GuidanceConfig
 from semtok.sampler.sampling import Method, SamplerConfig, integrate, velocity_function
 from semtok.sampler.transport import Schedule
@@ -249,8 +251,15 @@ def test_the_global_token_is_aligned_as_one_more_position():
     stage = objective(own, repa=REPAConfig(projector_width=16, with_global=True, depth=1))
     learner, inputs = stage.learners["dit"], stage.prepare(batch())
     hidden = torch.randn(8, 1 + 16, 32)
-    data = {"texture": torch.zeros(8, 4, 4, 4)}
-    ours = learner._alignment(hidden, inputs["features"], data)
+    ours = repa_loss(
+        stage.config.repa,
+        learner.projector,
+        hidden,
+        inputs["features"],
+        grid=(4, 4),
+        vectors=["global"],
+        kept=None,
+    )
     tokens = learner.projector(hidden)
     patches = F.interpolate(
         inputs["features"].patches[-1], size=(4, 4), mode="bilinear", antialias=True

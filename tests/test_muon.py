@@ -12,7 +12,8 @@ from semtok import UserError
 from semtok.commands import train_tokenizer
 from semtok.optimiser import OptimiserConfig
 from semtok.recipe import parse_recipe
-from semtok.sampler.dit import PRESETS, DiT, DiTArchitecture
+from semtok.sampler.architecture import PRESETS, DiTArchitecture
+from semtok.sampler.dit import DiT
 from semtok.sampler.latents import LatentSpec, PartSpec
 from semtok.sampler.roles import find_hidden_matrices, hidden_matrix
 from semtok.training.muon import MuonWithAdamW
@@ -36,7 +37,7 @@ def optimiser_of(module: nn.Module, **settings: Any) -> MuonWithAdamW:
 
 @pytest.mark.parametrize("name", ["SiT-T/2", "LightningDiT-T/1"])
 def test_of_a_transformer_the_matrices_of_blocks_are_hidden_and_nothing_else(name):
-    shape = PRESETS[name].model_copy(update={"depth": 2, "width": 24})
+    shape = PRESETS[name].model_copy(update={"depth": 3, "width": 24, "split": (1, 1)})
     made = copy.deepcopy(network(shape))
     names = {id(p): n for n, p in made.named_parameters()}
     found = {names[id(m.parameter)]: (m.slices, m.axis) for m in find_hidden_matrices(made)}
@@ -44,7 +45,8 @@ def test_of_a_transformer_the_matrices_of_blocks_are_hidden_and_nothing_else(nam
     if not shape.swiglu:
         mlp = {"mlp.fc1": (1, 0), "mlp.fc2": (1, 0)}
     block = {"attn.qkv": (3, 0), "attn.proj": (1, 0), "modulation": (6, 0)} | mlp
-    expected = {f"blocks.{i}.{n}.weight": told for i in range(2) for n, told in block.items()}
+    expected = {f"blocks.{i}.{n}.weight": told for i in range(3) for n, told in block.items()}
+    expected["fusion.linear.weight"] = (2, 1)
     assert found == expected
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from parity import Kit, kits, load_kit
-from semtok.diffusion.training import cosine_loss, squared_error
+from semtok.diffusion.learner import cosine_loss, squared_error
 from semtok.hub.formats import open_checkpoint
 from semtok.hub.import_dit import ImportedDiT, import_dit, our_name
 from semtok.sampler.guidance import GuidanceConfig

@@ -32,7 +32,7 @@ from semtok.methods.vae import KLTokenizer
 from semtok.pictures import write_png
 from semtok.recipe import load_diffusion_recipe, parse_diffusion_recipe
 from semtok.sampler import latents
-from semtok.sampler.dit import DiTArchitecture
+from semtok.sampler.architecture import DiTArchitecture
 from semtok.sampler.draws import SampleNoise
 from semtok.sampler.guidance import GuidanceConfig
 from semtok.sampler.latents import Latents

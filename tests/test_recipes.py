@@ -25,7 +25,7 @@ from semtok.recipe import (
     recipe_text,
 )
 from semtok.registry import _METHODS, get_method
-from semtok.sampler.dit import architecture
+from semtok.sampler.architecture import architecture
 from semtok.settings import Config, apply_overrides, read_yaml
 
 ROOT = Path(__file__).parents[1]

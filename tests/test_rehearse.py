@@ -29,7 +29,7 @@ from semtok import teachers
 from semtok.commands.cli import run
 from semtok.errors import UserError
 from semtok.recipe import DiffusionRecipe, load_diffusion_recipe, load_recipe
-from semtok.sampler.dit import architecture
+from semtok.sampler.architecture import architecture
 from semtok.settings import apply_overrides, read_yaml
 from semtok.teachers import Teacher, TeacherConfig
 from semtok.tokenizer import Tokenizer

@@ -16,8 +16,8 @@ from semtok.methods.send_vae import (
 )
 from semtok.methods.vae import kl_loss
 from semtok.recipe import parse_recipe
-from semtok.sampler.dit import sincos_positions
 from semtok.sampler.draws import Draws
+from semtok.sampler.embeddings import sincos_positions
 from semtok.teachers import alignment_loss
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ from torchdiffeq import odeint
 import tiny
 from semtok.hub.dit_settings import sampler_for
 from semtok.hub.file_settings import FileSettings
-from semtok.sampler.dit import DiT, DiTArchitecture, architecture
+from semtok.sampler.architecture import DiTArchitecture, architecture
+from semtok.sampler.dit import DiT
 from semtok.sampler.draws import SampleNoise
 from semtok.sampler.guidance import GuidanceConfig
 from semtok.sampler.latents import LatentSpec, PartSpec

@@ -19,6 +19,9 @@ TOGETHER = Schedule({"texture": 0.0})
 MEAN, STD = 1.5, 0.4  # of the data in each coordinate
 
 
+SHAPE = {"texture": (1, 1, 1)}
+
+
 def gaussian_velocity(path: str, x: Tensor, t: Tensor) -> Tensor:
     """The exact velocity E[α̇ x1 + σ̇ x0 | x_t] where data are N(MEAN, STD²) and noise is N(0, 1)."""
     c = coefficients(path, t.view(-1, 1, 1, 1))
@@ -70,7 +73,7 @@ def draws(num: int) -> Draws:
 
 
 def test_laws_of_time():
-    uniform = TimeConfig().draw(draws(20_000), 1)
+    uniform = TimeConfig().draw(draws(20_000), SHAPE)
     assert uniform.min() >= 0 and uniform.max() <= 1
     torch.testing.assert_close(
         uniform.quantile(torch.tensor([0.25, 0.5, 0.75])),
@@ -78,12 +81,12 @@ def test_laws_of_time():
         atol=0.015,
         rtol=0,
     )
-    normal = TimeConfig(law="logit_normal", mean=0.5, std=0.8).draw(draws(20_000), 1).logit()
+    normal = TimeConfig(law="logit_normal", mean=0.5, std=0.8).draw(draws(20_000), SHAPE).logit()
     assert normal.mean() == pytest.approx(0.5, abs=0.03) and normal.std() == pytest.approx(
         0.8, abs=0.03
     )
     half = Draws(seed=0, step=3, global_batch=8, first=4, num=4, device=torch.device("cpu"))
-    assert torch.equal(TimeConfig().draw(half, 1), TimeConfig().draw(draws(8), 1)[4:])
+    assert torch.equal(TimeConfig().draw(half, SHAPE), TimeConfig().draw(draws(8), SHAPE)[4:])
 
 
 def test_time_shifts():
@@ -94,9 +97,12 @@ def test_time_shifts():
     # Esser et al. 2024, eq. 23, is written in the noise's time.
     s = 1 - t
     torch.testing.assert_close(1 - shift_times(t, 3.0), 3 * s / (1 + 2 * s))
-    assert TimeConfig(shift="dimension").shift_for(4096 * 4) == 2.0
-    shifted = TimeConfig(shift=3.0).draw(draws(9), 1)
-    torch.testing.assert_close(shifted, shift_times(TimeConfig().draw(draws(9), 1), 3.0))
+    latents = {"texture": (60, 16, 16), "semantic": (3, 16, 16), "global": (256,)}
+    assert TimeConfig(shift="dimension").shift_for(latents) == 2.0
+    assert TimeConfig(shift="spatial_dimension").shift_for(latents) == (63 / 16) ** 0.5
+    assert TimeConfig(shift=3.0).shift_for(latents) == 3.0
+    shifted = TimeConfig(shift=3.0).draw(draws(9), SHAPE)
+    torch.testing.assert_close(shifted, shift_times(TimeConfig().draw(draws(9), SHAPE), 3.0))
 
 
 # Leads -------------------------------------------------------------------------------------------

@@ -71,6 +71,10 @@ class Batch:
         return len(self.labels)
 
 
+PREVIOUS = "previous"
+"""Of inputs: the posterior (1, ...) of the image before the micro-batch's first one, where that is asked for."""
+
+
 class Objective(nn.Module, ABC):
     """One stage of training.
 
@@ -90,6 +94,11 @@ class Objective(nn.Module, ABC):
     def optimiser_config(self, learner: str, default: OptimiserConfig) -> OptimiserConfig:
         """A learner's optimiser settings; the recipe's ``train.optimiser`` unless it has its own."""
         return default
+
+    def compares_neighbours(self) -> bool:
+        """Whether learners compare each image with the one before it in the global batch. Their inputs then have
+        ``PREVIOUS``, and ``posterior`` has to be among what ``prepare`` gives."""
+        return False
 
     def compiled_modules(self) -> list[nn.Module]:
         """The networks that ``train.compile`` compiles."""

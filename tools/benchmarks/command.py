@@ -28,7 +28,7 @@ from semtok.commands.cli import Parser
 from semtok.commands.evaluate_options import check_output
 from semtok.commands.table import print_table
 from semtok.errors import UserError
-from semtok.sampler.dit import PRESETS
+from semtok.sampler.architecture import PRESETS
 from semtok.speed import Compiler
 from semtok.storage import write_json
 

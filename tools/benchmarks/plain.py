@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semtok.methods.reglue import REGLUETokenizer
-from semtok.sampler.dit import DiT, sincos_positions
+from semtok.sampler.dit import DiT
 from semtok.sampler.draws import Draws
+from semtok.sampler.embeddings import sincos_positions
 from semtok.sampler.latents import Posterior
 from semtok.speed import Precision, allow_tf32, computing
 

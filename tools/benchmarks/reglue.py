@@ -27,7 +27,7 @@ from semtok.images import to_pixels
 from semtok.methods.reglue import Compressor, CompressorShape, REGLUETokenizer
 from semtok.methods.vae import PRESETS, KLTokenizer, build_autoencoder
 from semtok.recipe import DiffusionRecipe, parse_diffusion_recipe
-from semtok.sampler.dit import architecture
+from semtok.sampler.architecture import architecture
 from semtok.sampler.latents import Latents, Posterior
 from semtok.settings import apply_overrides
 from semtok.teachers import Teacher, TeacherConfig

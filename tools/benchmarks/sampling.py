@@ -7,7 +7,8 @@ from pydantic import Field
 
 from benchmarks.synthetic import PUBLISHED
 from benchmarks.timing import Step, Timing, counted_flops, time_in_turns, wait_for
-from semtok.sampler.dit import DiT, architecture
+from semtok.sampler.architecture import architecture
+from semtok.sampler.dit import DiT
 from semtok.sampler.draws import SampleNoise
 from semtok.sampler.sampling import SamplerConfig, sample_latents
 from semtok.sampler.transport import Schedule

@@ -13,7 +13,8 @@ from benchmarks.synthetic import PUBLISHED, transformer_inputs
 from benchmarks.timing import Step, TrainerStep, time_in_turns, wait_for
 from benchmarks.training import dit_step
 from semtok.methods.vae import PRESETS, build_autoencoder
-from semtok.sampler.dit import DiT, architecture
+from semtok.sampler.architecture import architecture
+from semtok.sampler.dit import DiT
 from semtok.sampler.guidance import guided_velocity
 from semtok.speed import Compiler, Precision, compile_networks, computing
 from semtok.training.ema import ModelEMA

@@ -23,7 +23,7 @@ from semtok.recipe import (
 )
 from semtok.references import DEMO, RUNS
 from semtok.registry import MethodConfig
-from semtok.sampler.dit import architecture
+from semtok.sampler.architecture import architecture
 from semtok.settings import read_yaml
 from semtok.training.train_config import TrainConfig
 

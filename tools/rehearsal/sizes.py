@@ -13,7 +13,7 @@ from rehearsal.plan import Run
 from semtok.commands.train_dit import build_diffusion_objective, needs_teacher
 from semtok.commands.train_tokenizer import check_tokenizer
 from semtok.recipe import DiffusionRecipe, TokenizerRecipe
-from semtok.sampler.dit import architecture
+from semtok.sampler.architecture import architecture
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 

@@ -2,9 +2,12 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from semtok.sampler.dit import DiT, DiTArchitecture, architecture
+from semtok.diffusion.repa import REPAConfig
+from semtok.diffusion.routing import RoutingConfig
+from semtok.sampler.architecture import DiTArchitecture, architecture
+from semtok.sampler.dit import DiT
 from semtok.sampler.latents import LatentSpec
 from semtok.sampler.sampling import SamplerConfig
 from semtok.sampler.transport import PathName, Schedule, TimeConfig
@@ -14,40 +17,21 @@ from semtok.tokenizer import Tokenizer
 Weight = Annotated[float, Field(ge=0)]
 
 
-class REPAConfig(Config):
-    """Representation alignment (REPA, Yu et al. 2024): a block's tokens resemble the teacher's."""
+class InternalGuidanceConfig(Config):
+    """A second head inside the network, for guidance without a null label (RAEv2, arXiv 2605.18324)."""
 
-    weight: float = Field(0.5, ge=0)
-    """Weight of the alignment loss."""
-    depth: int | None = Field(None, ge=1)
-    """After which block; None: a third of them, at most 8, which is REPA's 4 for B and 8 for L and XL."""
-    projector_width: int | None = Field(None, ge=1)
-    """None: REPA's 2048; in networks narrower than SiT-S twice their width, as the projector would cost
-    more than the network."""
-    loss: Literal["cosine", "cosine_mse"] = "cosine"
-    """``cosine_mse`` is the mean of 1 - cosine and of the squared error (SFD, table 19)."""
-    targets: Literal["teacher", "decoded"] = "teacher"
-    """What the tokens are compared with: the teacher's features of the image; or those that the frozen
-    coder decodes from the semantic latents, for which neither the image nor the teacher is needed (ours)."""
-    with_global: bool = False
-    """The token of the global part is aligned to the teacher's pooled token, as one more position."""
-
-    def depth_in(self, num_blocks: int) -> int:
-        """After which of a network's blocks."""
-        return self.depth if self.depth is not None else min(8, max(1, num_blocks // 3))
-
-    def projector_width_for(self, width: int) -> int:
-        """Hidden width of the projector of a network of this width."""
-        if self.projector_width is not None:
-            return self.projector_width
-        return 2048 if width >= 384 else 2 * width
+    after: int = Field(ge=1)
+    """The block whose tokens it reads, fewer than all; 8 of 28 as published."""
+    weight: float = Field(1.0, gt=0)
+    """Of its squared error, times each part's own weight."""
 
 
 class DiffusionConfig(Config):
     """Settings of the diffusion transformer and its training."""
 
     network: str | DiTArchitecture
-    """A preset such as SiT-B/2 or LightningDiT-XL/1, or a shape spelt out."""
+    """A preset such as SiT-B/2 or LightningDiT-XL/1, or a shape spelt out, also as changes of a preset:
+    {preset: SiT-B/2, qk_norm: true}."""
     path: PathName = "linear"
     """From noise to data: a straight line, or a quarter of a circle."""
     time: TimeConfig = TimeConfig()
@@ -57,6 +41,17 @@ class DiffusionConfig(Config):
     loss_weights: dict[str, Weight | dict[int, Weight]] | None = None
     """Per part, of the mean squared error of its velocity; None: the tokenizer's defaults. Either one
     weight, or weights by the step (0-based) from which they hold: {0: 1.0, 250000: 0.5}."""
+    prediction: Literal["velocity", "data"] = "velocity"
+    """What the network gives out. ``data``: the latents without noise, from which the velocity follows; losses stay
+    those of the velocity (x-prediction, as RAEv2 has it)."""
+    contrastive_weight: Weight | dict[str, Weight] = 0.0
+    """Contrastive flow matching (Stoica et al. 2025, arXiv 2506.05350): the weight by which a predicted velocity is
+    moved away from that of the image before it in the batch. A number holds for all parts, times each one's own weight;
+    weights by part hold as they are, others 0 (SR-DiT: {texture: 0.05})."""
+    routing: RoutingConfig | None = None
+    """Token routing: most blocks see only some tokens in training. None: none."""
+    internal_guidance: InternalGuidanceConfig | None = None
+    """A second head, for ``sampler.guidance.base: inner_head``. None: none."""
     cosine_weight: float | None = Field(None, ge=0)
     """Of 1 - cosine between predicted and true velocity over the channels of all spatial parts together
     (LightningDiT, SFD); None: the tokenizer's default."""
@@ -89,17 +84,64 @@ class DiffusionConfig(Config):
                 raise ValueError(f"'{part}': weights by step begin with step 0, got {weight}")
         return weights
 
+    def contrastive_weight_of(self, part: str, step: int) -> float:
+        """What a part's distance from the image before is multiplied by at a step (0-based)."""
+        if isinstance(self.contrastive_weight, dict):
+            return self.contrastive_weight.get(part, 0.0)
+        return self.contrastive_weight * self.loss_weight(part, step)
+
+    @property
+    def is_contrastive(self) -> bool:
+        """Whether any part is moved away from the image before."""
+        weights = self.contrastive_weight
+        return any(weights.values()) if isinstance(weights, dict) else weights > 0
+
+    @property
+    def architecture(self) -> DiTArchitecture:
+        """Of the network, with what these settings add to it.
+
+        Raises:
+            ValueError: they do not fit its depth.
+        """
+        inner, routing = self.internal_guidance, self.routing
+        added = {
+            "split": None if routing is None else (routing.first, routing.last),
+            "inner_head": None if inner is None else inner.after,
+            "predicts": self.prediction,
+        }
+        return DiTArchitecture.model_validate(architecture(self.network).model_dump() | added)
+
+    @field_validator("network", mode="before")
+    @classmethod
+    def _changed(cls, network: Any) -> Any:
+        """Changes of a preset, spelt out."""
+        if not isinstance(network, dict) or "preset" not in network:
+            return network
+        changes = {name: value for name, value in network.items() if name != "preset"}
+        return architecture(network["preset"]).model_dump() | changes
+
     @field_validator("network")
     @classmethod
     def _known(cls, network: str | DiTArchitecture) -> str | DiTArchitecture:
-        architecture(network)
+        shape = architecture(network)
+        settings = {"split": "routing", "inner_head": "internal_guidance", "predicts": "prediction"}
+        for name, setting in settings.items():
+            if getattr(shape, name) != DiTArchitecture.model_fields[name].default:
+                raise ValueError(f"{name} is set by diffusion.{setting}")
         return network
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DiffusionConfig":
+        if self.prediction == "data" and self.path != "linear":
+            raise ValueError("diffusion.prediction: data goes with diffusion.path=linear")
+        _ = self.architecture
+        return self
 
 
 def build_network(config: DiffusionConfig, spec: LatentSpec, *, num_classes: int) -> DiT:
     """The network that resolved settings and a spec describe, freshly initialised."""
     return DiT(
-        architecture(config.network),
+        config.architecture,
         spec,
         num_classes=num_classes,
         timed_parts=timed_parts(config.schedule),
@@ -126,8 +168,9 @@ def resolve_defaults(config: DiffusionConfig, tokenizer: Tokenizer) -> Diffusion
         ValueError: a part that the tokenizer does not have, or too few blocks for REPA.
     """
     defaults, names = tokenizer.diffusion_defaults, tokenizer.spec.names
-    for key in ("leads", "loss_weights"):
-        unknown = (getattr(config, key) or {}).keys() - set(names)
+    for key in ("leads", "loss_weights", "contrastive_weight"):
+        given = getattr(config, key)
+        unknown = (given.keys() if isinstance(given, dict) else set()) - set(names)
         if unknown:
             raise ValueError(
                 f"diffusion.{key}: no part {sorted(unknown)} in this tokenizer's latents; its parts: "
@@ -163,14 +206,21 @@ def resolve_defaults(config: DiffusionConfig, tokenizer: Tokenizer) -> Diffusion
 
 def check_guidance(config: DiffusionConfig, sampler: SamplerConfig, spec: LatentSpec) -> None:
     """Raises ValueError where the sampler guides what the training does not prepare for."""
-    sampler.guidance.check_fits(spec)
-    if all(sampler.guidance.scale_of(part) == 1 for part in spec.names):
+    guidance = sampler.guidance
+    guidance.check_fits(spec)
+    guidance.check_network(config.architecture)
+    if all(guidance.scale_of(part) == 1 for part in spec.names) or guidance.base == "inner_head":
         return
-    if config.unconditional:
+    if guidance.base == "dropped_path" and config.routing and not config.routing.path_drop:
+        raise ValueError(
+            "sampler.guidance.base: dropped_path is what diffusion.routing.path_drop=0 never trains; pass "
+            "sampler.guidance.scale=1 or some path_drop"
+        )
+    if config.unconditional and guidance.base == "null_label":
         raise ValueError(
             "sampler.guidance.scale: an unconditional model has no classes to guide by; pass 1"
         )
-    if config.class_dropout == 0:
+    if config.class_dropout == 0 and not config.unconditional:
         raise ValueError(
             "sampler.guidance.scale: guidance needs the null label, which diffusion.class_dropout=0 never "
             "trains; pass sampler.guidance.scale=1 or some dropout"

@@ -20,6 +20,7 @@ from semtok.publish import PushToHub
 from semtok.references import locate_export
 from semtok.registry import load_plugins, papers_of
 from semtok.sampler.dit import DiT
+from semtok.sampler.guidance import Base
 from semtok.sampler.latents import Latents, LatentSpec, on_texture_grid
 from semtok.sampler.request import ClassLabels, Sampled, SampleRequest, check_guidance_fits, draw
 from semtok.sampler.sampling import SamplerConfig, Watch
@@ -119,17 +120,25 @@ class Generator(PushToHub, nn.Module):
     @property
     def shift(self) -> float:
         """Of the training times, and of samplers that have none of their own."""
-        rows, columns = self.grid
-        dimension = sum(
-            rows * columns * part.channels if part.is_spatial else part.channels
-            for part in self.network.spec.parts
+        parts = self.network.spec.parts
+        return self.config.time.shift_for(
+            {p.name: (p.channels, *self.grid) if p.is_spatial else (p.channels,) for p in parts}
         )
-        return self.config.time.shift_for(dimension)
 
     @property
     def can_be_guided(self) -> bool:
-        """Whether training has prepared for guidance by a null label."""
-        return not self.config.unconditional and self.config.class_dropout > 0
+        """Whether training has prepared for the guidance that its sampler has, of whatever scale."""
+        return self._can_be_guided_from(self.sampler.guidance.base)
+
+    def _can_be_guided_from(self, base: Base) -> bool:
+        config = self.config
+        if base == "inner_head":
+            return config.internal_guidance is not None
+        knows_null = config.class_dropout > 0 and not config.unconditional
+        if base == "dropped_path":
+            drops = config.routing is not None and config.routing.path_drop > 0
+            return drops and (knows_null or config.unconditional)
+        return knows_null
 
     @torch.no_grad()
     def sample(
@@ -221,8 +230,8 @@ class Generator(PushToHub, nn.Module):
         request = SampleRequest(class_labels, **words)
         settings = request.settings(sampler or self.sampler)
         if request.guidance_scale is not None:
-            guided = self.can_be_guided or weak is not None
-            check_guidance_fits(settings, self.network.spec, can_be_guided=guided)
+            guided = weak is not None or self._can_be_guided_from(settings.guidance.base)
+            check_guidance_fits(settings, self.network, can_be_guided=guided)
         self.check_sampling(settings, weak)
         model = self._sampled()
         known = None if image is None else self.encode(image, value_range=value_range)

@@ -1,11 +1,9 @@
 """What the diffusion transformer learns: the velocity of every part of the latents."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from semtok.diffusion.diffusion_config import (
@@ -15,137 +13,17 @@ from semtok.diffusion.diffusion_config import (
     resolve_defaults,
 )
 from semtok.diffusion.generator import Generator
-from semtok.objective import Batch, Carry, Inputs, Objective, StepOutput, Term, Unregistered
+from semtok.diffusion.learner import BIN_NAMES, BINS, DiTLearner, squared_error
+from semtok.diffusion.repa import REPAConfig
+from semtok.objective import Batch, Inputs, Objective, Unregistered
 from semtok.pictures import Row, principal_components, rows_of_images
-from semtok.sampler.dit import DiT, architecture
-from semtok.sampler.draws import Draws, SampleNoise
+from semtok.sampler.architecture import DiTArchitecture
+from semtok.sampler.draws import SampleNoise
 from semtok.sampler.latents import Latents, on_texture_grid
 from semtok.sampler.sampling import SamplerConfig
 from semtok.sampler.transport import interpolate
-from semtok.teachers import Teacher, TeacherFeatures, alignment_loss, silu_mlp
+from semtok.teachers import Teacher, TeacherFeatures
 from semtok.tokenizer import Tokenizer
-
-_BINS = 4  # of time, in which the loss is told apart
-_BIN_NAMES = [f"velocity_at_{(i + 0.5) / _BINS:.3f}" for i in range(_BINS)]
-
-
-# Losses ------------------------------------------------------------------------------------------
-
-
-def squared_error(predicted: Tensor, velocity: Tensor) -> Tensor:
-    """Mean over everything but the batch, (B,), in float32."""
-    return (predicted.float() - velocity.float()).square().flatten(1).mean(dim=1)
-
-
-def cosine_loss(predicted: Tensor, velocity: Tensor) -> Tensor:
-    """1 - cosine over channels, averaged over positions: (B, C, H, W) or (B, D) to (B,)."""
-    cosine = F.cosine_similarity(predicted.float(), velocity.float(), dim=1)
-    return 1 - cosine.flatten(1).mean(dim=1) if cosine.ndim > 1 else 1 - cosine
-
-
-# The learner --------------------------------------------------------------------------------------
-
-
-class DiTLearner(nn.Module):
-    """The network, with REPA's projector where the settings have it.
-
-    Args:
-        config: resolved.
-        target_width: D of REPA's targets, where there are any.
-    """
-
-    def __init__(self, config: DiffusionConfig, network: DiT, target_width: int | None) -> None:
-        super().__init__()
-        self.config, self.schedule, self.network = config, config.schedule, network
-        self.projector = self._depth = None
-        if config.repa:
-            assert target_width is not None, "REPA needs targets"
-            width = network.config.width
-            hidden = config.repa.projector_width_for(width)
-            self.projector = silu_mlp(width, hidden, target_width)
-            self._depth = config.repa.depth_in(network.config.depth)
-
-    def forward(self, inputs: Inputs, draws: Draws, step: int, carry: Carry) -> StepOutput:
-        """What is minimised (SiT, eq. 5; for each part k of the latents, at its own time t_k):
-
-            L = Σ_k λ_k ‖v_k(x_t, t, y) - (α'(t_k) x1_k + σ'(t_k) x0_k)‖² + λ_c L_cos + λ_repa L_REPA,
-
-            x_t,k = α(t_k) x1_k + σ(t_k) x0_k,  x1 ~ q(latents|image),  x0 ~ N(0, I)
-
-        Args:
-            inputs: ``posterior`` of the latents, ``labels`` (B,), ``features`` or None.
-            carry: unused, there is one learner.
-        """
-        config, posterior = self.config, inputs["posterior"]
-        shapes = {name: tuple(part.shape[1:]) for name, part in posterior.mean.items()}
-        latents = posterior.sample_with(
-            {name: draws.normal(f"posterior/{name}", shape) for name, shape in shapes.items()}
-        )
-        data = on_texture_grid(latents)
-        dropped = draws.uniform("class_dropout") < config.class_dropout
-        labels = torch.where(dropped, self.network.num_classes, inputs["labels"])
-        dimension = sum(part[0].numel() for part in data.values())
-        t = config.time.draw(draws, dimension)
-        times = self.schedule.times(t * self.schedule.length)
-
-        x, velocity = {}, {}
-        for name, part in data.items():
-            noise = draws.normal(f"noise/{name}", tuple(part.shape[1:]))
-            x[name], velocity[name] = interpolate(config.path, part, noise, times[name])
-        output = self.network(x, times, labels, hidden_after=self._depth)
-        terms = self._velocity_terms(output.velocity, velocity, step)
-        if config.repa:
-            value = self._alignment(output.hidden, inputs["features"], data)
-            terms["alignment"] = Term(value, config.repa.weight)
-        return StepOutput(terms, metrics=_by_time(t, terms["velocity/texture"].value))
-
-    def _velocity_terms(
-        self, predicted: Latents, velocity: Mapping[str, Tensor], step: int
-    ) -> dict[str, Term]:
-        weights = {name: self.config.loss_weight(name, step) for name in velocity}
-        terms = {
-            f"velocity/{name}": Term(squared_error(predicted[name], target), weights[name])
-            for name, target in velocity.items()
-        }
-        # A part that has no weight is not to be learned by way of the cosine either.
-        names = [name for name in self.network.spatial if weights[name]]
-        if self.config.cosine_weight and names:
-            value = cosine_loss(
-                torch.cat([predicted[name] for name in names], dim=1),
-                torch.cat([velocity[name] for name in names], dim=1),
-            )
-            terms["cosine"] = Term(value, self.config.cosine_weight)
-        return terms
-
-    def _alignment(
-        self, hidden: Tensor, features: TeacherFeatures, data: Mapping[str, Tensor]
-    ) -> Tensor:
-        """REPA's loss (B,): the mean over all aligned tokens."""
-        repa, num_vectors = self.config.repa, len(self.network.vectors)
-        height = data["texture"].shape[-2] // self.network.config.patch_size
-        tokens = self.projector(hidden)
-        patches = rearrange(tokens[:, num_vectors:], "b (h w) d -> b d h w", h=height)
-        value = alignment_loss(patches, features.patches[-1], repa.loss)
-        if not repa.with_global:
-            return value
-        place = list(self.network.vectors).index("global")
-        own = alignment_loss(
-            tokens[:, place, :, None, None], features.pooled[:, :, None, None], repa.loss
-        )
-        num_patches = patches.shape[-2] * patches.shape[-1]
-        return (num_patches * value + own) / (num_patches + 1)
-
-
-def _by_time(t: Tensor, loss: Tensor) -> dict[str, Tensor]:
-    """Sum and count of the loss in each quarter of the time axis, for means over steps."""
-    bins = (t.detach() * _BINS).long().clamp_max(_BINS - 1)
-    # Not F.one_hot, which reads back whether its input is in range. (B, bins).
-    chosen = (bins[:, None] == torch.arange(_BINS, device=t.device)).to(loss.dtype)
-    sums, counts = (loss.detach()[:, None] * chosen).sum(dim=0), chosen.sum(dim=0)
-    return {name: torch.stack([sums[i], counts[i]]) for i, name in enumerate(_BIN_NAMES)}
-
-
-# The objective -----------------------------------------------------------------------------------
 
 
 class DiffusionObjective(Objective):
@@ -183,11 +61,9 @@ class DiffusionObjective(Objective):
         self._tokenizer = Unregistered(tokenizer.eval().requires_grad_(False))
         self._teacher: Unregistered | None = None
         self._shared_teacher = False
-        repa, shape = self.config.repa, architecture(config.network)
-        if repa and repa.depth_in(shape.depth) > shape.depth:
-            raise ValueError(
-                f"diffusion.repa.depth: {repa.depth} is more than the network's {shape.depth} blocks"
-            )
+        repa, shape = self.config.repa, config.architecture
+        if repa:
+            _check_depth(repa, shape)
         target_width = None
         if repa:
             target_width = self._find_targets(tokenizer, teacher, cached_width)
@@ -197,6 +73,8 @@ class DiffusionObjective(Objective):
                 f"diffusion.network: patch size {shape.patch_size} does not divide the latent grid "
                 f"{rows}x{columns}"
             )
+        if config.routing is not None:
+            config.routing.check_grid((rows // shape.patch_size, columns // shape.patch_size))
         network = build_network(self.config, tokenizer.spec, num_classes=len(self.class_names))
         network.checkpointing = config.checkpointing
         learner = DiTLearner(self.config, network, target_width)
@@ -233,6 +111,9 @@ class DiffusionObjective(Objective):
     @property
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer.module
+
+    def compares_neighbours(self) -> bool:
+        return self.config.is_contrastive
 
     def compiled_modules(self) -> list[nn.Module]:
         return list(self.learners["dit"].network.blocks)
@@ -279,8 +160,8 @@ class DiffusionObjective(Objective):
         data = on_texture_grid(inputs["posterior"].mean)
         num, device = len(inputs["labels"]), inputs["labels"].device
         by_time: list[dict[str, Tensor]] = []
-        for i in range(_BINS):
-            t = torch.full((num,), (i + 0.5) / _BINS, device=device)
+        for i in range(BINS):
+            t = torch.full((num,), (i + 0.5) / BINS, device=device)
             times = self.schedule.times(t * self.schedule.length)
             noise = SampleNoise(i, indices, device)
             x, velocity = {}, {}
@@ -292,7 +173,7 @@ class DiffusionObjective(Objective):
         means = {n: torch.stack([errors[n] for errors in by_time]).mean(dim=0) for n in data}
         return {
             "velocity": means.pop("texture"),
-            **dict(zip(_BIN_NAMES, (errors["texture"] for errors in by_time), strict=True)),
+            **dict(zip(BIN_NAMES, (errors["texture"] for errors in by_time), strict=True)),
             **{f"velocity_{name}": value for name, value in means.items()},
         }
 
@@ -325,4 +206,18 @@ class DiffusionObjective(Objective):
             self.sampler,
             class_names=self.class_names,
             image_size=self.image_size,
+        )
+
+
+def _check_depth(repa: REPAConfig, shape: DiTArchitecture) -> None:
+    """Raises ValueError where a network has no such block, or one whose tokens are no map."""
+    depth = repa.depth_in(shape.depth)
+    if depth > shape.depth:
+        raise ValueError(
+            f"diffusion.repa.depth: {repa.depth} is more than the network's {shape.depth} blocks"
+        )
+    if repa.projector == "conv" and shape.is_routed(depth):
+        raise ValueError(
+            f"diffusion.repa.projector: conv needs the whole map of tokens, of which token routing drops some at block "
+            f"{depth}; pass diffusion.repa.depth={shape.split[0]} or fewer"
         )

@@ -13,7 +13,7 @@ from semtok.hub.file_settings import BOOKKEEPING, FileSettings
 from semtok.hub.formats import Format
 from semtok.hub.import_dit import ImportedDiT
 from semtok.references import recipe_folder
-from semtok.sampler.dit import PRESETS, DiTArchitecture
+from semtok.sampler.architecture import PRESETS, DiTArchitecture
 from semtok.sampler.latents import LatentSpec
 from semtok.sampler.sampling import SamplerConfig
 from semtok.sampler.transport import PathName, TimeConfig

@@ -16,13 +16,9 @@ from torch import Tensor, nn
 
 from semtok.errors import UserError
 from semtok.hub.checkpoints import built, count_numbered, sizes
-from semtok.sampler.dit import (
-    DiT,
-    DiTArchitecture,
-    rotary_table,
-    sincos_positions,
-    time_frequencies,
-)
+from semtok.sampler.architecture import DiTArchitecture
+from semtok.sampler.dit import DiT
+from semtok.sampler.embeddings import rotary_table, sincos_positions, time_frequencies
 from semtok.sampler.latents import LatentSpec, PartSpec
 from semtok.storage import first_line
 from semtok.teachers import silu_mlp

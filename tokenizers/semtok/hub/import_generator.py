@@ -19,7 +19,8 @@ from semtok.hub.dit_settings import (
 from semtok.hub.formats import Format
 from semtok.hub.import_tokenizer import compvis_tokenizer, finished
 from semtok.hub.job import ImportJob, standardise
-from semtok.sampler.dit import PRESETS, DiT, DiTArchitecture
+from semtok.sampler.architecture import PRESETS, DiTArchitecture
+from semtok.sampler.dit import DiT
 from semtok.sampler.latents import LatentSpec
 from semtok.storage import first_line
 from semtok.tokenizer import Tokenizer

@@ -15,7 +15,8 @@ from semtok.methods.composite import CompositeTokenizer, FeatureCoder
 from semtok.privacy import fit_to_show
 from semtok.references import locate_export
 from semtok.registry import get_method, papers_of
-from semtok.sampler.dit import DiT, DiTArchitecture
+from semtok.sampler.architecture import DiTArchitecture
+from semtok.sampler.dit import DiT
 from semtok.sampler.latents import LatentSpec, PartSpec
 from semtok.settings import Config, parse
 from semtok.storage import (

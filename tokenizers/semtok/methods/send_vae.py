@@ -28,8 +28,9 @@ from semtok.methods.vae import (
 )
 from semtok.objective import Carry, Inputs, MethodContext, StepOutput, Term
 from semtok.registry import register_method
-from semtok.sampler.dit import init_xavier, sincos_positions
+from semtok.sampler.blocks import init_xavier
 from semtok.sampler.draws import Draws
+from semtok.sampler.embeddings import sincos_positions
 from semtok.sampler.roles import hidden_matrix
 from semtok.settings import Config
 from semtok.teachers import alignment_loss, silu_mlp

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,15 @@ class Draws:
     def uniform(self, name: str, shape: tuple[int, ...] = ()) -> Tensor:
         """Uniform numbers in [0, 1), (B, *shape)."""
         return self._draw(name, shape, torch.Tensor.uniform_)
+
+    def uniform_of_step(self, name: str) -> Tensor:
+        """One uniform number in [0, 1) for all places of the step, (1,)."""
+        generator = torch.Generator(self.device).manual_seed(_seed(self.seed, self.step, name))
+        return torch.rand(1, generator=generator, device=self.device)
+
+    def of_previous(self) -> "Draws":
+        """Those of the place before the first one, of the last place where that is the first of all."""
+        return replace(self, first=(self.first - 1) % self.global_batch, num=1)
 
     def _draw(self, name: str, shape: tuple[int, ...], fill: Callable[..., Tensor]) -> Tensor:
         begin, end = self.first // _CHUNK, -(-(self.first + self.num) // _CHUNK)

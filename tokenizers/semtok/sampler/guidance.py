@@ -1,22 +1,29 @@
 """Guidance: what is added to a network's velocity so that samples fit their class better.
 
 Classifier-free guidance (Ho and Salimans 2022) moves away from the prediction without a class;
-autoguidance (Karras et al. 2024) moves away from the prediction of a weaker network with the same
-class. Both by a scale per part and in an interval of time (Kynkäänniemi et al. 2024).
+path-drop guidance (SPRINT, arXiv 2510.21986) from that without a class and without most blocks;
+internal guidance (RAEv2, arXiv 2605.18324) from that of a head in the middle of the network;
+autoguidance (Karras et al. 2024) from that of a weaker network with the same class. All by a scale
+per part and in an interval of time (Kynkäänniemi et al. 2024).
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from semtok.sampler.architecture import DiTArchitecture
 from semtok.sampler.config import Config
 from semtok.sampler.dit import DiT
 from semtok.sampler.latents import LatentSpec
+from semtok.sampler.routing import DENSE, Route
 from semtok.sampler.transport import Times
 
 Interval = tuple[float, float]
+Base = Literal["null_label", "dropped_path", "inner_head"]
+"""What guidance moves away from."""
 
 
 class GuidanceConfig(Config):
@@ -25,6 +32,10 @@ class GuidanceConfig(Config):
     scale: float | dict[str, float] = 1.0
     """w in base + w (conditional - base), for all parts or per part (others 1). 1 is no guidance, and
     costs no second forward. Below 1 is nearer to the base; the published samplers take it for 1."""
+    base: Base = "null_label"
+    """What samples are moved away from. ``null_label``: the prediction without a class. ``dropped_path``: without a
+    class and without the blocks that token routing thins out, which are then not computed. ``inner_head``: the second
+    head's prediction with the class, from the same forward pass. A weaker model takes the place of all of them."""
     interval: Interval | dict[str, Interval] = (0.0, 1.0)
     """Times of the part, from noise 0 to data 1, between which it is guided; both ends belong to it.
     For all parts or per part (others always)."""
@@ -82,6 +93,19 @@ class GuidanceConfig(Config):
                 f"sampler.guidance.num_channels: the texture has {channels} channels, not {self.num_channels}"
             )
 
+    def check_network(self, network: DiTArchitecture) -> None:
+        """Raises ValueError where a network has not what ``base`` asks for."""
+        if self.base == "dropped_path" and network.split is None:
+            raise ValueError(
+                "sampler.guidance.base: dropped_path needs a network with token routing (diffusion.routing); pass "
+                "null_label"
+            )
+        if self.base == "inner_head" and network.inner_head is None:
+            raise ValueError(
+                "sampler.guidance.base: inner_head needs a network with a second head "
+                "(diffusion.internal_guidance); pass null_label"
+            )
+
 
 def guided_velocity(
     network: DiT,
@@ -92,34 +116,40 @@ def guided_velocity(
     *,
     num_channels: int | None = None,
     weak: DiT | None = None,
+    base: Base = "null_label",
 ) -> dict[str, Tensor]:
     """The velocity per part, guided where ``scales`` names it.
 
     Without scales it is one forward with the labels, bit for bit. Otherwise it is one forward of
-    twice the batch, or, with ``weak``, one forward of each network.
+    twice the batch, of which half skips most blocks where ``base`` is ``dropped_path``; one forward where it is
+    ``inner_head``; or, with ``weak``, one forward of each network.
 
     Args:
         x: noised latents, (B, ...).
         labels: int64 (B,).
         scales: guidance scale per guided part, for all samples or (B,).
-        num_channels: see ``GuidanceConfig``.
-        weak: guides away from this network instead of from the null label.
+        num_channels, base: see ``GuidanceConfig``.
+        weak: guides away from this network instead.
     """
     if not scales:
         return _velocity(network, x, times, labels)
     if weak is not None:
         conditional = _velocity(network, x, times, labels)
-        base = _velocity(weak, x, times, labels)
+        away = _velocity(weak, x, times, labels)
+    elif base == "inner_head":
+        output = network(x, times, labels, inner=True)
+        conditional, away = _like_state(output.velocity, x), _like_state(output.inner, x)
     else:
         null = torch.full_like(labels, network.num_classes)
-        both = _velocity(network, _twice(x), _twice(times), torch.cat([labels, null]))
+        route = Route(num_skipped=len(labels)) if base == "dropped_path" else DENSE
+        both = _velocity(network, _twice(x), _twice(times), torch.cat([labels, null]), route)
         conditional = {name: part.chunk(2)[0] for name, part in both.items()}
-        base = {name: part.chunk(2)[1] for name, part in both.items()}
+        away = {name: part.chunk(2)[1] for name, part in both.items()}
     guided = dict(conditional)
     for name, scale in scales.items():
         if isinstance(scale, Tensor):
-            scale = scale.to(base[name]).view(-1, *(1,) * (base[name].ndim - 1))
-        guided[name] = torch.lerp(base[name], conditional[name], scale)
+            scale = scale.to(away[name]).view(-1, *(1,) * (away[name].ndim - 1))
+        guided[name] = torch.lerp(away[name], conditional[name], scale)
         if name == "texture" and num_channels is not None:
             rest = conditional[name][:, num_channels:]
             guided[name] = torch.cat([guided[name][:, :num_channels], rest], dim=1)
@@ -127,10 +157,13 @@ def guided_velocity(
 
 
 def _velocity(
-    network: DiT, x: Mapping[str, Tensor], times: Times, labels: Tensor
+    network: DiT, x: Mapping[str, Tensor], times: Times, labels: Tensor, route: Route = DENSE
 ) -> dict[str, Tensor]:
+    return _like_state(network(x, times, labels, route=route).velocity, x)
+
+
+def _like_state(velocity: Mapping[str, Tensor], x: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """In the type of the state, so that a network in half precision does not make the state one."""
-    velocity = network(x, times, labels).velocity
     return {name: part.to(x[name].dtype) for name, part in velocity.items()}
 
 

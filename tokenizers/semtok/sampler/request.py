@@ -18,7 +18,7 @@ from torch import Tensor
 
 from semtok.sampler.dit import DiT
 from semtok.sampler.draws import SampleNoise
-from semtok.sampler.latents import Latents, LatentSpec
+from semtok.sampler.latents import Latents
 from semtok.sampler.sampling import (
     SamplerConfig,
     Start,
@@ -34,6 +34,11 @@ Callback = Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None]
 STRENGTH = 0.8
 """Of image-to-image, where a call says none."""
 _MOST_NAMES = 8
+_NEEDED = {
+    "null_label": "the null label",
+    "dropped_path": "the dropped path",
+    "inner_head": "the second head",
+}
 
 
 @dataclass(frozen=True)
@@ -300,9 +305,10 @@ def told(error: ValidationError) -> str:
     return f"{place}: {message}, got {problem['input']!r}"
 
 
-def check_guidance_fits(settings: SamplerConfig, spec: LatentSpec, *, can_be_guided: bool) -> None:
+def check_guidance_fits(settings: SamplerConfig, network: DiT, *, can_be_guided: bool) -> None:
     """Raises ValueError where guidance names no part of a model, or where it was not trained for it."""
-    guidance = settings.guidance
+    guidance, spec = settings.guidance, network.spec
+    guidance.check_network(network.architecture)
     if isinstance(guidance.scale, dict):
         unknown = sorted(guidance.scale.keys() - set(spec.names))
         if unknown:
@@ -312,7 +318,7 @@ def check_guidance_fits(settings: SamplerConfig, spec: LatentSpec, *, can_be_gui
     guidance.check_fits(spec)
     if not can_be_guided and any(guidance.scale_of(part) != 1 for part in spec.names):
         raise ValueError(
-            "guidance_scale: this model was trained without the null label that guidance needs; pass 1"
+            f"guidance_scale: this model was trained without {_NEEDED[guidance.base]} that guidance needs; pass 1"
         )
 
 

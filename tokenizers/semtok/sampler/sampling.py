@@ -215,7 +215,14 @@ def velocity_function(
         readings = decide.tolist() if isinstance(decide, Tensor) else [decide]
         scales = guidance.active_each([schedule.times_at(now) for now in readings])
         return guided_velocity(
-            network, state, times, own, scales, num_channels=guidance.num_channels, weak=weak
+            network,
+            state,
+            times,
+            own,
+            scales,
+            num_channels=guidance.num_channels,
+            weak=weak,
+            base=guidance.base,
         )
 
     return velocity

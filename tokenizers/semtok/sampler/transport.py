@@ -6,7 +6,7 @@ there with the same direction of time).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -116,23 +116,29 @@ class TimeConfig(Config):
     """Of the normal before the sigmoid, where ``law`` is ``logit_normal``; above 0 is nearer to data."""
     std: float = Field(1.0, gt=0)
     """Of that normal."""
-    shift: Annotated[float, Field(gt=0)] | Literal["dimension"] = 1.0
+    shift: Annotated[float, Field(gt=0)] | Literal["dimension", "spatial_dimension"] = 1.0
     """Moves times towards noise by ``shift_times``, in training and in samplers; ``dimension`` takes
-    sqrt(latent dimensions / 4096) (RAE, Zheng et al. 2025, after Esser et al. 2024)."""
+    sqrt(latent dimensions / 4096) (RAE, Zheng et al. 2025, after Esser et al. 2024), ``spatial_dimension`` the same
+    of the spatial parts alone (SR-DiT)."""
 
-    def shift_for(self, dimension: int) -> float:
-        """The shift for latents of so many numbers."""
-        return (
-            math.sqrt(dimension / _REFERENCE_DIMENSION) if self.shift == "dimension" else self.shift
-        )
+    def shift_for(self, shapes: Mapping[str, Sequence[int]]) -> float:
+        """The shift for latents whose parts have these shapes, spatial ones (C, H, W) on one grid, vectors (D,)."""
+        if not isinstance(self.shift, str):
+            return self.shift
+        counted = [
+            math.prod(shape)
+            for shape in shapes.values()
+            if self.shift == "dimension" or len(shape) == 3
+        ]
+        return math.sqrt(sum(counted) / _REFERENCE_DIMENSION)
 
-    def draw(self, draws: Draws, dimension: int) -> Tensor:
-        """Times (B,) in [0, 1] of one micro-batch."""
+    def draw(self, draws: Draws, shapes: Mapping[str, Sequence[int]]) -> Tensor:
+        """Times (B,) in [0, 1] of one micro-batch of latents of these shapes, see ``shift_for``."""
         if self.law == "uniform":
             t = draws.uniform("time")
         else:
             t = (draws.normal("time", ()) * self.std + self.mean).sigmoid()
-        return shift_times(t, self.shift_for(dimension))
+        return shift_times(t, self.shift_for(shapes))
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:

@@ -16,7 +16,7 @@ from semtok import stopping
 from semtok.data.order import BatchSlice, DataOrder, training_batches
 from semtok.data.source import ImageBatch, ImageSource
 from semtok.errors import Interrupted, UserError, printable
-from semtok.objective import Batch, Objective, StepOutput
+from semtok.objective import PREVIOUS, Batch, Objective, StepOutput
 from semtok.pictures import write_png
 from semtok.processes import gather, interruptible, num_processes, together
 from semtok.sampler.draws import Draws
@@ -38,6 +38,7 @@ from semtok.training.ema import ModelEMA
 from semtok.training.held_out import HeldOut
 from semtok.training.inputs import in_float32, on_device, teacher_blocks
 from semtok.training.log import MetricSums, RunLog, non_finite
+from semtok.training.neighbours import previous_of
 from semtok.training.optimisers import Optimisers
 from semtok.training.train_config import TrainConfig
 
@@ -81,6 +82,11 @@ class Trainer:
             accelerator.process_index,
             accelerator.num_processes,
         )
+        if objective.compares_neighbours() and config.batch_size < 2:
+            raise UserError(
+                "train.batch_size: contrastive flow matching compares the images of a batch; pass at least 2, or "
+                "diffusion.contrastive_weight=0"
+            )
         self.held_out = HeldOut(
             objective,
             validation,
@@ -92,16 +98,7 @@ class Trainer:
             module.to(self.device)
         if config.channels_last and not use_channels_last(networks):
             raise UserError("train.channels_last: no network here has a convolution; leave it out")
-        self.ema = (
-            ModelEMA(objective.averaged_module(), config.ema_decay, warmup=config.ema_warmup)
-            if config.ema_decay is not None and objective.learners
-            else None
-        )
-        self.averages = (
-            PowerAverages(objective.averaged_module(), config.averages, folder / AVERAGES)
-            if config.averages is not None and objective.learners
-            else None
-        )
+        self.ema, self.averages = self._followers()
         compile_networks([*objective.compiled_modules(), *teacher_blocks(networks)], config.compile)
         self.learners = {
             name: accelerator.prepare_model(p) for name, p in objective.learners.items()
@@ -113,6 +110,17 @@ class Trainer:
         self.skipped: dict[str, str] = {}  # unreadable files, and why
         self._vote = StopVote()
         self._mark()
+
+    def _followers(self) -> tuple[ModelEMA | None, PowerAverages | None]:
+        """The averages of the weights that this run asks for."""
+        config, ema, averages = self.config, None, None
+        if self.objective.learners:
+            module = self.objective.averaged_module()
+            if config.ema_decay is not None:
+                ema = ModelEMA(module, config.ema_decay, warmup=config.ema_warmup)
+            if config.averages is not None:
+                averages = PowerAverages(module, config.averages, self.folder / AVERAGES)
+        return ema, averages
 
     # State that survives ------------------------------------------------------------------------
 
@@ -266,8 +274,7 @@ class Trainer:
     def train_step(self, batches: Iterator[ImageBatch]) -> None:
         """One optimiser step of every active learner. Nothing here waits for the device."""
         active = self.objective.active_learners(self.step)
-        for micro_step in range(self.accumulate):
-            _, inputs = self._prepared(next(batches))
+        for micro_step, inputs in enumerate(self._inputs_of_step(batches)):
             draws = Draws(
                 seed=self.config.seed,
                 step=self.step,
@@ -292,6 +299,18 @@ class Trainer:
         if self.averages is not None:
             self.averages.update()
         self.step += 1
+
+    def _inputs_of_step(self, batches: Iterator[ImageBatch]) -> Iterator[dict[str, Any]]:
+        """What the objective makes of each micro-batch of this process."""
+        each = (self._prepared(next(batches))[1] for _ in range(self.accumulate))
+        if not self.objective.compares_neighbours():
+            yield from each
+            return
+        prepared = list(each)  # the image before the first of them is in the last
+        last = [inputs["posterior"].map(lambda part: part[-1:]) for inputs in prepared]
+        before = previous_of(last, self.share.process_index, self.accelerator.gather)
+        for inputs, posterior in zip(prepared, before, strict=True):
+            yield inputs | {PREVIOUS: posterior}
 
     def _batches(self) -> Iterator[ImageBatch]:
         order = DataOrder(

@@ -81,7 +81,7 @@ class SemtokScheduler(SchedulerMixin, ConfigMixin):
 
     def check(self, settings: SamplerConfig, model: Sampled, *, can_be_guided: bool) -> None:
         """Raises ValueError where a model can't be guided so."""
-        check_guidance_fits(settings, model.network.spec, can_be_guided=can_be_guided)
+        check_guidance_fits(settings, model.network, can_be_guided=can_be_guided)
 
     def sample(
         self,

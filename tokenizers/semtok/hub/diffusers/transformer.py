@@ -7,8 +7,10 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from semtok.sampler.dit import DiT, DiTArchitecture, DiTOutput
+from semtok.sampler.architecture import DiTArchitecture
+from semtok.sampler.dit import DiT, DiTOutput
 from semtok.sampler.latents import LatentSpec
+from semtok.sampler.routing import DENSE, Route
 
 
 class SemtokTransformer(ModelMixin, ConfigMixin):
@@ -39,7 +41,13 @@ class SemtokTransformer(ModelMixin, ConfigMixin):
         )
 
     def forward(
-        self, x: Mapping[str, Tensor], times: Mapping[str, Tensor], labels: Tensor
+        self,
+        x: Mapping[str, Tensor],
+        times: Mapping[str, Tensor],
+        labels: Tensor,
+        *,
+        route: Route = DENSE,
+        inner: bool = False,
     ) -> DiTOutput:
         """One forward pass; the velocity is of the latents' dtype, whatever that of the weights.
 
@@ -47,6 +55,14 @@ class SemtokTransformer(ModelMixin, ConfigMixin):
             x: noised latents; spatial parts (B, C, H, W) on one grid, vector parts (B, D).
             times: per part (B,) in [0, 1], from noise to data.
             labels: int64 (B,) in [0, num_classes].
+            route: of a network with token routing, which samples skip most blocks.
+            inner: also give what the second head predicts, of a network that has one.
         """
-        output = self.dit(x, times, labels)
-        return DiTOutput(output.velocity.to(x["texture"].dtype), None)
+        output, dtype = self.dit(x, times, labels, route=route, inner=inner), x["texture"].dtype
+        second = output.inner.to(dtype) if output.inner is not None else None
+        return DiTOutput(output.velocity.to(dtype), None, second)
+
+    @property
+    def architecture(self) -> DiTArchitecture:
+        """The network's shape."""
+        return self.dit.config
