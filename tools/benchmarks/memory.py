@@ -26,7 +26,7 @@ from semtok.recipe import load_diffusion_recipe, load_recipe
 from semtok.references import DEMO
 from semtok.sampler.draws import Draws
 from semtok.settings import read_yaml
-from semtok.speed import autocast_dtype
+from semtok.speed import autocast_dtype, set_convolutions
 from semtok.tokenizer import Tokenizer
 from semtok.training.inputs import on_device
 from semtok.training.train_config import MemoryConfig, TrainConfig
@@ -122,6 +122,8 @@ def recipe_memory(
 def _estimate(objective: Objective, config: TrainConfig, source: ImageSource) -> MemoryEstimate:
     objective.train()
     learners, frozen = list(objective.learners.values()), objective.frozen_modules()
+    if config.precision != "auto":
+        set_convolutions([*learners, *frozen], config.precision)
     networks = _distinct_bytes([*learners, *frozen])
     trained = _distinct_bytes(learners, buffers=False)
     averaged = _distinct_bytes([objective.averaged_module()]) if config.ema_decay is not None else 0
@@ -141,7 +143,8 @@ def _estimate(objective: Objective, config: TrainConfig, source: ImageSource) ->
 def _peak_of_a_step(objective: Objective, config: TrainConfig, batch: Batch) -> int:
     """Bytes that one micro-batch needs at most, beside networks and gradients, which are there before."""
     step, num = config.steps - 1, len(batch)
-    dtype = autocast_dtype(config.precision)
+    # A GPU for which so much is written out has bf16.
+    dtype = autocast_dtype("bf16" if config.precision == "auto" else config.precision)
 
     def autocast() -> torch.autocast:
         return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
