@@ -52,6 +52,29 @@ _MEASURING = ["steps", "all", "0"]
 
 def _parser() -> Parser:
     parser = Parser(prog="compare", description=__doc__)
+    _add_rows(parser)
+    _add_settings(parser)
+    parser.add_argument(
+        "--jobs", type=int, help="processes at once; default: one for each GPU, or each CPU core"
+    )
+    parser.add_argument("--output", type=Path, default=RUNS / "compare")
+    parser.add_argument(
+        "--redraw",
+        action="store_true",
+        help="draw the report of --output anew from its results.json, trains nothing; --baseline may be another",
+    )
+    parser.add_argument(
+        "--score",
+        nargs=3,
+        metavar="WORD",
+        help="tokenizer or generator, its NAME and SEED: only this, in a comparison that was begun; its processes are "
+        "started with it; 'steps all 0': measure a few steps of each training",
+    )
+    return parser
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    """What is compared."""
     parser.add_argument(
         "--tokenizers",
         metavar="REF,REF",
@@ -77,6 +100,10 @@ def _parser() -> Parser:
         metavar="NAME",
         help="the row that others are compared with; default: the first",
     )
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """What all rows share."""
     parser.add_argument(
         "--recipe",
         help="of the transformers, a YAML file or the name of one of the library's; default: dit",
@@ -104,23 +131,6 @@ def _parser() -> Parser:
         metavar="key=value",
         help="settings of every transformer, as diffusion.network=…, which go before the budget's",
     )
-    parser.add_argument(
-        "--jobs", type=int, help="processes at once; default: one for each GPU, or each CPU core"
-    )
-    parser.add_argument("--output", type=Path, default=RUNS / "compare")
-    parser.add_argument(
-        "--redraw",
-        action="store_true",
-        help="draw the report of --output anew from its results.json, trains nothing; --baseline may be another",
-    )
-    parser.add_argument(
-        "--score",
-        nargs=3,
-        metavar="WORD",
-        help="tokenizer or generator, its NAME and SEED: only this, in a comparison that was begun; its processes are "
-        "started with it; 'steps all 0': measure a few steps of each training",
-    )
-    return parser
 
 
 def main(arguments: Sequence[str]) -> int:
