@@ -38,6 +38,16 @@ def _temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_machine_is_fast_in_bf16() -> Iterator[None]:
+    """What ``train.precision=auto`` comes to in tests does not depend on where they run."""
+    from semtok.training import precision
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "found_here", lambda: precision.Gains(1.0, 1.0))
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _what_is_taken_is_given_back(_temporary_files: None) -> Iterator[None]:
     """Descriptors, threads, processes and temporary files at the end of a module are those of its start."""

@@ -28,13 +28,16 @@ from comparison.estimate import expected_seconds
 from comparison.finished import take_finished_runs, with_whole_runs
 from comparison.jobs import Job, Stopped, only_one_in, run_jobs
 from comparison.plan import BUDGETS, Comparison, ComparisonSettings, Row
-from comparison.results import Spread, steps_to_reach
+from comparison.report import generation_table
+from comparison.results import RowScores, Spread, compared, steps_to_reach
+from comparison.rows import read_rows
 from comparison.time_left import TimeLeft
 from semtok import Generator, Tokenizer, UserError
 from semtok.commands.cli import run
-from semtok.recipe import load_recipe, write_recipe
+from semtok.recipe import load_recipe, locate_recipe, write_recipe
 from semtok.storage import write_json
 from semtok.training.loop import Trainer
+from semtok.training.precision import Gains
 
 TINY = ComparisonSettings(
     recipe_share=0.001,
@@ -119,6 +122,90 @@ def test_a_variant_may_name_a_row(monkeypatch, capsys):
     assert "some/folder vae some/folder reglue" in capsys.readouterr().err
 
 
+VARIANTS = """
+plain: {tokenizer: mine}
+fast:
+  tokenizer: vae
+  settings: ["diffusion.repa={weight: 0.5}", train.optimiser.learning_rate=1e-3]
+"""
+
+
+def test_a_file_of_variants_is_read_as_options_would_be_and_stands_alone(
+    tmp_path, monkeypatch, capsys
+):
+    file = tmp_path / "variants.yaml"
+    file.write_text(VARIANTS)
+    fast = Row(
+        name="fast",
+        tokenizer="vae",
+        settings=("diffusion.repa={weight: 0.5}", "train.optimiser.learning_rate=1e-3"),
+    )
+    words = ["extra", "mine", "sampler.steps=2"]
+    rows = read_rows("mine=demo", [words], file)
+    assert [row.name for row in rows] == ["mine", "plain", "fast", "extra"]
+    assert [row.tokenizer for row in rows] == ["demo", "demo", "vae", "demo"]
+    assert rows[2] == fast
+    comparison(tmp_path / "c", *rows[:3]).check()
+    told: list[tuple[Row, ...]] = []
+
+    def refuse(folder: Path, settings: object, rows: tuple[Row, ...], seeds: int) -> None:
+        told.append(rows)
+        raise UserError("enough")
+
+    monkeypatch.setattr(compare, "Comparison", refuse)
+    assert run(compare.main, ["--variants", str(file)]) == 2
+    assert [row.name for row in told[0]] == ["plain", "fast"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "names no variant; expected NAME: {tokenizer: REF"),
+        ("plain: vae", "plain: expected NAME: {tokenizer: REF"),
+        ("plain: {settings: []}", "plain: 'tokenizer' is missing"),
+        ("plain: {tokenizer: vae, setings: []}", "plain: unknown key 'setings'"),
+        ("plain: {tokenizer: vae, settings: [diffusion]}", "plain: settings: expected words key="),
+        ("a/b: {tokenizer: vae}", "a/b: name"),
+    ],
+)
+def test_what_a_file_of_variants_can_t_hold_is_named(text, message, tmp_path):
+    file = tmp_path / "variants.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        read_rows("", [], file)
+    assert str(error.value).startswith(str(file)) and message in str(error.value)
+
+
+def test_another_recipe_of_the_transformer_is_trained_scored_and_remembered(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        locate_recipe("dit").read_text().replace("precision: auto", "precision: fp32")
+    )
+    other = comparison(tmp_path / "c", VAE, recipe=str(recipe), precision="bf16")
+    [job] = [job for job in compare._jobs(other) if job.kind == "generator"]
+    words = job.command()
+    assert words[words.index("--recipe") + 1] == str(recipe)
+    assert "train.precision=bf16" not in words, "the recipe says its own"
+    other.claim()
+    recipe.write_text(recipe.read_text() + "# changed")
+    with pytest.raises(UserError, match=r"mine\.yaml has changed since; choose another --output"):
+        other.claim()
+
+
+def test_every_row_computes_in_the_precision_that_the_comparison_began_with(
+    tmp_path, monkeypatch, capsys
+):
+    machine = Gains(3.0, 2.0)
+    monkeypatch.setattr(compare, "found_here", lambda: machine)
+    begun = compare._with_precision(comparison(tmp_path, VAE))
+    assert "precision: bf16 for matrix products (3.0x" in capsys.readouterr().out
+    assert "train.precision=bf16" in begun.generator_overrides(VAE, 0)
+    begun.claim()
+    machine = Gains(0.5, 0.5)
+    again = compare._with_precision(comparison(tmp_path, VAE))
+    assert again == begun and capsys.readouterr().out == ""
+
+
 def test_a_setting_of_ones_own_goes_before_the_budgets(monkeypatch, capsys):
     def refuse(folder: Path, settings: ComparisonSettings, *_: object) -> None:
         raise UserError(" ".join(settings.settings))
@@ -165,6 +252,12 @@ def test_rows_and_seeds_may_be_added_but_nothing_else_changed(tmp_path):
         (["--variant", "x"], "--variant x: expected NAME REF key=value"),
         (["--variant", "x", "vae", "diffusion.netwrok=a"], "unknown key 'diffusion.netwrok'"),
         (["--variant", "a/b", "vae"], "--variant: name"),
+        (["--variants", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["--baseline", "sfd"], "--baseline: no row 'sfd'; rows: vae, send_vae"),
+        (["--recipe", "dti"], "dti: no such file or recipe; did you mean 'dit'"),
+        (["--redraw"], "no results.json, nothing was reported there yet"),
+        (["--redraw", "--seeds", "3"], "--seeds takes no effect, leave it out"),
+        (["--redraw", "--variant", "x", "vae"], "--variant takes no effect, leave it out"),
         (["--tokenizers", "sp ace/my vae"], "--tokenizers sp ace/my vae (or NAME=REF): name"),
         (["--variant", "x", "vae", "train.batch_size=8"], "train.batch_size is the same for every"),
         (["--set", "train.keep_last=1"], "--set: train.keep_last is the same for every row"),
@@ -467,6 +560,41 @@ def test_steps_to_reach_a_score_are_interpolated():
     assert steps_to_reach(steps, falling, 40.0) == math.inf
 
 
+def rows_of(*scores: tuple[str, list[list[float]], list[list[float]]]) -> list[RowScores]:
+    """Args: scores: of each row its name, FD and seconds, of each checkpoint those of each seed."""
+    return [
+        RowScores(
+            Row(name=name, tokenizer="vae"),
+            {},
+            [10, 20],
+            {"FD-demo": [Spread(tuple(at)) for at in distances]},
+            [Spread(tuple(at)) for at in seconds],
+        )
+        for name, distances, seconds in scores
+    ]
+
+
+def test_rows_are_compared_seed_by_seed_in_steps_seconds_and_by_how_much():
+    rows = rows_of(
+        ("plain", [[100.0, 80.0], [50.0, 40.0]], [[5.0, 5.0], [10.0, 10.0]]),
+        ("fast", [[70.0, 30.0], [30.0, 50.0]], [[4.0, 6.0], [8.0, 12.0]]),
+    )
+    plain, fast = compared(rows, "plain")
+    assert fast.steps_to_baseline == {"FD-demo": (15.0, 10.0)}
+    assert fast.seconds_to_baseline == {"FD-demo": (6.0, 6.0)}
+    assert fast.differences["FD-demo"].values == (-20.0, 10.0)
+    header, [first, second] = generation_table([plain, fast])
+    told = dict(zip(header, second, strict=True))
+    assert told["steps to plain's FD-demo"] == "≤ 12.5 ± 3.5"
+    assert told["seconds to plain's FD-demo"] == "≤ 6 ± 0"
+    assert told["FD-demo less plain's"] == "-5 ± 21"
+    assert first[header.index("FD-demo less plain's")] == "-"
+    others = {row.baseline for row in compared(rows, "fast")}
+    assert others == {"fast"} and compared(rows, "fast")[0].steps_to_baseline == {
+        "FD-demo": (17.5,)
+    }
+
+
 def test_a_spread_is_the_sample_standard_deviation():
     spread = Spread((1.0, 2.0, 3.0))
     assert (spread.mean, spread.std, str(spread)) == (2.0, 1.0, "2 ± 1")
@@ -590,6 +718,34 @@ def test_rows_columns_and_pictures_of_the_report_are_labelled(finished):
     assert len(samples[0][1].split()) >= scores.NUM_SHOWN and columns[0].startswith("red")
     assert [row[0].strip() for row in reconstructions] == ["held-out image", "vae", "demo"]
     assert all(picture["alt"] for picture in page.pictures) and len(page.pictures) == 1 + 3 + 3
+
+
+def test_a_report_is_drawn_again_from_its_results_with_another_baseline(
+    finished, in_this_process, monkeypatch, capsys
+):
+    before = json.loads((finished / "results.json").read_text())
+    page = (finished / "report.html").read_text()
+    assert "vae is the baseline" in page and before["baseline"] == "vae"
+    monkeypatch.setattr("comparison.report.open_sources", None)  # nothing is opened
+    (finished / "report.html").unlink()
+    words = ["--redraw", "--output", str(finished)]
+    assert run(compare.main, words) == 0 and not in_this_process
+    assert (finished / "report.html").read_text() == page
+    assert json.loads((finished / "results.json").read_text()) == before
+    assert run(compare.main, [*words, "--baseline", "repa"]) == 0
+    now = json.loads((finished / "results.json").read_text())
+    assert now["baseline"] == "repa" and "repa is the baseline" in (
+        finished / "report.html"
+    ).read_text(encoding="utf-8")
+    assert [row["generation"] for row in now["rows"]] == [r["generation"] for r in before["rows"]]
+    capsys.readouterr()
+    assert run(compare.main, [*words, "--baseline", "nobody"]) == 2
+    assert "no row 'nobody'; rows: vae, demo, repa" in capsys.readouterr().err
+    assert run(compare.main, [*words, "--baseline", "vae"]) == 0
+    write_json(finished / "results.json", {"rows": []})
+    assert run(compare.main, words) == 2
+    assert "an earlier version wrote it" in capsys.readouterr().err
+    write_json(finished / "results.json", before)
 
 
 def test_images_of_the_report_are_enlarged_by_a_whole_number(finished):

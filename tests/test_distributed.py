@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ import tiny
 from semtok import Tokenizer
 from semtok.commands import sample, train_dit, train_tokenizer
 from semtok.commands.cli import run
+from semtok.recipe import parse_recipe
+from semtok.settings import read_yaml
+from semtok.training import precision
+from semtok.training.precision import Gains
 
 METHODS = {
     "send_vae_gan": {
@@ -163,3 +168,19 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, ranks, capsys)
     assert [row["step"] for row in rows[0]] == [1, 2, 3, 4]
     for one, other in zip(*rows, strict=True):
         assert one["loss/l1"] == pytest.approx(other["loss/l1"], rel=1e-3)
+
+
+def train_as_told(folder: str) -> None:
+    """In one of several processes, each of which finds another machine."""
+    found = [Gains(3.1, 2.0), Gains(3.12, 0.79)][int(os.environ["RANK"])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "found_here", lambda: found)
+        content = tiny.content({"name": "vae"}, precision="auto", steps=2)
+        train_tokenizer.train_tokenizer(parse_recipe(content, "tiny"), Path(folder))
+
+
+def test_processes_on_different_machines_agree_on_one_precision(ranks, tmp_path):
+    first, second = ranks.run("test_distributed:train_as_told", str(tmp_path / "run"))
+    line = "precision: bf16 for matrix products (3.1x as fast here), fp32 for convolutions"
+    assert line in first and "precision" not in second
+    assert read_yaml(tmp_path / "run" / "recipe.yaml")["train"]["precision"] == "bf16_matmul"

@@ -2,22 +2,25 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from types import MethodType
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "bf16_matmul", "fp16"]
 """``fp32`` to the last bit; ``tf32``: matrix products and convolutions on a GPU's tensor cores, with 10 bits of
 mantissa, what published code means by float32; ``bf16`` and ``fp16``: automatic mixed precision, and tf32 for what
-that leaves in float32. A CPU computes tf32 as fp32."""
+that leaves in float32; ``bf16_matmul``: as ``bf16``, but convolutions in float32, as bf16 ones are slow on some CPUs.
+A CPU computes tf32 as fp32."""
 Compiler = Literal["none", "inductor", "aot_eager"]
 """Backends of torch.compile; ``aot_eager`` makes no kernels and is for finding out why ``inductor`` fails."""
 
 
 def autocast_dtype(precision: Precision) -> torch.dtype | None:
     """What automatic mixed precision computes in; None: there is none."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    half = {"bf16": torch.bfloat16, "bf16_matmul": torch.bfloat16, "fp16": torch.float16}
+    return half.get(precision)
 
 
 def allow_tf32(precision: Precision) -> None:
@@ -28,7 +31,10 @@ def allow_tf32(precision: Precision) -> None:
 
 @contextmanager
 def computing(device: torch.device, precision: Precision | None) -> Iterator[None]:
-    """Within this context networks compute in this precision; what comes after, as before. None: as it is."""
+    """Within this context networks compute in this precision; what comes after, as before. None: as it is.
+
+    What ``bf16_matmul`` asks of convolutions is theirs to know, see ``set_convolutions``.
+    """
     if precision is None:
         yield
         return
@@ -58,8 +64,30 @@ def use_channels_last(networks: Iterable[nn.Module]) -> bool:
     Returns:
         whether there was any convolution.
     """
-    kinds = (nn.Conv2d, nn.ConvTranspose2d)
-    found = [m for network in networks for m in network.modules() if isinstance(m, kinds)]
+    found = _convolutions(networks)
     for convolution in found:
         convolution.to(memory_format=torch.channels_last)
     return bool(found)
+
+
+def set_convolutions(networks: Iterable[nn.Module], precision: Precision) -> None:
+    """Lets convolutions compute in their weights' type under ``bf16_matmul``, and as autocast says under any other.
+
+    In place; parameters and their names stay as they are.
+    """
+    for convolution in _convolutions(networks):
+        convolution.__dict__.pop("forward", None)
+        if precision == "bf16_matmul":
+            # A bound method: a copy of the network, as its average is, gets its own.
+            convolution.forward = MethodType(_without_autocast, convolution)
+
+
+def _without_autocast(convolution: nn.Module, images: Tensor, *arguments: Any) -> Tensor:
+    with torch.autocast(images.device.type, enabled=False):
+        images = images.to(convolution.weight.dtype)
+        return type(convolution).forward(convolution, images, *arguments)
+
+
+def _convolutions(networks: Iterable[nn.Module]) -> list[nn.Module]:
+    kinds = (nn.Conv2d, nn.ConvTranspose2d)
+    return [m for network in networks for m in network.modules() if isinstance(m, kinds)]

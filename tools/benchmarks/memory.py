@@ -27,7 +27,7 @@ from semtok.references import DEMO
 from semtok.sampler.draws import Draws
 from semtok.sampler.roles import find_hidden_matrices
 from semtok.settings import read_yaml
-from semtok.speed import autocast_dtype
+from semtok.speed import autocast_dtype, set_convolutions
 from semtok.tokenizer import Tokenizer
 from semtok.training.inputs import on_device
 from semtok.training.train_config import MemoryConfig, TrainConfig
@@ -123,6 +123,8 @@ def recipe_memory(
 def _estimate(objective: Objective, config: TrainConfig, source: ImageSource) -> MemoryEstimate:
     objective.train()
     learners, frozen = list(objective.learners.values()), objective.frozen_modules()
+    if config.precision != "auto":
+        set_convolutions([*learners, *frozen], config.precision)
     networks = _distinct_bytes([*learners, *frozen])
     trained = _distinct_bytes(learners, buffers=False)
     moments = 2 * trained - _of_matrices(learners) * _uses_muon(config)
@@ -146,7 +148,8 @@ def _estimate(objective: Objective, config: TrainConfig, source: ImageSource) ->
 def _peak_of_a_step(objective: Objective, config: TrainConfig, batch: Batch) -> int:
     """Bytes that one micro-batch needs at most, beside networks and gradients, which are there before."""
     step, num = config.steps - 1, len(batch)
-    dtype = autocast_dtype(config.precision)
+    # A GPU for which so much is written out has bf16.
+    dtype = autocast_dtype("bf16" if config.precision == "auto" else config.precision)
 
     def autocast() -> torch.autocast:
         return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)

@@ -28,6 +28,7 @@ from semtok.sampler.dit import DiT
 from semtok.settings import apply_overrides
 from semtok.tokenizer import Tokenizer
 from semtok.training.loop import Trainer
+from semtok.training.precision import settled
 from semtok.training.process import make_accelerator
 from semtok.training.train_config import TrainConfig
 
@@ -150,6 +151,7 @@ def make_trainer(
     objective: Objective, config: TrainConfig, source: ImageSource, folder: Path
 ) -> Trainer:
     """A trainer whose steps are taken one by one."""
+    config = settled(config)
     return Trainer(
         objective,
         config,

@@ -5,11 +5,13 @@ and reports. A finished run of a recipe in runs/ is taken where it is what would
 where it stopped.
 """
 
+import argparse
 import os
 import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,16 +22,18 @@ from comparison.jobs import Job, Stopped, only_one_in, run_jobs
 from comparison.plan import (
     BUDGETS,
     SEEDS,
+    SETTINGS_FILE,
     TEXTURE,
     Comparison,
     ComparisonSettings,
     Row,
-    diffusion_recipe,
     read_comparison,
 )
-from comparison.report import generation_table, tokenizer_table, write_report
-from comparison.results import collect
+from comparison.report import generation_table, shown_classes, tokenizer_table, write_report
+from comparison.results import RowScores, collect, compared
+from comparison.rows import read_rows
 from comparison.scores import score
+from comparison.stored import Told, read_results
 from comparison.time_left import TimeLeft
 from semtok.commands.cli import Parser
 from semtok.commands.table import print_table
@@ -38,6 +42,7 @@ from semtok.progress import duration
 from semtok.references import RUNS, find_recipe
 from semtok.settings import parse
 from semtok.storage import read_json
+from semtok.training.precision import chosen, found_here
 
 _DEFAULT = "vae,send_vae,reglue,semvae,redi"
 _TOOLS = Path(__file__).parents[1]
@@ -47,12 +52,34 @@ _MEASURING = ["steps", "all", "0"]
 
 def _parser() -> Parser:
     parser = Parser(prog="compare", description=__doc__)
+    _add_rows(parser)
+    _add_settings(parser)
+    parser.add_argument(
+        "--jobs", type=int, help="processes at once; default: one for each GPU, or each CPU core"
+    )
+    parser.add_argument("--output", type=Path, default=RUNS / "compare")
+    parser.add_argument(
+        "--redraw",
+        action="store_true",
+        help="draw the report of --output anew from its results.json, trains nothing; --baseline may be another",
+    )
+    parser.add_argument(
+        "--score",
+        nargs=3,
+        metavar="WORD",
+        help="tokenizer or generator, its NAME and SEED: only this, in a comparison that was begun; its processes are "
+        "started with it; 'steps all 0': measure a few steps of each training",
+    )
+    return parser
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    """What is compared."""
     parser.add_argument(
         "--tokenizers",
-        default=_DEFAULT,
         metavar="REF,REF",
-        help="recipes of embedded tokenizers, runs, folders, Hub ids, or NAME=REF; the first is the baseline; "
-        f"default: {_DEFAULT}",
+        help="recipes of embedded tokenizers, runs, folders, Hub ids, or NAME=REF; "
+        f"default: {_DEFAULT}, and none beside --variants",
     )
     parser.add_argument(
         "--variant",
@@ -61,6 +88,25 @@ def _parser() -> Parser:
         default=[],
         metavar="WORD",
         help="one more row: NAME REF key=value …, the transformer's settings on that tokenizer",
+    )
+    parser.add_argument(
+        "--variants",
+        type=Path,
+        metavar="FILE",
+        help="YAML of such rows: NAME: {tokenizer: REF, settings: [key=value, …]}",
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="the row that others are compared with; default: the first",
+    )
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """What all rows share."""
+    parser.add_argument(
+        "--recipe",
+        help="of the transformers, a YAML file or the name of one of the library's; default: dit",
     )
     parser.add_argument(
         "--seeds", type=int, help="default: 1 of a quick comparison, 3 of a full one"
@@ -85,18 +131,6 @@ def _parser() -> Parser:
         metavar="key=value",
         help="settings of every transformer, as diffusion.network=…, which go before the budget's",
     )
-    parser.add_argument(
-        "--jobs", type=int, help="processes at once; default: one for each GPU, or each CPU core"
-    )
-    parser.add_argument("--output", type=Path, default=RUNS / "compare")
-    parser.add_argument(
-        "--score",
-        nargs=3,
-        metavar="WORD",
-        help="tokenizer or generator, its NAME and SEED: only this, in a comparison that was begun; its processes are "
-        "started with it; 'steps all 0': measure a few steps of each training",
-    )
-    return parser
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -108,27 +142,9 @@ def main(arguments: Sequence[str]) -> int:
         else:
             score(args.output, *args.score)
         return 0
-    budget = BUDGETS[args.budget].model_dump()
-    named = {word.partition("=")[0] for word in args.set}
-    kept = [word for word in budget["settings"] if word.partition("=")[0] not in named]
-    given = {
-        "data": args.data,
-        "teacher": args.teacher,
-        "settings": [*kept, *args.set],
-        "steps": args.steps,
-        "num_checkpoints": args.num_checkpoints,
-        "num_images": args.num_images,
-    }
-    content = budget | {key: value for key, value in given.items() if value not in (None, [])}
-    settings = parse(ComparisonSettings, content, "compare")
-    names = [name for name in args.tokenizers.split(",") if name]
-    rows = [_row(name) for name in names]
-    named = {row.name: row.tokenizer for row in rows}
-    rows += [_variant(words, named) for words in args.variant]
-    num_seeds = args.seeds if args.seeds is not None else SEEDS[args.budget]
-    if not rows or num_seeds < 1 or (args.jobs is not None and args.jobs < 1):
-        raise UserError("compare needs at least one tokenizer, one seed and one job")
-    comparison = Comparison(args.output, settings, tuple(rows), num_seeds)
+    if args.redraw:
+        return _redraw(args)
+    comparison = _asked(args)
     comparison.check_folder()
     comparison = with_whole_runs(comparison)
     comparison.check()
@@ -138,25 +154,95 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with only_one_in(comparison.folder) as held:
             comparison.claim()
-            _say(
-                f"{_counted(len(rows), 'row')}, {_counted(num_seeds, 'seed')}; output: {comparison.folder}"
-            )
+            rows, seeds = len(comparison.rows), comparison.num_seeds
+            _say(f"{_counted(rows, 'row')}, {_counted(seeds, 'seed')}; output: {comparison.folder}")
             take_finished_runs(comparison, _say)
             _run(comparison, held, environments)
     except Stopped as stopped:
         print(f"stopped by {stopped}; the same command goes on", file=sys.stderr)
         return 128 + stopped.number
-    results = collect(comparison)
+    told = Told(
+        "python tools/compare.py " + shlex.join(arguments),
+        _about(comparison, len(environments)),
+        shown_classes(comparison),
+    )
+    places = _report(comparison, collect(comparison), told, _baseline(args, comparison.rows))
+    print(f"{duration(time.perf_counter() - start)}; report: {places}")
+    return 0
+
+
+def _asked(args: argparse.Namespace) -> Comparison:
+    """The comparison that the options describe."""
+    budget = BUDGETS[args.budget].model_dump()
+    named = {word.partition("=")[0] for word in args.set}
+    kept = [word for word in budget["settings"] if word.partition("=")[0] not in named]
+    given = {
+        "recipe": args.recipe,
+        "data": args.data,
+        "teacher": args.teacher,
+        "settings": [*kept, *args.set],
+        "steps": args.steps,
+        "num_checkpoints": args.num_checkpoints,
+        "num_images": args.num_images,
+    }
+    content = budget | {key: value for key, value in given.items() if value not in (None, [])}
+    settings = parse(ComparisonSettings, content, "compare")
+    default = _DEFAULT if args.variants is None else ""
+    tokenizers = args.tokenizers if args.tokenizers is not None else default
+    rows = read_rows(tokenizers, args.variant, args.variants)
+    num_seeds = args.seeds if args.seeds is not None else SEEDS[args.budget]
+    if not rows or num_seeds < 1 or (args.jobs is not None and args.jobs < 1):
+        raise UserError("compare needs at least one tokenizer, one seed and one job")
+    _baseline(args, rows)
+    return _with_precision(Comparison(args.output, settings, rows, num_seeds))
+
+
+def _with_precision(comparison: Comparison) -> Comparison:
+    """With the precision that the comparison began with, or that this machine is fast in."""
+    if not comparison.is_automatic:
+        return comparison
+    if (comparison.folder / SETTINGS_FILE).is_file():
+        precision = read_comparison(comparison.folder, 1).settings.precision
+    else:
+        precision, line = chosen([found_here()])
+        _say(line)
+    settings = comparison.settings.model_copy(update={"precision": precision})
+    return replace(comparison, settings=settings)
+
+
+def _baseline(args: argparse.Namespace, rows: Sequence[Row]) -> str:
+    """The name of the row that others are compared with."""
+    names = [row.name for row in rows]
+    if args.baseline is not None and args.baseline not in names:
+        raise UserError(f"--baseline: no row '{args.baseline}'; rows: {', '.join(names)}")
+    return args.baseline or names[0]
+
+
+def _redraw(args: argparse.Namespace) -> int:
+    """The report anew, of the scores that are kept."""
+    default = vars(_parser().parse_args(["--redraw"]))
+    others = [
+        name
+        for name, value in vars(args).items()
+        if value != default[name] and name not in ("baseline", "output")
+    ]
+    if others:
+        raise UserError(
+            f"--redraw: draws what {args.output} holds; --{others[0].replace('_', '-')} takes no effect, leave it out"
+        )
+    comparison, scores, told, baseline = read_results(args.output)
+    rows = [one.row for one in scores]
+    baseline = _baseline(args, rows) if args.baseline is not None else baseline
+    print(f"report: {_report(comparison, scores, told, baseline)}")
+    return 0
+
+
+def _report(comparison: Comparison, scores: list[RowScores], told: Told, baseline: str) -> str:
+    """Prints and writes it; where."""
+    results = compared(scores, baseline)
     _print("tokenizers, on held-out images", *tokenizer_table(results))
     _print("generation", *generation_table(results))
-    places = write_report(
-        comparison,
-        results,
-        command="python tools/compare.py " + shlex.join(arguments),
-        about=_about(comparison, len(environments)),
-    )
-    print(f"{duration(time.perf_counter() - start)}; report: " + "   ".join(map(str, places)))
-    return 0
+    return "   ".join(map(str, write_report(comparison, results, told)))
 
 
 def _run(comparison: Comparison, held: int, environments: list[dict[str, str]]) -> None:
@@ -191,24 +277,6 @@ def _print(title: str, header: list[str], rows: list[list[str]]) -> None:
     """A report's table with its rows as columns, which a terminal is not too narrow for."""
     first, *others = (list(column) for column in zip(header, *rows, strict=True))
     print_table(title, others, first)
-
-
-def _row(word: str) -> Row:
-    """The row of REF, or of NAME=REF."""
-    name, equals, reference = word.partition("=")
-    if not equals:
-        path = Path(word)
-        name, reference = (path.parent if path.name == "export" else path).name, word
-    content = {"name": name, "tokenizer": reference}
-    return parse(Row, content, f"--tokenizers {word} (or NAME=REF)")
-
-
-def _variant(words: list[str], named: dict[str, str]) -> Row:
-    """One more row; its REF may be the name that a row of ``--tokenizers`` has."""
-    if len(words) < 2 or any("=" not in word for word in words[2:]):
-        raise UserError(f"--variant {' '.join(words)}: expected NAME REF key=value …")
-    content = {"name": words[0], "tokenizer": named.get(words[1], words[1]), "settings": words[2:]}
-    return parse(Row, content, "--variant")
 
 
 def _environments(jobs: int | None) -> list[dict[str, str]]:
@@ -272,7 +340,7 @@ def _tokenizer_job(comparison: Comparison, reference: str, seed: int) -> Job:
 def _generator_job(comparison: Comparison, row: Row, seed: int, name: str) -> Job:
     folder = comparison.generator_folder(row, seed)
     reference = comparison.tokenizer_reference(row.tokenizer, seed)
-    words = ["--tokenizer", reference, "--recipe", str(diffusion_recipe())]
+    words = ["--tokenizer", reference, "--recipe", str(comparison.recipe)]
     words += comparison.generator_overrides(row, seed)
     return Job(
         name,
@@ -322,7 +390,7 @@ def _about(comparison: Comparison, at_once: int) -> list[str]:
     return [
         f"Data: {data}. Teacher: {teacher}. Tokenizers are trained for {settings.recipe_share:.0%} of their recipes' "
         f"steps, and those with several parts are built on the '{TEXTURE}' of the same seed; one that was trained "
-        "before is the same for every seed. On each the transformer of recipes/dit.yaml is trained for "
+        f"before is the same for every seed. On each the transformer of the recipe {settings.recipe} is trained for "
         f"{settings.steps} steps at a constant rate and sampled without guidance.",
         f"Generated images: {settings.num_images}, the classes in turn, by averaged weights, compared with "
         f"{settings.num_reference} training images in the features of the teacher. A teacher that tokenizers or "

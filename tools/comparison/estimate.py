@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.timing import TrainerStep
 from benchmarks.training import make_trainer
-from comparison.plan import Comparison, diffusion_recipe, is_composite
+from comparison.plan import Comparison, is_composite
 from semtok.commands.train_dit import build_diffusion_objective, needs_teacher
 from semtok.commands.train_tokenizer import build_objective
 from semtok.data.images.kinds import open_sources
@@ -48,7 +48,7 @@ def measure_steps(comparison: Comparison) -> None:
             seconds["tokenizer"][name] = _seconds_a_step(objective, recipe, images, Path(place))
         for row in comparison.rows:
             words = comparison.generator_overrides(row, 0)
-            recipe = load_diffusion_recipe(diffusion_recipe(), words, tokenizer=row.tokenizer)
+            recipe = load_diffusion_recipe(comparison.recipe, words, tokenizer=row.tokenizer)
             trained = find_recipe(row.tokenizer) is None
             tokenizer = Tokenizer.from_pretrained(row.tokenizer if trained else DEMO)
             objective = build_diffusion_objective(
@@ -108,7 +108,7 @@ def expected_seconds(comparison: Comparison, kind: str, name: str) -> float:
         return _START + known["tokenizer"][name] * (train.steps + passes)
     row = next(row for row in comparison.rows if row.name == name)
     words = comparison.generator_overrides(row, 0)
-    recipe = load_diffusion_recipe(diffusion_recipe(), words, tokenizer=row.tokenizer)
+    recipe = load_diffusion_recipe(comparison.recipe, words, tokenizer=row.tokenizer)
     step = known["generator"][name]
     if kind == "generator":
         return _START + step * recipe.train.steps

@@ -14,10 +14,10 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from PIL import Image
 
 from comparison.plan import Comparison
-from comparison.results import RowResult, direction, main_scores
+from comparison.results import RowScores, direction, main_scores
 
 
-def curves(results: list[RowResult]) -> bytes:
+def curves(results: list[RowScores]) -> bytes:
     """Each main score against steps, against seconds, and at the end, as a PNG."""
     followed = main_scores(results[0].generation)
     whole = plt.figure(figsize=(13, 3.6 * len(followed)), layout="constrained", facecolor="white")
@@ -26,7 +26,7 @@ def curves(results: list[RowResult]) -> bytes:
 
 
 def curves_and_samples(
-    comparison: Comparison, results: list[RowResult], classes: Sequence[str]
+    comparison: Comparison, results: list[RowScores], classes: Sequence[str]
 ) -> bytes:
     """The curves, and below them samples, as a PNG.
 
@@ -67,14 +67,14 @@ def _png(whole: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _draw_scores(axes: np.ndarray, names: Sequence[str], results: list[RowResult]) -> None:
+def _draw_scores(axes: np.ndarray, names: Sequence[str], results: list[RowScores]) -> None:
     """A row of axes for each score."""
     for name, row in zip(names, axes, strict=True):
         _draw_score(row, name, results)
     axes[0][0].legend(fontsize=8)
 
 
-def _draw_score(axes: Sequence[Axes], name: str, results: list[RowResult]) -> None:
+def _draw_score(axes: Sequence[Axes], name: str, results: list[RowScores]) -> None:
     by_step, by_second, bars = axes
     colours = plt.get_cmap("tab20" if len(results) > 10 else "tab10").colors
     for i, result in enumerate(results):

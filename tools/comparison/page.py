@@ -11,6 +11,7 @@ from PIL import Image
 
 from comparison.plan import Comparison
 from comparison.results import RowResult, direction
+from comparison.stored import Told
 from semtok.evaluation.predictors import PREDICTORS
 
 _WIDTH = 1100
@@ -50,44 +51,40 @@ def page(
     tables: tuple[Table, Table],
     *,
     figure: bytes,
-    classes: Sequence[str],
-    command: str,
-    about: list[str],
+    told: Told,
 ) -> str:
     """The page.
 
     Args:
         tables: of generation and of tokenizers.
         figure: a PNG.
-        classes: of the columns of samples; empty: there are none.
-        command: that made the comparison.
-        about: sentences on the setting.
     """
     num = comparison.num_seeds
     spread = f"mean ± standard deviation of {num} seeds" if num > 1 else "one seed"
     generation, tokenizers = tables
-    reference = results[0].row.name
+    reference = results[0].baseline
+    shown = [result.scores.row for result in results]
     samples = {
-        r.row.name: _strip(comparison.generator_scores(r.row, 0).with_suffix(".png"))
-        for r in results
+        row.name: _strip(comparison.generator_scores(row, 0).with_suffix(".png")) for row in shown
     }
-    rows = [[r.row.name, r.row.tokenizer, " ".join(r.row.settings) or "-"] for r in results]
+    rows = [[row.name, row.tokenizer, " ".join(row.settings) or "-"] for row in shown]
     return "\n".join(
         [
             "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
             "<meta name='viewport' content='width=device-width, initial-scale=1'>",
             f"<title>Comparison of tokenizers</title><style>{_STYLE}</style></head><body>",
             "<h1>Comparison of tokenizers</h1>",
-            *(f"<p>{html.escape(sentence)}</p>" for sentence in about),
-            f"<p class='note'>Made by <code>{html.escape(command)}</code></p>",
+            *(f"<p>{html.escape(sentence)}</p>" for sentence in told.about),
+            f"<p class='note'>Made by <code>{html.escape(told.command)}</code></p>",
             "<h2>Generation</h2>",
-            f"<p class='note'>{spread}; the first row, {html.escape(reference)}, is the baseline.</p>",
+            f"<p class='note'>{spread}; {html.escape(reference)} is the baseline, with which each seed "
+            "is compared by the same seed.</p>",
             _table(*generation),
             f"<p class='figure'><img alt='scores against steps and seconds' src='{_data(figure)}'></p>",
             "<h2>Samples</h2>",
             "<p class='note'>Seed 0, after the last step. Each column is of one class and, where latents are of one "
             "shape, of one noise.</p>",
-            _strips(samples, classes),
+            _strips(samples, told.classes),
             f"<h2>Tokenizers</h2><p class='note'>{spread}, on held-out images.</p>",
             _table(*_turned(*tokenizers)),
             f"<ul class='note'>{_meanings()}</ul>",
@@ -112,7 +109,7 @@ def _meanings() -> str:
 def _reconstructions(comparison: Comparison, results: list[RowResult]) -> dict[str, Image.Image]:
     """Strips by label; the images once, as they are the same for every tokenizer."""
     strips: dict[str, Image.Image] = {}
-    for name in dict.fromkeys(r.row.tokenizer for r in results):
+    for name in dict.fromkeys(r.scores.row.tokenizer for r in results):
         both = _strip(comparison.tokenizer_scores(name, 0).with_suffix(".png"))
         half = both.height // 2
         strips.setdefault("held-out image", both.crop((0, 0, both.width, half)))

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -13,8 +14,8 @@ from semtok.data.images.kinds import open_sources
 from semtok.data.source import DataConfig
 from semtok.errors import UserError
 from semtok.evaluation.inception import check_torch_fidelity
-from semtok.recipe import load_diffusion_recipe, load_recipe, write_recipe
-from semtok.references import DEMO, find_recipe, locate_export, recipe_folder
+from semtok.recipe import load_diffusion_recipe, load_recipe, locate_recipe, write_recipe
+from semtok.references import DEMO, find_recipe, locate_export
 from semtok.settings import Config, apply_overrides, parse, read_yaml
 from semtok.teachers import Teacher, TeacherConfig
 from semtok.tokenizer import Tokenizer
@@ -37,10 +38,17 @@ _RESERVED = (
     "train.log_every",
 )
 
+# A row may learn by another optimiser, as of other settings; it sees as many images.
+_SHARED = (*_RESERVED, "train.batch_size", "train.num_")
+
 
 class ComparisonSettings(Config):
     """What is the same for every row, and so may not change once there are results."""
 
+    recipe: str = "dit"
+    """Of every transformer: an embedded recipe's name, or a file."""
+    precision: Literal["fp32", "bf16", "bf16_matmul"] = "fp32"
+    """Of every transformer, where the recipe leaves it to the machine: measured once, so that rows do not differ."""
     data: tuple[str, ...] = ()
     """Data settings, as ``kind=folder``; none: each recipe's own, the embedded shapes."""
     teacher: tuple[str, ...] = ()
@@ -102,11 +110,7 @@ class Row(Config):
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison in its folder.
-
-    Attributes:
-        rows: the first is the one that others are measured against.
-    """
+    """A comparison in its folder."""
 
     folder: Path
     settings: ComparisonSettings
@@ -173,12 +177,13 @@ class Comparison:
         return words
 
     def generator_overrides(self, row: Row, seed: int) -> list[str]:
-        """Settings beside those of the embedded recipe: a constant rate, so that every step is the end of
+        """Settings beside those of the recipe: a constant rate, so that every step is the end of
         a training of that length, and no guidance, as in the papers' main tables."""
         steps = self.steps
         words = [
             f"train.seed={seed}",
             *_prefixed("data", self.settings.data),
+            *([f"train.precision={self.settings.precision}"] if self.is_automatic else []),
             f"train.steps={self.settings.steps}",
             f"train.warmup_steps={min(100, self.settings.steps)}",
             "train.schedule=constant",
@@ -198,10 +203,21 @@ class Comparison:
             words += _prefixed("teacher", self.settings.teacher or ("name=demo",))
         return words
 
+    @property
+    def recipe(self) -> Path:
+        """Of every transformer."""
+        return locate_recipe(self.settings.recipe)
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether the recipe leaves the precision to the machine."""
+        train = read_yaml(self.recipe).get("train")
+        return isinstance(train, dict) and train.get("precision") == "auto"
+
     def data(self) -> DataConfig:
         """The images of every row: the transformer's recipe's, with the data settings applied."""
         words = _prefixed("data", self.settings.data)
-        return load_diffusion_recipe(diffusion_recipe(), words, tokenizer=TEXTURE).data
+        return load_diffusion_recipe(self.recipe, words, tokenizer=TEXTURE).data
 
     def teacher(self) -> Teacher:
         """The teacher that scores see by: its last layer."""
@@ -223,7 +239,7 @@ class Comparison:
                 raise UserError(f"two rows are called '{name}'; name one by NAME=REF")
         _check_words("--set", self.settings.settings, _RESERVED)
         for row in self.rows:
-            _check_words(f"--variant {row.name}", row.settings, ("train.", "data.", "tokenizer"))
+            _check_words(f"--variant {row.name}", row.settings, _SHARED)
         train, _ = open_sources(self.data())
         self.teacher()
         for reference in self.tokenizers:
@@ -238,7 +254,7 @@ class Comparison:
                 build_objective(parsed, texture, place=str(recipe))
         for row in self.rows:
             load_diffusion_recipe(
-                diffusion_recipe(), self.generator_overrides(row, 0), tokenizer=row.tokenizer
+                self.recipe, self.generator_overrides(row, 0), tokenizer=row.tokenizer
             )
 
     def claim(self) -> None:
@@ -253,6 +269,7 @@ class Comparison:
             settings=self.settings,
             rows=self.rows,
             tokenizers={reference: _fingerprint(reference) for reference in self.tokenizers},
+            recipe=_digest(self.recipe),
         )
         if file.exists():
             before = parse(_Record, read_yaml(file), str(file))
@@ -275,6 +292,10 @@ class Comparison:
             raise UserError(f"{folder}: is not empty and no comparison; choose --output")
 
     def _check_unchanged(self, before: "_Record", mine: "_Record") -> None:
+        if before.recipe not in (None, mine.recipe):
+            raise UserError(
+                f"{self.folder}: {self.recipe} has changed since; choose another --output"
+            )
         for key, value in before.settings.model_dump().items():
             if key == "recipe_share" and value != self.settings.recipe_share:
                 budget = "full" if value == 1 else "quick"
@@ -307,6 +328,8 @@ class _Record(Config):
     rows: tuple[Row, ...]
     tokenizers: dict[str, str]
     """Fingerprints, by reference."""
+    recipe: str | None = None
+    """The transformers' fingerprint; None: an earlier version noted none."""
 
 
 def read_comparison(folder: Path, num_seeds: int) -> Comparison:
@@ -314,14 +337,6 @@ def read_comparison(folder: Path, num_seeds: int) -> Comparison:
     file = folder / SETTINGS_FILE
     record = parse(_Record, read_yaml(file), str(file))
     return Comparison(folder, record.settings, record.rows, num_seeds)
-
-
-def diffusion_recipe() -> Path:
-    """The embedded recipe of the transformer."""
-    folder = recipe_folder()
-    if folder is None:
-        raise UserError("no recipes folder beside the library; run from a checkout")
-    return folder / "dit.yaml"
 
 
 def is_composite(reference: str) -> bool:
@@ -340,15 +355,18 @@ def _has_teacher(reference: str) -> bool:
 def _fingerprint(reference: str) -> str:
     """A digest of what a reference means: a recipe's text, or the files of a trained tokenizer."""
     recipe = find_recipe(reference)
-    digest = hashlib.blake2b(digest_size=8)
     if recipe is not None:
-        digest.update(recipe.read_bytes())
-        return digest.hexdigest()
+        return _digest(recipe)
+    digest = hashlib.blake2b(digest_size=8)
     folder = locate_export(reference, "tokenizer")
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(file.relative_to(folder).as_posix().encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _digest(recipe: Path) -> str:
+    return hashlib.blake2b(recipe.read_bytes(), digest_size=8).hexdigest()
 
 
 def _check_words(place: str, words: tuple[str, ...], reserved: tuple[str, ...]) -> None:

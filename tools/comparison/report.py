@@ -1,7 +1,7 @@
 """The report of a comparison: one HTML file that needs nothing else, one PNG, and the numbers as JSON."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from comparison.figure import curves, curves_and_samples
 from comparison.page import page
@@ -13,68 +13,81 @@ from comparison.results import (
     main_scores,
 )
 from comparison.scores import shown_labels
+from comparison.stored import Told, write_results
 from semtok.data.images.kinds import open_sources
-from semtok.storage import new_file, write_json, write_text
+from semtok.storage import new_file, write_text
 
 
-def write_report(
-    comparison: Comparison, results: list[RowResult], *, command: str, about: list[str]
-) -> list[Path]:
-    """Writes ``report.html``, ``report.png`` and ``results.json`` into the comparison's folder.
-
-    Args:
-        command: that made it.
-        about: sentences on the setting.
-    """
-    folder = comparison.folder
+def shown_classes(comparison: Comparison) -> list[str]:
+    """Names of the classes whose samples are shown; empty: there is one class."""
     names = open_sources(comparison.data())[0].class_names
-    classes = [names[label] for label in shown_labels(len(names))] if len(names) > 1 else []
-    picture = curves_and_samples(comparison, results, classes)
+    return [names[label] for label in shown_labels(len(names))] if len(names) > 1 else []
+
+
+def write_report(comparison: Comparison, results: list[RowResult], told: Told) -> list[Path]:
+    """Writes ``report.html``, ``report.png`` and ``results.json`` into the comparison's folder."""
+    folder = comparison.folder
+    scores = [result.scores for result in results]
+    picture = curves_and_samples(comparison, scores, told.classes)
     with new_file(folder / "report.png") as temporary:
         temporary.write_bytes(picture)
-    text = page(
-        comparison,
-        results,
-        (generation_table(results), tokenizer_table(results)),
-        figure=curves(results),
-        classes=classes,
-        command=command,
-        about=about,
-    )
+    tables = (generation_table(results), tokenizer_table(results))
+    text = page(comparison, results, tables, figure=curves(scores), told=told)
     write_text(folder / "report.html", text)
-    write_json(folder / "results.json", _as_json(comparison, results, command, about))
-    return [folder / name for name in ("report.html", "report.png", "results.json")]
+    return [
+        folder / "report.html",
+        folder / "report.png",
+        write_results(comparison, results, told),
+    ]
 
 
 def generation_table(results: list[RowResult]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: the main scores at each step, the others at the last, and how soon each row is as
-    good as the baseline at its end."""
-    names = list(results[0].generation)
+    """Header and rows: the main scores at each step, the others at the last, how far the main ones are from the
+    baseline's at the end, and how soon each row is as good as the baseline then."""
+    first = results[0].scores
+    names, baseline = list(first.generation), results[0].baseline
     followed = main_scores(names)
-    steps, num_seeds = results[0].steps, len(results[0].seconds[0].values)
     header = [
         "row",
-        *(f"{name} at {step}" for name in followed for step in steps),
+        *(f"{name} at {step}" for name in followed for step in first.steps),
         *(name for name in names if name not in followed),
-        *(f"steps to the first row's {name}" for name in followed),
+        *(f"{name} less {baseline}'s" for name in followed),
+        *(f"{unit} to {baseline}'s {name}" for name in followed for unit in ("steps", "seconds")),
         "training, s",
     ]
-    rows = [
-        [
-            r.row.name,
-            *(str(spread) for name in followed for spread in r.generation[name]),
-            *(str(r.generation[name][-1]) for name in names if name not in followed),
-            *(_reached(r.steps_to_baseline[name], steps[0], num_seeds) for name in followed),
-            str(r.seconds[-1]),
-        ]
-        for r in results
+    return header, [_generation_row(result, names, followed) for result in results]
+
+
+def _generation_row(result: RowResult, names: list[str], followed: list[str]) -> list[str]:
+    scores = result.scores
+    steps = Spread((scores.steps[0],) * len(scores.seconds[0].values))
+    return [
+        scores.row.name,
+        *(str(spread) for name in followed for spread in scores.generation[name]),
+        *(str(scores.generation[name][-1]) for name in names if name not in followed),
+        *(_signed(result, name) for name in followed),
+        *(
+            _reached(reached[name], first)
+            for name in followed
+            for reached, first in (
+                (result.steps_to_baseline, steps),
+                (result.seconds_to_baseline, scores.seconds[0]),
+            )
+        ),
+        str(scores.seconds[-1]),
     ]
-    return header, rows
+
+
+def _signed(result: RowResult, name: str) -> str:
+    if result.scores.row.name == result.baseline:
+        return "-"
+    spread = result.differences[name]
+    return f"+{spread}" if spread.mean > 0 else str(spread)
 
 
 def tokenizer_table(results: list[RowResult]) -> tuple[list[str], list[list[str]]]:
     """Header and rows, one for each tokenizer."""
-    by_tokenizer = {r.row.tokenizer: r.tokenizer for r in results}
+    by_tokenizer = {r.scores.row.tokenizer: r.scores.tokenizer for r in results}
     columns = [c for c in TOKENIZER_COLUMNS if any(c in t for t in by_tokenizer.values())]
     rows = [
         [name, *(str(scores[c]) if c in scores else "-" for c in columns)]
@@ -83,33 +96,16 @@ def tokenizer_table(results: list[RowResult]) -> tuple[list[str], list[list[str]
     return ["tokenizer", *(TOKENIZER_COLUMNS[c] for c in columns)], rows
 
 
-def _reached(steps: tuple[float, ...], first: int, num_seeds: int) -> str:
-    """Means over the seeds that get there; where one is there at the first checkpoint, nobody knows since when."""
-    if not steps:
+def _reached(reached: Sequence[float], first: Spread) -> str:
+    """Means over the seeds that get there; where one is there at the first checkpoint, nobody knows since when.
+
+    Args:
+        first: of the first checkpoint.
+    """
+    if not reached:
         return "never"
-    missing = num_seeds - len(steps)
-    at_most = "≤ " if first in steps else ""
+    num_seeds = len(first.values)
+    missing = num_seeds - len(reached)
+    at_most = "≤ " if set(first.values) & set(reached) else ""
     never = f" ({missing} of {num_seeds} seeds never)" if missing else ""
-    return at_most + str(Spread(steps)) + never
-
-
-def _as_json(
-    comparison: Comparison, results: list[RowResult], command: str, about: list[str]
-) -> dict[str, Any]:
-    return {
-        "command": command,
-        "about": about,
-        "settings": comparison.settings.model_dump(mode="json"),
-        "num_seeds": comparison.num_seeds,
-        "rows": [
-            {
-                **r.row.model_dump(mode="json"),
-                "tokenizer_scores": {n: s.values for n, s in r.tokenizer.items()},
-                "steps": r.steps,
-                "generation": {n: [s.values for s in at] for n, at in r.generation.items()},
-                "training_seconds": [s.values for s in r.seconds],
-                "steps_to_baseline": r.steps_to_baseline,
-            }
-            for r in results
-        ],
-    }
+    return at_most + str(Spread(tuple(reached))) + never

@@ -29,7 +29,7 @@ def direction(name: str) -> str:
         return "more is better" if labels[name] == "higher" else "less is better"
     if name.startswith(("PSNR", "SSIM", "attribute probe", "precision", "recall", CLASS_SHARE)):
         return "more is better"
-    return "less is better" if name.startswith(("FD", "KD", "steps to")) else ""
+    return "less is better" if name.startswith(("FD", "KD", "steps to", "seconds to")) else ""
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,23 @@ class Spread:
         """Of the seeds, n - 1 in the denominator; 0 of a single one."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
 
+    def less(self, other: "Spread") -> "Spread":
+        """Seed by seed."""
+        return Spread(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
+
     def __str__(self) -> str:
         spread = f" ± {self.std:.2g}" if len(self.values) > 1 else ""
         return f"{self.mean:.4g}{spread}"
 
 
 @dataclass(frozen=True)
-class RowResult:
-    """All that is known of a row.
+class RowScores:
+    """All that was measured of a row.
 
     Attributes:
         tokenizer: by the keys of ``TOKENIZER_COLUMNS``, those that are known.
         generation: per score and step.
         seconds: of training up to each step.
-        steps_to_baseline: per main score, after how many steps it first is as good as the baseline's last, one
-            number for each seed that gets there.
     """
 
     row: Row
@@ -69,33 +71,68 @@ class RowResult:
     steps: list[int]
     generation: dict[str, list[Spread]]
     seconds: list[Spread]
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """A row's scores beside the baseline's, of which each seed's are compared with those of the same seed.
+
+    Attributes:
+        baseline: the name of the row that is one.
+        steps_to_baseline: per main score, after how many steps it first is as good as the baseline's last, one
+            number for each seed that gets there.
+        seconds_to_baseline: the same in seconds of training.
+        differences: per main score, the last one less the baseline's.
+    """
+
+    scores: RowScores
+    baseline: str
     steps_to_baseline: dict[str, tuple[float, ...]]
+    seconds_to_baseline: dict[str, tuple[float, ...]]
+    differences: dict[str, Spread]
 
 
-def collect(comparison: Comparison) -> list[RowResult]:
-    """Reads every score file of a finished comparison; the first row is the baseline."""
-    results: list[RowResult] = []
+def collect(comparison: Comparison) -> list[RowScores]:
+    """Reads every score file of a finished comparison."""
+    results: list[RowScores] = []
     for row in comparison.rows:
         files = [comparison.tokenizer_scores(row.tokenizer, s) for s in comparison.seeds]
         tokenizer = [read_json(file) for file in dict.fromkeys(files)]
         curves = [read_json(comparison.generator_scores(row, s)) for s in comparison.seeds]
         names = [n for n in curves[0][0] if n not in ("step", "seconds")]
-        generation = {
-            n: [Spread(tuple(e[n] for e in at)) for at in zip(*curves, strict=True)] for n in names
-        }
-        steps = [entry["step"] for entry in curves[0]]
-        baseline = results[0].generation if results else generation
         results.append(
-            RowResult(
+            RowScores(
                 row,
                 _tokenizer_spreads(tokenizer),
-                steps,
-                generation,
+                [entry["step"] for entry in curves[0]],
+                {
+                    n: [Spread(tuple(e[n] for e in at)) for at in zip(*curves, strict=True)]
+                    for n in names
+                },
                 [Spread(tuple(e["seconds"] for e in at)) for at in zip(*curves, strict=True)],
-                {n: _reached(steps, generation[n], baseline[n], n) for n in main_scores(names)},
             )
         )
     return results
+
+
+def compared(rows: Sequence[RowScores], baseline: str) -> list[RowResult]:
+    """Each row beside the one of that name, which there is."""
+    [reference] = [row for row in rows if row.row.name == baseline]
+    return [_beside(row, reference) for row in rows]
+
+
+def _beside(row: RowScores, reference: RowScores) -> RowResult:
+    names = main_scores(row.generation)
+    num_seeds = len(row.seconds[0].values)
+    steps = [Spread((step,) * num_seeds) for step in row.steps]
+    pairs = {n: (row.generation[n], reference.generation[n]) for n in names}
+    return RowResult(
+        row,
+        reference.row.name,
+        {n: _reached(steps, *pair, n) for n, pair in pairs.items()},
+        {n: _reached(row.seconds, *pair, n) for n, pair in pairs.items()},
+        {n: own[-1].less(other[-1]) for n, (own, other) in pairs.items()},
+    )
 
 
 def main_scores(names: Iterable[str]) -> list[str]:
@@ -105,8 +142,8 @@ def main_scores(names: Iterable[str]) -> list[str]:
     return [distance, *(n for n in others if n == CLASS_SHARE)]
 
 
-def steps_to_reach(steps: list[int], scores: Sequence[float], target: float) -> float:
-    """After how many steps a falling score first is at most the target: interpolated linearly between
+def steps_to_reach(steps: Sequence[float], scores: Sequence[float], target: float) -> float:
+    """After how many steps, or seconds, a falling score first is at most the target: interpolated linearly between
     checkpoints; infinity where it never is; the first checkpoint's where that is good enough."""
     for i, (step, score) in enumerate(zip(steps, scores, strict=True)):
         if score <= target:
@@ -118,11 +155,16 @@ def steps_to_reach(steps: list[int], scores: Sequence[float], target: float) -> 
 
 
 def _reached(
-    steps: list[int], scores: list[Spread], baseline: list[Spread], name: str
+    costs: list[Spread], scores: list[Spread], baseline: list[Spread], name: str
 ) -> tuple[float, ...]:
+    """Args: costs: steps or seconds of each checkpoint, of each seed."""
     sign = -1 if name == CLASS_SHARE else 1  # of the share, more is better
     reached = [
-        steps_to_reach(steps, [sign * at.values[seed] for at in scores], sign * target)
+        steps_to_reach(
+            [at.values[seed] for at in costs],
+            [sign * at.values[seed] for at in scores],
+            sign * target,
+        )
         for seed, target in enumerate(baseline[-1].values)
     ]
     return tuple(number for number in reached if math.isfinite(number))

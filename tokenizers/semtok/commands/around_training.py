@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -40,10 +40,12 @@ from semtok.training.checkpoint import (
     restore_random_state,
 )
 from semtok.training.loop import Trainer
+from semtok.training.precision import settled
 from semtok.training.process import join_processes
 from semtok.training.train_config import TrainConfig
 
 Recipe = TokenizerRecipe[Any, Any] | DiffusionRecipe[Any]
+RecipeType = TypeVar("RecipeType", TokenizerRecipe[Any, Any], DiffusionRecipe[Any])
 
 _EXPORTS = "exports"
 _START = "validation_before.json"
@@ -187,6 +189,11 @@ def errors_at(place: str) -> Iterator[None]:
         message = str(error).strip().splitlines()[0]
         key = "data.size: " if "image size" in message else ""
         raise UserError(f"{place}: {key}{message}") from None
+
+
+def with_precision(recipe: RecipeType, *, resume: bool) -> RecipeType:
+    """The recipe with what ``train.precision=auto`` comes to on these machines; all processes have to ask."""
+    return recipe.model_copy(update={"train": settled(recipe.train, resume=resume)})
 
 
 def start_trainer(

@@ -11,10 +11,12 @@ from semtok.lock import LOCK_FILE
 from semtok.settings import Config, flatten, parse, read_yaml
 from semtok.storage import read_json
 from semtok.training.checkpoint import CHECKPOINTS, list_checkpoints, step_of
+from semtok.training.precision import AUTOMATIC
 
 RECIPE_FILE = "recipe.yaml"
 """The resolved recipe, which makes the folder a run's."""
 _PLANNED = "train.planned_before"
+_PRECISION = "train.precision"
 _PLACES = ("data.path", "data.validation")  # where images lie
 RecipeType = TypeVar("RecipeType", bound=Config)
 
@@ -42,7 +44,7 @@ def check_run_folder(folder: Path, recipe: RecipeType, *, resume: bool) -> Recip
 
     Returns:
         the recipe; of a run that goes on for more steps than its cosine was planned for, with
-        ``train.planned_before``.
+        ``train.planned_before``; and with what its machine chose for ``train.precision=auto``.
 
     Raises:
         UserError: another run's folder, a folder with other things in it, or a changed recipe.
@@ -69,9 +71,19 @@ def check_run_folder(folder: Path, recipe: RecipeType, *, resume: bool) -> Recip
             f"{folder}: no run to resume there (no {RECIPE_FILE}); leave --resume out to start one, or pass "
             "--resume auto"
         )
-    old, new = flatten(_recorded(recorded, recipe)), flatten(recipe.model_dump(mode="json"))
+    old = flatten(_recorded(recorded, recipe))
+    recipe = _precision_kept(recipe, old.get(_PRECISION))
+    new = flatten(recipe.model_dump(mode="json"))
     _check_unchanged(folder, old, new)
     return _planned_anew(folder, recipe, old, new)
+
+
+def _precision_kept(recipe: RecipeType, precision: Any) -> RecipeType:
+    """The recipe, with what its run computes in where that was for the machine to choose."""
+    if recipe.train.precision != "auto" or precision not in AUTOMATIC:
+        return recipe
+    train = recipe.train.model_copy(update={"precision": precision})
+    return recipe.model_copy(update={"train": train})
 
 
 def _check_unchanged(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -155,6 +167,7 @@ def differing(file: Path, recipe: Config) -> list[tuple[str, Any, Any]]:
     Returns:
         for each its dotted key, what the run has, and what ``recipe`` has.
     """
-    old, new = flatten(_recorded(file, recipe)), flatten(recipe.model_dump(mode="json"))
+    old = flatten(_recorded(file, recipe))
+    new = flatten(_precision_kept(recipe, old.get(_PRECISION)).model_dump(mode="json"))
     keys = [key for key in sorted(old.keys() | new.keys()) if not _is_of(key, _FREE_ON_RESUME)]
     return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]

@@ -219,13 +219,14 @@ def run_dit(plan: GeneratorPlan) -> Generator:
 
 def _run(plan: GeneratorPlan) -> Generator:
     start = time.perf_counter()
-    recipe, folder, images = plan.recipe, plan.folder, plan.images
+    folder, images = plan.folder, plan.images
     tokenizer, objective = plan.tokenizer, plan.objective
     if isinstance(tokenizer, TokenizerPlan):
         tokenizer = run_first(tokenizer)
         objective = build_diffusion_objective(
-            recipe, tokenizer, images[0], plan.teacher, place=plan.place
+            plan.recipe, tokenizer, images[0], plan.teacher, place=plan.place
         )
+    recipe = around_training.with_precision(plan.recipe, resume=plan.resume)
     accelerator = make_accelerator(recipe.train, folder)
     sources = plan.latents or cached_latents(recipe, images, objective, accelerator) or images
     if accelerator.is_main_process:

@@ -193,12 +193,12 @@ def run_tokenizer(plan: TokenizerPlan) -> Tokenizer:
 
 def _run(plan: TokenizerPlan) -> Tokenizer:
     start = time.perf_counter()
-    recipe, folder, objective = plan.recipe, plan.folder, plan.objective
-    texture = plan.texture
+    folder, objective, texture = plan.folder, plan.objective, plan.texture
     if isinstance(texture, TokenizerPlan):
         texture = run_first(texture)
         resumes = plan.resume and _has_checkpoints(folder)
-        objective = build_objective(recipe, texture, place=plan.place, resumes=resumes)
+        objective = build_objective(plan.recipe, texture, place=plan.place, resumes=resumes)
+    recipe = around_training.with_precision(plan.recipe, resume=plan.resume)
     accelerator = make_accelerator(recipe.train, folder)
     if accelerator.is_main_process and recipe.train.optimiser is not None:
         for line in recipe.method.warnings(recipe.train.optimiser.learning_rate):

@@ -25,7 +25,7 @@ from semtok.sampler.latents import Latents, LatentSpec, on_texture_grid
 from semtok.sampler.request import ClassLabels, Sampled, SampleRequest, check_guidance_fits, draw
 from semtok.sampler.sampling import SamplerConfig, Watch
 from semtok.settings import Config, parse
-from semtok.speed import Compiler, Precision, compile_networks, computing
+from semtok.speed import Compiler, Precision, compile_networks, computing, set_convolutions
 from semtok.storage import (
     first_line,
     load_weights,
@@ -104,6 +104,7 @@ class Generator(PushToHub, nn.Module):
                 each batch size wait for it.
         """
         self._precision = precision
+        set_convolutions([self.network], precision)
         compile_networks(self.network.blocks, compile)
         return self
 

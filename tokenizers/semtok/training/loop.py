@@ -20,7 +20,7 @@ from semtok.objective import PREVIOUS, Batch, Objective, StepOutput
 from semtok.pictures import write_png
 from semtok.processes import gather, interruptible, num_processes, together
 from semtok.sampler.draws import Draws
-from semtok.speed import compile_networks, use_channels_last
+from semtok.speed import compile_networks, set_convolutions, use_channels_last
 from semtok.stopping import When
 from semtok.training.accumulation import device_gb, micro_batches
 from semtok.training.agreement import RunningStatistics, StopVote
@@ -96,6 +96,7 @@ class Trainer:
         networks = [objective.learners, *objective.frozen_modules()]
         for module in networks:
             module.to(self.device)
+        set_convolutions(networks, config.precision)
         if config.channels_last and not use_channels_last(networks):
             raise UserError("train.channels_last: no network here has a convolution; leave it out")
         self.ema, self.averages = self._followers()

@@ -6,6 +6,7 @@ import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,7 @@ _REFUSED = {
 }
 
 
-def _check_launcher(precision: Precision) -> None:
+def _check_launcher(precision: Precision | Literal["auto"]) -> None:
     """Refuses what would share out the networks, or change the loss or the networks in silence."""
     for variable, name in _REFUSED.items():
         if os.environ.get(variable, "").lower() in ("true", "1", "yes"):
@@ -52,7 +53,7 @@ def _check_launcher(precision: Precision) -> None:
         ),
         (
             "MIXED_PRECISION",
-            precision,
+            "bf16" if precision == "bf16_matmul" else precision,
             f"is not train.precision, {precision}; pass train.precision={{}}",
         ),
         ("DYNAMO_BACKEND", "no", "would compile whole learners; pass train.compile={}"),
@@ -128,15 +129,17 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     Raises:
         UserError: see ``check_launch``; or a precision that this machine can't give.
     """
+    assert config.precision != "auto", "see precision.settled"
     check_launch(config)
     allow_tf32(config.precision)
+    dtype = autocast_dtype(config.precision)
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     # accelerate keeps one precision per process; a second run in this process may have another.
     AcceleratorState._reset_state()
     try:
         return Accelerator(
             cpu=not torch.cuda.is_available(),
-            mixed_precision="no" if autocast_dtype(config.precision) is None else config.precision,
+            mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no"),
             log_with=None if config.tracker == "none" else config.tracker,
             project_dir=str(folder),
             kwargs_handlers=[

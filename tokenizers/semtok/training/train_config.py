@@ -72,11 +72,13 @@ class TrainConfig(Config):
     """Where the cosine ends, as a fraction of the learning rate."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Gradients of each learner are scaled down to this norm; None: they are used as they are."""
-    precision: Precision = "fp32"
-    """Of training: see ``semtok.speed.Precision``. Frozen teachers compute in it wherever the loop asks
-    them, in steps, validation and pictures alike, and their features are handed on in float32. Frozen
-    tokenizers encode and decode in float32, and the averaged network is validated and pictured in
-    float32, as its export is used (in TF32 where the precision allows that)."""
+    precision: Precision | Literal["auto"] = "fp32"
+    """Of training: see ``semtok.speed.Precision``. ``auto``: bf16 where this machine is fast in it. A GPU is where
+    its hardware computes it; on a CPU a short measurement tells, of matrix products and of convolutions. The
+    run's recipe notes what was chosen, and a resumed run goes on with that. Frozen teachers compute in the
+    precision wherever the loop asks them, in steps, validation and pictures alike, and their features are
+    handed on in float32. Frozen tokenizers encode and decode in float32, and the averaged network is validated
+    and pictured in float32, as its export is used (in TF32 where the precision allows that)."""
     ema_decay: float | None = Field(None, ge=0, lt=1)
     """None: no average; the trained weights are evaluated and exported."""
     ema_warmup: bool = True
