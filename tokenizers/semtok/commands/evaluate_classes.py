@@ -158,6 +158,7 @@ def _classes(args: argparse.Namespace) -> dict[str, Any]:
         judge = _judge(args, train, digests["train"])
 
     def read(batches: Iterable[tuple[Tensor, Tensor]], name: str) -> tuple[float, dict[int, float]]:
+        assert judge.read is not None
         features, labels = features_and_labels(judge.network, _seen(batches, digests[name]))
         return accuracy(judge.read(features), labels)
 

@@ -30,12 +30,12 @@ class Judge:
 
     Attributes:
         network: sees the images.
-        read: their classes, in what it sees.
+        read: their classes, in what it sees; None: there are none, and it serves for distances alone.
         measures: how it came to know them, in words.
     """
 
     network: FeatureNetwork
-    read: ClassReader
+    read: ClassReader | None
     measures: str
 
 

@@ -1,0 +1,190 @@
+"""Scores while a diffusion transformer trains: what is told, when, by whom, and that training does not notice."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from semtok import Generator
+from semtok.commands.train_dit import train_dit
+from semtok.commands.train_tokenizer import train_tokenizer
+from semtok.data.images.kinds import open_sources
+from semtok.errors import UserError
+from semtok.evaluation.classes import accuracy, features_and_labels
+from semtok.evaluation.generation import see, see_reference
+from semtok.evaluation.image_sets import images_of_generator, images_of_source, labels_for
+from semtok.evaluation.judge import trained_judge
+from semtok.recipe import parse_diffusion_recipe, parse_recipe
+from semtok.training import loop
+from semtok.training.scoring import Scores
+
+SCORE = {"every": 2, "num": 40, "judge_steps": 2, "num_real": 24, "fd_at": [1e9, 1e-9]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scoring") / "tok"
+    train_tokenizer(parse_recipe(tiny.content({"name": "vae"}, steps=2), "tiny"), folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SEMTOK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def content(tokenizer: Path, score: dict[str, Any] | None, **train: Any) -> dict[str, Any]:
+    recipe = tiny.content(**{"schedule": "constant", "warmup_steps": 0} | train)
+    del recipe["method"], recipe["teacher"]
+    shape = {"depth": 1, "width": 24, "heads": 2, "patch_size": 2}
+    recipe |= {"tokenizer": str(tokenizer), "diffusion": {"network": shape}}
+    return recipe | {"sampler": {"steps": 2}, "score": score}
+
+
+def trained(tokenizer: Path, folder: Path, score: dict[str, Any] | None, **train: Any) -> Generator:
+    resume = train.pop("resume", False)
+    recipe = parse_diffusion_recipe(content(tokenizer, score, **train), "tiny")
+    return train_dit(recipe, folder, resume=resume)
+
+
+def scores_of(run: Path) -> list[dict[str, float]]:
+    """The lines of scores, without the seconds, which differ from run to run."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows if "score/fd" in row]
+
+
+def told_of(run: Path) -> dict[str, Any]:
+    """What the summary says of scores, without seconds."""
+    told = json.loads((run / "summary.json").read_text())["scores"]
+    for row in told["first_reached"]:
+        assert (row.pop("seconds") is None) == (row["step"] is None)
+    return told
+
+
+def test_scores_are_told_on_the_way_and_at_the_end_and_change_no_weight(
+    tokenizer, tmp_path, capsys
+):
+    trained(tokenizer, tmp_path / "without", None, steps=5)
+    capsys.readouterr()
+    trained(tokenizer, tmp_path / "with", SCORE, steps=5)
+    printed = capsys.readouterr().out
+    ours, others = (tiny.final_tensors(tmp_path / name) for name in ("with", "without"))
+    assert ours.keys() == others.keys()
+    assert all(torch.equal(ours[name], others[name]) for name in ours)
+
+    rows = scores_of(tmp_path / "with")
+    assert [row["step"] for row in rows] == [2, 4, 5], "every second step, and the last"
+    assert all(0 <= row["score/classes"] <= 1 and row["score/fd"] > 0 for row in rows)
+    told = told_of(tmp_path / "with")
+    assert told["last"] == {"classes": rows[-1]["score/classes"], "fd": rows[-1]["score/fd"]}
+    reached = {(row["score"], row["at"]): row for row in told["first_reached"]}
+    assert reached.keys() == {("classes", 0.5), ("classes", 0.8), ("fd", 1e9), ("fd", 1e-9)}
+    first = reached["fd", 1e9]
+    assert (first["step"], first["images"], first["value"]) == (2, 8, rows[0]["score/fd"])
+    assert reached["fd", 1e-9]["step"] is None
+    assert told["judge"] == "trained" and told["reference"] == "24 of shapes (seed 0, training)"
+    assert told["held_out"].keys() == {"num", "classes", "fd"} and told["held_out"]["num"] == 8
+    assert told["network"]["model"] == "judge trained on 24 images, seed 0, 2 steps"
+    for line in (
+        "judge trained, 40 images of seed 0",
+        "reached at step 2, 8 images",
+        "not reached",
+    ):
+        assert line in printed
+    assert (tmp_path / "with" / "curves.png").is_file()
+
+
+def test_a_score_is_what_the_export_is_given_by_the_judge(tokenizer, tmp_path, cache):
+    trained(tokenizer, tmp_path / "run", SCORE, steps=2)
+    (row,) = scores_of(tmp_path / "run")
+    generator = Generator.from_pretrained(str(tmp_path / "run"))
+    recipe = parse_diffusion_recipe(content(tokenizer, SCORE), "tiny")
+    train, _ = open_sources(recipe.data)
+    judge = trained_judge(
+        train, num_images=24, cache=cache / "judges", device=torch.device("cpu"), steps=2
+    )
+    labels = labels_for(40, 36, balanced=True, seed=0)
+    drawn = images_of_generator(generator, labels, seed=0)
+    seen = see(drawn, [judge.network])["trained"]
+    real = see_reference(images_of_source(train, 24), judge.network, cache / "references")
+    from semtok.evaluation.frechet import frechet_distance
+
+    assert row["score/fd"] == pytest.approx(frechet_distance(seen.pooled, real.pooled), rel=1e-6)
+    pairs = zip(drawn.open(), torch.tensor(labels).split(32), strict=True)
+    features, numbers = features_and_labels(judge.network, pairs)
+    assert row["score/classes"] == accuracy(judge.read(features), numbers)[0]
+
+
+def test_a_resumed_run_tells_what_an_uninterrupted_one_tells(tokenizer, tmp_path):
+    trained(tokenizer, tmp_path / "whole", SCORE, steps=4)
+    trained(tokenizer, tmp_path / "parts", SCORE, steps=2)
+    trained(tokenizer, tmp_path / "parts", SCORE, steps=4, resume=True)
+    assert scores_of(tmp_path / "parts") == scores_of(tmp_path / "whole")
+    assert told_of(tmp_path / "parts") == told_of(tmp_path / "whole")
+    assert told_of(tmp_path / "parts")["first_reached"][2]["step"] == 2, "not when it went on"
+
+
+def test_seconds_of_scores_are_none_of_training(tokenizer, tmp_path, monkeypatch):
+    clock = {"ahead": 0.0}
+    real, measure = loop.time.perf_counter, loop.Trainer._score
+
+    def slow(trainer: loop.Trainer) -> None:
+        clock["ahead"] += 10_000
+        measure(trainer)
+        clock["ahead"] += 10_000
+
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: real() + clock["ahead"])
+    monkeypatch.setattr(loop.Trainer, "_score", slow)
+    trained(tokenizer, tmp_path / "run", SCORE | {"every": 1}, steps=2)
+    assert clock["ahead"] == 40_000
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["training_seconds"] < 10_000
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert all(row["seconds"] < 20_000 for row in rows)
+
+
+def test_a_teacher_may_judge_and_a_model_without_classes_has_distances_alone(tokenizer, tmp_path):
+    score = {"every": 2, "num": 4, "judge": "demo", "num_real": 24}
+    recipe = content(tokenizer, score, steps=2)
+    recipe["diffusion"]["unconditional"] = True
+    train_dit(parse_diffusion_recipe(recipe, "tiny"), tmp_path / "run")
+    (row,) = scores_of(tmp_path / "run")
+    assert row.keys() == {"step", "score/fd"}
+    told = told_of(tmp_path / "run")
+    assert told["judge"] == told["network"]["model"] == "demo" and not told["first_reached"]
+
+
+@pytest.mark.parametrize(
+    ("score", "more", "message"),
+    [
+        ({"judge": "demo", "judge_steps": 5}, {}, "score.judge_steps: goes with score.judge=trained"),
+        ({"judge": "dinov9"}, {}, "score.judge: teacher.name: timm knows no model 'dinov9'"),
+        ({"classes_at": [0.5]}, {"unconditional": True}, "score.classes_at: the model has no classes"),
+        ({"classes_at": [1.5]}, {}, "score.classes_at"),
+        ({"sampler": {"guidance": {"scale": 2}}}, {"class_dropout": 0}, "class_dropout"),
+    ],
+)  # fmt: skip
+def test_what_can_t_take_effect_is_refused_by_name(tokenizer, tmp_path, score, more, message):
+    recipe = content(tokenizer, score)
+    recipe["diffusion"] |= more
+    with pytest.raises(UserError, match=message):
+        train_dit(parse_diffusion_recipe(recipe, "tiny"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_later_scores_change_nothing_of_what_was_reached():
+    scores = Scores()
+    scores.begin({"classes": (0.5, 0.9), "fd": (10.0,)})
+    for step, (share, distance) in enumerate([(0.4, 12.0), (0.6, 9.0), (0.55, 8.0)], start=1):
+        scores.note({"classes": share, "fd": distance}, step=step, images=10 * step, seconds=step)
+    half, most, near = scores.first_reached
+    assert (half["step"], half["images"], half["seconds"], half["value"]) == (2, 20, 2, 0.6)
+    assert most["step"] is None and (near["step"], near["value"]) == (2, 9.0)
+    again = Scores()
+    again.load_state_dict(scores.state_dict())
+    again.begin({"classes": (0.5, 0.9), "fd": (10.0,)})
+    assert again.state_dict() == scores.state_dict()
