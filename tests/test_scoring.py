@@ -1,6 +1,10 @@
 """Scores while a diffusion transformer trains: what is told, when, by whom, and that training does not notice."""
 
+import contextlib
+import io
 import json
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +12,21 @@ import pytest
 import torch
 
 import tiny
-from semtok import Generator
-from semtok.commands.train_dit import train_dit
+from semtok import Generator, Tokenizer
+from semtok.commands.train_dit import build_diffusion_objective, train_dit
 from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.data.images.kinds import open_sources
-from semtok.errors import UserError
+from semtok.errors import Interrupted, UserError
 from semtok.evaluation.classes import accuracy, features_and_labels
+from semtok.evaluation.frechet import frechet_distance
 from semtok.evaluation.generation import see, see_reference
 from semtok.evaluation.image_sets import images_of_generator, images_of_source, labels_for
 from semtok.evaluation.judge import trained_judge
+from semtok.evaluation.on_the_way import plan_scores, scoring
+from semtok.processes import gather, num_processes, process_index
 from semtok.recipe import parse_diffusion_recipe, parse_recipe
 from semtok.training import loop
+from semtok.training.process import join_processes
 from semtok.training.scoring import Scores
 
 SCORE = {"every": 2, "num": 40, "judge_steps": 2, "num_real": 24, "fd_at": [1e9, 1e-9]}
@@ -31,10 +39,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SEMTOK_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Of this file's tests alone; judges and references are made once."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEMTOK_CACHE", str(folder))
+        yield folder
 
 
 def content(tokenizer: Path, score: dict[str, Any] | None, **train: Any) -> dict[str, Any]:
@@ -65,21 +76,29 @@ def told_of(run: Path) -> dict[str, Any]:
     return told
 
 
-def test_scores_are_told_on_the_way_and_at_the_end_and_change_no_weight(
-    tokenizer, tmp_path, capsys
-):
+@pytest.fixture(scope="module")
+def whole(tokenizer: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of five steps, with what it printed beside it."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        trained(tokenizer, folder, SCORE, steps=5)
+    (folder.parent / "printed.txt").write_text(printed.getvalue())
+    return folder
+
+
+def test_scores_change_no_weight(tokenizer, whole, tmp_path):
     trained(tokenizer, tmp_path / "without", None, steps=5)
-    capsys.readouterr()
-    trained(tokenizer, tmp_path / "with", SCORE, steps=5)
-    printed = capsys.readouterr().out
-    ours, others = (tiny.final_tensors(tmp_path / name) for name in ("with", "without"))
+    ours, others = (tiny.final_tensors(folder) for folder in (whole, tmp_path / "without"))
     assert ours.keys() == others.keys()
     assert all(torch.equal(ours[name], others[name]) for name in ours)
 
-    rows = scores_of(tmp_path / "with")
+
+def test_scores_are_told_on_the_way_and_at_the_end(whole):
+    printed = (whole.parent / "printed.txt").read_text()
+    rows = scores_of(whole)
     assert [row["step"] for row in rows] == [2, 4, 5], "every second step, and the last"
     assert all(0 <= row["score/classes"] <= 1 and row["score/fd"] > 0 for row in rows)
-    told = told_of(tmp_path / "with")
+    told = told_of(whole)
     assert told["last"] == {"classes": rows[-1]["score/classes"], "fd": rows[-1]["score/fd"]}
     reached = {(row["score"], row["at"]): row for row in told["first_reached"]}
     assert reached.keys() == {("classes", 0.5), ("classes", 0.8), ("fd", 1e9), ("fd", 1e-9)}
@@ -95,13 +114,12 @@ def test_scores_are_told_on_the_way_and_at_the_end_and_change_no_weight(
         "not reached",
     ):
         assert line in printed
-    assert (tmp_path / "with" / "curves.png").is_file()
+    assert (whole / "curves.png").is_file()
 
 
-def test_a_score_is_what_the_export_is_given_by_the_judge(tokenizer, tmp_path, cache):
-    trained(tokenizer, tmp_path / "run", SCORE, steps=2)
-    (row,) = scores_of(tmp_path / "run")
-    generator = Generator.from_pretrained(str(tmp_path / "run"))
+def test_a_score_is_what_the_judge_gives_the_export(tokenizer, whole, cache):
+    row = scores_of(whole)[-1]
+    generator = Generator.from_pretrained(str(whole))
     recipe = parse_diffusion_recipe(content(tokenizer, SCORE), "tiny")
     train, _ = open_sources(recipe.data)
     judge = trained_judge(
@@ -111,21 +129,53 @@ def test_a_score_is_what_the_export_is_given_by_the_judge(tokenizer, tmp_path, c
     drawn = images_of_generator(generator, labels, seed=0)
     seen = see(drawn, [judge.network])["trained"]
     real = see_reference(images_of_source(train, 24), judge.network, cache / "references")
-    from semtok.evaluation.frechet import frechet_distance
-
     assert row["score/fd"] == pytest.approx(frechet_distance(seen.pooled, real.pooled), rel=1e-6)
     pairs = zip(drawn.open(), torch.tensor(labels).split(32), strict=True)
     features, numbers = features_and_labels(judge.network, pairs)
     assert row["score/classes"] == accuracy(judge.read(features), numbers)[0]
 
 
-def test_a_resumed_run_tells_what_an_uninterrupted_one_tells(tokenizer, tmp_path):
-    trained(tokenizer, tmp_path / "whole", SCORE, steps=4)
+def test_a_resumed_run_tells_what_an_uninterrupted_one_tells(tokenizer, whole, tmp_path):
     trained(tokenizer, tmp_path / "parts", SCORE, steps=2)
-    trained(tokenizer, tmp_path / "parts", SCORE, steps=4, resume=True)
-    assert scores_of(tmp_path / "parts") == scores_of(tmp_path / "whole")
-    assert told_of(tmp_path / "parts") == told_of(tmp_path / "whole")
+    trained(tokenizer, tmp_path / "parts", SCORE, steps=5, resume=True)
+    assert scores_of(tmp_path / "parts") == scores_of(whole)
+    assert told_of(tmp_path / "parts") == told_of(whole)
     assert told_of(tmp_path / "parts")["first_reached"][2]["step"] == 2, "not when it went on"
+
+
+def measure_into(tokenizer: str, file: str) -> None:
+    """Writes the scores of an untrained model, as the first process has them."""
+    join_processes()
+    recipe = parse_diffusion_recipe(content(Path(tokenizer), SCORE | {"num": 100}), "tiny")
+    images = open_sources(recipe.data)
+    made = Tokenizer.from_pretrained(tokenizer)
+    objective = build_diffusion_objective(recipe, made, images[0], None, place="tiny")
+    scores = scoring(plan_scores(recipe.score, objective, images), objective, torch.device("cpu"))
+    values = scores.measure(tiny.awake(objective.averaged_module()))
+    assert len(gather(values)) == num_processes() and gather(values)[-1] == values
+    if not process_index():
+        Path(file).write_text(json.dumps([values, scores.about]))
+
+
+def test_scores_are_the_same_by_any_number_of_processes(tokenizer, tmp_path, ranks):
+    measure_into(str(tokenizer), str(tmp_path / "one.json"))
+    ranks.run("test_scoring:measure_into", str(tokenizer), str(tmp_path / "two.json"))
+    one, two = ((tmp_path / f"{name}.json").read_text() for name in ("one", "two"))
+    assert json.loads(one) == json.loads(two)
+
+
+def test_a_score_that_a_signal_prevented_is_taken_when_the_run_goes_on(
+    tokenizer, whole, tmp_path, monkeypatch
+):
+    def stopped(trainer: loop.Trainer) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_score", stopped)
+        with pytest.raises(Interrupted):
+            trained(tokenizer, tmp_path / "run", SCORE, steps=5)
+    trained(tokenizer, tmp_path / "run", SCORE, steps=5, resume=True)
+    assert scores_of(tmp_path / "run") == scores_of(whole)
 
 
 def test_seconds_of_scores_are_none_of_training(tokenizer, tmp_path, monkeypatch):
