@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import tiny
 from semtok import Generator, Tokenizer
@@ -238,3 +239,22 @@ def test_later_scores_change_nothing_of_what_was_reached():
     again.load_state_dict(scores.state_dict())
     again.begin({"classes": (0.5, 0.9), "fd": (10.0,)})
     assert again.state_dict() == scores.state_dict()
+
+
+def test_cached_latents_need_the_images_beside_them(tokenizer, tmp_path):
+    """Drawn scenes are always there; files that are gone are told of before anything begins."""
+    pictures = tmp_path / "pictures"
+    for number, name in enumerate("ab" * 12):
+        (pictures / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (number * 10, 0, 99)).save(pictures / name / f"{number}.png")
+    recipe = content(tokenizer, SCORE, steps=2)
+    recipe["data"] = {"kind": "folder", "path": str(pictures), "size": 16}
+    recipe["data"]["cache"] = str(tmp_path / "latents")
+    trained_first = parse_diffusion_recipe(recipe | {"score": None}, "tiny")
+    train_dit(trained_first, tmp_path / "first")
+    train_dit(parse_diffusion_recipe(recipe, "tiny"), tmp_path / "with_images")
+    assert [row["step"] for row in scores_of(tmp_path / "with_images")] == [2]
+    pictures.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="score: compares with real images, and data.cache"):
+        train_dit(parse_diffusion_recipe(recipe, "tiny"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
