@@ -589,10 +589,11 @@ def test_the_class_reader_knows_real_images_and_finds_wrong_ones(trained, tmp_pa
         features_and_labels,
         real_batches,
     )
+    from semtok.evaluation.generation import teacher_network
 
     config = ShapesConfig(size=32, classes=("hue",), num_images=400, num_validation_images=100)
     train_source, held_out = Shapes(config, train=True), Shapes(config, train=False)
-    teacher = Teacher(TeacherConfig())
+    teacher = teacher_network(Teacher(TeacherConfig()))
     reader = class_reader(*features_and_labels(teacher, real_batches(train_source, 400)))
     features, labels = features_and_labels(teacher, real_batches(held_out, 100))
     share, by_label = accuracy(reader(features), labels)

@@ -97,6 +97,17 @@ def test_every_command_says_how_it_measured(root, tmp_path, capsys, task):
         assert told["fitted_on"]["num_images"] in (24, 40)
 
 
+def test_classes_name_their_trained_judge_with_everything_it_follows_from(root, tmp_path, capsys):
+    words = ["--model", root / "dit", "--num", 36, "--judge", "trained", "--judge-steps", 3]
+    scores = evaluated(tmp_path, "classes", *words)
+    assert scores["judge"] == "trained" and 0 <= scores["generated"] <= 1
+    network = scores["protocol"]["networks"]["trained"]
+    assert network["model"] == "judge trained on 24 images, seed 0, 3 steps"
+    assert scores["protocol"]["fitted_on"]["num_images"] == 24
+    assert "3 steps of 64 images" in scores["protocol"]["measures"]
+    assert network["weights"] in capsys.readouterr().out
+
+
 def test_a_digest_of_images_is_the_same_wherever_they_come_from(root, tmp_path):
     pytest.importorskip("torch_fidelity")
     draws = ["--num", "24", "--labels", "random", "--seed", "3", "--uint8", "truncate"]

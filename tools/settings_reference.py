@@ -23,6 +23,7 @@ from semtok.registry import get_method
 from semtok.sampler.sampling import SamplerConfig
 from semtok.settings import Config
 from semtok.teachers import TeacherConfig
+from semtok.training.scoring import ScoreConfig
 from semtok.training.train_config import TrainConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
@@ -192,6 +193,7 @@ def page() -> str:
     parts.append(_section("## teacher", TeacherConfig, "teacher"))
     parts.append(_section("## diffusion", DiffusionConfig, "diffusion"))
     parts.append(_section("## sampler", SamplerConfig, "sampler"))
+    parts.append(_section("## score", ScoreConfig, "score"))
     return "\n".join(parts)
 
 

@@ -17,6 +17,7 @@ from semtok.sampler.sampling import SamplerConfig
 from semtok.settings import Config, apply_overrides, parse, read_yaml
 from semtok.storage import write_text
 from semtok.teachers import TeacherConfig
+from semtok.training.scoring import ScoreConfig
 from semtok.training.train_config import TrainConfig
 
 MethodType = TypeVar("MethodType", bound=MethodConfig)
@@ -66,6 +67,8 @@ class DiffusionRecipe(Config, Generic[DataType]):
     teacher: TeacherConfig | None = None
     """Used by REPA; None: the tokenizer's own, where it has one."""
     train: TrainConfig
+    score: ScoreConfig | None = None
+    """Scores of drawn images on the way of the training; None: there are none."""
     plugins: tuple[str, ...] = ()
     """Python files that register methods of your own, from the current folder or the recipe's."""
 

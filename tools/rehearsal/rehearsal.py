@@ -187,5 +187,9 @@ def _losses(log: Path) -> dict[str, float]:
     """The terms of a run's last logged step; none where it has learned nothing by steps."""
     if not log.is_file():
         return {}
-    row = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
-    return {k.removeprefix("loss/"): v for k, v in row.items() if k.startswith("loss/")}
+    rows = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+    losses = [
+        {k.removeprefix("loss/"): v for k, v in row.items() if k.startswith("loss/")}
+        for row in rows
+    ]
+    return next(filter(None, reversed(losses)), {})  # scores have lines of their own

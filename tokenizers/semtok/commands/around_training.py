@@ -42,6 +42,7 @@ from semtok.training.checkpoint import (
 from semtok.training.loop import Trainer
 from semtok.training.precision import settled
 from semtok.training.process import join_processes
+from semtok.training.scoring import CLASSES, FD
 from semtok.training.train_config import TrainConfig
 
 Recipe = TokenizerRecipe[Any, Any] | DiffusionRecipe[Any]
@@ -56,7 +57,10 @@ _LABELS = {
     "alignment_cosine": ("alignment cosine", "{:.3f}"),
     "kl_per_dim": ("KL", "{:.2f} nats per dimension"),
     "velocity": ("squared error of the velocity", "{:.4f}"),
+    CLASSES: ("images that show their class", "{:.1%}"),
+    FD: ("Fréchet distance", "{:.4g}"),
 }
+_SCORE_FORMS = {name: _LABELS[name][1].format for name in (CLASSES, FD)}
 
 
 def add_run_options(parser: argparse.ArgumentParser, default_folder: str) -> None:
@@ -311,6 +315,9 @@ def summarise(
     start = read_json(folder / _START) if (folder / _START).is_file() else {}
     if start:
         summary["validation_before"] = start
+    if trainer.scoring is not None:
+        own = trainer.scores.state_dict()
+        summary["scores"] = trainer.scoring.about | own
     write_json(folder / "summary.json", summary)
     rows = []
     for name, value in metrics.items():
@@ -329,6 +336,7 @@ def summarise(
         ("speed", f"{summary['images_per_second']:.1f} images/s" if trainer.seconds else "-"),
         ("time", f"{total_seconds:.0f} s in all, {trainer.seconds:.0f} s training"),
     ]
+    rows += _score_rows(trainer)
     if trainer.skipped:
         rows.append(("unreadable files", str(len(trainer.skipped))))
     print_table(
@@ -337,6 +345,29 @@ def summarise(
     places = {what: "export", "on the way": _EXPORTS, "pictures": "samples", "curves": "curves.png"}
     found = {name: folder / file for name, file in places.items() if (folder / file).exists()}
     print("   ".join(f"{name}: {path}" for name, path in found.items()))
+
+
+def _score_rows(trainer: Trainer) -> list[tuple[str, str]]:
+    """The last scores, and when those that were asked for were first reached."""
+    if trainer.scoring is None:
+        return []
+    about, form = trainer.scoring.about, _SCORE_FORMS
+    by = f"judge {about['judge']}, {about['num']} images of seed {about['seed']}"
+    rows = []
+    for name, value in trainer.scores.last.items():
+        real = about["held_out"].get(name)
+        beside = f"; real held-out images: {form[name](real)}" if real is not None else ""
+        rows.append((_LABELS[name][0], f"{form[name](value)} ({by}{beside})"))
+    for row in trainer.scores.first_reached:
+        what = f"{_LABELS[row['score']][0]}: {form[row['score']](row['at'])}"
+        told = "not reached"
+        if row["step"] is not None:
+            told = (
+                f"reached at step {row['step']}, {row['images']} images, {row['seconds']:.0f} s of training "
+                f"({form[row['score']](row['value'])})"
+            )
+        rows.append((what, told))
+    return rows
 
 
 def _figures(trainer: Trainer, metrics: dict[str, float], total_seconds: float) -> dict[str, Any]:

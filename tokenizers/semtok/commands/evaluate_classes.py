@@ -1,6 +1,7 @@
 """``evaluate classes``: whether generated images show their class."""
 
 import argparse
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,42 +24,70 @@ from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
 from semtok.evaluation.classes import (
     MEASURES,
+    Judge,
     accuracy,
     class_reader,
     features_and_labels,
     real_batches,
 )
+from semtok.evaluation.generation import teacher_network
 from semtok.evaluation.image_sets import (
     DRAWN_AT_ONCE,
     ImageSet,
     images_of_generator,
     labels_for,
 )
+from semtok.evaluation.judge import STEPS, TRAINED, trained_judge
 from semtok.evaluation.protocol import (
-    Network,
     PixelDigest,
     Protocol,
     data_protocol,
     drawn_protocol,
     shown_names,
-    teacher_protocol,
 )
 from semtok.progress import progress
+from semtok.storage import cache_folder
+from semtok.teachers import DEMO
+
+_TEACHER = "teacher"
+_NUM_TRAIN = 4000
+_OF_TEACHER = ("teacher", "teacher_checkpoint", "teacher_input_size")
+_OF_TRAINED = ("judge_steps", "judge_seed")
 
 
 def add_task(tasks: argparse._SubParsersAction) -> None:
     """Adds the task to the command."""
     task = tasks.add_parser(
-        "classes", help="share of generated images that show their class, read by a " + MEASURES
+        "classes",
+        help="share of generated images that show their class, read by a judge: a "
+        + MEASURES
+        + "; or --judge trained",
     )
     task.add_argument("--model", required=True, metavar="REF", help="folder, run or Hub id")
     task.add_argument("--num", type=int, help="generated images; default: 20 of each class")
     task.add_argument("--seed", type=int, default=0, help="of the generated images")
     add_sampler_options(task)
     add_weak_option(task)
-    options.add_teacher_options(task, "whose features the classifier reads")
-    task.set_defaults(command=_classes)
-    options.add_data_options(task, default=None, shown="what the model was trained on")
+    task.add_argument(
+        "--judge",
+        choices=(_TEACHER, TRAINED),
+        default=_TEACHER,
+        help="teacher (the default): a classifier of a teacher's features; trained: a small network that learns the "
+        "classes from the real images alone, once, so that nothing was aligned to it",
+    )
+    task.add_argument(
+        "--judge-steps",
+        type=int,
+        help=f"of the training of --judge trained, 64 images each; default: {STEPS}",
+    )
+    task.add_argument("--judge-seed", type=int, help="of --judge trained; default: 0")
+    options.add_teacher_options(task, "whose features the classifier reads; default: demo")
+    options.add_data_options(
+        task, default=None, shown="what the model was trained on", num_train=False
+    )
+    told = f"real images to fit on; default: {_NUM_TRAIN}, of --judge trained all"
+    task.add_argument("--num-train", type=int, help=told)
+    task.set_defaults(command=_classes, teacher=None)
 
 
 def _check_data(generator: Generator, train: ImageSource) -> None:
@@ -74,11 +103,49 @@ def _check_data(generator: Generator, train: ImageSource) -> None:
         )
 
 
+def _check_judge(args: argparse.Namespace) -> None:
+    """Refuses what would have no effect, and fills in what the judge's kind decides."""
+    is_trained = args.judge == TRAINED
+    other, own = (_TEACHER, TRAINED) if is_trained else (TRAINED, _TEACHER)
+    for name in _OF_TEACHER if is_trained else _OF_TRAINED:
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')}: goes with --judge {other}, and the judge is {own}; leave it out"
+            )
+    args.judge_steps = STEPS if args.judge_steps is None else args.judge_steps
+    args.judge_seed = 0 if args.judge_seed is None else args.judge_seed
+    if args.judge_steps < 1 or not 0 <= args.judge_seed < 2**32:
+        raise UserError("--judge-steps must be at least 1 and --judge-seed from 0 to 4294967295")
+    args.teacher = args.teacher or DEMO
+    if args.num_train is None:
+        args.num_train = sys.maxsize if is_trained else _NUM_TRAIN
+
+
+def _judge(args: argparse.Namespace, train: ImageSource, digest: PixelDigest) -> Judge:
+    """Who reads the images, fitted on training images, which the digest takes in."""
+    batches = _seen(real_batches(train, args.num_train), digest)
+    if args.judge == TRAINED:
+        judge = trained_judge(
+            train,
+            num_images=args.num_train,
+            cache=cache_folder("judges"),
+            device=options.device(),
+            seed=args.judge_seed,
+            steps=args.judge_steps,
+        )
+        for _ in batches:  # a judge out of the cache saw them then
+            pass
+        return judge
+    network = teacher_network(options.load_teacher(args))
+    return Judge(network, class_reader(*features_and_labels(network, batches)), MEASURES)
+
+
 def _classes(args: argparse.Namespace) -> dict[str, Any]:
+    options.check_seed(args)
+    _check_judge(args)
     generator = sped_up(Generator.from_pretrained(args.model).to(options.device()), args)
     train, held_out = options.open_data(args, options.data_trained_on(args.model, generator))
     _check_data(generator, train)
-    teacher = options.load_teacher(args)
     num = args.num = args.num if args.num is not None else 20 * len(train.class_names)
     sampler = sampler_from(args, generator)
     if num < 1:
@@ -88,12 +155,12 @@ def _classes(args: argparse.Namespace) -> dict[str, Any]:
     digests = {name: PixelDigest() for name in ("train", "held out", "drawn")}
 
     with errors_at("--data"):
-        batches = _seen(real_batches(train, args.num_train), digests["train"])
-        reader = class_reader(*features_and_labels(teacher, batches))
+        judge = _judge(args, train, digests["train"])
 
     def read(batches: Iterable[tuple[Tensor, Tensor]], name: str) -> tuple[float, dict[int, float]]:
-        features, labels = features_and_labels(teacher, _seen(batches, digests[name]))
-        return accuracy(reader(features), labels)
+        assert judge.read is not None
+        features, labels = features_and_labels(judge.network, _seen(batches, digests[name]))
+        return accuracy(judge.read(features), labels)
 
     real, _ = read(real_batches(held_out, args.num_held_out), "held out")
     labels = labels_for(num, len(train.class_names), balanced=True, seed=args.seed)
@@ -110,12 +177,12 @@ def _classes(args: argparse.Namespace) -> dict[str, Any]:
         *((f"  {train.class_names[n]}", f"{100 * by_label[n]:.1f}") for n in worst),
     ]
     print_table("images that show their class, in % (the three worst classes below)", rows)
-    network = teacher_protocol(teacher)
     drawing = Drawing(generator, weak, sampler, labels, args.seed, DRAWN_AT_ONCE, uint8="round")
-    told = _protocol(args, (train, held_out), drawing, network, digests)
+    told = _protocol(args, (train, held_out), drawing, judge, digests)
     print("\n".join(told.lines()))
     return {
         "protocol": told.to_json(),
+        "judge": judge.network.name,
         "data": train.name,
         "real": real,
         "generated": share,
@@ -131,14 +198,14 @@ def _protocol(
     args: argparse.Namespace,
     sources: tuple[ImageSource, ImageSource],
     drawing: Drawing,
-    network: Network,
+    judge: Judge,
     digests: dict[str, PixelDigest],
 ) -> Protocol:
     """What is to be recorded.
 
     Args:
         sources: training and held-out images.
-        network: that reads the images.
+        judge: that reads the images.
     """
     train, held_out = sources
     names = shown_names(filter(None, (args.model, args.weak)))
@@ -148,15 +215,15 @@ def _protocol(
     real = data_protocol(held_out, args.num_held_out, str(digests["held out"]))
     return Protocol(
         "classes",
-        MEASURES,
-        {args.teacher: network},
+        judge.measures,
+        {judge.network.name: judge.network.protocol},
         {
             names[reference]: written[role]["digest"]
             for role, reference in (("model", args.model), ("weak", args.weak))
             if reference is not None
         },
         drawn,
-        references={args.teacher: real},
+        references={judge.network.name: real},
         fitted_on=data_protocol(train, args.num_train, str(digests["train"])),
     )
 

@@ -32,6 +32,7 @@ from semtok.data.source import ImageSource
 from semtok.diffusion.generator import Generator
 from semtok.diffusion.training import DiffusionObjective
 from semtok.errors import UserError
+from semtok.evaluation.on_the_way import ScorePlan, plan_scores, scoring
 from semtok.images import to_pixels
 from semtok.processes import together
 from semtok.recipe import (
@@ -110,6 +111,7 @@ class GeneratorPlan:
         tokenizer: whose latents, or the run that makes it first.
         teacher: that the recipe names for REPA.
         latents: of that cache.
+        scores: that are taken on the way; None: there are none.
         objective: built on the tokenizer; where it is still to be made, on what it is before its training.
     """
 
@@ -122,6 +124,7 @@ class GeneratorPlan:
     teacher: Teacher | None
     latents: tuple[CachedLatents, CachedLatents] | None
     objective: DiffusionObjective
+    scores: ScorePlan | None = None
     overrides: tuple[str, ...] = ()
 
 
@@ -206,9 +209,32 @@ def plan_dit(
     objective = build_diffusion_objective(recipe, built_on, source, teacher, place=place)
     if is_made and images is not None:
         _check_latents(tokenizer, images[0], recipe.tokenizer)
+    scores = _scores(recipe, objective, images, place=place)
     return GeneratorPlan(
-        recipe, folder, place, resume, images, tokenizer, teacher, latents, objective
+        recipe, folder, place, resume, images, tokenizer, teacher, latents, objective, scores
     )
+
+
+def _scores(
+    recipe: DiffusionRecipe[Any],
+    objective: DiffusionObjective,
+    images: tuple[ImageSource, ImageSource] | None,
+    *,
+    place: str,
+) -> ScorePlan | None:
+    """The scores that the recipe asks for; they need images also where cached latents stand for these."""
+    if recipe.score is None:
+        return None
+    if images is None:
+        try:
+            images = open_sources(recipe.data)
+        except UserError as error:
+            raise UserError(
+                f"{place}: score: compares with real images, and data.cache {recipe.data.cache} holds their latents "
+                f"alone ({error}); bring the images back to data.path, or leave score out"
+            ) from None
+    with around_training.errors_at(place):
+        return plan_scores(recipe.score, objective, images)
 
 
 def run_dit(plan: GeneratorPlan) -> Generator:
@@ -247,6 +273,8 @@ def _run(plan: GeneratorPlan) -> Generator:
     with together():
         if accelerator.is_main_process:
             keep_tokenizer(tokenizer, folder / _TOKENIZER)
+    if plan.scores is not None:
+        trainer.score_by(scoring(plan.scores, objective, accelerator.device))
 
     def export_on_the_way(module: nn.Module, step: int) -> None:
         target = around_training.export_at(folder, step)

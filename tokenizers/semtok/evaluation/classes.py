@@ -1,6 +1,7 @@
 """Do generated images show the class that was asked for? A classifier that knows real images tells."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,10 +10,9 @@ from torch import Tensor
 
 from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
+from semtok.evaluation.generation import FeatureNetwork
 from semtok.evaluation.probe import fit
-from semtok.images import to_pixels
 from semtok.progress import waiting
-from semtok.teachers import Teacher
 
 MEASURES = (
     "multinomial logistic regression (scikit-learn, L-BFGS, at most 1000 iterations) on the teacher's pooled "
@@ -21,7 +21,22 @@ MEASURES = (
 
 
 ClassReader = Callable[[np.ndarray], np.ndarray]
-"""A classifier of a frozen teacher's pooled features: (B, D) to labels int64 (B,)."""
+"""A classifier of a frozen network's pooled features: (B, D) to labels int64 (B,)."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Who tells whether images show their class.
+
+    Attributes:
+        network: sees the images.
+        read: their classes, in what it sees; None: there are none, and it serves for distances alone.
+        measures: how it came to know them, in words.
+    """
+
+    network: FeatureNetwork
+    read: ClassReader | None
+    measures: str
 
 
 @waiting("fitting the reader of classes")
@@ -48,16 +63,11 @@ def accuracy(read: np.ndarray, labels: np.ndarray) -> tuple[float, dict[int, flo
 
 @torch.no_grad()
 def features_and_labels(
-    teacher: Teacher, batches: Iterable[tuple[Tensor, Tensor]]
+    network: FeatureNetwork, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a teacher sees in images, uint8 or pixels, and their labels: (N, D) and (N,)."""
-    device = teacher.mean.device
+    """What a network sees in images, uint8 or pixels, and their labels: (N, D) and (N,)."""
     pairs = [
-        (
-            teacher.features(to_pixels(images, device=device)).pooled.float().cpu().numpy(),
-            labels.numpy(),
-        )
-        for images, labels in batches
+        (network.see(images)["pooled"].cpu().numpy(), labels.numpy()) for images, labels in batches
     ]
     features, labels = zip(*pairs, strict=True)
     return np.concatenate(features), np.concatenate(labels)

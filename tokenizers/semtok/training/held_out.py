@@ -31,7 +31,7 @@ class HeldOut:
     def picture(self, averaged: nn.Module, num_images: int) -> Tensor | None:
         """What the objective shows of some images, uint8 (3, H, W); None: it shows nothing."""
         images = self.source.load(self.source.chosen(num_images))
-        with self._evaluating():
+        with self.evaluating():
             batch, inputs = self.prepared(images)
             return self.objective.picture(averaged, batch.pixels, inputs)
 
@@ -40,7 +40,7 @@ class HeldOut:
         sums: dict[str, Tensor] = {}
         count = 0
         keys = [Key(i) for i in self.source.chosen(num_images)]
-        with together(), self._evaluating():
+        with together(), self.evaluating():
             for places, images in read_images(
                 self.source, keys, batch_size=self.batch_size, what="validating"
             ):
@@ -55,7 +55,8 @@ class HeldOut:
         return {n: sum(part.get(n, 0.0) for _, part in parts) / total for n in names}
 
     @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
+        """Within this context no module of the objective trains."""
         modes = [(module, module.training) for module in self.objective.modules()]
         self.objective.eval()
         try:

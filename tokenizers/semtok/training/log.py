@@ -202,6 +202,15 @@ class RunLog:
             self.say(f"step {step}/{self.total_steps}  {losses}  {rate}  {left} left")
             self._steps.postpone()
 
+    def scores(self, step: int, values: dict[str, float]) -> None:
+        """Appends scores to ``metrics.jsonl``, on a line of their own, and shows them."""
+        if not self.is_main:
+            return
+        with self.file.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        shown = (f"{n.removeprefix('score/')} {v:.4g}" for n, v in values.items() if "/" in n)
+        self.say(f"step {step}/{self.total_steps}  scores: {'  '.join(shown)}")
+
     def close(self) -> None:
         self._bar.close()
 
@@ -213,7 +222,7 @@ class RunLog:
         names = [
             n
             for n in dict.fromkeys(key for row in rows for key in row)
-            if n.startswith(("loss/", "weight/", "metric/", "grad_norm/"))
+            if n.startswith(("loss/", "weight/", "metric/", "grad_norm/", "score/"))
         ]
         if not names:
             return

@@ -40,6 +40,7 @@ from semtok.training.inputs import in_float32, on_device, teacher_blocks
 from semtok.training.log import MetricSums, RunLog, non_finite
 from semtok.training.neighbours import previous_of
 from semtok.training.optimisers import Optimisers
+from semtok.training.scoring import Scores, Scoring
 from semtok.training.train_config import TrainConfig
 
 
@@ -109,6 +110,8 @@ class Trainer:
         self.metrics = MetricSums()
         self.step, self.seconds = 0, 0.0
         self.skipped: dict[str, str] = {}  # unreadable files, and why
+        self.scores = Scores()
+        self.scoring: Scoring | None = None  # by ``score_by``
         self._vote = StopVote()
         self._mark()
 
@@ -144,6 +147,7 @@ class Trainer:
             "ema_updates": self.ema.num_updates if self.ema is not None else 0,
             **self.optimisers.state_dict(),
             "metrics": self.metrics.state_dict(self._mean_over_processes),
+            "scores": self.scores.state_dict(),
         }
 
     def save(self) -> Path:
@@ -181,8 +185,14 @@ class Trainer:
             self.ema.num_updates = state["ema_updates"]
         self.optimisers.load_state_dict(state)
         self.metrics.load_state_dict(state["metrics"], self.device)
+        self.scores.load_state_dict(state.get("scores", {}))
         if len(state["random"]) == self.accelerator.num_processes:
             restore_random_state(state["random"][self.accelerator.process_index])
+
+    def score_by(self, scoring: Scoring) -> None:
+        """From now on scores are taken on the way. Called after ``resume``."""
+        self.scores.begin(scoring.targets)
+        self.scoring = scoring
 
     # The loop -----------------------------------------------------------------------------------
 
@@ -229,10 +239,10 @@ class Trainer:
             self.step in config.export_at
         ):  # which a run that was killed after its checkpoint may lack
             self._export(export)
-        if not config.steps or (
-            self.step and self._is_to_be_shown()
-        ):  # a signal may have come before
-            self._sample()
+        if self.step and self._is_to_be_scored():  # a signal may have come before
+            self._pause(self._score)
+        if not config.steps or (self.step and self._is_to_be_shown()):
+            self._pause(self._sample)
         with stopping.obeyed(When.LATER):  # at the end of a step
             while self.step < config.steps:
                 self._one_step(batches, export)
@@ -250,6 +260,10 @@ class Trainer:
             self._pause(self._write_averages)
         if self._vote.should_stop():
             raise self._stopped(stopping.received())
+        if self._is_to_be_scored():
+            if self.device.type == "cuda":  # what is still under way there is training
+                torch.cuda.synchronize(self.device)
+            self._aside(self._score)
         if self._is_to_be_shown():
             self._aside(self._sample)
         if self.step % config.checkpoint_every == 0 or self.step == config.steps:
@@ -259,6 +273,11 @@ class Trainer:
 
     def _is_to_be_shown(self) -> bool:
         return self.step % self.config.sample_every == 0 or self.step == self.config.steps
+
+    def _is_to_be_scored(self) -> bool:
+        if self.scoring is None or self.scores.step == self.step:
+            return False
+        return self.step % self.scoring.every == 0 or self.step == self.config.steps
 
     def _aside(self, work: Callable[[], None]) -> None:
         """Does something that is not training and takes its time: a signal stops it at once."""
@@ -421,6 +440,21 @@ class Trainer:
         with together():
             if self.accelerator.is_main_process:
                 self.averages.write(self.step)
+
+    def _score(self) -> None:
+        """Takes scores. Weights and random numbers stay as they are."""
+        assert self.scoring is not None
+        seconds = self.seconds + time.perf_counter() - self._marked_time
+        before = random_state()
+        with self.held_out.evaluating():
+            scores = self.scoring.measure(self.averaged)
+        restore_random_state(before)
+        images = self.step * self.config.batch_size
+        self.scores.note(scores, step=self.step, images=images, seconds=seconds)
+        values = {f"score/{name}": value for name, value in scores.items()}
+        self.log.scores(self.step, {**values, "seconds": seconds})
+        if self.config.tracker != "none":
+            self.accelerator.log(values, step=self.step)
 
     def _sample(self) -> None:
         with together():
