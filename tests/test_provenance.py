@@ -343,6 +343,17 @@ DIFFERENCES = {
         "mapper",
         "batch norm",
     },
+    "reg_invae": {"data.crop", "data.flip", "teacher.input_size", "images", "flips and crops"},
+    "srdit_b1": {"latents", "draws", "sampler's state", "train.ema_warmup", "decoding", "images"},
+    "srdit_b1_send_vae": {"draws", "class token", "sampler.guidance.scale.texture", "images"},
+    "srdit_b1_reglue": {
+        "draws",
+        "patches",
+        "diffusion.network.preset",
+        "diffusion.contrastive_weight.semantic",
+        "sampler.guidance.scale.global",
+    },
+    "srdit_b1_semvae": {"draws", "class token", "diffusion.contrastive_weight", "sampler.method"},
     "sit_xl1_send_vae": {"sampler.guidance.interval", "labels", "train.clip_norm", "teacher.name"},
     "sit_b1_send_vae": {"diffusion.repa.depth", "labels", "train.clip_norm", "teacher.name"},
 }

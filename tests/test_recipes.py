@@ -83,17 +83,27 @@ def test_a_tokenizer_recipe_builds_and_trains_at_toy_size(name, tmp_path):
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_a_generator_recipe_builds_and_trains_at_toy_size(name, tmp_path, toy_tokenizers):
-    parts = read_yaml(ROOT / name)["diffusion"].get("leads", {}).keys() - {"texture"}
-    toy = toy_tokenizers["vae" if not parts else "reglue" if "global" in parts else "semvae"]
-    content = at_toy_size(read_yaml(ROOT / name)) | {"tokenizer": str(toy)}
-    network = content["diffusion"]["network"]
+    content = at_toy_size(read_yaml(ROOT / name))
+    content["tokenizer"] = str(toy_tokenizers[method_of_tokenizer(content)])
+    network, routing = content["diffusion"]["network"], content["diffusion"].get("routing")
     shape = architecture(network).model_dump() if isinstance(network, str) else network
-    content["diffusion"]["network"] = shape | {"depth": 2, "width": 32, "heads": 2}
+    depth = 3 if routing else 2
+    content["diffusion"]["network"] = shape | {"depth": depth, "width": 32, "heads": 2}
+    if routing:
+        routing |= {"first": 1, "last": 1}
     if content["diffusion"].get("repa"):
         content["diffusion"]["repa"] |= {"depth": 1, "projector_width": 16}
     content["sampler"]["steps"] = 2
     train_dit(parse_diffusion_recipe(content, name), tmp_path / "run")
     check_run(tmp_path / "run")
+
+
+def method_of_tokenizer(content: dict[str, Any]) -> str:
+    """Which method's toy stands for the tokenizer that a recipe names: of its own recipe, or of image latents alone."""
+    name = Path(content.get("tokenizer") or "").name
+    made = [p for p in RECIPES if p.stem == name and "method" in read_yaml(p)]
+    method = read_yaml(made[-1])["method"]["name"] if made else "vae"
+    return {"reglue": "reglue", "semvae": "semvae", "redi": "semvae"}.get(method, "vae")
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from rehearsal.plan import (
     all_recipes,
     depth_settings,
     find_recipes,
+    least_depth,
     maker,
     plan_run,
     same_output,
@@ -127,7 +128,8 @@ def test_every_recipes_rehearsal_has_settings_that_parse_and_names_what_it_needs
         settings += depth_settings(planned.recipe, 1)
         small = load_diffusion_recipe(file, settings)
         shape = architecture(small.diffusion.network)
-        assert shape.depth == 1
+        assert shape.depth == least_depth(planned.recipe)
+        assert (small.diffusion.routing is None) == (planned.recipe.diffusion.routing is None)
         full = architecture(planned.recipe.diffusion.network)
         assert shape.model_copy(update={"depth": full.depth}) == full
         assert small.sampler.method == planned.recipe.sampler.method
@@ -290,6 +292,16 @@ def test_repa_moves_to_the_last_block_of_a_shallow_transformer():
     assert depth_settings(recipe, 28) == []
     assert "diffusion.repa.depth=3" in depth_settings(recipe, 3)
     assert len(depth_settings(recipe, 8)) == 1
+
+
+def test_a_shallow_transformer_still_routes_its_tokens():
+    recipe = plan_run(next(f for f in RECIPES if f.stem == "srdit_b1")).recipe
+    assert isinstance(recipe, DiffusionRecipe)
+    settings = depth_settings(recipe, 1)
+    assert settings[0] == "diffusion.network.depth=3"
+    assert {"diffusion.routing.first=1", "diffusion.routing.last=1"} <= set(settings)
+    assert depth_settings(recipe, 5) == ["diffusion.network.depth=5"]
+    assert depth_settings(recipe, 12) == []
 
 
 def test_what_fails_is_told_with_its_last_lines_and_fails_what_is_built_on_it(tmp_path, capsys):

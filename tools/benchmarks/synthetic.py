@@ -47,6 +47,11 @@ PUBLISHED = {
         {"repa": {"weight": 0.5, "with_global": True}, "loss_weights": {"global": 0.03}},
         768,
     ),
+    "sr-dit": Published(
+        LatentSpec((_F16D32, _CLS)),
+        {"repa": {"weight": 0.5, "with_global": True}, "loss_weights": {"global": 0.03}},
+        768,
+    ),
     "lightningdit": Published(LatentSpec((_F16D32,)), {"repa": False, "cosine_weight": 1.0}, None),
     "sfd": Published(
         LatentSpec((_F16D32, _SEMANTIC)),

@@ -232,9 +232,17 @@ def _all_losses(method: MethodConfig) -> dict[str, Any]:
     return {f"method.adversarial.{name}": value for name, value in (starts | weights).items()}
 
 
+def least_depth(recipe: DiffusionRecipe[Any]) -> int:
+    """The fewest blocks with which a transformer still has all that its recipe names: token routing needs one at the
+    start, one at the end and one between, a value residual a second one."""
+    if recipe.diffusion.routing is not None:
+        return 3
+    return 2 if architecture(recipe.diffusion.network).value_residual else 1
+
+
 def depth_settings(recipe: DiffusionRecipe[Any], depth: int) -> list[str]:
-    """The settings that make a transformer of fewer blocks; none where it has no more."""
-    shape = architecture(recipe.diffusion.network)
+    """The settings that make a transformer of fewer blocks, at least ``least_depth``; none where it has no more."""
+    shape, depth = architecture(recipe.diffusion.network), max(depth, least_depth(recipe))
     if depth >= shape.depth:
         return []
     if isinstance(recipe.diffusion.network, str):
@@ -245,6 +253,9 @@ def depth_settings(recipe: DiffusionRecipe[Any], depth: int) -> list[str]:
     repa = recipe.diffusion.repa
     if repa and repa.depth is not None and repa.depth > depth:
         settings.append(f"diffusion.repa.depth={depth}")
+    routing = recipe.diffusion.routing
+    if routing is not None and routing.first + routing.last >= depth:
+        settings += ["diffusion.routing.first=1", "diffusion.routing.last=1"]
     return settings
 
 

@@ -12,6 +12,7 @@ from rehearsal.inputs import lay_autoencoder
 from rehearsal.plan import (
     Run,
     depth_settings,
+    least_depth,
     maker,
     plan_run,
     same_output,
@@ -146,7 +147,8 @@ class Rehearsal:
         if isinstance(run.recipe, DiffusionRecipe):
             most = size.depth if self._depth is None else self._depth
             result.depth = size.depth
-            result.depth_here = min(most, size.depth_within(self._memory))
+            within = min(most, size.depth_within(self._memory))
+            result.depth_here = min(size.depth, max(within, least_depth(run.recipe)))
             result.parameters_here = size.parameters_at(result.depth_here)
             settings += depth_settings(run.recipe, result.depth_here)
         replaced = {setting.partition("=")[0] for setting in settings}

@@ -5,15 +5,17 @@ does not say is as published.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, get_args
 
+from semtok.diffusion.diffusion_config import DiffusionConfig
 from semtok.hub.file_settings import BOOKKEEPING, FileSettings
 from semtok.hub.formats import Format
 from semtok.hub.import_dit import ImportedDiT
+from semtok.hub.sr_dit import GLOBAL_WEIGHT, LATENT_SCALE, learnt, shift_base
 from semtok.references import recipe_folder
-from semtok.sampler.architecture import PRESETS, DiTArchitecture
+from semtok.sampler.architecture import PRESETS, DiTArchitecture, architecture
 from semtok.sampler.latents import LatentSpec
 from semtok.sampler.sampling import SamplerConfig
 from semtok.sampler.transport import PathName, TimeConfig
@@ -31,8 +33,9 @@ _SIZE_FATE = "agrees with the tensors"
 # Recipes of the published networks, for how each is sampled.
 _RECIPES: dict[Format, str] = {"sit": "sit_xl2", "repa": "sit_xl2_repa", "reg": "sit_xl2_reg"}
 _RECIPES |= {"reglue": "sit_xl2_reglue", "repa-e": "sit_xl2_repa", "sfd": "lightningdit_xl1_sfd"}
-_RECIPES |= {"lightningdit": "lightningdit_xl1", "redi": "sit_b2_redi"}
-_REPAS: frozenset[Format] = frozenset({"repa", "reg", "reglue", "repa-e"})
+_RECIPES |= {"lightningdit": "lightningdit_xl1", "redi": "sit_b2_redi", "sr-dit": "srdit_b1"}
+_REPAS: frozenset[Format] = frozenset({"repa", "reg", "reglue", "repa-e", "sr-dit"})
+_OF_ANY_SIZE = ("num_channels", "base")  # of guidance
 _SIT_CHANNELS = 3  # which of its texture SiT guides
 
 
@@ -50,6 +53,9 @@ class TrainedWith:
         part_weights: of the parts' squared errors.
         semantic_weight: of the semantic channels in one mean over all channels.
         cosine_weight: see ``DiffusionConfig``.
+        shift_base: see ``sr_dit.shift_base``; None also of others.
+        latent_scale: what raw image latents were multiplied by, whatever the tokenizer's statistics are.
+        more: further settings of ``DiffusionConfig``, by name.
         shown: what only readers want to know, by its name in the file.
     """
 
@@ -65,6 +71,9 @@ class TrainedWith:
     part_weights: Mapping[str, float] = field(default_factory=dict)
     semantic_weight: float | None = None
     cosine_weight: float | None = None
+    shift_base: float | None = None
+    latent_scale: float | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
     shown: Mapping[str, Any] = field(default_factory=dict)
 
     def loss_weights(self, spec: LatentSpec) -> dict[str, float] | None:
@@ -116,7 +125,7 @@ def _of_arguments(settings: FileSettings, format: Format) -> TrainedWith:
     names = ("enc_type", "vae", "vae_name", "interm_layers", "encoder_channel_list")
     shown = {name: settings.take(name, object, _SHOWN) for name in names if name in settings}
     settings.take("encoder_depth", int, BOOKKEEPING)
-    return TrainedWith(
+    trained = TrainedWith(
         path=path,
         time=time if "weighting" in settings else None,
         class_dropout=dropout,
@@ -124,6 +133,16 @@ def _of_arguments(settings: FileSettings, format: Format) -> TrainedWith:
         part_weights=weights,
         semantic_channels=_coded_channels(settings),
         shown=shown,
+    )
+    if format != "sr-dit":
+        return trained
+    return replace(
+        trained,
+        time=time,
+        part_weights={"global": GLOBAL_WEIGHT} | weights,
+        shift_base=shift_base(settings),
+        latent_scale=LATENT_SCALE,
+        more=learnt(settings),
     )
 
 
@@ -201,7 +220,7 @@ def check_network(
     _check_model(settings, f"{prefix}{'model_type' if is_config else 'model'}", shape)
     classes = imported.network.num_classes
     settings.check(f"{data}num_classes", classes)
-    checks: dict[str, Any] = {"use_qknorm" if is_config else "qk_norm": shape.qk_norm}
+    checks: dict[str, Any] = {"use_qknorm" if is_config else "qk_norm": bool(shape.qk_norm)}
     if is_config:
         checks |= {"use_swiglu": shape.swiglu, "use_rope": shape.rope}
         checks |= {"use_rmsnorm": shape.rms_norm, "wo_shift": imported.without_shifts}
@@ -270,10 +289,9 @@ def sampler_for(format: Format, network: DiTArchitecture, settings: FileSettings
     if recipe:
         content = dict(recipe.get("sampler", {}))
         guidance = dict(content.get("guidance", {}))
-        named = recipe["diffusion"]["network"]
-        tuned_for = PRESETS[named] if isinstance(named, str) else DiTArchitecture(**named)
+        tuned_for = architecture(DiffusionConfig(network=recipe["diffusion"]["network"]).network)
         if (tuned_for.depth, tuned_for.width) != (network.depth, network.width):
-            guidance = {n: value for n, value in guidance.items() if n == "num_channels"}
+            guidance = {n: value for n, value in guidance.items() if n in _OF_ANY_SIZE}
         content["guidance"] = guidance
     # The same on the linear path, which recipes take; files may have the cosine one.
     content["diffusion"] = "linear" if format in _REPAS else "sigma"

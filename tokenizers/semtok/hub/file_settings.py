@@ -34,7 +34,9 @@ ARGUMENTS_OF_RUNS = frozenset((
     "data_path", "results_dir", "global_batch_size", "global_seed", "log_every", "ckpt_every", "sample_every",
     "cfg_scale", "wandb", "ckpt", "norm_stats", "compression_model_path", "subset", "continue_train_exp_dir",
     "wandb_history_path", "bn_momentum", "vae_ckpt", "disc_pretrained_ckpt", "loss_cfg_path",
-    "vae_learning_rate", "disc_learning_rate", "vae_align_proj_coeff", "dino_drop_prob",
+    "vae_learning_rate", "disc_learning_rate", "vae_align_proj_coeff", "dino_drop_prob", "cls_cfg_scale",
+    "guidance_low", "guidance_high", "num_sample_steps", "projection_layer_type", "proj_kwargs_kernel_size",
+    "projection_loss_type", "spnorm_method", "zscore_alpha",
 ))
 # fmt: on
 # fmt: off

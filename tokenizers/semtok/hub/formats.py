@@ -12,7 +12,13 @@ from torch import Tensor
 from semtok.errors import UserError
 from semtok.hub.checkpoints import PCAStandIn, read_checkpoint, sizes
 from semtok.hub.file_settings import FileSettings, read_settings
-from semtok.hub.import_dit import PUBLISHED_SEMANTIC, is_lightningdit, learns_sigma
+from semtok.hub.import_dit import (
+    PUBLISHED_SEMANTIC,
+    has_repas_projectors,
+    is_lightningdit,
+    learns_sigma,
+)
+from semtok.hub.sr_dit import is_sr_dit
 from semtok.storage import first_line, read_json
 
 Format = Literal[
@@ -22,6 +28,7 @@ Format = Literal[
     "reg",
     "reglue",
     "repa-e",
+    "sr-dit",
     "lightningdit",
     "sfd",
     "compvis-vae",
@@ -30,7 +37,8 @@ Format = Literal[
     "semvae",
     "diffusers-vae",
 ]
-DITS: tuple[Format, ...] = ("sit", "redi", "repa", "reg", "reglue", "repa-e", "lightningdit", "sfd")
+DITS: tuple[Format, ...] = ("sit", "redi", "repa", "reg", "reglue", "repa-e", "sr-dit")
+DITS += ("lightningdit", "sfd")
 _NESTS = ("ema", "model", "state_dict", "model_state_dict")
 # What parallel training and compilers put into names; and larger models around the imported one.
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -193,6 +201,8 @@ def _of_folder(path: Path) -> tuple[Format, ...]:
 
 def _dits(state: Mapping[str, Tensor], settings: FileSettings) -> tuple[Format, ...]:
     _, channels, _, _ = sizes(state, "x_embedder.proj.weight", 4)
+    if is_sr_dit(state):
+        return ("sr-dit",)
     if "t_embedder_sem.mlp.0.weight" in state:
         return ("sfd",)
     if settings.has_network_config:  # of LightningDiT's or of SFD's script
@@ -203,7 +213,7 @@ def _dits(state: Mapping[str, Tensor], settings: FileSettings) -> tuple[Format, 
         return ("repa-e",)
     if "cls_projectors2.weight" in state:
         return _with_a_class_token(channels, settings)
-    if "projectors.0.0.weight" in state:
+    if has_repas_projectors(state):
         return ("repa",)
     return _told_by_arguments(state, channels, settings)
 

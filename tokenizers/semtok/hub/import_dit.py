@@ -1,5 +1,5 @@
 """Official checkpoints of diffusion transformers, read into this library's network and conventions:
-SiT, ReDi, REPA, REG, REGLUE, REPA-E, LightningDiT, SFD.
+SiT, ReDi, REPA, iREPA, REG, REGLUE, REPA-E, SR-DiT, LightningDiT, SFD.
 
 SiT, ReDi, LightningDiT and SFD run time from noise to data as we do. REPA and its family run it from data to
 noise and predict the opposite velocity; both are folded into the weights, exactly, so that an
@@ -9,19 +9,20 @@ imported network is one like any other: v(x, t) = -v'(x, 1 - t).
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from semtok.errors import UserError
 from semtok.hub.checkpoints import built, count_numbered, sizes
+from semtok.hub.projectors import PROJECTORS, projector_name, read_projectors
+from semtok.hub.sr_dit import SPLIT, Split, added_to_shape, is_sr_dit
 from semtok.sampler.architecture import DiTArchitecture
 from semtok.sampler.dit import DiT
 from semtok.sampler.embeddings import rotary_table, sincos_positions, time_frequencies
 from semtok.sampler.latents import LatentSpec, PartSpec
 from semtok.storage import first_line
-from semtok.teachers import silu_mlp
 
 Family = Literal["sit", "repa", "lightningdit"]
 
@@ -31,8 +32,8 @@ _RENAMED = (
     (r"cls_projectors2\.", "vector_embed.global.0."),
     (r"wg_norm\.", "vector_embed.global.1."),
     (r"final_layer\.linear_cls\.", "final.vectors.global."),
-    (r"repa_projector\.", "projectors.0."),
-    (r"projector\.", "projectors.0."),
+    (r"mask_token$", "fusion.mask_token"),
+    (r"fusion_proj\.", "fusion.linear."),
     (r"x_embedder\.proj\.", "patch_embed."),
     (r"t_embedder\.", "time_embed.all."),
     (r"y_embedder\.embedding_table\.", "label_embed."),
@@ -40,6 +41,7 @@ _RENAMED = (
     (r"final_layer\.linear\.", "final.linear."),
     (r"final_layer\.adaLN_modulation\.1\.", "final.modulation."),
     (r"(blocks\.\d+)\.adaLN_modulation\.1\.", r"\1.modulation."),
+    (r"(blocks\.\d+\.attn)\.v1_lambda$", r"\1.first_share"),
 )
 _VECTOR, _LEADS = "cls_projectors2.weight", "t_embedder_sem.mlp.0.weight"
 # What no SiT has, of LightningDiT: SwiGLU, RMSNorm, rotary tables.
@@ -55,7 +57,6 @@ _PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
 
 
 _COMPUTED = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
-_PROJECTORS = ("projectors.", "repa_projector.", "projector.")
 # REPA-E standardises latents by a BatchNorm without weights.
 _STATISTICS = ("bn.running_mean", "bn.running_var", "bn.num_batches_tracked")
 
@@ -67,7 +68,8 @@ class ImportedDiT:
     Attributes:
         network: in eval mode; predicts velocities of the latents that the checkpoint was trained on (their
             scaling is the tokenizer's affair).
-        projectors: REPA's heads, one for each teacher, on the tokens (B, N, D) of a block.
+        projectors: REPA's heads, one for each teacher, on the tokens (B, N, D) of a block, or on maps of them
+            (B, D, h, w) where they convolve.
         grid: (rows, columns) of the texture that it was trained on.
         statistics: mean and standard deviation (C,) per channel of the raw latents, where the checkpoint
             has them (REPA-E).
@@ -91,7 +93,7 @@ def what_became_of(name: str) -> str:
     """In a few words, what the import makes of a tensor with this official name."""
     if name in _COMPUTED:
         return "computed anew, checked to be the same"
-    if name.startswith(_PROJECTORS):
+    if name.startswith(PROJECTORS):
         return "left out, only REPA's training reads it"
     if name in _STATISTICS:
         return "latent statistics"
@@ -101,6 +103,11 @@ def what_became_of(name: str) -> str:
 def is_lightningdit(state: Mapping[str, Tensor]) -> bool:
     """Whether there is a tensor that LightningDiT has and SiT has not."""
     return any(name in state for name in _LIGHTNING)
+
+
+def has_repas_projectors(state: Mapping[str, Tensor]) -> bool:
+    """Whether there are heads as REPA and those made from it call them."""
+    return any(name.startswith("projectors.0.") for name in state)
 
 
 def learns_sigma(state: Mapping[str, Tensor]) -> bool:
@@ -121,6 +128,7 @@ def import_dit(
     heads: int | None = None,
     spec: LatentSpec | None = None,
     null_label: bool = True,
+    split: Split = SPLIT,
 ) -> ImportedDiT:
     """Builds the network that a state dict is of, of any size.
 
@@ -131,6 +139,7 @@ def import_dit(
         heads: attention heads; None: from the rotary table, or the published size of that width.
         spec: of the latents that the checkpoint was trained on; None: see ``spec_of``.
         null_label: whether its last label means none; otherwise one is added, of zeros.
+        split: blocks (first, last) that see all tokens, of SR-DiT, whose tensors do not tell.
 
     Raises:
         UserError: names or shapes that are not of these networks.
@@ -141,14 +150,14 @@ def import_dit(
         family = family or _family(state)
         if family not in get_args(Family) or (heads is not None and heads < 1):
             raise ValueError(f"family {family}, {heads} heads")
-        projectors = _projectors(state)
-        config = _architecture(state, heads)
+        projectors = read_projectors(state)
+        config = _architecture(state, heads, split)
         spec = _checked(spec or spec_of(state), state)
         num_classes = sizes(state, "y_embedder.embedding_table.weight", 2)[0] - null_label
         side = _check_positions(state, config)
         ours = {our_name(n): v for n, v in state.items() if what_became_of(n) == "network"}
         statistics = _statistics(state)
-        ours |= _velocity_rows(state) | _shift_rows(ours, config.width)
+        ours |= _velocity_rows(state) | _shift_rows(ours, config.width) | _flat_mask(ours)
         if not null_label:
             labels = ours["label_embed.weight"]
             ours["label_embed.weight"] = torch.cat([labels, torch.zeros_like(labels[:1])])
@@ -198,9 +207,11 @@ def _statistics(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
 
 
 def _family(state: Mapping[str, Tensor]) -> Family:
+    if is_sr_dit(state):
+        return "repa"
     if is_lightningdit(state):
         return "lightningdit"
-    return "repa" if {"projectors.0.0.weight", _VECTOR} & state.keys() else "sit"
+    return "repa" if has_repas_projectors(state) or _VECTOR in state else "sit"
 
 
 def spec_of(
@@ -214,7 +225,8 @@ def spec_of(
 
     Args:
         semantic: how many of its channels, the last ones, are the semantic part; None: as published.
-        stride: image pixels per cell of the texture; None: the published 16 of LightningDiT, 8 of others.
+        stride: image pixels per cell of the texture; None: the published 16 of LightningDiT and SR-DiT, 8 of
+            others.
         published: whose split of the channels it is; None: told from the names.
 
     Raises:
@@ -224,7 +236,8 @@ def spec_of(
     lightning, vector = is_lightningdit(state) or _LEADS in state, _VECTOR in state
     if published is None and _LEADS in state:
         published = "sfd"
-    if published is None and vector and channels in PUBLISHED_SEMANTIC["reglue"]:
+    is_reglue = vector and not is_sr_dit(state) and channels in PUBLISHED_SEMANTIC["reglue"]
+    if published is None and is_reglue:
         published = "reglue"
     if semantic is None:
         split = PUBLISHED_SEMANTIC[published] if published is not None else {channels: 0}
@@ -258,7 +271,7 @@ def _checked(spec: LatentSpec, state: Mapping[str, Tensor]) -> LatentSpec:
     return spec
 
 
-def _architecture(state: Mapping[str, Tensor], heads: int | None) -> DiTArchitecture:
+def _architecture(state: Mapping[str, Tensor], heads: int | None, split: Split) -> DiTArchitecture:
     width, _, patch, _ = sizes(state, "x_embedder.proj.weight", 4)
     depth = count_numbered(state, "blocks.")
     swiglu = "blocks.0.mlp.w12.weight" in state
@@ -271,18 +284,19 @@ def _architecture(state: Mapping[str, Tensor], heads: int | None) -> DiTArchitec
         raise ValueError(f"width {width} is no published size; give the number of heads")
     last = "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight"
     hidden = sizes(state, last, 2)[1]
-    return DiTArchitecture(
-        depth=depth,
-        width=width,
-        heads=heads,
-        patch_size=patch,
+    shape = {
+        "depth": depth,
+        "width": width,
+        "heads": heads,
+        "patch_size": patch,
         # SwiGLU's hidden width is two thirds, rounded down, of what the ratio says.
-        mlp_ratio=round(hidden * 1.5 / width, 1) if swiglu else hidden / width,
-        swiglu=swiglu,
-        rope=bool({"feat_rope.freqs_cos", "feat_rope.freqs_sin"} & state.keys()),
-        rms_norm="blocks.0.norm1.weight" in state,
-        qk_norm="blocks.0.attn.q_norm.weight" in state,
-    )
+        "mlp_ratio": round(hidden * 1.5 / width, 1) if swiglu else hidden / width,
+        "swiglu": swiglu,
+        "rope": bool({"feat_rope.freqs_cos", "feat_rope.freqs_sin"} & state.keys()),
+        "rms_norm": "blocks.0.norm1.weight" in state,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+    }
+    return DiTArchitecture(**shape | (added_to_shape(state, split) if is_sr_dit(state) else {}))
 
 
 def _check_positions(state: Mapping[str, Tensor], config: DiTArchitecture) -> int:
@@ -310,6 +324,8 @@ def _check_positions(state: Mapping[str, Tensor], config: DiTArchitecture) -> in
 
 def our_name(name: str) -> str:
     """What a parameter with an official name is called in ``DiT``."""
+    if name.startswith(PROJECTORS):
+        return projector_name(name)
     for pattern, replacement in _RENAMED:
         name = re.sub(f"^{pattern}", replacement, name)
     return name
@@ -344,6 +360,12 @@ def _shift_rows(ours: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
     return rows
 
 
+def _flat_mask(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """SR-DiT's mask token without the axes of samples and tokens."""
+    name = "fusion.mask_token"
+    return {name: ours[name].flatten()} if name in ours else {}
+
+
 def _reversed_time(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Folds t -> 1 - t and v -> -v into the weights: those of ours that change.
 
@@ -366,22 +388,3 @@ def _reversed_time(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if n.startswith(("final.linear.", "final.vectors.")) and v.is_floating_point()
     }
     return {name: torch.cat(halves, dim=1).to(state[name]), **last}
-
-
-def _projectors(state: Mapping[str, Any]) -> nn.ModuleList:
-    heads, prefix = nn.ModuleList(), "projectors."
-    own = {our_name(n): value for n, value in state.items() if n.startswith(_PROJECTORS)}
-    own = {name.removeprefix(prefix): value for name, value in own.items()}
-    while f"{len(heads)}.0.weight" in own:
-        hidden, width = sizes(own, f"{len(heads)}.0.weight", 2)
-        out, _ = sizes(own, f"{len(heads)}.4.weight", 2)
-        with own[f"{len(heads)}.0.weight"].device:
-            heads.append(silu_mlp(width, hidden, out))
-    expected = heads.state_dict()
-    if unknown := sorted(own.keys() - expected.keys()):
-        raise ValueError(f"unknown {', '.join(prefix + name for name in unknown[:3])}")
-    wrong = [n for n, v in expected.items() if n not in own or own[n].shape != v.shape]
-    if wrong:
-        raise ValueError(f"{prefix}{wrong[0]} is not of a projector of three layers")
-    heads.load_state_dict(own)
-    return heads

@@ -19,6 +19,7 @@ from semtok.hub.dit_settings import (
 from semtok.hub.formats import Format
 from semtok.hub.import_tokenizer import compvis_tokenizer, finished
 from semtok.hub.job import ImportJob, standardise
+from semtok.hub.sr_dit import routing, shifted
 from semtok.sampler.architecture import PRESETS, DiTArchitecture
 from semtok.sampler.dit import DiT
 from semtok.sampler.latents import LatentSpec
@@ -127,7 +128,7 @@ def _alone(job: ImportJob, trained: TrainedWith, imported: dits.ImportedDiT) -> 
     for name in job.settings.values:
         if name.startswith("sample.") or name == "model.semfirst_infer_interval_mode":
             job.settings.fates[name] = "left out: a network alone is not sampled"
-    config = _config(trained, imported.network.config, imported.network.spec)
+    config = _config(trained, imported, imported.network.spec)
     said = config.model_dump(mode="json", exclude_unset=True, exclude={"network", "repa"})
     latents = {"unscaled": list(trained.unscaled), "multiplier": trained.multiplier}
     if latents != {"unscaled": [], "multiplier": 1.0}:
@@ -141,13 +142,17 @@ def _standardised(
 ) -> Tokenizer:
     """The tokenizer, whose latents are scaled as the network saw them; the caller's stays as it is."""
     unscaled = [part for part in trained.unscaled if part in tokenizer.spec.names]
-    if imported.statistics is None and not unscaled and trained.multiplier == 1:
+    statistics, scale = imported.statistics, trained.latent_scale
+    if scale is not None:
+        channels = tokenizer.spec["texture"].channels
+        statistics = (torch.zeros(channels), torch.full((channels,), 1 / scale))
+    if statistics is None and not unscaled and trained.multiplier == 1:
         return tokenizer
     if tokenizer is job.options.tokenizer:
         tokenizer = copy.deepcopy(tokenizer)
         job.notes.append("the tokenizer is standardised as the checkpoint says")
-    if imported.statistics is not None:
-        standardise(tokenizer, "texture", imported.statistics)
+    if statistics is not None:
+        standardise(tokenizer, "texture", statistics)
     for part in unscaled:
         channels = tokenizer.spec[part].channels
         standardise(tokenizer, part, (torch.zeros(channels), torch.ones(channels)))
@@ -166,7 +171,7 @@ def _with_tokenizer(
         )
     network, stride = imported.network, tokenizer.spec["texture"].stride
     assert stride is not None
-    config = resolve_defaults(_config(trained, network.config, tokenizer.spec), tokenizer)
+    config = resolve_defaults(_config(trained, imported, tokenizer.spec), tokenizer)
     return Generator(
         network,
         tokenizer,
@@ -178,22 +183,26 @@ def _with_tokenizer(
     ).eval()
 
 
-def _config(trained: TrainedWith, network: DiTArchitecture, spec: LatentSpec) -> DiffusionConfig:
+def _config(trained: TrainedWith, imported: dits.ImportedDiT, spec: LatentSpec) -> DiffusionConfig:
     """What the file says of training; the tokenizer's defaults say the rest."""
+    network, time = imported.network.config, trained.time
+    if trained.shift_base is not None and time is not None:
+        rows, columns = imported.grid
+        time = shifted(time, trained.shift_base, imported.channels * rows * columns)
     leads = dict.fromkeys(spec.names, 0.0)
     if trained.lead is not None:
         leads = {"semantic": trained.lead}
     told = {
-        "time": trained.time,
+        "time": time,
         "loss_weights": trained.loss_weights(spec),
         "cosine_weight": trained.cosine_weight,
     }
+    told = {"repa": False, **told, **trained.more, "routing": routing(network)}
     return DiffusionConfig(
-        network=_preset(network),
+        network=_preset(network.model_copy(update={"split": None})),
         path=trained.path,
         leads=leads,
         class_dropout=trained.class_dropout,
-        repa=False,
         **{name: value for name, value in told.items() if value is not None},
     )
 
