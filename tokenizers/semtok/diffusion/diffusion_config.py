@@ -1,5 +1,6 @@
 """Settings of the diffusion transformer: the ``diffusion:`` section of its recipes."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -112,6 +113,7 @@ class DiffusionConfig(Config):
     @classmethod
     def _changed(cls, network: Any) -> Any:
         """Changes of a preset, spelt out."""
+        _check_set_elsewhere(network if isinstance(network, dict) else {})
         if not isinstance(network, dict) or "preset" not in network:
             return network
         preset, changes = network["preset"], {k: v for k, v in network.items() if k != "preset"}
@@ -122,11 +124,7 @@ class DiffusionConfig(Config):
     @field_validator("network")
     @classmethod
     def _known(cls, network: str | DiTArchitecture) -> str | DiTArchitecture:
-        shape = architecture(network)
-        settings = {"split": "routing", "inner_head": "internal_guidance", "predicts": "prediction"}
-        for name, setting in settings.items():
-            if getattr(shape, name) != DiTArchitecture.model_fields[name].default:
-                raise ValueError(f"{name} is set by diffusion.{setting}; give that instead")
+        _check_set_elsewhere(architecture(network).model_dump())
         return network
 
     @model_validator(mode="after")
@@ -157,6 +155,15 @@ class DiffusionConfig(Config):
                 f"diffusion.internal_guidance.after: block {inner.after} sees only some tokens in training; pass "
                 f"{routing.first} or fewer, or more than {depth - routing.last}"
             )
+
+
+def _check_set_elsewhere(network: Mapping[str, Any]) -> None:
+    """Raises ValueError where a network's shape says what other settings add to it."""
+    settings = {"split": "routing", "inner_head": "internal_guidance", "predicts": "prediction"}
+    for name, setting in settings.items():
+        default = DiTArchitecture.model_fields[name].default
+        if network.get(name, default) != default:
+            raise ValueError(f"{name} is set by diffusion.{setting}; give that instead")
 
 
 def build_network(config: DiffusionConfig, spec: LatentSpec, *, num_classes: int) -> DiT:

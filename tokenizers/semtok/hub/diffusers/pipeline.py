@@ -116,8 +116,7 @@ class SemtokPipeline(DiffusionPipeline):
         }
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r}: expected pil, np, pt or latent")
-        drawn = self._draw(words, image, value_range or (0, 1))
-        images = dict(drawn)
+        images = dict(drawn := self._draw(words, image, value_range or (0, 1)))
         if output_type != "latent":
             pixels = self._decode(drawn["texture"])
             images = self.image_processor.postprocess(pixels, output_type=output_type)
