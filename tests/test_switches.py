@@ -20,6 +20,7 @@ from semtok.commands import sample, train_dit
 from semtok.commands.cli import run
 from semtok.data.images.kinds import open_sources
 from semtok.diffusion.training import DiffusionObjective
+from semtok.evaluation.protocol import _sampler_in_words
 from semtok.hub.diffusers.pipeline import SemtokPipeline
 from semtok.hub.diffusers.scheduler import SemtokScheduler
 from semtok.hub.diffusers.transformer import SemtokTransformer
@@ -483,6 +484,15 @@ def test_every_base_draws_other_images_by_every_way_to_ask_for_it(trained, tmp_p
         written = torch.from_numpy(np.load(file)["arr_0"]).permute(0, 3, 1, 2)
         assert (written.int() - to_uint8(drawn[base]).int()).abs().max() <= 1
     assert torch.equal(generator.sample([0, 2], seed=3), drawn["dropped_path"]), "its own"
+    with pytest.raises(ValueError, match="guidance_base: the weak model takes its place"):
+        generator.sample([0], weak=generator, guidance_base="null_label")
+    words = ["--weak", str(trained / "awake"), "--guidance-base", base]
+    assert (
+        run(sample.main, [str(trained / "awake"), *words, "--output", str(tmp_path / "x.png")]) == 2
+    )
+    assert "--guidance-base: --weak takes its place; give one of them" in capsys.readouterr().err
+    line = " ".join(_sampler_in_words(json.loads(generator.sampler.model_dump_json())))
+    assert "guidance 1.5" in line and "away from dropped_path" in line
     for one, other in itertools.combinations(drawn.values(), 2):
         assert (one - other).abs().max() > 1e-3
 
