@@ -1,7 +1,8 @@
 """What token routing saves: training, and guided sampling, with and without it, in operations and in seconds."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ from benchmarks.synthetic import (
     transformer_inputs,
 )
 from benchmarks.timing import Step, time_in_turns, wait_for
+from benchmarks.training import route_without_contents
 from semtok.diffusion.diffusion_config import DiffusionConfig, build_network, resolve_defaults
 from semtok.diffusion.learner import DiTLearner
 from semtok.errors import UserError
 from semtok.sampler.dit import DiT
 from semtok.sampler.draws import Draws
 from semtok.sampler.guidance import Base, guided_velocity
-from semtok.sampler.routing import DENSE, Route
 from semtok.sampler.transport import Times
 from semtok.settings import apply_overrides, parse
 from semtok.speed import Precision, computing
@@ -36,7 +37,8 @@ class Saving:
     Attributes:
         name: of the work.
         operations: floating-point operations, without and with.
-        seconds: of each round, without and with.
+        seconds: of each round, without and with; on a CPU the processor's own, so that what else runs there does not
+            count.
     """
 
     name: str
@@ -63,7 +65,7 @@ def savings(
     """
     work = _Work(kind, network, batch_size, words, precision)
     dense, routed = work.training(routed=False), work.training(routed=True)
-    seconds = time_in_turns({"without": dense, "with": routed}, rounds)
+    seconds = time_in_turns({"without": dense, "with": routed}, rounds, work.clock)
     yield Saving(
         "training: forward and backward",
         (work.training_operations(routed=False), work.training_operations(routed=True)),
@@ -72,7 +74,7 @@ def savings(
     work.network.zero_grad(set_to_none=True)
     bases: tuple[Base, Base] = ("null_label", "dropped_path")
     first, second = (work.prediction(base) for base in bases)
-    seconds = time_in_turns({"without": first, "with": second}, rounds)
+    seconds = time_in_turns({"without": first, "with": second}, rounds, work.clock)
     without, with_it = (work.prediction_operations(base) for base in bases)
     name = "guided prediction: null_label, dropped_path"
     yield Saving(name, (without, with_it), (seconds["without"], seconds["with"]))
@@ -82,16 +84,17 @@ def optimiser_seconds(
     kind: str, network: str, batch_size: int, words: Sequence[str], rounds: int
 ) -> list[float]:
     """Of AdamW's step on this network, which routing does not change."""
-    made = _Work(kind, network, batch_size, words, "fp32").network
+    work = _Work(kind, network, batch_size, words, "fp32")
+    made = work.network
     for parameter in made.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimiser = torch.optim.AdamW(made.parameters(), fused=True)
 
     def step() -> None:
         optimiser.step()
-        wait_for(made.patch_embed.weight.device)
+        wait_for(work.device)
 
-    return time_in_turns({"step": step}, rounds)["step"]
+    return time_in_turns({"step": step}, rounds, work.clock)["step"]
 
 
 class _Work:
@@ -116,6 +119,11 @@ class _Work:
         self.labels = batch.labels.to(self.device)
         self.posterior = batch.latents.map(lambda part: part.float().to(self.device))
         self.draws = Draws(0, 0, batch_size, 0, batch_size, self.device)
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """See ``Saving.seconds``."""
+        return time.perf_counter if self.device.type == "cuda" else time.process_time
 
     def _built(self, config: DiffusionConfig) -> DiT:
         return build_network(config, self.spec, num_classes=NUM_CLASSES)
@@ -163,21 +171,9 @@ class _Work:
 
     def training_operations(self, *, routed: bool) -> float:
         """Of forward and backward, attention counted."""
-        route = DENSE
-        if routed:
-            grid = self.spec.shape("texture", (256, 256))[1:]
-            patch, num_vectors = self.network.config.patch_size, len(self.network.vectors)
-            on_host = replace(self.draws, device=torch.device("cpu"))
-            drawn = self.config.routing.route(
-                on_host, (grid[0] // patch, grid[1] // patch), num_vectors, 0
-            )
-            route = Route(
-                *(
-                    part.to("meta") if part is not None else None
-                    for part in (drawn.kept, drawn.dropped)
-                )
-            )
-        network, inputs = self._empty(self.config if routed else self._plain())
+        config = self.config if routed else self._plain()
+        route = route_without_contents(config, self.network, self.batch_size)
+        network, inputs = self._empty(config)
         with FlopCounterMode(display=False) as counter:
             velocity = network(*inputs, route=route).velocity
             torch.stack([part.sum() for part in velocity.values()]).sum().backward()
