@@ -32,6 +32,7 @@ from semtok.recipe import parse_diffusion_recipe, parse_recipe
 from semtok.sampler.architecture import DiTArchitecture
 from semtok.sampler.dit import DiT
 from semtok.sampler.latents import Latents, Posterior
+from semtok.sampler.roles import find_hidden_matrices
 from semtok.training.loop import Trainer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -157,6 +158,12 @@ def test_memory_of_a_tokenizers_step_is_what_a_real_one_takes(tmp_path):
     assert 1e-9 * live.most == pytest.approx(estimate.step + 16 * estimate.per_image, rel=0.05)
     sizes = [p.numel() for p in objective.learners.parameters()]
     assert estimate.gradients == estimate.optimiser == pytest.approx(8e-9 * sum(sizes))
+    content["train"] |= {"optimiser": {"name": "muon", "learning_rate": 1e-3}}
+    content["train"] |= {"averages": {"every": 1}}
+    by_muon = recipe_memory(write(tmp_path / "muon.yaml", content), [], None, tmp_path)
+    matrices = sum(m.parameter.numel() for m in find_hidden_matrices(objective.learners))
+    assert matrices and estimate.optimiser - by_muon.optimiser == pytest.approx(4e-9 * matrices)
+    assert by_muon.average == pytest.approx(3 * estimate.average), "the EMA and two more"
     averaged = [p.numel() for p in objective.averaged_module().parameters()]
     assert estimate.average == pytest.approx(4e-9 * sum(averaged))
     others = [p.numel() for p in trainer.objective.frozen_modules()[0].parameters()]

@@ -27,12 +27,15 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_two_gloo_processes_train_to_the_weights_of_one(name, tmp_path, ranks):
+@pytest.mark.parametrize(
+    ("name", "optimiser"),
+    [("send_vae_gan", "adamw"), ("semvae", "adamw"), ("send_vae_gan", "muon")],
+)
+def test_two_gloo_processes_train_to_the_weights_of_one(name, optimiser, tmp_path, ranks):
     recipe = tmp_path / "recipe.yaml"
     content = tiny.content(METHODS[name], steps=3, schedule="constant", log_every=1)
     # Adam divides by the gradient's size, so rounding of tiny gradients would show as whole steps.
-    content["train"]["optimiser"] = {"learning_rate": 1e-4}
+    content["train"]["optimiser"] = {"name": optimiser, "learning_rate": 1e-4}
     recipe.write_text(yaml.safe_dump(content))
     words = [str(recipe), "--output"]
     assert run(train_tokenizer.main, [*words, str(tmp_path / "one")]) == 0
@@ -41,9 +44,11 @@ def test_two_gloo_processes_train_to_the_weights_of_one(name, tmp_path, ranks):
 
     one, two = tiny.final_tensors(tmp_path / "one"), tiny.final_tensors(tmp_path / "two")
     assert one.keys() == two.keys()
+    # Muon makes whole steps of what rounding is in a gradient of low rank: a fiftieth of a matrix's way here.
+    atol = {"adamw": 2e-5, "muon": 5e-5}[optimiser]
     for key in (k for k in one if k.startswith(("learners.", "ema."))):
         torch.testing.assert_close(
-            one[key], two[key], atol=2e-5, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}"
+            one[key], two[key], atol=atol, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}"
         )
 
 

@@ -63,7 +63,10 @@ FOLDER = ["data={kind: folder, path: images, size: 16}"]
         (["method.mapper.dept=2"], ["method.mapper.dept", "did you mean 'depth'"]),
         (["methd.name=vae"], ["'methd'", "did you mean 'method'"]),
         (["method.vae.Width=3"], ["'method.vae.Width'", "known here: attention, block_channels"]),
-        (["train.optimiser.lr=1"], ["train.optimiser.lr", "known here: betas, learning_rate"]),
+        (
+            ["train.optimiser.lr=1"],
+            ["train.optimiser.lr", "known here: adjust_lr_fn, betas, learning_rate"],
+        ),
         (["train.steps=abc"], ["train.steps", "integer", "'abc'"]),
         (["train.steps=0"], ["train.steps", "expected at least 1, got 0"]),
         (["data.size=big"], ["data.size", "'big'"]),

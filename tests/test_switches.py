@@ -304,6 +304,7 @@ SWITCHES: dict[str, dict[str, list[str]]] = {
         "inner_head": ["sampler.guidance.base=inner_head"],
     },
     "checkpointing": {"off": [], "on": ["checkpointing=true"]},
+    "optimiser": {"adamw": [], "muon": ["train.optimiser.name=muon"]},
 }
 Choice = tuple[str, str]
 APART: set[frozenset[Choice]] = {
@@ -362,7 +363,8 @@ def test_every_two_switches_that_go_together_meet():
 def test_switches_go_together(row, tmp_path):
     kind = row["tokenizer"]
     words = [word for name, value in row.items() for word in SWITCHES[name][value]]
-    words = [word if word.startswith("sampler") else f"diffusion.{word}" for word in words]
+    other = ("sampler.", "train.")
+    words = [word if word.startswith(other) else f"diffusion.{word}" for word in words]
     content = recipe_content(tokenizer=kind, accumulate=2, steps=2, ema_decay=0.5)
     content["diffusion"] = {"network": {**SHAPE, "patch_size": 1, "depth": 5, "width": 16}}
     content["sampler"] = {"steps": 2, "guidance": {"scale": 1.5}}

@@ -201,6 +201,8 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     tensors = tensors_of(newest)
     state = torch.load(newest / "state.pt", weights_only=True)
     for learner, optimiser in state["optimisers"].items():
-        for index, values in optimiser["state"].items():
-            tensors |= {f"{learner}.{index}.{k}": v for k, v in values.items()}
+        kinds = {"": optimiser} if "state" in optimiser else optimiser  # one, or Muon with AdamW
+        for kind, inner in kinds.items():
+            for index, values in inner["state"].items():
+                tensors |= {f"{learner}.{kind}{index}.{k}": v for k, v in values.items()}
     return tensors

@@ -290,6 +290,7 @@ def _rows(config: Mapping[str, Any], parameters: Mapping[str, int]) -> list[tupl
         ("data", trained.get("data")),
         ("teacher", teacher.get("name")),
         ("steps", trained.get("steps", train.get("steps"))),
+        ("weights", trained.get("weights")),
         ("images per step", train.get("batch_size")),
         ("sampler", _sampler(config.get("sampler") or {})),
     ]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from semtok.errors import UserError
 from semtok.progress import announce, waiting
 from semtok.references import check_hub
+from semtok.sampler.roles import hidden_matrix
 from semtok.settings import Config
 from semtok.storage import DAMAGE, first_line, tensor_bytes
 
@@ -261,11 +262,11 @@ class Teacher(nn.Module):
 def silu_mlp(width: int, hidden: int, out: int) -> nn.Sequential:
     """The three-layer SiLU projector of REPA (Yu et al. 2024, appendix): width, hidden, hidden, out."""
     return nn.Sequential(
-        nn.Linear(width, hidden),
+        hidden_matrix(nn.Linear(width, hidden)),
         nn.SiLU(),
-        nn.Linear(hidden, hidden),
+        hidden_matrix(nn.Linear(hidden, hidden)),
         nn.SiLU(),
-        nn.Linear(hidden, out),
+        hidden_matrix(nn.Linear(hidden, out)),
     )
 
 

@@ -25,6 +25,7 @@ from semtok.objective import Batch, Objective
 from semtok.recipe import load_diffusion_recipe, load_recipe
 from semtok.references import DEMO
 from semtok.sampler.draws import Draws
+from semtok.sampler.roles import find_hidden_matrices
 from semtok.settings import read_yaml
 from semtok.speed import autocast_dtype
 from semtok.tokenizer import Tokenizer
@@ -51,8 +52,8 @@ class MemoryEstimate:
     Attributes:
         networks: trained and frozen ones, in float32.
         gradients: twice, as those that processes exchange are copies.
-        optimiser: AdamW's two moments.
-        average: the EMA's weights.
+        optimiser: AdamW's two moments, of Muon's matrices one.
+        average: the EMA's weights, and those of ``train.averages``.
         step: of a step what does not grow with its images, such as weights in half precision.
         per_image: of each image of a micro-batch: what the forward pass keeps for the backward pass, and what
             passes by.
@@ -124,7 +125,11 @@ def _estimate(objective: Objective, config: TrainConfig, source: ImageSource) ->
     learners, frozen = list(objective.learners.values()), objective.frozen_modules()
     networks = _distinct_bytes([*learners, *frozen])
     trained = _distinct_bytes(learners, buffers=False)
-    averaged = _distinct_bytes([objective.averaged_module()]) if config.ema_decay is not None else 0
+    moments = 2 * trained - _of_matrices(learners) * _uses_muon(config)
+    followers = (config.ema_decay is not None) + len(
+        config.averages.sigma_rel if config.averages is not None else ()
+    )
+    averaged = followers * _distinct_bytes([objective.averaged_module()])
     batches = [on_device(source.load(range(num)), _CPU) for num in (_FEW, _MORE)]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for network in (*learners, *frozen):
@@ -134,7 +139,7 @@ def _estimate(objective: Objective, config: TrainConfig, source: ImageSource) ->
         ]
     per_image = (peaks[1] - peaks[0]) / (_MORE - _FEW)
     step = max(0.0, peaks[0] - _FEW * per_image)
-    parts = (networks, 2 * trained, 2 * trained, averaged, step, per_image)
+    parts = (networks, 2 * trained, moments, averaged, step, per_image)
     return MemoryEstimate(*(1e-9 * part for part in parts))
 
 
@@ -168,6 +173,16 @@ def _distinct_bytes(modules: Sequence[nn.Module], *, buffers: bool = True) -> in
     if buffers:
         tensors |= {id(t): t for m in modules for t in m.buffers()}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _uses_muon(config: TrainConfig) -> bool:
+    return config.optimiser is not None and config.optimiser.name == "muon"
+
+
+def _of_matrices(modules: Sequence[nn.Module]) -> int:
+    """Bytes of the hidden matrices."""
+    weights = (m.parameter for module in modules for m in find_hidden_matrices(module))
+    return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 def _empty(network: nn.Module) -> None:

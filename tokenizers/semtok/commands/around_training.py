@@ -41,6 +41,7 @@ from semtok.training.checkpoint import (
 )
 from semtok.training.loop import Trainer
 from semtok.training.process import join_processes
+from semtok.training.train_config import TrainConfig
 
 Recipe = TokenizerRecipe[Any, Any] | DiffusionRecipe[Any]
 
@@ -239,6 +240,8 @@ def start_trainer(
                 print(f"classes: {_some(train.class_names)}", flush=True)
             if trainer.memory_line:
                 print(trainer.memory_line, flush=True)
+            if trainer.averages is not None:
+                print(trainer.averages.disk_line(), flush=True)
             if trainer.step:
                 print(f"resuming after step {trainer.step}", flush=True)
             _tell_of_more_steps(recipe, trainer.step)
@@ -337,7 +340,7 @@ def _figures(trainer: Trainer, metrics: dict[str, float], total_seconds: float) 
         "images_per_second": images / trainer.seconds if trainer.seconds else None,
         "training_seconds": trainer.seconds,
         "total_seconds": total_seconds,
-        "weights": "ema" if trainer.ema is not None else "trained",
+        "weights": kept_weights(trainer.config),
         "num_validation_images": min(trainer.config.num_validation_images, len(trainer.validation)),
         "validation": metrics,
         "skipped_files": sorted(trainer.skipped),
@@ -348,6 +351,11 @@ def _figures(trainer: Trainer, metrics: dict[str, float], total_seconds: float) 
         "num_processes": trainer.accelerator.num_processes,
         "accumulate": trainer.accumulate,
     }
+
+
+def kept_weights(train: TrainConfig) -> str:
+    """Which weights a run evaluates and exports: ``ema`` or ``trained``."""
+    return "ema" if train.ema_decay is not None and train.steps else "trained"
 
 
 def export_at(folder: Path, step: int) -> Path:

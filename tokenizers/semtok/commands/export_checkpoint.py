@@ -1,37 +1,130 @@
-"""A checkpoint that a run has kept, as the export that the run would have made then."""
+"""A checkpoint that a run has kept, as an export: of the weights that the run would have exported then, or of another
+average of them."""
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from semtok.commands.around_training import kept_weights
 from semtok.commands.run_folder import RECIPE_FILE
 from semtok.commands.train_dit import GeneratorPlan, plan_dit, training_info
 from semtok.commands.train_tokenizer import TokenizerPlan, export_tokenizer, plan_tokenizer
+from semtok.data.source import ImageBatch
 from semtok.errors import UserError, did_you_mean
-from semtok.objective import Objective
+from semtok.objective import Batch
 from semtok.recipe import parse_diffusion_recipe, parse_recipe
 from semtok.references import RUNS
 from semtok.settings import read_yaml
-from semtok.speed import allow_tf32
+from semtok.speed import allow_tf32, computing
+from semtok.training.averages import AVERAGES, names_of, reconstruct
 from semtok.training.checkpoint import list_checkpoints, load_networks, step_of
+from semtok.training.held_out import HeldOut
+from semtok.training.inputs import in_float32, on_device
+from semtok.training.train_config import LARGEST, SMALLEST
+
+_WORDS = ("ema", "trained")
 
 
-def export_checkpoint(run: str, step: int | None, output: Path) -> int:
-    """Writes the averaged network of a kept checkpoint as an export; a tokenizer's statistics are measured anew.
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint that a run has kept, and the plan of the run."""
+
+    plan: TokenizerPlan | GeneratorPlan
+    checkpoint: Path
+
+    @property
+    def step(self) -> int:
+        """After which it was written."""
+        return step_of(self.checkpoint)
+
+    def averaged(self, average: str | None) -> tuple[nn.Module, str]:
+        """The module to export, on the device where the run measures, and what its weights are.
+
+        Args:
+            average: ``ema``, ``trained``, or a number, the σ_rel of an average that is put together from the run's
+                ``train.averages``; None: as the run exports.
+
+        Raises:
+            UserError: the run has no such average, or can't give it.
+        """
+        objective, train = self.plan.objective, self.plan.recipe.train
+        allow_tf32(train.precision)
+        average = average or kept_weights(train)
+        if average == "ema" and train.ema_decay is None:
+            raise UserError(
+                f"--average ema: {self.plan.folder} has followed no EMA (train.ema_decay); leave it out"
+            )
+        own = objective.averaged_module()
+        names = [] if average == "trained" else [average]
+        if average not in _WORDS:
+            if train.averages is None:
+                raise UserError(
+                    f"--average {average}: {self.plan.folder} has followed none (train.averages); leave it out"
+                )
+            names = names_of(train.averages)
+        copies = {name: copy.deepcopy(own) for name in names}
+        modules = {"learners": objective.learners, **copies}
+        load_networks(self.checkpoint, modules=modules, way_out="take another --step")
+        for module in (*modules.values(), *objective.frozen_modules()):
+            module.to(_device())
+        if average in _WORDS:
+            return copies.get("ema", own), average
+        folder, latest = self.plan.folder / AVERAGES, list(copies.values())
+        sigma_rel = float(average)
+        result, missed = reconstruct(sigma_rel, train.averages, self.step, latest, folder)
+        print(f"average of sigma_rel {sigma_rel:g}: its profile is met but for {missed:.2%}")
+        return result, f"average of sigma_rel {sigma_rel:g}"
+
+    def export(self, average: str | None, output: Path) -> None:
+        """Writes an export; a tokenizer's statistics are measured anew. See ``averaged``."""
+        plan, (averaged, weights) = self.plan, self.averaged(average)
+        pictures = _pictures(plan.folder, self.checkpoint) if average is None else {}
+        if isinstance(plan, TokenizerPlan):
+            export_tokenizer(
+                plan.objective.tokenizer(averaged).to(_device()),
+                plan.recipe,
+                plan.sources[0],
+                output,
+                step=self.step,
+                metrics={},
+                pictures=pictures,
+                weights=weights,
+            )
+            return
+        generator = plan.objective.generator(averaged)
+        source = (plan.latents or plan.images)[0]
+        generator.training_info = training_info(plan.recipe, source, self.step, {}, weights)
+        generator.save_pretrained(output, pictures=pictures)
+
+    def measured(self, average: str) -> dict[str, float]:
+        """Held-out metrics of an average, as a run measures them at its end. See ``averaged``."""
+        plan, train = self.plan, self.plan.recipe.train
+        averaged, _ = self.averaged(average)
+        sources = plan.sources if isinstance(plan, TokenizerPlan) else plan.latents or plan.images
+
+        def prepared(images: ImageBatch) -> tuple[Batch, dict[str, Any]]:
+            batch = on_device(images, _device())
+            with computing(_device(), train.precision):
+                inputs = plan.objective.prepare(batch)
+            return batch, {name: in_float32(value) for name, value in inputs.items()}
+
+        held_out = HeldOut(plan.objective, sources[1], min(64, train.batch_size), prepared)
+        return held_out.metrics(averaged.eval(), train.num_validation_images)
+
+
+def kept_checkpoint(run: str, step: int | None) -> Kept:
+    """A checkpoint of a run.
 
     Args:
         run: a folder, or the name of one in ``runs/``.
         step: None: the last that is kept.
-        output: the export's folder.
-
-    Returns:
-        the step.
 
     Raises:
-        UserError: no run, a step that is not kept, or a checkpoint, images or a teacher that can't be read.
+        UserError: no run, a step that is not kept, or images or a teacher that can't be read.
     """
     folder = next((f for f in (Path(run), RUNS / run) if (f / RECIPE_FILE).is_file()), None)
     if folder is None:
@@ -45,12 +138,26 @@ def export_checkpoint(run: str, step: int | None, output: Path) -> int:
     content = read_yaml(folder / RECIPE_FILE)
     if "method" in content:
         recipe = parse_recipe(content, place)
-        tokenizer_plan = plan_tokenizer(recipe, folder, resume=True, place=place)
-        _export_tokenizer(tokenizer_plan, checkpoint, output)
-    else:
-        diffusion = parse_diffusion_recipe(content, place)
-        _export_generator(plan_dit(diffusion, folder, resume=True, place=place), checkpoint, output)
-    return step_of(checkpoint)
+        return Kept(plan_tokenizer(recipe, folder, resume=True, place=place), checkpoint)
+    diffusion = parse_diffusion_recipe(content, place)
+    return Kept(plan_dit(diffusion, folder, resume=True, place=place), checkpoint)
+
+
+def check_average(word: str) -> str:
+    """What ``Kept.averaged`` takes.
+
+    Raises:
+        UserError: the word is none of that.
+    """
+    try:
+        is_width = SMALLEST <= float(word) <= LARGEST
+    except ValueError:
+        is_width = word in _WORDS
+    if not is_width:
+        raise UserError(
+            f"--average {word}: expected a width from {SMALLEST} to {LARGEST}, {' or '.join(_WORDS)}"
+        )
+    return word
 
 
 def _kept(folder: Path, step: int | None) -> Path:
@@ -65,41 +172,6 @@ def _kept(folder: Path, step: int | None) -> Path:
             "while a run trains, train.export_at names steps to export, train.keep_last says how many stay"
         )
     return kept[step]
-
-
-def _export_tokenizer(plan: TokenizerPlan, checkpoint: Path, output: Path) -> None:
-    averaged = _averaged(plan.objective, plan.recipe.train, checkpoint)
-    tokenizer = plan.objective.tokenizer(averaged).to(_device())
-    export_tokenizer(
-        tokenizer,
-        plan.recipe,
-        plan.sources[0],
-        output,
-        step=step_of(checkpoint),
-        metrics={},
-        pictures=_pictures(plan.folder, checkpoint),
-    )
-
-
-def _export_generator(plan: GeneratorPlan, checkpoint: Path, output: Path) -> None:
-    averaged = _averaged(plan.objective, plan.recipe.train, checkpoint)
-    generator = plan.objective.generator(averaged)
-    source = (plan.latents or plan.images)[0]
-    generator.training_info = training_info(plan.recipe, source, step_of(checkpoint), {})
-    generator.save_pretrained(output, pictures=_pictures(plan.folder, checkpoint))
-
-
-def _averaged(objective: Objective, train: Any, checkpoint: Path) -> nn.Module:
-    """What the run would have exported then, on the device where it measures."""
-    allow_tf32(train.precision)
-    averaged = objective.averaged_module()
-    modules: dict[str, nn.Module] = {"learners": objective.learners}
-    if train.ema_decay is not None:
-        averaged = modules["ema"] = copy.deepcopy(averaged)
-    load_networks(checkpoint, modules=modules, way_out="take another --step")
-    for module in (objective.learners, averaged, *objective.frozen_modules()):
-        module.to(_device())
-    return averaged
 
 
 def _device() -> torch.device:

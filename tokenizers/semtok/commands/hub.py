@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from semtok.card import PICTURES, loading_lines
 from semtok.commands.cli import Parser, add_plugin_option
-from semtok.commands.export_checkpoint import export_checkpoint
+from semtok.commands.export_checkpoint import check_average, kept_checkpoint
 from semtok.commands.table import print_table
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
@@ -91,14 +91,32 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run's name or its folder")
     parser.add_argument("--step", type=int, help="of a checkpoint that is kept; default: the last")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--average",
+        metavar="WIDTH",
+        help="which weights: ema, trained, or the sigma_rel of an average of train.averages, such as 0.08; default: "
+        "as the run exports. Several, joined by commas, are compared on the held-out images and not exported",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where one is exported")
     parser.set_defaults(command=_checkpoint)
 
 
 def _checkpoint(args: argparse.Namespace) -> None:
-    _check_new(args.output)
-    step = export_checkpoint(args.run, args.step, args.output)
-    print(f"exported as after step {step}: {args.output}")
+    averages = [check_average(word) for word in args.average.split(",")] if args.average else [None]
+    if len(averages) > 1 and args.output is not None:
+        raise UserError("--average: several are compared and none is exported; leave --output out")
+    if len(averages) == 1:
+        if args.output is None:
+            raise UserError("--output is missing; give a folder for the export")
+        _check_new(args.output)
+    kept = kept_checkpoint(args.run, args.step)
+    if len(averages) == 1:
+        kept.export(averages[0], args.output)
+        print(f"exported as after step {kept.step}: {args.output}")
+        return
+    columns = [kept.measured(average) for average in averages]
+    rows = [[name, *(f"{column[name]:.6g}" for column in columns)] for name in columns[0]]
+    print_table(f"{args.run} after step {kept.step}", rows, ("held out", *averages))
 
 
 def _check_new(output: Path) -> None:

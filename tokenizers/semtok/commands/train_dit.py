@@ -271,14 +271,23 @@ def _run(plan: GeneratorPlan) -> Generator:
 
 
 def training_info(
-    recipe: DiffusionRecipe[Any], train: ImageSource, step: int, metrics: dict[str, float]
+    recipe: DiffusionRecipe[Any],
+    train: ImageSource,
+    step: int,
+    metrics: dict[str, float],
+    weights: str | None = None,
 ) -> dict[str, Any]:
-    """What a generator's export says of its training up to a step."""
+    """What a generator's export says of its training up to a step.
+
+    Args:
+        weights: which it holds; None: those that the run exports.
+    """
     return {
         "data": train.name,
         "licence": recipe.data.licence,
         "metrics": metrics,
         "steps": step,
+        "weights": weights or around_training.kept_weights(recipe.train),
         "recipe": json.loads(recipe.model_dump_json()),
     }
 

@@ -41,6 +41,7 @@ from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 from semtok.training.checkpoint import CHECKPOINTS, list_checkpoints
 from semtok.training.inputs import on_device
+from semtok.training.optimisers import check_optimisers
 from semtok.training.process import check_launch, make_accelerator
 
 _TEXTURE = "texture"
@@ -175,6 +176,8 @@ def plan_tokenizer(
     built_on = texture.stand_in if isinstance(texture, TokenizerPlan) else texture
     resumes = resume and _has_checkpoints(folder)
     objective = build_objective(recipe, built_on, place=place, resumes=resumes)
+    with around_training.errors_at(place):
+        check_optimisers(objective, recipe.train)
     return TokenizerPlan(recipe, folder, place, resume, sources, texture, objective)
 
 
@@ -226,7 +229,8 @@ def _run(plan: TokenizerPlan) -> Tokenizer:
             around_training.measure_start(trainer)
     averaged = trainer.run(lambda module, step: _export_on_the_way(plan, objective, module, step))
     metrics = trainer.validate()
-    tokenizer = objective.tokenizer(averaged)
+    # Its statistics are new, and not yet where its networks are.
+    tokenizer = objective.tokenizer(averaged).to(accelerator.device)
     with together():  # and other processes may read the export next
         export_tokenizer(
             tokenizer,
@@ -442,6 +446,7 @@ def export_tokenizer(
     step: int,
     metrics: dict[str, float],
     pictures: dict[str, Path],
+    weights: str | None = None,
 ) -> None:
     """Measures the latents' statistics, in all processes; the first writes the export and checks what a reader
     of it gets.
@@ -452,6 +457,7 @@ def export_tokenizer(
         step: after which the tokenizer is.
         metrics: held-out, as far as they were measured.
         pictures: for the card.
+        weights: which it holds; None: those that the run exports.
 
     Raises:
         UserError: latents that do not vary.
@@ -469,6 +475,7 @@ def export_tokenizer(
         "teacher": recipe.teacher.model_dump() if recipe.method.needs_teacher() else None,
         "metrics": metrics,
         "steps": step,
+        "weights": weights or around_training.kept_weights(recipe.train),
         "recipe": json.loads(recipe.model_dump_json()),
     }
     if process_index():

@@ -138,8 +138,8 @@ def _of_kept(
     others = [pooled.float() if aligned else nothing for aligned in is_aligned]
     targets = torch.stack([*others, *target.flatten(2).unbind(2)], dim=1)
     weights = torch.ones(targets.shape[1], device=tokens.device)
-    for place, aligned in enumerate(is_aligned):  # by a number: a tensor would be waited for
-        weights[place] = float(aligned)
+    for place, aligned in enumerate(is_aligned):
+        weights[place] = float(aligned)  # which makes no host wait, as a copied tensor would
     targets, weights = taken(targets, kept), weights[kept]
     loss = 1 - F.cosine_similarity(tokens, targets, dim=2)
     if config.loss == "cosine_mse":

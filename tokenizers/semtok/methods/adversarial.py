@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from semtok.errors import UserError
@@ -51,7 +51,7 @@ class AdversarialConfig(Config):
     taming-transformers' layout (``main.0.weight`` …), alone or within the loss of a checkpoint, or a checkpoint's
     ``model.safetensors`` of a run of this library. None: N(0, 0.02). A resumed run does not read it again."""
     optimiser: OptimiserConfig | None = None
-    """None: the same as ``train.optimiser``."""
+    """None: the same as ``train.optimiser``. AdamW in any case: a discriminator has no matrix for Muon."""
 
     @property
     def first_step(self) -> int:
@@ -68,6 +68,13 @@ class AdversarialConfig(Config):
                 f"generator would be paid for fooling an untrained network; at most {self.start_step}"
             )
         return self
+
+    @field_validator("optimiser")
+    @classmethod
+    def _without_matrices(cls, optimiser: OptimiserConfig | None) -> OptimiserConfig | None:
+        if optimiser is not None and optimiser.name == "muon":
+            raise ValueError("name: a discriminator has no matrix for muon; use adamw")
+        return optimiser
 
 
 # The network -------------------------------------------------------------------------------------

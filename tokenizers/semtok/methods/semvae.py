@@ -28,6 +28,7 @@ from semtok.objective import Carry, Inputs, MethodContext, StepOutput, Term
 from semtok.registry import register_method
 from semtok.sampler.draws import Draws
 from semtok.sampler.latents import LatentSpec
+from semtok.sampler.roles import hidden_matrix
 from semtok.tokenizer import DiffusionDefaults
 
 LEAD = 0.3
@@ -72,9 +73,13 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        hidden_matrix(self.attn, weight="in_proj_weight", slices=3)
+        hidden_matrix(self.attn.out_proj)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            hidden_matrix(nn.Linear(width, 4 * width)),
+            nn.GELU(),
+            hidden_matrix(nn.Linear(4 * width, width)),
         )
 
     def forward(self, x: Tensor) -> Tensor:

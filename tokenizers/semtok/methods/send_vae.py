@@ -31,6 +31,7 @@ from semtok.registry import register_method
 from semtok.sampler.blocks import init_xavier
 from semtok.sampler.draws import Draws
 from semtok.sampler.embeddings import sincos_positions
+from semtok.sampler.roles import hidden_matrix
 from semtok.settings import Config
 from semtok.teachers import alignment_loss, silu_mlp
 
@@ -147,6 +148,14 @@ def noise_latents(z: Tensor, alignment: AlignmentConfig, draws: Draws) -> Tensor
 # The mapper --------------------------------------------------------------------------------------
 
 
+def _block(width: int, heads: int) -> Block:
+    block = Block(width, heads, mlp_ratio=4, qkv_bias=True)
+    hidden_matrix(block.attn.qkv, slices=3)
+    for layer in (block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+        hidden_matrix(layer)
+    return block
+
+
 class Mapper(nn.Module):
     """Noised latents to the teacher's patch tokens. Used in training only, left out of exports.
 
@@ -164,9 +173,7 @@ class Mapper(nn.Module):
                 f"method.mapper: width {width} must be a multiple of 4 and of heads {heads}"
             )
         self.embed = nn.Conv2d(channels, width, config.patch_size, stride=config.patch_size)
-        self.blocks = nn.Sequential(
-            *(Block(width, heads, mlp_ratio=4, qkv_bias=True) for _ in range(config.depth))
-        )
+        self.blocks = nn.Sequential(*(_block(width, heads) for _ in range(config.depth)))
         self.projector = silu_mlp(width, config.projector_width, teacher_width)
         self.apply(init_xavier)
         nn.init.xavier_uniform_(self.embed.weight.view(width, -1))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from semtok.sampler.architecture import DiTArchitecture
 from semtok.sampler.embeddings import rotate
+from semtok.sampler.roles import hidden_matrix
 
 NORM_EPS = 1e-6
 _LAYER_NORM_EPS = 1e-5  # of queries and keys, torch's own
@@ -44,9 +45,9 @@ class Attention(nn.Module):
     def __init__(self, config: DiTArchitecture, *, mixes_values: bool = False) -> None:
         super().__init__()
         self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.qkv = hidden_matrix(nn.Linear(config.width, 3 * config.width), slices=3)
         self.q_norm, self.k_norm = _qk_norm(config), _qk_norm(config)
-        self.proj = nn.Linear(config.width, config.width)
+        self.proj = hidden_matrix(nn.Linear(config.width, config.width))
         self.first_share = nn.Parameter(torch.tensor(_FIRST_SHARE)) if mixes_values else None
 
     def forward(
@@ -80,12 +81,19 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
+        self.w12 = hidden_matrix(nn.Linear(width, 2 * hidden), slices=2)
+        self.w3 = hidden_matrix(nn.Linear(hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(gate) * value)
+
+
+def _gelu_mlp(width: int, hidden: int) -> Mlp:
+    mlp = Mlp(width, hidden, act_layer=partial(nn.GELU, approximate="tanh"))
+    for layer in (mlp.fc1, mlp.fc2):
+        hidden_matrix(layer)
+    return mlp
 
 
 def _norm(config: DiTArchitecture) -> nn.Module:
@@ -119,9 +127,9 @@ class Block(nn.Module):
         self.mlp = (
             SwiGLU(config.width, int(2 / 3 * hidden))
             if config.swiglu
-            else Mlp(config.width, hidden, act_layer=partial(nn.GELU, approximate="tanh"))
+            else _gelu_mlp(config.width, hidden)
         )
-        self.modulation = nn.Linear(config.width, 6 * config.width)
+        self.modulation = hidden_matrix(nn.Linear(config.width, 6 * config.width), slices=6)
 
     def forward(
         self,

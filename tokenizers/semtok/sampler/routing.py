@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from semtok.sampler.roles import hidden_matrix
+
 
 @dataclass(frozen=True)
 class Route:
@@ -58,7 +60,7 @@ class Fusion(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mask_token = nn.Parameter(torch.zeros(width))
-        self.linear = nn.Linear(2 * width, width)
+        self.linear = hidden_matrix(nn.Linear(2 * width, width), slices=2, along="inputs")
 
     def forward(self, dense: Tensor, sparse: Tensor, route: Route) -> Tensor:
         """Tokens (B, N, D).

@@ -1,4 +1,4 @@
-"""Exponential moving average of weights."""
+"""Averages of weights that follow a training."""
 
 import copy
 
@@ -39,12 +39,15 @@ class ModelEMA(nn.Module):
     @torch.no_grad()
     def update(self) -> None:
         """Moves towards the module's present weights; a few fused kernels, no host synchronisation."""
-        decay = self.decay
-        if self.warmup:
-            decay = min(decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(self._mine, self._theirs, 1 - decay)
+        torch._foreach_lerp_(self._mine, self._theirs, 1 - self._next_decay())
         self._copy_buffers()
         self.num_updates += 1
+
+    def _next_decay(self) -> float:
+        """The average's share in the next update."""
+        if self.warmup:
+            return min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        return self.decay
 
     def _copy_buffers(self) -> None:
         for mine, theirs in self._buffers_of:

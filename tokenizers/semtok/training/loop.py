@@ -24,6 +24,7 @@ from semtok.speed import compile_networks, use_channels_last
 from semtok.stopping import When
 from semtok.training.accumulation import device_gb, micro_batches
 from semtok.training.agreement import RunningStatistics, StopVote
+from semtok.training.averages import AVERAGES, PowerAverages
 from semtok.training.checkpoint import (
     CHECKPOINTS,
     list_checkpoints,
@@ -31,6 +32,7 @@ from semtok.training.checkpoint import (
     random_state,
     restore_random_state,
     save_checkpoint,
+    step_of,
 )
 from semtok.training.ema import ModelEMA
 from semtok.training.held_out import HeldOut
@@ -96,11 +98,7 @@ class Trainer:
             module.to(self.device)
         if config.channels_last and not use_channels_last(networks):
             raise UserError("train.channels_last: no network here has a convolution; leave it out")
-        self.ema = (
-            ModelEMA(objective.averaged_module(), config.ema_decay, warmup=config.ema_warmup)
-            if config.ema_decay is not None and objective.learners
-            else None
-        )
+        self.ema, self.averages = self._followers()
         compile_networks([*objective.compiled_modules(), *teacher_blocks(networks)], config.compile)
         self.learners = {
             name: accelerator.prepare_model(p) for name, p in objective.learners.items()
@@ -113,6 +111,17 @@ class Trainer:
         self._vote = StopVote()
         self._mark()
 
+    def _followers(self) -> tuple[ModelEMA | None, PowerAverages | None]:
+        """The averages of the weights that this run asks for."""
+        config, ema, averages = self.config, None, None
+        if self.objective.learners:
+            module = self.objective.averaged_module()
+            if config.ema_decay is not None:
+                ema = ModelEMA(module, config.ema_decay, warmup=config.ema_warmup)
+            if config.averages is not None:
+                averages = PowerAverages(module, config.averages, self.folder / AVERAGES)
+        return ema, averages
+
     # State that survives ------------------------------------------------------------------------
 
     @property
@@ -120,8 +129,10 @@ class Trainer:
         return self.folder / CHECKPOINTS
 
     def _modules(self) -> dict[str, nn.Module]:
-        return {"learners": self.objective.learners} | (
-            {"ema": self.ema.module} if self.ema is not None else {}
+        return (
+            {"learners": self.objective.learners}
+            | ({"ema": self.ema.module} if self.ema is not None else {})
+            | (self.averages.modules() if self.averages is not None else {})
         )
 
     def _state(self) -> dict[str, Any]:
@@ -157,6 +168,9 @@ class Trainer:
             UserError: the checkpoint is damaged, or of other networks.
         """
         checkpoints = list_checkpoints(self.checkpoints)
+        if self.averages is not None:
+            step = step_of(checkpoints[-1]) if checkpoints else 0
+            self.averages.go_back(step, forget=self.accelerator.is_main_process)
         if not checkpoints:
             return
         state = load_checkpoint(checkpoints[-1], modules=self._modules())
@@ -231,6 +245,8 @@ class Trainer:
         self.log.step_done()
         if self.step % config.log_every == 0 or self.step == config.steps:
             self._log()
+        if self.averages is not None and self.averages.is_due(self.step):  # a stop is no excuse
+            self._pause(self._write_averages)
         if self._vote.should_stop():
             raise self._stopped(stopping.received())
         if self._is_to_be_shown():
@@ -280,6 +296,8 @@ class Trainer:
         self._running_statistics.average()
         if self.ema is not None:
             self.ema.update()
+        if self.averages is not None:
+            self.averages.update()
         self.step += 1
 
     def _inputs_of_step(self, batches: Iterator[ImageBatch]) -> Iterator[dict[str, Any]]:
@@ -396,6 +414,12 @@ class Trainer:
         before = random_state()
         export(copy.deepcopy(self.averaged), self.step)
         restore_random_state(before)
+
+    def _write_averages(self) -> None:
+        self._check_finite(self.metrics.read(self._mean_over_processes))
+        with together():
+            if self.accelerator.is_main_process:
+                self.averages.write(self.step)
 
     def _sample(self) -> None:
         with together():

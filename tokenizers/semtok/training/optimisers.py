@@ -7,14 +7,46 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from semtok.errors import UserError
 from semtok.objective import Objective
+from semtok.optimiser import OptimiserConfig
+from semtok.sampler.roles import find_hidden_matrices
+from semtok.training.muon import MuonWithAdamW
 from semtok.training.train_config import TrainConfig
 
 
+def check_optimisers(objective: Objective, config: TrainConfig) -> None:
+    """Raises UserError where the settings ask for Muon, and no learner has a matrix for it."""
+    if config.optimiser is None or config.optimiser.name != "muon":
+        return
+    if next(find_hidden_matrices(objective.learners), None) is None:
+        raise UserError(
+            "train.optimiser.name: muon is for the matrices of transformers, and no network that trains here has "
+            "one; leave it out"
+        )
+
+
+def _optimiser(
+    learner: nn.Module, parameters: list[nn.Parameter], settings: OptimiserConfig
+) -> torch.optim.Optimizer:
+    matrices = list(find_hidden_matrices(learner)) if settings.name == "muon" else []
+    if matrices:
+        taken = {id(matrix.parameter) for matrix in matrices}
+        return MuonWithAdamW([p for p in parameters if id(p) not in taken], matrices, settings)
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
 class Optimisers:
-    """AdamW and a schedule of the learning rate for each learner, and one scale of losses for all in fp16."""
+    """An optimiser and a schedule of the learning rate for each learner, and one scale of losses for all in fp16."""
 
     def __init__(self, objective: Objective, config: TrainConfig, accelerator: Accelerator) -> None:
+        check_optimisers(objective, config)
         self.objective, self.config, self.accelerator = objective, config, accelerator
         # Looked up once: to walk through a large network takes milliseconds, and each step would.
         self._parameters = {
@@ -32,13 +64,7 @@ class Optimisers:
     def _made(self, name: str) -> Any:
         assert self.config.optimiser is not None, "TrainConfig asks for one where there are steps"
         settings = self.objective.optimiser_config(name, self.config.optimiser)
-        optimiser = torch.optim.AdamW(
-            self._parameters[name],
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        optimiser = _optimiser(self.objective.learners[name], self._parameters[name], settings)
         return self.accelerator.prepare_optimizer(optimiser)
 
     def __getitem__(self, learner: str) -> Any:
@@ -71,8 +97,12 @@ class Optimisers:
         return norms
 
     def learning_rates(self) -> dict[str, float]:
-        """Of each learner's next step."""
-        return {name: schedule.get_last_lr()[0] for name, schedule in self._schedules.items()}
+        """Of each learner's next step; of Muon's matrices too where theirs is another."""
+        rates = {}
+        for name, schedule in self._schedules.items():
+            rates[name], *other = schedule.get_last_lr()
+            rates |= {f"{name}_matrices": rate for rate in other if rate != rates[name]}
+        return rates
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, under keys of its own."""

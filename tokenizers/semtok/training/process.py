@@ -25,6 +25,8 @@ PATIENCE_OF_JOINING = timedelta(minutes=10)
 TOLD_AFTER = 10.0
 """After how long it says that it waits."""
 
+_HAS_MUON = hasattr(torch.optim, "Muon")
+
 # What `accelerate launch` and its configuration file ask for by these variables, and the loop does not do.
 _REFUSED = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -73,6 +75,11 @@ def check_launch(config: TrainConfig) -> None:
     _check_launcher(config.precision)
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs a GPU; use fp32 or bf16 here")
+    if config.optimiser is not None and config.optimiser.name == "muon" and not _HAS_MUON:
+        raise UserError(
+            f"train.optimiser.name: muon needs torch 2.9, and {torch.__version__} is installed; update torch, or "
+            "use adamw"
+        )
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
         raise UserError(
             f"train.tracker: {config.tracker} is not installed; pip install {config.tracker}"

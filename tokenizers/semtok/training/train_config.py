@@ -9,6 +9,9 @@ from semtok.optimiser import OptimiserConfig
 from semtok.settings import Config
 from semtok.speed import Compiler, Precision
 
+SMALLEST, LARGEST = 0.01, 0.28
+"""Widths of averages, σ_rel; 0.289 is that of the plain mean."""
+
 
 class MemoryConfig(Config):
     """What a step needs of a GPU, in GB (10^9 bytes), as ``python tools/benchmark.py memory RECIPE`` estimates it."""
@@ -19,6 +22,26 @@ class MemoryConfig(Config):
     """Of one process, whatever its images: networks, gradients, optimiser, average."""
     per_image: float = Field(gt=0)
     """Of each image of a micro-batch."""
+
+
+class AveragesConfig(Config):
+    """Averages from which, after the training, an average of any length is made (Karras et al. 2024, arXiv 2312.02696,
+    section 3): ``hub checkpoint RUN --average 0.08``."""
+
+    sigma_rel: tuple[Annotated[float, Field(ge=SMALLEST, le=LARGEST)], ...] = (0.05, 0.1)
+    """Widths of the averages that are followed, as fractions of the training up to then. Each takes as much memory as
+    the network, and so do its snapshots on disk."""
+    every: int = Field(1000, ge=1)
+    """Steps between snapshots, which go to ``averages/`` of the run."""
+    keep: int = Field(16, ge=2)
+    """How many snapshots stay at most: where there would be more, the distance between them is doubled."""
+
+    @field_validator("sigma_rel")
+    @classmethod
+    def _some_distinct(cls, sigmas: tuple[float, ...]) -> tuple[float, ...]:
+        if not sigmas or len(set(sigmas)) != len(sigmas):
+            raise ValueError(f"expected distinct widths, at least one, got {list(sigmas)}")
+        return sigmas
 
 
 class TrainConfig(Config):
@@ -59,6 +82,8 @@ class TrainConfig(Config):
     ema_warmup: bool = True
     """The decay after n updates is at most (1 + n) / (10 + n), so that short runs are not dominated by the
     first weights. False: the same decay from the first step, as the published training codes have it."""
+    averages: AveragesConfig | None = None
+    """Averages to choose from after the training, beside that of ``ema_decay``; None: none."""
     compile: Compiler = "none"
     """torch.compile's backend for the networks, the blocks of frozen teachers among them."""
     channels_last: bool = False
@@ -117,6 +142,11 @@ class TrainConfig(Config):
             )
         if not self.ema_warmup and self.ema_decay is None:
             raise ValueError("train.ema_warmup takes effect with train.ema_decay only")
+        if self.averages is not None and self.averages.every > self.steps:
+            raise ValueError(
+                f"train.averages.every: {self.averages.every} is more than train.steps {self.steps}; pass "
+                "train.averages.every=…"
+            )
         if self.accumulate == "auto" and self.memory is None:
             raise ValueError(
                 "train.accumulate: auto needs train.memory={gpu: …, fixed: …, per_image: …}, in GB; or give a number"
