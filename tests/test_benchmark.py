@@ -322,3 +322,26 @@ def test_wrong_words_are_one_line(capsys, words, message):
     assert bench(*words) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
+
+
+def test_what_routing_saves_is_counted_and_timed_in_pairs(tmp_path, capsys):
+    words = ["--latents", "sit", "--network", "SiT-T/8", "--batch-size", 1, "--rounds", 1]
+    assert bench("routing", *words, "--output", tmp_path / "routing.json") == 0
+    report = json.loads((tmp_path / "routing.json").read_text())
+    training, guided = report["rows"]
+    # Of 16 tokens two of six blocks see 4, but the others, the fusion and conditions stay.
+    assert 1.1 < training["times_fewer_operations"] < 1.5
+    assert 1.1 < guided["times_fewer_operations"] < 1.3
+    assert all(seconds > 0 for row in report["rows"] for seconds in row["seconds"])
+    assert report["optimiser_seconds"] > 0 and "times fewer" in capsys.readouterr().out
+    assert bench("routing", *words, "diffusion.routing=null") == 2
+    assert "diffusion.routing: is what is measured; leave it on" in capsys.readouterr().err
+
+
+def test_a_routed_steps_operations_are_counted_as_its_tokens_are(tmp_path):
+    routing = ["diffusion.routing={first: 1, last: 1}"]
+    counts = [
+        dit_step("sit", "SiT-T/8", 1, words, tmp_path)[1]
+        for words in ([], [*routing], [*routing, "diffusion.routing.drop=0"])
+    ]
+    assert counts[1] < 0.75 * counts[0] and counts[2] > counts[0]

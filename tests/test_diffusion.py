@@ -468,6 +468,14 @@ def test_a_model_is_the_same_after_saving_and_its_weak_self_guides_nothing(model
         (["--guidance", "semantic=2"], "no part ['semantic']; this model's: texture"),
         (["--interval", "0.5", "0.1"], "--interval: expected 0 <= BEGIN <= END <= 1"),
         (["--guidance", "1", "--interval", "0", "0.5"], "--interval: nothing is guided"),
+        (
+            ["--guidance-base", "dropped_path"],
+            "--guidance-base: this model was trained without the dropped path and the null label; pass null_label",
+        ),
+        (
+            ["--guidance-base", "null_label", "--guidance", "1"],
+            "--guidance-base: nothing is guided",
+        ),
         (["--guidance", "1", "--num-channels", "3"], "--num-channels: the texture is not guided"),
         (["--num-channels", "5"], "--num-channels: expected 1 to 4, the texture's channels, got 5"),
         (["--method", "dopri5", "--steps", "3"], "--steps: dopri5 chooses its steps; leave it out"),

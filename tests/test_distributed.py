@@ -21,6 +21,7 @@ from semtok.recipe import parse_recipe
 from semtok.settings import read_yaml
 from semtok.training import precision
 from semtok.training.precision import Gains
+from test_contrastive import assert_same_step, save_a_step
 
 METHODS = {
     "send_vae_gan": {
@@ -112,6 +113,14 @@ def test_a_generator_too_and_its_samples_are_the_same(tmp_path, ranks):
     images = [np.load(tmp_path / f"{name}.npz") for name in ("one", "two")]
     assert images[0]["arr_0"].shape == (5, 16, 16, 3)
     assert all(np.array_equal(images[0][k], images[1][k]) for k in ("arr_0", "arr_1"))
+
+
+def test_a_contrastive_and_routed_step_of_two_processes_is_that_of_one(tmp_path, ranks):
+    save_a_step(str(tmp_path / "one"), str(tmp_path / "one.pt"), 1)
+    for accumulate in (1, 2):
+        files = [str(tmp_path / f"two{accumulate}"), str(tmp_path / f"two{accumulate}.pt")]
+        ranks.run("test_contrastive:save_a_step", *files, accumulate)
+        assert_same_step(tmp_path / "one.pt", tmp_path / f"two{accumulate}.pt")
 
 
 def train_in(folder: str) -> None:

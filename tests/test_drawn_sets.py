@@ -24,6 +24,7 @@ from processes import launch
 from semtok import Generator
 from semtok.commands import evaluate, sample, sample_set
 from semtok.commands.cli import run
+from semtok.commands.sample_set import check_same
 from semtok.diffusion.diffusion_config import DiffusionConfig, build_network, resolve_defaults
 from semtok.errors import UserError
 from semtok.evaluation import drawn_sets
@@ -199,6 +200,15 @@ def test_a_set_that_was_drawn_otherwise_is_refused_and_what_differs_is_named(
         error = capsys.readouterr().err.strip()
         assert f"({words})" in error and str(output) in error and "\n" not in error
         assert contents(place / "set") == before
+
+
+def test_a_set_that_was_begun_before_there_were_bases_of_guidance_goes_on():
+    def protocol(**guidance: object) -> dict[str, object]:
+        return {"seed": 0, "sampler": {"method": "heun", "guidance": {"scale": 2.0, **guidance}}}
+
+    check_same(Path("set"), protocol(), protocol(base="null_label"))
+    with pytest.raises(UserError, match="sampler.guidance.base null_label, now dropped_path"):
+        check_same(Path("set"), protocol(), protocol(base="dropped_path"))
 
 
 def test_another_model_is_refused_and_a_moved_one_is_not(model, tmp_path, capsys):

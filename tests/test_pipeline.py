@@ -21,7 +21,13 @@ from hub_server import TOKEN, hub_server
 from semtok import Generator, Tokenizer
 from semtok.commands import hub
 from semtok.commands.cli import run
-from semtok.diffusion.diffusion_config import DiffusionConfig, build_network, resolve_defaults
+from semtok.diffusion.diffusion_config import (
+    DiffusionConfig,
+    InternalGuidanceConfig,
+    build_network,
+    resolve_defaults,
+)
+from semtok.diffusion.routing import RoutingConfig
 from semtok.hub import export_pipeline as code
 from semtok.hub.diffusers.pipeline import SemtokPipeline
 from semtok.hub.diffusers.scheduler import SemtokScheduler
@@ -127,8 +133,22 @@ def unconditional() -> Generator:
     )
 
 
+def routed() -> Generator:
+    """Guided from the dropped path, and from a second head where a call says so; predicts data."""
+    return generator(
+        tiny.tokenizer("vae", "reglue", True),
+        LIGHTNING.model_copy(update={"depth": 4, "value_residual": True}),
+        {"method": "euler", "steps": 3},
+        guidance={"scale": 1.5, "base": "dropped_path", "interval": (0.3, 1.0)},
+        routing=RoutingConfig(first=1, last=1),
+        internal_guidance=InternalGuidanceConfig(after=1),
+        prediction="data",
+        class_dropout=0.1,
+    )
+
+
 MODELS: dict[str, Callable[[], Generator]] = {
-    f.__name__: f for f in (plain, reglue, sfd, published, adaptive, unconditional)
+    f.__name__: f for f in (plain, reglue, sfd, published, adaptive, routed, unconditional)
 }
 
 
@@ -174,6 +194,9 @@ def calls(exports: Exports) -> dict[str, dict[str, Any]]:
     ask("each twice", "plain", class_labels=[2, 0], num_images_per_class=2, seed=5)
     ask("guided otherwise", "reglue", class_labels=[1], guidance_scale=3.0, num_inference_steps=2)
     ask("guided by part", "reglue", class_labels=[1], guidance_scale={"semantic": 2.0})
+    for base in ("null_label", "inner_head"):
+        ask(base, "routed", class_labels=[1], guidance_base=base)
+    ask("no head", "plain", class_labels=[1], guidance_base="inner_head")
     ask("not guided", "plain", class_labels=[1], guidance_scale=1)
     start = noise(exports.models["sfd"], 5, 4)
     ask("started", "sfd", class_labels=labels["sfd"], seed=5, latents=start)
@@ -276,6 +299,17 @@ def test_a_call_can_have_its_own_steps_and_guidance(exports):
     model = exports.models["plain"]
     sampler = model.sampler.model_copy(update={"guidance": GuidanceConfig()})
     assert same(exports.images("not guided"), model.sample([1], seed=0, sampler=sampler))
+
+
+def test_a_call_can_say_what_is_guided_away_from(exports):
+    model, drawn = exports.models["routed"], []
+    for base in ("null_label", "inner_head"):
+        drawn.append(exports.images(base))
+        assert same(drawn[-1], model.sample([1], seed=0, guidance_base=base))
+    assert not same(drawn[0], drawn[1])
+    assert not same(drawn[0], model.sample([1], seed=0))
+    told = "sampler.guidance.base: inner_head needs a network with a second head"
+    assert exports.results["no head"].startswith(told)
 
 
 def test_a_scheduler_can_be_given_other_settings(exports):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from semtok.sampler.guidance import GuidanceConfig
 from semtok.sampler.request import SampleRequest
+from semtok.sampler.sampling import SamplerConfig
 
 
 @pytest.mark.parametrize("seed", [1.0, 1.5, "1", True, -1])
@@ -27,6 +29,17 @@ def test_a_seed_is_a_whole_number(seed):
 def test_a_word_of_the_wrong_kind_is_named(words, told):
     with pytest.raises(ValueError, match=f"^{told}: expected"):
         SampleRequest([1], **words)
+
+
+def test_a_base_of_guidance_goes_with_guidance():
+    own = SamplerConfig(guidance=GuidanceConfig(scale=2.0))
+    assert (
+        SampleRequest([1], guidance_base="inner_head").settings(own).guidance.base == "inner_head"
+    )
+    with pytest.raises(ValueError, match="^guidance_base: nothing is guided; give guidance_scale"):
+        SampleRequest([1], guidance_base="inner_head", guidance_scale=1).settings(own)
+    with pytest.raises(ValueError, match="^sampler.guidance.base: Input should be 'null_label'"):
+        SampleRequest([1], guidance_base="nothing").settings(own)
 
 
 class _Model:

@@ -73,9 +73,13 @@ class DiffusionRecipe(Config, Generic[DataType]):
     """Python files that register methods of your own, from the current folder or the recipe's."""
 
     @pydantic.model_validator(mode="after")
-    def _some_steps(self) -> "DiffusionRecipe[DataType]":
+    def _consistent(self) -> "DiffusionRecipe[DataType]":
         if not self.train.steps:
             raise ValueError("train.steps: expected at least 1, got 0")
+        if self.diffusion.is_contrastive and self.train.batch_size == 1:
+            raise ValueError(
+                "diffusion.contrastive_weight: compares images of a batch, and train.batch_size is 1; pass more"
+            )
         return self
 
 

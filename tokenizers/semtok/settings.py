@@ -18,6 +18,10 @@ from semtok.sampler.config import Config
 ConfigType = TypeVar("ConfigType", bound=Config)
 
 
+_PRESETS = ("diffusion.network",)
+"""Settings that name a preset, or change one: ``SiT-B/2``, or ``{preset: SiT-B/2, qk_norm: true}``."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads ``1e-4`` as text; this loader reads it as the number that was meant."""
 
@@ -67,6 +71,8 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Returns a copy of ``content`` with dotted ``key=value`` settings applied; values are YAML.
 
+    A setting below one that names a preset changes that preset.
+
     Raises:
         UserError: an override is not of the form ``key=value``, its value is not YAML, or a shell has made several
             of one.
@@ -89,9 +95,10 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
             raise UserError(f"override {override!r}: the value is not valid YAML") from None
         *parents, last = key.split(".")
         node = content
-        for parent in parents:
+        for depth, parent in enumerate(parents, start=1):
             if not isinstance(node.get(parent), dict):
-                node[parent] = {}
+                named = isinstance(node.get(parent), str) and ".".join(parents[:depth]) in _PRESETS
+                node[parent] = {"preset": node[parent]} if named else {}
             node = node[parent]
         node[last] = value
     return content

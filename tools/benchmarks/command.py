@@ -12,6 +12,7 @@ import torch
 from benchmarks.caching import cache_rates, encoding_rate
 from benchmarks.memory import recipe_memory
 from benchmarks.reglue import reglue_steps
+from benchmarks.routing import optimiser_seconds, savings
 from benchmarks.sampling import sampling
 from benchmarks.synthetic import PUBLISHED
 from benchmarks.timing import (
@@ -68,6 +69,13 @@ def _parser() -> Parser:
     task.add_argument("--compiler", choices=get_args(Compiler)[1:], default="inductor")
     _add_shared(task)
     task.set_defaults(command=_tricks)
+    task = tasks.add_parser(
+        "routing", help="what token routing saves in training and in guided sampling, in turns"
+    )
+    _add_network(task)
+    task.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
+    _add_settings(task, against=False)
+    task.set_defaults(command=_routing)
     task = tasks.add_parser("cache", help="writing and reading cached latents")
     task.add_argument("--num-images", type=int, default=50_000)
     task.add_argument(
@@ -226,6 +234,35 @@ def _tricks(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     print_table(title, rows, columns)
     return {"title": title, "rows": measured}
+
+
+def _routing(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    asked = (args.latents, args.network, args.batch_size)
+    measured = []
+    for saving in savings(*asked, args.rounds, args.overrides, args.precision):
+        pairs = zip(*saving.seconds, strict=True)
+        times, fewer = [a / b for a, b in pairs], saving.operations[0] / saving.operations[1]
+        row = {"what": saving.name, "gflop": [n / 1e9 for n in saving.operations]}
+        row |= {"seconds": [statistics.median(own) for own in saving.seconds]}
+        row |= {"times_fewer_operations": fewer, "times_as_fast": statistics.median(times)}
+        measured.append(row | {"least": min(times), "most": max(times)})
+    columns = ["what", "GFLOP", "times fewer", "seconds", "times as fast", "in rounds"]
+    rows = [
+        (
+            row["what"],
+            " to ".join(f"{n:.4g}" for n in row["gflop"]),
+            f"{row['times_fewer_operations']:.2f}",
+            " to ".join(f"{n:.3g}" for n in row["seconds"]),
+            f"{row['times_as_fast']:.2f}",
+            f"{row['least']:.2f} to {row['most']:.2f}",
+        )
+        for row in measured
+    ]
+    title = f"token routing of {args.network} on {args.latents}'s latents, batch {args.batch_size}"
+    print_table(title, rows, columns)
+    optimiser = statistics.median(optimiser_seconds(*asked, args.overrides, min(args.rounds, 3)))
+    print(f"AdamW's step, with and without routing: {optimiser:.3g} s")
+    return {"title": title, "rows": measured, "optimiser_seconds": optimiser}
 
 
 def _cache(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

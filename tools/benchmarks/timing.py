@@ -57,7 +57,9 @@ class Timing:
         }
 
 
-def time_in_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
+def time_in_turns(
+    steps: Mapping[str, Step], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each step in each round, after one round that is not counted."""
     for step in steps.values():
         step()
@@ -66,9 +68,9 @@ def time_in_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, list[floa
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

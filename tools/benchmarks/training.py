@@ -19,12 +19,15 @@ from benchmarks.timing import TrainerStep, counted_flops, forward_flops
 from semtok.commands.train_tokenizer import build_objective
 from semtok.data.images.kinds import open_sources
 from semtok.data.source import ImageSource
+from semtok.diffusion.diffusion_config import DiffusionConfig
 from semtok.diffusion.training import DiffusionObjective
 from semtok.errors import UserError
 from semtok.objective import Objective
 from semtok.recipe import load_recipe, parse_diffusion_recipe
 from semtok.references import DEMO
 from semtok.sampler.dit import DiT
+from semtok.sampler.draws import Draws
+from semtok.sampler.routing import DENSE, Route
 from semtok.settings import apply_overrides
 from semtok.tokenizer import Tokenizer
 from semtok.training.loop import Trainer
@@ -32,6 +35,7 @@ from semtok.training.precision import settled
 from semtok.training.process import make_accelerator
 from semtok.training.train_config import TrainConfig
 
+_HOST = torch.device("cpu")
 TRAIN = {
     "steps": 1_000_000,
     "optimiser": {"learning_rate": 1e-4},
@@ -70,7 +74,8 @@ def dit_step(
     )
     step = TrainerStep(make_trainer(objective, recipe.train, source, folder))
     learner = objective.learners["dit"]
-    forward = dit_forward_flops(learner.network, batch_size)
+    route = route_without_contents(recipe.diffusion, learner.network, batch_size)
+    forward = dit_forward_flops(learner.network, batch_size, route)
     if learner.projector is not None:
         forward += _projector_flops(learner.projector, learner.network, batch_size)
     return step, 3 * forward
@@ -107,8 +112,19 @@ def tokenizer_step(
     return step, counted_flops(step)
 
 
-def dit_forward_flops(network: DiT, batch_size: int) -> float:
-    """Of the network's forward pass on 256x256 images, counted without computing it."""
+def route_without_contents(config: DiffusionConfig, network: DiT, batch_size: int) -> Route:
+    """What the blocks between see in the first step on 256x256 images, as shapes alone."""
+    if config.routing is None:
+        return DENSE
+    rows, columns = network.spec.shape("texture", (256, 256))[1:]
+    patch, draws = network.config.patch_size, Draws(0, 0, batch_size, 0, batch_size, _HOST)
+    route = config.routing.route(draws, (rows // patch, columns // patch), len(network.vectors), 0)
+    kept = route.kept.to("meta") if route.kept is not None else None
+    return Route(kept, route.dropped.to("meta"))
+
+
+def dit_forward_flops(network: DiT, batch_size: int, route: Route = DENSE) -> float:
+    """Of the network's forward pass on 256x256 images, of all its heads, counted without computing it."""
     device = torch.device("meta")
     empty = DiT(
         network.config,
@@ -116,7 +132,8 @@ def dit_forward_flops(network: DiT, batch_size: int) -> float:
         num_classes=network.num_classes,
         timed_parts=network.timed_parts,
     ).to(device)
-    return forward_flops(empty, *transformer_inputs(network.spec, batch_size, device))
+    inputs = transformer_inputs(network.spec, batch_size, device)
+    return forward_flops(empty, *inputs, route=route, inner=network.inner is not None)
 
 
 def _projector_flops(projector: nn.Module, network: DiT, batch_size: int) -> float:

@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
-from semtok.sampler.guidance import GuidanceConfig
+from semtok.sampler.guidance import Base, GuidanceConfig
+from semtok.sampler.request import NEEDED
 from semtok.sampler.sampling import ErrorOver, Method, SamplerConfig
 from semtok.sampler.transport import Diffusion
 from semtok.settings import parse
@@ -15,7 +16,7 @@ from semtok.speed import Compiler
 
 SAMPLER_OPTIONS = (
     *("method", "steps", "diffusion", "error_over"),
-    *("guidance", "interval", "num_channels", "precision", "compile"),
+    *("guidance", "guidance_base", "interval", "num_channels", "precision", "compile"),
 )
 """Names of the options, as ``argparse`` keeps them."""
 
@@ -40,6 +41,12 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="W",
         help="guidance scale, 1 is none; or one for each part, as texture=1.5 semantic=2",
+    )
+    parser.add_argument(
+        "--guidance-base",
+        choices=get_args(Base),
+        help="what guidance moves away from: the prediction without a class; that without a class and without the "
+        "blocks that token routing thins out; or that of a second head; default: the model's own",
     )
     parser.add_argument(
         "--interval",
@@ -85,6 +92,8 @@ def load_weak(
         return None
     if not _guided(sampler.guidance, generator.network.spec.names):
         raise UserError("--weak needs a guidance scale other than 1; give --guidance W")
+    if args.guidance_base is not None:
+        raise UserError("--guidance-base: --weak takes its place; give one of them")
     return Generator.from_pretrained(args.weak)
 
 
@@ -120,6 +129,8 @@ def _guidance(args: argparse.Namespace, generator: Generator) -> Mapping[str, An
     guidance = generator.sampler.guidance.model_dump()
     if args.guidance is not None:
         guidance["scale"] = _scale(args.guidance, generator)
+    if args.guidance_base is not None:
+        guidance["base"] = args.guidance_base
     if args.interval is not None:
         begin, end = guidance["interval"] = args.interval
         if not 0 <= begin <= end <= 1:
@@ -143,12 +154,23 @@ def _check_use(args: argparse.Namespace, sampler: SamplerConfig, generator: Gene
         raise UserError(f"--diffusion: goes with --method sde, not {method}")
     if args.error_over is not None and method != "dopri5":
         raise UserError(f"--error-over: goes with --method dopri5, not {method}")
+    if args.guidance_base is not None:
+        _check_base(args.guidance_base, guidance, generator)
     if args.interval is not None and not _guided(guidance, generator.network.spec.names):
         raise UserError("--interval: nothing is guided; give --guidance W, other than 1")
     if args.num_channels is not None and not _guided(guidance, ("texture",)):
         raise UserError(
             "--num-channels: the texture is not guided; give --guidance W, other than 1"
         )
+
+
+def _check_base(base: Base, guidance: GuidanceConfig, generator: Generator) -> None:
+    if not guidance.guides:
+        raise UserError("--guidance-base: nothing is guided; give --guidance W, other than 1")
+    possible = [name for name, can_be in generator.can_be_guided.items() if can_be]
+    if base not in possible:
+        way = f"pass {' or '.join(possible)}" if possible else "it can't be guided"
+        raise UserError(f"--guidance-base: this model was trained without {NEEDED[base]}; {way}")
 
 
 def _guided(guidance: GuidanceConfig, parts: tuple[str, ...]) -> bool:

@@ -1,5 +1,6 @@
 """Settings of the diffusion transformer: the ``diffusion:`` section of its recipes."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -15,6 +16,7 @@ from semtok.settings import Config, parse
 from semtok.tokenizer import Tokenizer
 
 Weight = Annotated[float, Field(ge=0)]
+_TOO_CONTRASTIVE = "as much as the squared error itself, or more, has no least value"
 
 
 class InternalGuidanceConfig(Config):
@@ -98,11 +100,7 @@ class DiffusionConfig(Config):
 
     @property
     def architecture(self) -> DiTArchitecture:
-        """Of the network, with what these settings add to it.
-
-        Raises:
-            ValueError: they do not fit its depth.
-        """
+        """Of the network, with what these settings add to it."""
         inner, routing = self.internal_guidance, self.routing
         added = {
             "split": None if routing is None else (routing.first, routing.last),
@@ -115,27 +113,57 @@ class DiffusionConfig(Config):
     @classmethod
     def _changed(cls, network: Any) -> Any:
         """Changes of a preset, spelt out."""
+        _check_set_elsewhere(network if isinstance(network, dict) else {})
         if not isinstance(network, dict) or "preset" not in network:
             return network
-        changes = {name: value for name, value in network.items() if name != "preset"}
-        return architecture(network["preset"]).model_dump() | changes
+        preset, changes = network["preset"], {k: v for k, v in network.items() if k != "preset"}
+        if not isinstance(preset, str):
+            raise ValueError(f"preset: expected a name such as SiT-B/2, got {preset!r}")
+        return architecture(preset).model_dump() | changes
 
     @field_validator("network")
     @classmethod
     def _known(cls, network: str | DiTArchitecture) -> str | DiTArchitecture:
-        shape = architecture(network)
-        settings = {"split": "routing", "inner_head": "internal_guidance", "predicts": "prediction"}
-        for name, setting in settings.items():
-            if getattr(shape, name) != DiTArchitecture.model_fields[name].default:
-                raise ValueError(f"{name} is set by diffusion.{setting}")
+        _check_set_elsewhere(architecture(network).model_dump())
         return network
 
     @model_validator(mode="after")
     def _consistent(self) -> "DiffusionConfig":
         if self.prediction == "data" and self.path != "linear":
             raise ValueError("diffusion.prediction: data goes with diffusion.path=linear")
-        _ = self.architecture
+        if not isinstance(self.contrastive_weight, dict) and self.contrastive_weight >= 1:
+            raise ValueError(f"diffusion.contrastive_weight: {_TOO_CONTRASTIVE}; pass less than 1")
+        self._check_blocks(architecture(self.network).depth)
         return self
+
+    def _check_blocks(self, depth: int) -> None:
+        """Raises ValueError where the network has not the blocks that settings name."""
+        inner, routing = self.internal_guidance, self.routing
+        if routing is not None and routing.first + routing.last >= depth:
+            raise ValueError(
+                f"diffusion.routing: {routing.first} first and {routing.last} last of the network's {depth} blocks "
+                "leave none between; pass fewer, or a deeper network"
+            )
+        if inner is None:
+            return
+        if inner.after >= depth:
+            raise ValueError(
+                f"diffusion.internal_guidance.after: {inner.after} of the network's {depth} blocks; pass fewer"
+            )
+        if routing is not None and routing.first < inner.after <= depth - routing.last:
+            raise ValueError(
+                f"diffusion.internal_guidance.after: block {inner.after} sees only some tokens in training; pass "
+                f"{routing.first} or fewer, or more than {depth - routing.last}"
+            )
+
+
+def _check_set_elsewhere(network: Mapping[str, Any]) -> None:
+    """Raises ValueError where a network's shape says what other settings add to it."""
+    settings = {"split": "routing", "inner_head": "internal_guidance", "predicts": "prediction"}
+    for name, setting in settings.items():
+        default = DiTArchitecture.model_fields[name].default
+        if network.get(name, default) != default:
+            raise ValueError(f"{name} is set by diffusion.{setting}; give that instead")
 
 
 def build_network(config: DiffusionConfig, spec: LatentSpec, *, num_classes: int) -> DiT:
@@ -176,6 +204,7 @@ def resolve_defaults(config: DiffusionConfig, tokenizer: Tokenizer) -> Diffusion
                 f"diffusion.{key}: no part {sorted(unknown)} in this tokenizer's latents; its parts: "
                 f"{', '.join(names)}"
             )
+    _check_vectors(config, tokenizer.spec)
     leads = dict.fromkeys(names, 0.0) | defaults.leads | (config.leads or {})
     if max(leads.values()) - min(leads.values()) > 1:
         raise ValueError(
@@ -192,7 +221,7 @@ def resolve_defaults(config: DiffusionConfig, tokenizer: Tokenizer) -> Diffusion
             f"{', '.join(names)}"
         )
     cosine_weight = config.cosine_weight
-    return config.model_copy(
+    resolved = config.model_copy(
         update={
             "leads": leads,
             "loss_weights": dict.fromkeys(names, 1.0)
@@ -202,6 +231,34 @@ def resolve_defaults(config: DiffusionConfig, tokenizer: Tokenizer) -> Diffusion
             "repa": repa,
         }
     )
+    _check_contrast(resolved)
+    return resolved
+
+
+def _check_vectors(config: DiffusionConfig, spec: LatentSpec) -> None:
+    """Raises ValueError where settings are of vector parts, and latents have none."""
+    if any(not part.is_spatial for part in spec.parts):
+        return
+    none = f"this tokenizer's latents have no vector part; its parts: {', '.join(spec.names)}"
+    if config.routing is not None and config.routing.vectors == "routed":
+        raise ValueError(f"diffusion.routing.vectors: routed: {none}")
+    if architecture(config.network).vector_norm != "layer":
+        raise ValueError(f"diffusion.network.vector_norm: {none}")
+
+
+def _check_contrast(config: DiffusionConfig) -> None:
+    """Raises ValueError where a part is moved away from others more than towards its own velocity."""
+    if not isinstance(config.contrastive_weight, dict):
+        return
+    for part, weight in config.contrastive_weight.items():
+        own = config.loss_weights[part]
+        least = min(own.values()) if isinstance(own, dict) else own
+        if weight and weight >= least:
+            raise ValueError(
+                f"diffusion.contrastive_weight.{part}: {_TOO_CONTRASTIVE}; pass less than {least:g}, its loss weight"
+                if least
+                else f"diffusion.contrastive_weight.{part}: the part is not learned where its loss weight is 0; pass 0"
+            )
 
 
 def check_guidance(config: DiffusionConfig, sampler: SamplerConfig, spec: LatentSpec) -> None:
@@ -209,13 +266,13 @@ def check_guidance(config: DiffusionConfig, sampler: SamplerConfig, spec: Latent
     guidance = sampler.guidance
     guidance.check_fits(spec)
     guidance.check_network(config.architecture)
-    if all(guidance.scale_of(part) == 1 for part in spec.names) or guidance.base == "inner_head":
-        return
     if guidance.base == "dropped_path" and config.routing and not config.routing.path_drop:
         raise ValueError(
-            "sampler.guidance.base: dropped_path is what diffusion.routing.path_drop=0 never trains; pass "
-            "sampler.guidance.scale=1 or some path_drop"
+            "sampler.guidance.base: dropped_path is what diffusion.routing.path_drop=0 never trains; pass null_label, "
+            "or some path_drop"
         )
+    if all(guidance.scale_of(part) == 1 for part in spec.names) or guidance.base == "inner_head":
+        return
     if config.unconditional and guidance.base == "null_label":
         raise ValueError(
             "sampler.guidance.scale: an unconditional model has no classes to guide by; pass 1"

@@ -127,19 +127,16 @@ class Generator(PushToHub, nn.Module):
         )
 
     @property
-    def can_be_guided(self) -> bool:
-        """Whether training has prepared for the guidance that its sampler has, of whatever scale."""
-        return self._can_be_guided_from(self.sampler.guidance.base)
-
-    def _can_be_guided_from(self, base: Base) -> bool:
+    def can_be_guided(self) -> dict[Base, bool]:
+        """For each base whether training has prepared for guidance from it."""
         config = self.config
-        if base == "inner_head":
-            return config.internal_guidance is not None
         knows_null = config.class_dropout > 0 and not config.unconditional
-        if base == "dropped_path":
-            drops = config.routing is not None and config.routing.path_drop > 0
-            return drops and (knows_null or config.unconditional)
-        return knows_null
+        drops = config.routing is not None and config.routing.path_drop > 0
+        return {
+            "null_label": knows_null,
+            "dropped_path": drops and (knows_null or config.unconditional),
+            "inner_head": config.internal_guidance is not None,
+        }
 
     @torch.no_grad()
     def sample(
@@ -168,9 +165,9 @@ class Generator(PushToHub, nn.Module):
                 [0, 1], ``pil`` or ``latent``.
             sampler: instead of the one it was saved with.
             weak: a weaker generator of the same latents, for autoguidance.
-            words: those of ``SampleRequest``: num_images_per_class, num_inference_steps, guidance_scale, seed (none
-                and no generator: new noise in each call), generator, first, latents, strength,
-                callback_on_step_end.
+            words: those of ``SampleRequest``: num_images_per_class, num_inference_steps, guidance_scale,
+                guidance_base, seed (none and no generator: new noise in each call), generator, first, latents,
+                strength, callback_on_step_end.
 
         Returns:
             what ``output_type`` says.
@@ -230,8 +227,10 @@ class Generator(PushToHub, nn.Module):
             raise TypeError(f"{renamed[0]}: is called {_RENAMED[renamed[0]]}")
         request = SampleRequest(class_labels, **words)
         settings = request.settings(sampler or self.sampler)
-        if request.guidance_scale is not None:
-            guided = weak is not None or self._can_be_guided_from(settings.guidance.base)
+        if weak is not None and request.guidance_base is not None:
+            raise ValueError("guidance_base: the weak model takes its place; give one of them")
+        if request.guidance_scale is not None or request.guidance_base is not None:
+            guided = weak is not None or self.can_be_guided[settings.guidance.base]
             check_guidance_fits(settings, self.network, can_be_guided=guided)
         self.check_sampling(settings, weak)
         model = self._sampled()
@@ -415,11 +414,23 @@ class Generator(PushToHub, nn.Module):
 
     def papers(self) -> tuple[str, ...]:
         """To cite for the network, its training and its tokenizer, one line each."""
-        is_lightning = str(self.config.network).startswith("LightningDiT")
-        papers = ["SiT, arXiv 2401.08740"]
-        papers += ["LightningDiT, arXiv 2501.01423"] if is_lightning else []
-        papers += ["REPA, arXiv 2410.06940"] if self.config.repa else []
-        return (*papers, *papers_of(self.tokenizer.method))
+        config, shape = self.config, self.network.config
+        used = {
+            "SiT, arXiv 2401.08740": True,
+            "LightningDiT, arXiv 2501.01423": shape.swiglu and shape.rope and shape.rms_norm,
+            "REPA, arXiv 2410.06940": bool(config.repa),
+            "iREPA, arXiv 2512.10794": bool(config.repa)
+            and (config.repa.projector == "conv" or config.repa.spatial_norm is not None),
+            "SPRINT, arXiv 2510.21986": config.routing is not None,
+            "value residual learning, arXiv 2410.17897": shape.value_residual,
+            "contrastive flow matching, arXiv 2506.05350": config.is_contrastive,
+            "RAEv2, arXiv 2605.18324": config.internal_guidance is not None
+            or config.prediction == "data",
+        }
+        return (
+            *(paper for paper, is_used in used.items() if is_used),
+            *papers_of(self.tokenizer.method),
+        )
 
     @classmethod
     def from_pretrained(

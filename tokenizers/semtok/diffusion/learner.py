@@ -44,6 +44,17 @@ def contrast(predicted: Tensor, velocity: Tensor, before: Tensor) -> Tensor:
     return -squared_error(predicted, torch.cat([before, velocity[:-1]]))
 
 
+def on_path(
+    config: DiffusionConfig, data: Tensor, noise: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The point at times t (B,) between noise and data (B, ...), and what is to be predicted there.
+
+    That is the path's velocity, but for networks that predict data: theirs is cut off near data, and so is this.
+    """
+    x, velocity = interpolate(config.path, data, noise, t)
+    return x, velocity_to(data, x, t) if config.prediction == "data" else velocity
+
+
 # The learner --------------------------------------------------------------------------------------
 
 
@@ -146,9 +157,7 @@ class DiTLearner(nn.Module):
         x, velocity = {}, {}
         for name, part in data.items():
             noise = draws.normal(f"noise/{name}", tuple(part.shape[1:]))
-            x[name], velocity[name] = interpolate(config.path, part, noise, times[name])
-            if config.prediction == "data":  # near data as the network's own is cut off
-                velocity[name] = velocity_to(part, x[name], times[name])
+            x[name], velocity[name] = on_path(config, part, noise, times[name])
         return Noised(data, t, times, x, velocity)
 
     def _grid(self, texture: Tensor) -> tuple[int, int]:

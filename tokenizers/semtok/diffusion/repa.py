@@ -134,7 +134,8 @@ def _of_kept(
     if target.shape[-2:] != grid:
         target = F.interpolate(target, size=grid, mode="bilinear", antialias=True)
     is_aligned = [config.with_global and name == "global" for name in vectors]
-    others = [pooled.float() if aligned else torch.zeros_like(pooled) for aligned in is_aligned]
+    nothing = torch.zeros_like(target[:, :, 0, 0])
+    others = [pooled.float() if aligned else nothing for aligned in is_aligned]
     targets = torch.stack([*others, *target.flatten(2).unbind(2)], dim=1)
     weights = torch.ones(targets.shape[1], device=tokens.device)
     for place, aligned in enumerate(is_aligned):

@@ -42,6 +42,11 @@ class RoutingConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RoutingConfig":
+        for key, other in (("law", "random"), ("vectors", "kept")):
+            if getattr(self, key) != other and not any(self._shares()):
+                raise ValueError(f"{key} takes effect where tokens are dropped, and drop is 0")
+        if self.path_drop_per != "sample" and not self.path_drop:
+            raise ValueError("path_drop_per takes effect with some path_drop, and it is 0")
         if self.law == "grid":
             for drop in self._shares():
                 if drop * _SIDE**2 % 1:
@@ -91,9 +96,9 @@ class RoutingConfig(Config):
         vectors = torch.arange(num_vectors, device=patches.device).expand(len(patches), -1)
         return torch.cat([vectors, patches + num_vectors], dim=1)
 
-    def _dropped(self, draws: Draws) -> Tensor | None:
-        if not self.path_drop:
-            return None
+    def _dropped(self, draws: Draws) -> Tensor:
+        """Drawn also where the path is never dropped: so the mask token has a gradient in every step, as processes
+        that wait for each other's, and optimisers, expect."""
         per_batch = self.path_drop_per == "batch"
         number = draws.uniform_of_step("path") if per_batch else draws.uniform("path")
         return number.expand(draws.num) < self.path_drop
@@ -101,7 +106,8 @@ class RoutingConfig(Config):
 
 def kept_at_random(numbers: Tensor, drop: float) -> Tensor:
     """Places int64 (B, K) of the smallest of numbers (B, N); K is N (1 - drop), rounded down, at least 1."""
-    count = max(1, int(numbers.shape[1] * (1 - drop)))
+    # Of 100 tokens 0.9 leaves 10, which is a little less in binary numbers.
+    count = max(1, int(numbers.shape[1] * (1 - drop) + 1e-9))
     return numbers.argsort(dim=1)[:, :count]
 
 

@@ -13,7 +13,7 @@ from semtok.diffusion.diffusion_config import (
     resolve_defaults,
 )
 from semtok.diffusion.generator import Generator
-from semtok.diffusion.learner import BIN_NAMES, BINS, DiTLearner, squared_error
+from semtok.diffusion.learner import BIN_NAMES, BINS, DiTLearner, on_path, squared_error
 from semtok.diffusion.repa import REPAConfig
 from semtok.objective import Batch, Inputs, Objective, Unregistered
 from semtok.pictures import Row, principal_components, rows_of_images
@@ -21,7 +21,6 @@ from semtok.sampler.architecture import DiTArchitecture
 from semtok.sampler.draws import SampleNoise
 from semtok.sampler.latents import Latents, on_texture_grid
 from semtok.sampler.sampling import SamplerConfig
-from semtok.sampler.transport import interpolate
 from semtok.teachers import Teacher, TeacherFeatures
 from semtok.tokenizer import Tokenizer
 
@@ -167,7 +166,7 @@ class DiffusionObjective(Objective):
             x, velocity = {}, {}
             for name, part in data.items():
                 own = noise(tuple(part.shape[1:]))
-                x[name], velocity[name] = interpolate(self.config.path, part, own, times[name])
+                x[name], velocity[name] = on_path(self.config, part, own, times[name])
             predicted = averaged(x, times, inputs["labels"]).velocity
             by_time.append({n: squared_error(predicted[n], velocity[n]) for n in data})
         means = {n: torch.stack([errors[n] for errors in by_time]).mean(dim=0) for n in data}

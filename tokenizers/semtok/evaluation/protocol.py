@@ -160,6 +160,8 @@ def _sampler_in_words(sampler: Mapping[str, Any]) -> list[str]:
     guidance = sampler.get("guidance")
     if isinstance(guidance, Mapping) and guidance.get("scale") != 1:
         words.append(f"guidance {guidance.get('scale')} within {guidance.get('interval')}")
+        if guidance.get("base", "null_label") != "null_label":
+            words[-1] += f" away from {guidance['base']}"
         if guidance.get("num_channels") is not None:
             words[-1] += f" on {guidance['num_channels']} channels"
     return words

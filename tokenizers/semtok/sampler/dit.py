@@ -148,11 +148,8 @@ class DiT(nn.Module):
             inner: also give what the second head predicts, of a network that has one.
         """
         weight = self.patch_embed.weight
-        if weight.dtype == torch.float32:
-            return self._forward(x, times, labels, hidden_after, route, inner)
         half = weight.dtype in (torch.float16, torch.bfloat16)
         with torch.autocast(weight.device.type, weight.dtype) if half else nullcontext():
-            x = {name: part.to(weight.dtype) for name, part in x.items()}
             return self._forward(x, times, labels, hidden_after, route, inner)
 
     def _forward(
@@ -178,6 +175,8 @@ class DiT(nn.Module):
 
     def _embed(self, x: Mapping[str, Tensor]) -> tuple[Tensor, tuple[int, int]]:
         """Tokens (B, vectors + patches, D), and the grid of the patches."""
+        dtype = self.patch_embed.weight.dtype
+        x = {name: part.to(dtype) for name, part in x.items()}
         tokens = self.patch_embed(_stack([x[name] for name in self.spatial]))
         grid = (tokens.shape[-2], tokens.shape[-1])
         tokens = rearrange(tokens, "b d h w -> b (h w) d")

@@ -55,6 +55,12 @@ class GuidanceConfig(Config):
         """The scale of one part."""
         return self.scale.get(part, 1.0) if isinstance(self.scale, dict) else self.scale
 
+    @property
+    def guides(self) -> bool:
+        """Whether any part is guided at all."""
+        scales = self.scale.values() if isinstance(self.scale, dict) else [self.scale]
+        return any(scale != 1 for scale in scales)
+
     def active(self, times: Mapping[str, float]) -> dict[str, float]:
         """The scales other than 1 of the parts that are guided at these times."""
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from semtok.sampler.dit import DiT
 from semtok.sampler.draws import SampleNoise
+from semtok.sampler.guidance import Base
 from semtok.sampler.latents import Latents
 from semtok.sampler.sampling import (
     SamplerConfig,
@@ -34,11 +35,12 @@ Callback = Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None]
 STRENGTH = 0.8
 """Of image-to-image, where a call says none."""
 _MOST_NAMES = 8
-_NEEDED = {
+NEEDED: Mapping[Base, str] = {
     "null_label": "the null label",
-    "dropped_path": "the dropped path",
+    "dropped_path": "the dropped path and the null label",
     "inner_head": "the second head",
 }
+"""What guidance from each base needs of training."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class SampleRequest:
         num_images_per_class: images of each of these labels, one after the other.
         num_inference_steps: instead of the model's own. Where a part leads, a few are added.
         guidance_scale: instead of the model's own; 1 is none, and per part it is a mapping.
+        guidance_base: what is guided away from, instead of the model's own: ``null_label``, ``dropped_path`` or
+            ``inner_head``, see ``GuidanceConfig``.
         seed: of the whole set that these images belong to. Without seed and generator each call has new noise, by
             torch's global generator.
         generator: a ``torch.Generator`` from which each image's seed is drawn, or one for each image.
@@ -91,6 +95,7 @@ class SampleRequest:
     num_images_per_class: int = 1
     num_inference_steps: int | None = None
     guidance_scale: float | Mapping[str, float] | None = None
+    guidance_base: Base | None = None
     seed: int | None = None
     generator: torch.Generator | Sequence[torch.Generator] | None = None
     first: int = 0
@@ -134,7 +139,7 @@ class SampleRequest:
         """A model's own sampler with the steps and the guidance of this call.
 
         Raises:
-            ValueError: one out of range, or steps where the sampler chooses them.
+            ValueError: one out of range, steps where the sampler chooses them, or a base where nothing is guided.
         """
         steps, scale = self.num_inference_steps, self.guidance_scale
         if steps is not None and own.method == "dopri5":
@@ -147,10 +152,15 @@ class SampleRequest:
             settings["steps"] = steps
         if scale is not None:
             settings["guidance"]["scale"] = dict(scale) if isinstance(scale, Mapping) else scale
+        if self.guidance_base is not None:
+            settings["guidance"]["base"] = self.guidance_base
         try:
-            return SamplerConfig.model_validate(settings)
+            chosen = SamplerConfig.model_validate(settings)
         except ValidationError as error:
             raise ValueError(told(error)) from None
+        if self.guidance_base is not None and not chosen.guidance.guides:
+            raise ValueError("guidance_base: nothing is guided; give guidance_scale, other than 1")
+        return chosen
 
     def numbers(self, model: Sampled) -> list[int]:
         """The class of each image, the number of classes for none.
@@ -318,7 +328,7 @@ def check_guidance_fits(settings: SamplerConfig, network: DiT, *, can_be_guided:
     guidance.check_fits(spec)
     if not can_be_guided and any(guidance.scale_of(part) != 1 for part in spec.names):
         raise ValueError(
-            f"guidance_scale: this model was trained without {_NEEDED[guidance.base]} that guidance needs; pass 1"
+            f"guidance_scale: this model was trained without {NEEDED[guidance.base]} that guidance needs; pass 1"
         )
 
 

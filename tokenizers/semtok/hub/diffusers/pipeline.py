@@ -32,7 +32,7 @@ class SemtokPipeline(DiffusionPipeline):
         vae: decodes the texture part. Its ``latents_mean`` and ``latents_std`` restore the scale.
         id2label: the classes' names by their numbers (as text); empty: an unconditional model.
         height, width: of the images, in pixels.
-        can_be_guided: whether training has prepared for guidance by a null label.
+        can_be_guided: for each base of guidance whether training has prepared for it; None: for a null label alone.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -45,12 +45,15 @@ class SemtokPipeline(DiffusionPipeline):
         id2label: Optional[dict[str, str]] = None,  # noqa: UP045 diffusers reads no | before 0.37
         height: int = 256,
         width: int = 256,
-        can_be_guided: bool = True,
+        can_be_guided: Optional[dict[str, bool]] = None,  # noqa: UP045
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(
-            id2label=id2label or {}, height=height, width=width, can_be_guided=can_be_guided
+            id2label=id2label or {},
+            height=height,
+            width=width,
+            can_be_guided={"null_label": True} if can_be_guided is None else can_be_guided,
         )
         self.image_processor = VaeImageProcessor()
 
@@ -71,6 +74,7 @@ class SemtokPipeline(DiffusionPipeline):
         image: Any = None,
         value_range: tuple[float, float] | None = None,
         strength: float | None = None,
+        guidance_base: str | None = None,
         callback_on_step_end: Callable[[Any, int, float, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
@@ -92,6 +96,7 @@ class SemtokPipeline(DiffusionPipeline):
             image: to start from, one or one for each: PIL, or uint8 or floats, shaped as ``np`` and ``pt``.
             value_range: (black, white) of an image of floats; None: (0, 1), as ``np`` and ``pt`` give them.
             strength: the share of the time axis that is sampled from ``image`` on, in (0, 1]; by default 0.8.
+            guidance_base: away from ``null_label``, ``dropped_path`` or ``inner_head``; None: the model's own.
             callback_on_step_end: called as (pipeline, step, time, ``{"latents": {part: tensor}}``) after each
                 step; ``latents`` that it returns are gone on from.
             callback_on_step_end_tensor_inputs: ``latents`` is all there is.
@@ -103,7 +108,7 @@ class SemtokPipeline(DiffusionPipeline):
             "class_labels": class_labels,
             "num_images_per_class": num_images_per_class,
             "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
+            **{"guidance_scale": guidance_scale, "guidance_base": guidance_base},
             **{"seed": seed, "generator": generator, "first": first, "latents": latents},
             "strength": strength,
             "callback_on_step_end": callback_on_step_end,
@@ -111,8 +116,7 @@ class SemtokPipeline(DiffusionPipeline):
         }
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r}: expected pil, np, pt or latent")
-        drawn = self._draw(words, image, value_range or (0, 1))
-        images = dict(drawn)
+        images = dict(drawn := self._draw(words, image, value_range or (0, 1)))
         if output_type != "latent":
             pixels = self._decode(drawn["texture"])
             images = self.image_processor.postprocess(pixels, output_type=output_type)
@@ -134,7 +138,8 @@ class SemtokPipeline(DiffusionPipeline):
         class_names = [names[number] for number in sorted(names, key=int)]
         model = self.scheduler.sampled(self.transformer, class_names, grid)
         settings = request.settings(self.scheduler.own_settings())
-        self.scheduler.check(settings, model, can_be_guided=self.config.can_be_guided)
+        prepared = self.config.can_be_guided.get(settings.guidance.base, False)
+        self.scheduler.check(settings, model, can_be_guided=prepared)
         return self.scheduler.sample(
             model,
             request,

@@ -1,5 +1,6 @@
 """The network of a generator, as a diffusers model."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ class SemtokTransformer(ModelMixin, ConfigMixin):
         super().__init__()
         self.spec, self.num_classes = LatentSpec.from_dict(latents), num_classes
         self.dit = DiT(
-            DiTArchitecture(**architecture),
+            DiTArchitecture.model_validate_json(json.dumps(architecture)),
             self.spec,
             num_classes=num_classes,
             timed_parts=tuple(timed_parts),
