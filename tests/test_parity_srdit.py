@@ -70,12 +70,14 @@ def time_config(settings: dict[str, Any], shape: tuple[int, ...]) -> TimeConfig:
 
 def routing(kit: Kit, train: bool = True) -> RoutingConfig:
     own = kit.case["constructor"]["attributes"]
+    blocks = {"first": own["num_f"], "last": own["num_h"]}
+    if not train:
+        return RoutingConfig(**blocks, drop=0.0, path_drop=0.0)
     return RoutingConfig(
-        first=own["num_f"],
-        last=own["num_h"],
-        drop=own["sprint_drop_ratio"] if train else 0.0,
+        **blocks,
+        drop=own["sprint_drop_ratio"],
         vectors="routed",
-        path_drop=own["path_drop_prob"] if train else 0.0,
+        path_drop=own["path_drop_prob"],
         path_drop_per="batch",
     )
 
