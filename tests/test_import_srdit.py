@@ -164,6 +164,12 @@ def test_a_contrast_that_weighs_times_is_refused_by_name():
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize(("name", "value"), [("model", "SiT-B/1"), ("num_classes", 1000)])
+def test_arguments_of_another_network_are_told_with_a_way_out(name, value):
+    with pytest.raises(UserError, match=f"its args says {name} {value!r}; .*safetensors"):
+        read(**{name: value})
+
+
 def test_what_does_not_fit_sr_dit_is_named():
     state = weights()
     shallow = {n: v for n, v in state.items() if not n.startswith(("blocks.4.", "blocks.5."))}
@@ -228,7 +234,7 @@ def test_irepas_heads_are_read_whatever_they_are(kind):
         ({"projectors.0.projection_layer.weight": torch.zeros(8, 16, 2, 2)}, "an odd number"),
         ({"projectors.0.projection_layer.extra": torch.zeros(1)}, "unknown projectors.0.extra"),
         ({"projectors.0.projection_layer.bias": torch.zeros(3)}, "projectors.0.bias is not"),
-        ({"projectors.2.projection_layer.bias": torch.zeros(8)}, "without gaps"),
+        ({"projectors.2.projection_layer.bias": torch.zeros(8)}, "unknown projectors.2.bias"),
     ],
 )
 def test_heads_that_are_none_are_named(change, words):
