@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, get_args
 
 from semtok.diffusion.diffusion_config import DiffusionConfig
-from semtok.hub.file_settings import ANOTHER_NETWORK, BOOKKEEPING, FileSettings
+from semtok.hub.file_settings import ANOTHER_NETWORK, BOOKKEEPING, DIFFERS, FileSettings
 from semtok.hub.formats import Format
 from semtok.hub.import_dit import ImportedDiT
 from semtok.hub.sr_dit import GLOBAL_WEIGHT, LATENT_SCALE, learnt, shift_base
@@ -217,9 +217,11 @@ def check_network(
     shape, is_config = imported.network.config, settings.has_network_config
     prefix = "model." if is_config else ""
     data = "data." if is_config else ""
-    _check_model(settings, f"{prefix}{'model_type' if is_config else 'model'}", shape)
+    # SR-DiT's tensors say all of this themselves, the heads too, by their rotary table.
+    decide = shape.split is not None
+    _check_model(settings, f"{prefix}{'model_type' if is_config else 'model'}", shape, decide)
     classes = imported.network.num_classes
-    settings.check(f"{data}num_classes", classes)
+    settings.check(f"{data}num_classes", classes, tensors_decide=decide)
     checks: dict[str, Any] = {"use_qknorm" if is_config else "qk_norm": bool(shape.qk_norm)}
     if is_config:
         checks |= {"use_swiglu": shape.swiglu, "use_rope": shape.rope}
@@ -240,7 +242,9 @@ def check_network(
         raise settings.refusal("model.semfirst_delta_t", f"its tensors take {times}")
 
 
-def _check_model(settings: FileSettings, name: str, shape: DiTArchitecture) -> None:
+def _check_model(
+    settings: FileSettings, name: str, shape: DiTArchitecture, tensors_decide: bool
+) -> None:
     model = settings.take(name, str, f"{BOOKKEEPING}: no published name")
     preset = PRESETS.get(model) if model is not None else None
     if preset is None:
@@ -248,6 +252,9 @@ def _check_model(settings: FileSettings, name: str, shape: DiTArchitecture) -> N
     settings.fates[name] = _SIZE_FATE
     for key in ("depth", "width", "heads", "patch_size"):
         if getattr(preset, key) != getattr(shape, key):
+            if tensors_decide:
+                settings.fates[name] = DIFFERS
+                return
             differ = f"which has {key} {getattr(preset, key)}, its tensors {getattr(shape, key)}"
             raise settings.refusal(name, f"{differ}; {ANOTHER_NETWORK}")
 

@@ -20,6 +20,7 @@ Value = TypeVar("Value")
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 BOOKKEEPING = "says nothing of the network"
+DIFFERS = "differs from the tensors, which were taken"
 UNKNOWN = "unknown setting, not read"
 ANOTHER_NETWORK = "one of the two is of another network; if the tensors are right, import them alone as safetensors"
 _ENTRIES = ("args", "config")
@@ -105,13 +106,23 @@ class FileSettings:
             raise self.refusal(name, f"expected {kind.__name__}")
         return value
 
-    def check(self, name: str, own: Any, *, what: str = "its tensors say") -> None:
-        """Raises UserError where a setting differs from what is there."""
+    def check(
+        self,
+        name: str,
+        own: Any,
+        *,
+        what: str = "its tensors say",
+        tensors_decide: bool = False,
+    ) -> None:
+        """Raises UserError where a setting differs from what is there; where the tensors decide it is told of."""
         if name not in self.values:
             return
         self.fates[name] = "agrees with the tensors"
         value = self.values[name]
         if isinstance(value, bool) != isinstance(own, bool) or value != own:
+            if tensors_decide:
+                self.fates[name] = DIFFERS
+                return
             raise self.refusal(name, f"{what} {own}; {ANOTHER_NETWORK}")
 
     def only(self, name: str, *admitted: Any, instead: str) -> None:

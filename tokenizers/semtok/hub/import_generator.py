@@ -171,7 +171,10 @@ def _with_tokenizer(
         )
     network, stride = imported.network, tokenizer.spec["texture"].stride
     assert stride is not None
-    config = resolve_defaults(_config(trained, imported, tokenizer.spec), tokenizer)
+    try:
+        config = resolve_defaults(_config(trained, imported, tokenizer.spec), tokenizer)
+    except ValueError as error:
+        raise UserError(f"{job.place}: {first_line(error)}") from None
     return Generator(
         network,
         tokenizer,

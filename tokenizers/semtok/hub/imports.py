@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
-from semtok.hub.file_settings import BOOKKEEPING, UNKNOWN
+from semtok.hub.file_settings import BOOKKEEPING, DIFFERS, UNKNOWN
 from semtok.hub.formats import DITS, Checkpoint, Format, open_checkpoint, recognise
 from semtok.hub.import_generator import import_generator
 from semtok.hub.import_tokenizer import import_tokenizer
@@ -81,7 +81,7 @@ def import_opened(
         job.notes.append(f"weights of '{checkpoint.nest}'")
     model = import_generator(job) if format in DITS else import_tokenizer(job)
     became = job.became
-    for fate in (UNKNOWN, BOOKKEEPING):
+    for fate in (DIFFERS, UNKNOWN, BOOKKEEPING):
         names = [name for name, own in became.items() if own == fate]
         if names:
             job.notes.append(f"{fate}: {', '.join(names)}")
