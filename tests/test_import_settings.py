@@ -39,7 +39,16 @@ from test_import_dit import network, official
 
 LIGHTNING = DEEP_LIGHTNING.model_copy(update={"depth": 1})
 SIT = DEEP_SIT.model_copy(update={"depth": 1})
-KITS = ("sit", "repa_sit", "reglue_sit", "repae", "lightningdit", "sfd_lightningdit", "semvae")
+KITS = (
+    "sit",
+    "repa_sit",
+    "irepa",
+    "reglue_sit",
+    "repae",
+    "lightningdit",
+    "sfd_lightningdit",
+    "semvae",
+)
 # Other words where one that means nothing would be refused anyway.
 WORDS = {
     "path_type": ["GVP", "other"],
@@ -54,7 +63,8 @@ WORDS = {
 # fmt: off
 MEANING = (
     "path_type", "prediction", "weighting", "cfg_prob", "num_classes", "qk_norm", "cls", "lam",
-    "feat_channels", "legacy", "enc_type", "resolution", "image_size", "transport.path_type",
+    "feat_channels", "legacy", "enc_type", "cfm_weighting", "cfm_coeff", "time_shifting", "shift_base",
+    "resolution", "image_size", "transport.path_type",
     "transport.prediction", "transport.loss_weight", "transport.sample_eps", "transport.train_eps",
     "transport.use_cosine_loss", "transport.use_lognorm", "model.semfirst_delta_t",
     "model.use_qknorm", "model.use_swiglu", "model.use_rope", "model.use_rmsnorm",

@@ -280,6 +280,22 @@ def test_an_export_no_longer_states_the_shift_of_the_vae_that_it_began_with(tmp_
     assert again.means_the_same(tokenizer)
 
 
+def test_a_factor_goes_before_the_statistics_beside_a_file(tmp_path):
+    """REPA-E's autoencoders come with statistics; what others train on their latents may scale by one number."""
+    torch.save(official(of_kinds(("", ""), ("", ""))), tmp_path / "invae.pt")
+    beside = {
+        "latents_bias": torch.ones(1, 3, 1, 1),
+        "latents_scale": torch.full((1, 3, 1, 1), 4.0),
+    }
+    torch.save(beside, tmp_path / "invae-latents-stats.pt")
+    for given, mean, std in ((None, 1.0, 0.25), (0.3099, 0.0, 1 / 0.3099)):
+        options = ImportOptions(statistics=given)
+        made = import_checkpoint(tmp_path / "invae.pt", "auto", options)
+        assert made.format == "compvis-vae" and made.model.spec.names == ("texture",)
+        assert made.model.texture_mean.unique().item() == mean
+        assert made.model.texture_std.unique().item() == pytest.approx(std)
+
+
 WRAPPED = [
     "_orig_mod.",
     "module._orig_mod.",

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, get_args
 
 from semtok.diffusion.diffusion_config import DiffusionConfig
-from semtok.hub.file_settings import BOOKKEEPING, FileSettings
+from semtok.hub.file_settings import ANOTHER_NETWORK, BOOKKEEPING, FileSettings
 from semtok.hub.formats import Format
 from semtok.hub.import_dit import ImportedDiT
 from semtok.hub.sr_dit import GLOBAL_WEIGHT, LATENT_SCALE, learnt, shift_base
@@ -248,9 +248,8 @@ def _check_model(settings: FileSettings, name: str, shape: DiTArchitecture) -> N
     settings.fates[name] = _SIZE_FATE
     for key in ("depth", "width", "heads", "patch_size"):
         if getattr(preset, key) != getattr(shape, key):
-            raise settings.refusal(
-                name, f"which has {key} {getattr(preset, key)}, its tensors {getattr(shape, key)}"
-            )
+            differ = f"which has {key} {getattr(preset, key)}, its tensors {getattr(shape, key)}"
+            raise settings.refusal(name, f"{differ}; {ANOTHER_NETWORK}")
 
 
 def check_latents(settings: FileSettings, trained: TrainedWith, spec: LatentSpec) -> None:

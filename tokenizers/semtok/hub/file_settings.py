@@ -21,6 +21,7 @@ _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 BOOKKEEPING = "says nothing of the network"
 UNKNOWN = "unknown setting, not read"
+ANOTHER_NETWORK = "one of the two is of another network; if the tensors are right, import them alone as safetensors"
 _ENTRIES = ("args", "config")
 
 # Names that only tell how a training was run: paths, logs, batches, optimisers, precision, what only REPA's or
@@ -111,7 +112,7 @@ class FileSettings:
         self.fates[name] = "agrees with the tensors"
         value = self.values[name]
         if isinstance(value, bool) != isinstance(own, bool) or value != own:
-            raise self.refusal(name, f"{what} {own}; one of the two is of another network")
+            raise self.refusal(name, f"{what} {own}; {ANOTHER_NETWORK}")
 
     def only(self, name: str, *admitted: Any, instead: str) -> None:
         """Raises UserError where a setting is another than the ones that this library has.

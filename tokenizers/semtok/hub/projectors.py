@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from semtok.hub.checkpoints import count_numbered, sizes
+from semtok.hub.checkpoints import sizes
 from semtok.teachers import silu_mlp
 
 PROJECTORS = ("projectors.", "repa_projector.", "projector.")
@@ -37,14 +37,19 @@ def read_projectors(state: Mapping[str, Any]) -> nn.ModuleList:
         if name.startswith(PROJECTORS)
     }
     heads = nn.ModuleList()
-    for number in range(count_numbered(own, "") if own else 0):
-        inner = {
-            name.removeprefix(f"{number}."): value
-            for name, value in own.items()
-            if name.startswith(f"{number}.")
-        }
-        heads.append(_head(inner, f"{_AS_ONE}{number}."))
+    while inner := _below(own, f"{len(heads)}."):
+        heads.append(_head(inner, f"{_AS_ONE}{len(heads)}."))
+    _none_unknown(own, heads.state_dict(), _AS_ONE)
     return heads.eval()
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)}
+
+
+def _none_unknown(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str) -> None:
+    if unknown := sorted(state.keys() - expected.keys()):
+        raise ValueError(f"unknown {', '.join(prefix + name for name in unknown[:3])}")
 
 
 def _head(state: Mapping[str, Tensor], prefix: str) -> nn.Module:
@@ -54,8 +59,7 @@ def _head(state: Mapping[str, Tensor], prefix: str) -> nn.Module:
     with first.device:
         head = _built(state, prefix)
     expected = head.state_dict()
-    if unknown := sorted(state.keys() - expected.keys()):
-        raise ValueError(f"unknown {', '.join(prefix + name for name in unknown[:3])}")
+    _none_unknown(state, expected, prefix)
     wrong = [n for n, v in expected.items() if n not in state or state[n].shape != v.shape]
     if wrong:
         raise ValueError(f"{prefix}{wrong[0]} is not of a projector")
