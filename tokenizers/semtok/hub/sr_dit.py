@@ -67,6 +67,9 @@ def learnt(settings: FileSettings) -> dict[str, Any]:
     """
     settings.only("cfm_weighting", "uniform", instead="a contrast that weighs all times alike")
     contrastive = settings.number("cfm_coeff", _FATE, default=_CONTRASTIVE)
+    if contrastive >= 1:
+        reason = "as much as the squared error itself has no least value; expected less than 1"
+        raise settings.refusal("cfm_coeff", reason)
     alignment = settings.number("proj_coeff", _FATE, default=_ALIGNMENT)
     repa = REPAConfig(weight=alignment, depth=SPLIT[0], with_global=True)
     return {"contrastive_weight": {"texture": contrastive}, "repa": repa}
