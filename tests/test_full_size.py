@@ -34,6 +34,7 @@ IMPORTED = {
     "stabilityai/sd-vae-ft-ema": "f8d4",
     "runs/imagenet256/va_vae": "f16d32",
     "runs/imagenet256/ldm_f16d32": "f16d32",
+    "runs/imagenet256/invae": "f16d32",
 }
 """Shapes of autoencoders that are not trained here."""
 
@@ -53,6 +54,11 @@ GENERATORS = {
     "lightningdit_b1_sfd_guide": 130_090_800,
     "lightningdit_xl1_sfd": 674_339_184,
     "lightningdit_1p0b1_sfd": 1_027_880_496,
+    # The published 140.24 million with REPA's projector, without the table of positions.
+    "srdit_b1": 132_692_779,
+    "srdit_b1_send_vae": 131_510_827,
+    "srdit_b1_reglue": 132_766_555,
+    "srdit_b1_semvae": 131_535_419,
 }
 """Trained parameters without REPA's projector."""
 PROJECTORS = {768: 7_344_896, 1152: 8_131_328, 1536: 8_917_760}
@@ -64,6 +70,7 @@ TOKENIZERS = {
     "reglue": {"coder": 16_595_472},
     "semvae": {"coder": 57_924_896},
     "reg": {},
+    "reg_invae": {},
     "redi": {},
 }
 
