@@ -34,7 +34,7 @@ from comparison.rows import read_rows
 from comparison.time_left import TimeLeft
 from semtok import Generator, Tokenizer, UserError
 from semtok.commands.cli import run
-from semtok.recipe import load_recipe, locate_recipe, write_recipe
+from semtok.recipe import load_diffusion_recipe, load_recipe, locate_recipe, write_recipe
 from semtok.storage import write_json
 from semtok.training.loop import Trainer
 from semtok.training.precision import Gains
@@ -806,3 +806,21 @@ def test_trainings_that_were_interrupted_keep_every_checkpoint_to_be_scored(
     written = json.loads((tmp_path / "c" / "scores" / "generator_demo-0.json").read_text())
     assert [entry["step"] for entry in written] == [2, 4]
     in_this_process.clear()
+
+
+def test_the_file_of_switches_names_rows_that_a_transformers_recipe_takes():
+    file = Path(__file__).parents[1] / "tools/comparison/switches.yaml"
+    rows = {row.name: row for row in read_rows("", [], file)}
+    assert {"plain", "routing", "contrastive", "muon", "together"} <= rows.keys()
+    recipes = {
+        name: load_diffusion_recipe(locate_recipe("dit"), ["tokenizer=vae", *row.settings])
+        for name, row in rows.items()
+    }
+    plain = recipes["plain"]
+    assert plain.diffusion.routing is None and plain.train.optimiser.name == "adamw"
+    # Each differs from the plain one by what it is called, and in nothing that would make it another training.
+    others = [recipe for name, recipe in recipes.items() if name != "plain"]
+    assert all((r.diffusion, r.train) != (plain.diffusion, plain.train) for r in others)
+    assert {(r.train.steps, r.train.batch_size) for r in others} == {
+        (plain.train.steps, plain.train.batch_size)
+    }
