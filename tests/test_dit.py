@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -290,3 +291,21 @@ def test_autoguidance_moves_away_from_the_weak_network(guided):
     ours = guided_velocity(network, x, same_time(x), labels, {"texture": 1.5}, weak=weak)["texture"]
     main, other = (n(x, same_time(x), labels).velocity.texture for n in (network, weak))
     torch.testing.assert_close(ours, other + 1.5 * (main - other))
+
+
+def test_on_a_cpu_attention_is_computed_in_float32_under_autocast_too(monkeypatch):
+    network, x = awake(DiT(SMALL["lightning"], COMPOSITE, num_classes=5)), inputs(COMPOSITE)
+    attend, seen = F.scaled_dot_product_attention, []
+
+    def see(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.append({each.dtype for each in (q, k, v)})
+        return attend(q, k, v)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", see)
+    product = torch.bfloat16
+    network.blocks[0].attn.proj.register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].dtype)
+    )
+    with torch.autocast("cpu", dtype=product):
+        network(x, same_time(x), torch.tensor([0, 1, 5]))
+    assert seen == [{torch.float32}, product, {torch.float32}]

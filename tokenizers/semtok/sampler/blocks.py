@@ -63,8 +63,20 @@ class Attention(nn.Module):
         if self.first_share is not None:
             assert first_values is not None, "of the first block"
             mixed = torch.lerp(values, first_values, self.first_share.to(values.dtype))
-        x = F.scaled_dot_product_attention(q, k, mixed)
+        x = _attended(q, k, mixed)
         return self.proj(rearrange(x, "b h n d -> b n (h d)")), values
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What queries read of values, each (B, heads, N, D).
+
+    A CPU computes it in float32 under autocast too: torch's backward pass takes nine times as long in bfloat16.
+    """
+    if q.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        read = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    return read.to(v.dtype)
 
 
 def _qk_norm(config: DiTArchitecture) -> nn.Module:
