@@ -270,6 +270,14 @@ def silu_mlp(width: int, hidden: int, out: int) -> nn.Sequential:
     )
 
 
+def on_grid(target: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A teacher's tokens (B, D, h', w') on a grid, resampled bilinearly where theirs differs: float32 (B, D, h, w)."""
+    target = target.float()
+    if tuple(target.shape[-2:]) == grid:
+        return target
+    return F.interpolate(target, size=grid, mode="bilinear", antialias=True)
+
+
 def alignment_loss(
     predicted: Tensor, target: Tensor, kind: Literal["cosine", "cosine_mse"] = "cosine"
 ) -> Tensor:
@@ -282,9 +290,8 @@ def alignment_loss(
         target: the teacher's tokens (B, D, h', w'), resampled bilinearly where the grids differ.
         kind: ``cosine_mse`` gives the mean of that and of the mean squared error.
     """
-    predicted, target = predicted.float(), target.float()
-    if predicted.shape[-2:] != target.shape[-2:]:
-        target = F.interpolate(target, size=predicted.shape[-2:], mode="bilinear", antialias=True)
+    predicted = predicted.float()
+    target = on_grid(target, tuple(predicted.shape[-2:]))
     cosine = (1 - F.cosine_similarity(predicted, target, dim=1)).mean(dim=(1, 2))
     if kind == "cosine":
         return cosine

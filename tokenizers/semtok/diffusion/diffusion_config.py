@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from semtok.diffusion.repa import REPAConfig
-from semtok.diffusion.routing import RoutingConfig
+from semtok.diffusion.routing import RoutingConfig, at_step
 from semtok.sampler.architecture import DiTArchitecture, architecture
 from semtok.sampler.dit import DiT
 from semtok.sampler.latents import LatentSpec
@@ -73,10 +73,7 @@ class DiffusionConfig(Config):
 
     def loss_weight(self, part: str, step: int) -> float:
         """What a part's squared error is multiplied by at a step (0-based)."""
-        weight = (self.loss_weights or {}).get(part, 1.0)
-        if isinstance(weight, dict):
-            return weight[max(start for start in weight if start <= step)]
-        return weight
+        return at_step((self.loss_weights or {}).get(part, 1.0), step)
 
     @field_validator("loss_weights")
     @classmethod

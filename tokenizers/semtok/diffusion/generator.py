@@ -121,10 +121,7 @@ class Generator(PushToHub, nn.Module):
     @property
     def shift(self) -> float:
         """Of the training times, and of samplers that have none of their own."""
-        parts = self.network.spec.parts
-        return self.config.time.shift_for(
-            {p.name: (p.channels, *self.grid) if p.is_spatial else (p.channels,) for p in parts}
-        )
+        return self.config.time.shift_for(self.network.spec.shapes_on(self.grid))
 
     @property
     def can_be_guided(self) -> dict[Base, bool]:

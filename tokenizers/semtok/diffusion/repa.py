@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from semtok.sampler.routing import taken
 from semtok.settings import Config
-from semtok.teachers import TeacherFeatures, alignment_loss, silu_mlp
+from semtok.teachers import TeacherFeatures, alignment_loss, on_grid, silu_mlp
 
 _EPS = 1e-6
 
@@ -130,9 +130,7 @@ def _of_kept(
     kept: Tensor,
 ) -> Tensor:
     """The same for kept tokens (B, K, D), each against what it is compared with among all."""
-    tokens, target = tokens.float(), target.float()
-    if target.shape[-2:] != grid:
-        target = F.interpolate(target, size=grid, mode="bilinear", antialias=True)
+    tokens, target = tokens.float(), on_grid(target, grid)
     is_aligned = [config.with_global and name == "global" for name in vectors]
     nothing = torch.zeros_like(target[:, :, 0, 0])
     others = [pooled.float() if aligned else nothing for aligned in is_aligned]

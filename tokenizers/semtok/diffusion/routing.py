@@ -14,6 +14,13 @@ Ratio = Annotated[float, Field(ge=0, lt=1)]
 _SIDE = 2  # of the groups of cells from each of which the grid's law keeps as many tokens
 
 
+def at_step(values: float | dict[int, float], step: int) -> float:
+    """One value, or of values by the step from which they hold the one that holds at a step (0-based)."""
+    if isinstance(values, dict):
+        return values[max(start for start in values if start <= step)]
+    return values
+
+
 class RoutingConfig(Config):
     """Token routing (SPRINT, arXiv 2510.21986; SR-DiT, arXiv 2512.12386): see ``sampler.routing``."""
 
@@ -69,9 +76,7 @@ class RoutingConfig(Config):
 
     def drop_at(self, step: int) -> float:
         """The share that is dropped at a step (0-based)."""
-        if isinstance(self.drop, dict):
-            return self.drop[max(start for start in self.drop if start <= step)]
-        return self.drop
+        return at_step(self.drop, step)
 
     def route(self, draws: Draws, grid: tuple[int, int], num_vectors: int, step: int) -> Route:
         """What the blocks between see in a training step.

@@ -23,9 +23,11 @@ from semtok.evaluation.classes import Judge
 from semtok.evaluation.generation import FeatureNetwork
 from semtok.evaluation.protocol import Network, weights_digest
 from semtok.images import to_pixels
+from semtok.optimiser import OptimiserConfig
 from semtok.progress import progress
 from semtok.storage import digest, load_weights, new_file, write_tensors
 from semtok.tokenizer import library_version
+from semtok.training.train_config import TrainConfig
 
 TRAINED = "trained"
 """Its name among the teachers' names."""
@@ -40,7 +42,7 @@ _LEARNING_RATE, _WEIGHT_DECAY, _SMOOTHING = 4e-3, 0.05, 0.05
 _WARMUP_SHARE = 0.2
 _MOST_PIXELS, _LAST_GRID = 64, 8
 _FIRST_WIDTH, _WIDTH = 32, 128
-_FORMAT = "1"  # of what is trained: raise it with every change that gives other weights
+_FORMAT = "2"  # of what is trained: raise it with every change that gives other weights
 
 
 class JudgeNetwork(nn.Module):
@@ -173,7 +175,14 @@ def _train(
     optimiser = torch.optim.AdamW(
         network.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))
+    config = TrainConfig(
+        steps=steps,
+        batch_size=_BATCH_SIZE,
+        optimiser=OptimiserConfig(learning_rate=_LEARNING_RATE),
+        schedule="cosine",
+        warmup_steps=max(1, round(_WARMUP_SHARE * steps)),
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, config.learning_rate_factor)
     network.train()
     with progress("training the judge", steps, "steps") as advance:
         for batch in _batches(train, num_images, seed, steps):
@@ -184,14 +193,6 @@ def _train(
             optimiser.step()
             schedule.step()
             advance(1)
-
-
-def _rate(step: int, steps: int) -> float:
-    """Of the learning rate at a step (0-based): it rises over a fifth of the steps, then falls along a cosine."""
-    warmup = max(1, round(_WARMUP_SHARE * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _batches(train: ImageSource, num_images: int, seed: int, steps: int) -> Iterator[ImageBatch]:

@@ -169,6 +169,10 @@ class LatentSpec:
             return (part.channels,)
         return (part.channels, image_size[0] // part.stride, image_size[1] // part.stride)
 
+    def shapes_on(self, grid: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """Of each part without the batch axis, all spatial ones on one grid (rows, columns)."""
+        return {p.name: (p.channels, *grid) if p.is_spatial else (p.channels,) for p in self.parts}
+
     def check_image_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError where an image side is not a positive multiple of the stride."""
         height, width = image_size

@@ -63,8 +63,7 @@ class Sampled:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of each part without the batch axis, spatial ones on the texture's grid."""
-        parts = self.network.spec.parts
-        return {p.name: (p.channels, *self.grid) if p.is_spatial else (p.channels,) for p in parts}
+        return self.network.spec.shapes_on(self.grid)
 
 
 @dataclass(frozen=True)

@@ -174,10 +174,7 @@ def sample_latents(
         start: where to start, instead of drawn noise.
         watch: see ``integrate``.
     """
-    drawn = {
-        part.name: noise((part.channels, *grid) if part.is_spatial else (part.channels,))
-        for part in network.spec.parts
-    }
+    drawn = {name: noise(shape) for name, shape in network.spec.shapes_on(grid).items()}
     start = start or Start()  # ``sde`` draws on from the same place in all cases
     return integrate(
         velocity_function(network, labels, schedule, config.guidance, weak=weak),
