@@ -1,7 +1,7 @@
 """The adversarial part of a VAE's training: the patch discriminator, its losses, its learner."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -284,6 +284,10 @@ def generator_term(
 class DiscriminatorLearner(nn.Module):
     """Trains the discriminator on images and the reconstructions that the autoencoder's learner left.
 
+    Attributes:
+        target: of (pixels, draws): the images that reconstructions are compared with; the pixels themselves unless
+            somebody sets another one.
+
     Args:
         resumes: a checkpoint's weights will take the place of the first ones.
 
@@ -296,6 +300,7 @@ class DiscriminatorLearner(nn.Module):
         self.discriminator = PatchDiscriminator(
             width=config.width, num_layers=config.num_layers, norm=config.norm
         )
+        self.target: Callable[[Tensor, Draws], Tensor] = lambda pixels, draws: pixels
         if config.weights is not None and not resumes:
             load_discriminator(self.discriminator, Path(config.weights))
 
@@ -312,8 +317,9 @@ class DiscriminatorLearner(nn.Module):
         self.discriminator.train()
 
     def forward(self, inputs: Inputs, draws: Draws, step: int, carry: Carry) -> StepOutput:
-        """What is minimised: the hinge loss of ``inputs['pixels']`` against ``carry['reconstruction']``."""
-        real = self.discriminator(inputs["pixels"])
+        """What is minimised: the hinge loss of ``inputs['pixels']`` against ``carry['reconstruction']``, both as
+        ``target`` says."""
+        real = self.discriminator(self.target(inputs["pixels"], draws))
         fake = self.discriminator(carry["reconstruction"])
         return StepOutput(
             {"discriminator": Term(hinge_loss(real, fake), 1.0)},
