@@ -185,8 +185,8 @@ class FinalLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Tokens (B, N, D) under a condition (B, D) or (B, N, D) to patch outputs (B, N - vectors, p * p * C) and vector
-        outputs (B, D') in order."""
+        """Tokens (B, N, D) to patch outputs (B, N - vectors, p * p * C) and vector outputs (B, D') in order; the
+        condition is (B, D) or (B, N, D)."""
         shift, scale = _per_token(self.modulation(condition)).chunk(2, dim=2)
         x = modulate(self.norm(x), shift, scale)
         vectors = [head(x[:, i]) for i, head in enumerate(self.vectors.values())]

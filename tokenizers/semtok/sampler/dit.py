@@ -45,16 +45,18 @@ class DiTOutput:
         hidden: tokens (B, vectors + patches, D) after the block that was asked for, or None. After a block
             that routing leaves only some tokens they are those, (B, K, D), in the order of ``Route.kept``.
         inner: the velocity that the second head predicts, where the network has one and it was asked for.
+        state: what the blocks before a head have made of the latents, (B, vectors + patches, D), where there is one.
     """
 
     velocity: Latents
     hidden: Tensor | None
     inner: Latents | None = None
+    state: Tensor | None = None
 
 
 as_pytree(
     DiTOutput,
-    lambda output: ([output.velocity, output.hidden, output.inner], None),
+    lambda output: ([output.velocity, output.hidden, output.inner, output.state], None),
     lambda members, _: DiTOutput(*members),
 )
 
@@ -165,27 +167,13 @@ class DiT(nn.Module):
             hidden_after: also give the tokens after this many blocks (1 is after the first).
             route: what a network with token routing drops; nothing of others.
             inner: also give what the second head predicts, of a network that has one.
-            state: of ``encode``: the blocks before the head are not run, and neither ``hidden`` nor ``inner`` is given.
+            state: of another pass of a network with a head, which alone is then run; gives neither ``hidden`` nor
+                ``inner``.
         """
         with self._computing():
             if state is not None:
-                return DiTOutput(self._from_head(x, times, state), None)
+                return DiTOutput(self._from_head(x, times, state), None, state=state)
             return self._forward(x, times, labels, hidden_after, route, inner)
-
-    def encode(
-        self,
-        x: Mapping[str, Tensor],
-        times: Mapping[str, Tensor],
-        labels: Tensor,
-        route: Route = DENSE,
-    ) -> Tensor:
-        """What the blocks before the head make of its input, of a network with one: (B, vectors + patches, D)."""
-        with self._computing():
-            embedded = self._embed_times(times)
-            condition = activated(F.silu(embedded + self.label_embed(labels)), self.config)
-            tokens, grid = self._embed(x)
-            tokens, _ = self._run_blocks(tokens, condition, grid, route, set())
-            return _state(embedded, tokens)
 
     def _computing(self) -> AbstractContextManager[Any]:
         weight = self.patch_embed.weight
@@ -206,8 +194,10 @@ class DiT(nn.Module):
         condition = activated(F.silu(embedded + self.label_embed(labels)), self.config)
         wanted = {number for number in (hidden_after, self.config.inner_head) if number}
         tokens, seen = self._run_blocks(tokens, condition, grid, route, wanted)
+        state = None
         if self.head is not None:
-            velocity = self._from_head(x, times, _state(embedded, tokens))
+            state = F.silu(embedded[:, None] + tokens)
+            velocity = self._from_head(x, times, state)
         else:
             velocity = self._velocity(self.final(tokens, condition), grid, x, times)
         second = None
@@ -215,7 +205,8 @@ class DiT(nn.Module):
             assert self.inner is not None, "a network without a second head"
             outputs = self.inner(seen[self.config.inner_head], condition)
             second = self._velocity(outputs, grid, x, times)
-        return DiTOutput(velocity, seen[hidden_after] if hidden_after else None, second)
+        hidden = seen[hidden_after] if hidden_after else None
+        return DiTOutput(velocity, hidden, second, state)
 
     def _from_head(
         self, x: Mapping[str, Tensor], times: Mapping[str, Tensor], state: Tensor
@@ -315,11 +306,6 @@ def _time_embedding(config: DiTArchitecture, width: int) -> nn.Module:
     if config.time_embedding == "fourier":
         return FourierTimeEmbedding(width)
     return TimeEmbedding(width, config.time_period)
-
-
-def _state(embedded_times: Tensor, tokens: Tensor) -> Tensor:
-    """What a head is given of the encoder's tokens (B, N, D)."""
-    return F.silu(embedded_times[:, None] + tokens)
 
 
 def _with(module: nn.Module, name: str) -> nn.Module:
