@@ -1,8 +1,8 @@
 """Shapes of diffusion transformers: SiT and LightningDiT as presets of one network, and what is built upon them."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from semtok.sampler.config import Config
 
@@ -76,6 +76,12 @@ class DiTArchitecture(Config):
     """After this block a second head predicts too; ``diffusion.internal_guidance`` sets it."""
     predicts: Literal["velocity", "data"] = "velocity"
     """What the heads' outputs stand for; ``diffusion.prediction`` sets it."""
+
+    @field_validator("learned_positions", mode="before")
+    @classmethod
+    def _pair(cls, grid: Any) -> Any:
+        """YAML and JSON have lists alone, and a recipe's network is read as they give it."""
+        return tuple(grid) if isinstance(grid, list) else grid
 
     @property
     def head_blocks(self) -> "DiTArchitecture":
