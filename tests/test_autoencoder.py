@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from semtok import UserError
-from semtok.methods.vae import PRESETS, autoencoder_stride, build_autoencoder, load_autoencoder
+from semtok.methods.texture_classes import autoencoder_stride
+from semtok.methods.vae import PRESETS, build_autoencoder, load_autoencoder
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -29,11 +30,12 @@ from comparison.finished import take_finished_runs, with_whole_runs
 from comparison.jobs import Job, Stopped, only_one_in, run_jobs
 from comparison.plan import BUDGETS, Comparison, ComparisonSettings, Row
 from comparison.report import generation_table
-from comparison.results import RowScores, Spread, compared, steps_to_reach
+from comparison.results import CLASS_SHARE, RowScores, Spread, compared, steps_to_reach
 from comparison.rows import read_rows
 from comparison.time_left import TimeLeft
 from semtok import Generator, Tokenizer, UserError
 from semtok.commands.cli import run
+from semtok.evaluation.judge import trained_judge
 from semtok.recipe import load_diffusion_recipe, load_recipe, locate_recipe, write_recipe
 from semtok.storage import write_json
 from semtok.training.loop import Trainer
@@ -282,6 +284,15 @@ def test_what_can_t_be_is_said_before_anything_is_trained(tmp_path, capsys, word
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert not (tmp_path / "c").exists()
+
+
+def test_a_judge_of_classes_is_refused_where_images_have_none(tmp_path, capsys):
+    for number in range(8):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    data = ["--data", "kind=folder", f"path={tmp_path}", "size=16"]
+    words = ["--tokenizers", "demo", *data, "--judge", "trained", "--output", str(tmp_path / "c")]
+    assert run(compare.main, words) == 2
+    assert "--judge trained: learns to tell classes apart" in capsys.readouterr().err
 
 
 def test_a_comparison_that_began_with_another_budget_says_which(tmp_path):
@@ -782,6 +793,28 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(finished, in_this_pr
     again = json.loads(generator.read_text())
     assert again[0] == whole[0] and again[1] == pytest.approx(whole[1], rel=1e-5)
     assert "FD-demo at 4" in capsys.readouterr().out
+
+
+def test_a_judge_that_nothing_was_aligned_to_sees_all_that_rows_are_scored_by(
+    tmp_path, in_this_process, monkeypatch, capsys
+):
+    monkeypatch.setattr(scores, "trained_judge", partial(trained_judge, steps=2))
+    monkeypatch.setattr(scores, "cache_folder", lambda name: tmp_path / name)
+    in_this_process.clear()
+    words = ["--tokenizers", "demo", "--seeds", "1", "--judge", "trained"]
+    assert run(compare.main, [*words, "--output", str(tmp_path / "c")]) == 0
+    [row] = json.loads((tmp_path / "c/results.json").read_text())["rows"]
+    assert {"FD-trained", "KD-trained", CLASS_SHARE} <= set(row["generation"])
+    assert not any("demo" in name for name in row["generation"])
+    judged = json.loads(
+        (tmp_path / "c/scores").glob("tokenizer_demo-*.json").__next__().read_text()
+    )
+    assert "FD-trained" in judged and "FD-demo" not in judged
+    assert "in the features of a judge that was trained" in (tmp_path / "c/report.html").read_text()
+    assert len(list((tmp_path / "judges").iterdir())) == 1
+    capsys.readouterr()
+    assert run(compare.main, [*words[:-2], "--output", str(tmp_path / "c")]) == 2
+    assert "begun with judge=trained, now teacher" in capsys.readouterr().err
 
 
 def test_trainings_that_were_interrupted_keep_every_checkpoint_to_be_scored(

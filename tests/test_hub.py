@@ -222,5 +222,5 @@ def test_a_vae_on_the_hub_is_found_under_any_of_diffusers_names(server, tmp_path
 def test_another_autoencoder_on_the_hub_is_named(server):
     files = {"vae/config.json": b'{"_class_name": "AutoencoderTiny"}'}
     server.repositories["org/other"] = {"private": False, "commits": [("0" * 40, files)]}
-    with pytest.raises(UserError, match="org/other: is of diffusers' AutoencoderTiny; only"):
+    with pytest.raises(UserError, match="org/other: is of diffusers' AutoencoderTiny, and only"):
         load_autoencoder("org/other")

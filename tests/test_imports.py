@@ -357,7 +357,7 @@ def test_paths_that_are_none(tmp_path, capsys):
     output = ["--output", tmp_path / "out"]
     assert "none.pt: no such file" in refused(capsys, "auto", tmp_path / "none.pt", *output)
     message = refused(capsys, "auto", tmp_path, *output)
-    assert "a folder without a diffusers AutoencoderKL" in message
+    assert "a folder without a diffusers autoencoder" in message
 
 
 # What a file says of itself, and what is not taken for granted -------------------------------------

@@ -45,6 +45,7 @@ from semtok.sampler.latents import Latents
 from semtok.sampler.sampling import SamplerConfig
 from semtok.sampler.transport import TimeConfig
 from semtok.storage import read_json
+from textures import texture
 
 SIT = DiTArchitecture(depth=2, width=32, heads=2, patch_size=2)
 LIGHTNING = DiTArchitecture(depth=2, width=32, heads=2, rms_norm=True, swiglu=True, rope=True)
@@ -84,6 +85,12 @@ def plain() -> Generator:
         {"method": "euler", "steps": 4},
         guidance={"scale": 1.5, "interval": (0.2, 0.8)},
     )
+
+
+def frozen() -> Generator:
+    """On the latents of another class of autoencoder, that has no posterior."""
+    tokenizer = KLTokenizer(texture("dc"), method="vae", statistics=(torch.zeros(4), torch.ones(4)))
+    return generator(tokenizer.eval(), SIT, {"method": "euler", "steps": 4})
 
 
 def reglue() -> Generator:
@@ -148,7 +155,7 @@ def routed() -> Generator:
 
 
 MODELS: dict[str, Callable[[], Generator]] = {
-    f.__name__: f for f in (plain, reglue, sfd, published, adaptive, routed, unconditional)
+    f.__name__: f for f in (plain, frozen, reglue, sfd, published, adaptive, routed, unconditional)
 }
 
 
@@ -161,6 +168,9 @@ class Exports:
         for name, model in self.models.items():
             export_pipeline(model, root / name)
         self.results: dict[str, Any] = {}
+        self.images_to_start_from = torch.rand(
+            2, 3, 16, 24, generator=torch.Generator().manual_seed(0)
+        )
 
     def images(self, call: str) -> Tensor:
         """Pixels in [-1, 1] of a call."""
@@ -191,6 +201,8 @@ def calls(exports: Exports) -> dict[str, dict[str, Any]]:
         asked[name] = {"folder": folders[model], "arguments": {"seed": 0} | arguments}
 
     ask("one", "sfd", class_labels="blue square", seed=5, first=3)
+    image = exports.images_to_start_from
+    ask("from images", "frozen", class_labels=[1, 1], image=image, strength=0.5)
     ask("each twice", "plain", class_labels=[2, 0], num_images_per_class=2, seed=5)
     ask("guided otherwise", "reglue", class_labels=[1], guidance_scale=3.0, num_inference_steps=2)
     ask("guided by part", "reglue", class_labels=[1], guidance_scale={"semantic": 2.0})
@@ -275,6 +287,13 @@ def test_a_pipeline_draws_its_generators_images(exports, name):
     wanted = model.sample(labels, seed=5)
     assert wanted.shape == (len(labels), 3, 16, 24) and wanted.std() > 0.05
     assert same(exports.images(name), wanted)
+
+
+def test_a_pipeline_starts_from_images_that_an_encoder_without_posterior_has_coded(exports):
+    model = exports.models["frozen"]
+    wanted = model.sample([1, 1], seed=0, image=exports.images_to_start_from, strength=0.5)
+    assert same(exports.images("from images"), wanted)
+    assert not same(wanted, model.sample([1, 1], seed=0))
 
 
 def test_an_image_belongs_to_its_seed_and_place(exports):
@@ -479,7 +498,7 @@ def test_a_texture_of_another_kind_is_refused_before_anything_is_written(tmp_pat
     model.tokenizer = copy.deepcopy(model.tokenizer)
     model.tokenizer.__class__, model.tokenizer.method = Darker, "darker"
     with pytest.raises(
-        ValueError, match="method 'darker': its texture is not decoded by a diffusers"
+        ValueError, match="method 'darker': its texture is not decoded by an autoencoder"
     ):
         export_pipeline(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from semtok.references import is_hub_id
 from semtok.settings import read_yaml
+from semtok.storage import read_json
 
 README = "README.md"
 PLACEHOLDER = "ORG/NAME"
@@ -40,7 +41,7 @@ def model_card(
     *,
     pictures: Sequence[str] = (),
     papers: Sequence[str] = (),
-    vae: str | None = None,
+    vae: tuple[str, str] | None = None,
     packages: Sequence[str] | None = None,
     parameters: Mapping[str, int] | None = None,
 ) -> str:
@@ -50,7 +51,7 @@ def model_card(
         config: an export's ``config.json``; of a pipeline, what its generator's would hold.
         pictures: files in the export, by relative path.
         papers: to cite, one line each.
-        vae: the folder in it that diffusers can load.
+        vae: the folder in it that diffusers can load, and the class there.
         packages: what the code of a pipeline for diffusers imports, as pip takes it; None: it is no pipeline.
         parameters: of each network, by name.
     """
@@ -112,7 +113,7 @@ def write_readme(
         config,
         pictures=list(shown),
         papers=papers,
-        vae=vae,
+        vae=vae and (vae, read_json(folder / vae / "config.json")["_class_name"]),
         packages=packages,
         parameters=count_parameters(folder),
     )

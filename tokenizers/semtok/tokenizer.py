@@ -366,7 +366,8 @@ class Tokenizer(PushToHub, nn.Module, ABC):
 
         Args:
             reference: an exported folder, a run folder or the name of a finished run, or a Hub id.
-                A diffusers AutoencoderKL is one too; its config's scaling is its statistics.
+                A diffusers autoencoder (AutoencoderKL, AutoencoderDC, AutoencoderTiny, …) is one too; its config's
+                scaling is its statistics.
             revision: branch, tag or commit on the Hub.
             local_files_only: never ask the Hub, use its local cache.
             plugin: your file that registers the method; it is run. No code of the reference is.
@@ -379,7 +380,7 @@ class Tokenizer(PushToHub, nn.Module, ABC):
             str(reference), "tokenizer", revision=revision, local_files_only=local_files_only
         )
         config = read_json(folder / _CONFIG_FILE)
-        if isinstance(config, dict) and config.get("_class_name") == "AutoencoderKL":
+        if isinstance(config, dict) and "_class_name" in config:
             return get_method("vae", place=str(folder)).tokenizer.from_diffusers(folder).eval()
         _check_config(config, folder)
         method = method_of_export(config, place=str(folder))
@@ -427,10 +428,6 @@ def check_format_version(config: Mapping[str, Any], place: Path) -> None:
 def _check_config(config: Any, folder: Path) -> None:
     """Raises UserError where an export's config.json can't be read by this version."""
     place = folder / _CONFIG_FILE
-    if isinstance(config, dict) and "_class_name" in config:
-        raise UserError(
-            f"{folder}: is of diffusers' {config['_class_name']}; only AutoencoderKL can be loaded"
-        )
     if not isinstance(config, dict) or config.get("library") != "semtok":
         raise UserError(f"{place}: not a semtok tokenizer")
     if config.get("kind", "tokenizer") != "tokenizer":

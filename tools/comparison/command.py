@@ -38,6 +38,7 @@ from comparison.time_left import TimeLeft
 from semtok.commands.cli import Parser
 from semtok.commands.table import print_table
 from semtok.errors import UserError
+from semtok.evaluation.judge import TRAINED
 from semtok.progress import duration
 from semtok.references import RUNS, find_recipe
 from semtok.settings import parse
@@ -125,6 +126,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--teacher", nargs="+", default=[], metavar="key=value", help="another teacher: name=…"
     )
     parser.add_argument(
+        "--judge",
+        choices=("teacher", TRAINED),
+        help="who sees images for distances and classes: the teacher (the default), or trained, a small network that "
+        "learns the classes from the real images alone, so that no row was aligned to it",
+    )
+    parser.add_argument(
         "--set",
         nargs="+",
         default=[],
@@ -180,6 +187,7 @@ def _asked(args: argparse.Namespace) -> Comparison:
         "recipe": args.recipe,
         "data": args.data,
         "teacher": args.teacher,
+        "judge": args.judge,
         "settings": [*kept, *args.set],
         "steps": args.steps,
         "num_checkpoints": args.num_checkpoints,
@@ -387,13 +395,19 @@ def _about(comparison: Comparison, at_once: int) -> list[str]:
     settings = comparison.settings
     data = " ".join(settings.data) or "the embedded shapes at 32x32"
     teacher = " ".join(settings.teacher) or "the embedded teacher"
+    seen, partial = (
+        "of the teacher",
+        "A teacher that tokenizers or transformers were aligned to is no impartial judge.",
+    )
+    if settings.judge == TRAINED:
+        seen = "of a judge that was trained on the real images alone, which also reads the classes"
+        partial = "No tokenizer and no transformer was aligned to it."
     return [
         f"Data: {data}. Teacher: {teacher}. Tokenizers are trained for {settings.recipe_share:.0%} of their recipes' "
         f"steps, and those with several parts are built on the '{TEXTURE}' of the same seed; one that was trained "
         f"before is the same for every seed. On each the transformer of the recipe {settings.recipe} is trained for "
         f"{settings.steps} steps at a constant rate and sampled without guidance.",
         f"Generated images: {settings.num_images}, the classes in turn, by averaged weights, compared with "
-        f"{settings.num_reference} training images in the features of the teacher. A teacher that tokenizers or "
-        "transformers were aligned to is no impartial judge of them.",
+        f"{settings.num_reference} training images in the features {seen}. {partial}",
         f"Seconds are of {at_once} processes at a time on this machine; they depend on both.",
     ]

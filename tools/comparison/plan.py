@@ -14,6 +14,7 @@ from semtok.data.images.kinds import open_sources
 from semtok.data.source import DataConfig
 from semtok.errors import UserError
 from semtok.evaluation.inception import check_torch_fidelity
+from semtok.evaluation.judge import TRAINED
 from semtok.recipe import load_diffusion_recipe, load_recipe, locate_recipe, write_recipe
 from semtok.references import DEMO, find_recipe, locate_export
 from semtok.settings import Config, apply_overrides, parse, read_yaml
@@ -53,6 +54,9 @@ class ComparisonSettings(Config):
     """Data settings, as ``kind=folder``; none: each recipe's own, the embedded shapes."""
     teacher: tuple[str, ...] = ()
     """Teacher settings, as ``name=…``; none: each recipe's own, the embedded teacher."""
+    judge: Literal["teacher", "trained"] = "teacher"
+    """Who sees images, for Fréchet distances and shares of classes: that teacher, or a network that was trained on the
+    real images alone."""
     recipe_share: float = Field(gt=0, le=1)
     """Tokenizers are trained for this share of their recipes' steps."""
     steps: int = Field(ge=1)
@@ -220,7 +224,7 @@ class Comparison:
         return load_diffusion_recipe(self.recipe, words, tokenizer=TEXTURE).data
 
     def teacher(self) -> Teacher:
-        """The teacher that scores see by: its last layer."""
+        """The teacher that predictors, and scores where it is the judge, see by: its last layer."""
         content = apply_overrides({}, list(self.settings.teacher))
         return Teacher(parse(TeacherConfig, content, "--teacher"))
 
@@ -241,6 +245,10 @@ class Comparison:
         for row in self.rows:
             _check_words(f"--variant {row.name}", row.settings, _SHARED)
         train, _ = open_sources(self.data())
+        if self.settings.judge == TRAINED and train.num_classes < 2:
+            raise UserError(
+                "--judge trained: learns to tell classes apart, and the images have one class; leave it out"
+            )
         self.teacher()
         for reference in self.tokenizers:
             recipe = find_recipe(reference)

@@ -11,7 +11,7 @@ from semtok.evaluation.predictors import PREDICTORS
 from semtok.storage import read_json
 
 CLASS_SHARE = "shown class"
-"""Share of generated images that a classifier of the teacher's features reads as their class."""
+"""Share of generated images that the judge reads as their class."""
 TOKENIZER_COLUMNS = {
     "psnr": "PSNR, dB",
     "ssim": "SSIM",

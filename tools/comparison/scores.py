@@ -21,7 +21,7 @@ from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
-from semtok.evaluation.classes import ClassReader, accuracy, class_reader
+from semtok.evaluation.classes import MEASURES, ClassReader, Judge, accuracy, class_reader
 from semtok.evaluation.generation import (
     SetFeatures,
     generation_scores,
@@ -35,12 +35,13 @@ from semtok.evaluation.image_sets import (
     images_of_source,
     labels_for,
 )
+from semtok.evaluation.judge import TRAINED, trained_judge
 from semtok.evaluation.predictors import PROBE, evaluate_latents
 from semtok.evaluation.probe import probed
 from semtok.evaluation.reconstruction import evaluate_reconstruction
 from semtok.images import to_pixels, to_uint8
 from semtok.pictures import write_png
-from semtok.storage import read_json, read_tensors, write_json
+from semtok.storage import cache_folder, read_json, read_tensors, write_json
 from semtok.tokenizer import Tokenizer
 from semtok.training.checkpoint import MODEL_FILE, checkpoint_path, list_checkpoints
 
@@ -75,8 +76,7 @@ def score_tokenizer(comparison: Comparison, reference: str, seed: int) -> None:
     train, held_out = open_sources(comparison.data())
     tokenizer = Tokenizer.from_pretrained(comparison.tokenizer_reference(reference, seed))
     tokenizer.to(device())
-    teacher = comparison.teacher().to(device())
-    network = teacher_network(teacher)
+    network = _judge(comparison, train).network
     report = evaluate_reconstruction(
         tokenizer,
         held_out,
@@ -84,6 +84,7 @@ def score_tokenizer(comparison: Comparison, reference: str, seed: int) -> None:
         extractors={f"FD-{network.name}": lambda images: network.see(images)["pooled"]},
     )
     scores: dict[str, float] = dict(report.scores)
+    teacher = comparison.teacher().to(device())
     scores |= evaluate_latents(tokenizer, held_out, settings.num_held_out, teacher)
     mean = probed(tokenizer, train, held_out, settings.num_train, settings.num_held_out)
     if mean is not None:
@@ -112,12 +113,15 @@ def score_generator(comparison: Comparison, row: Row, seed: int) -> None:
     run_folder = comparison.generator_folder(row, seed)
     generator = Generator.from_pretrained(run_folder).to(device())
     train, _ = open_sources(comparison.data())
-    network = teacher_network(comparison.teacher().to(device()))
+    judge = _judge(comparison, train)
+    network = judge.network
     real = images_of_source(train, comparison.settings.num_reference)
     reference = see_reference(real, network, comparison.folder / "references")
     num_classes = generator.network.num_classes
     labels = labels_for(comparison.settings.num_images, max(1, num_classes), balanced=True, seed=0)
-    reader = _class_reader(train, real, reference) if num_classes > 1 else None
+    reader = None
+    if num_classes > 1:
+        reader = judge.read or _class_reader(train, real, reference)
     seconds = training_seconds(run_folder)
     for step in comparison.steps[len(scores) :]:
         generator.network.load_state_dict(averaged_weights(run_folder, step))
@@ -133,6 +137,14 @@ def score_generator(comparison: Comparison, row: Row, seed: int) -> None:
     _write_pictures(file.with_suffix(".png"), generator.sample(shown, seed=seed))
     for checkpoint in list_checkpoints(run_folder / "checkpoints")[:-1]:
         shutil.rmtree(checkpoint)  # scored, and large; the run can go on from the last
+
+
+def _judge(comparison: Comparison, train: ImageSource) -> Judge:
+    """Who sees the images. A teacher's reader of classes is fitted later, on the features of the reference."""
+    if comparison.settings.judge == TRAINED:
+        cache = cache_folder("judges")
+        return trained_judge(train, num_images=len(train), cache=cache, device=device())
+    return Judge(teacher_network(comparison.teacher().to(device())), None, MEASURES)
 
 
 def shown_labels(num_classes: int) -> list[int]:

@@ -168,6 +168,7 @@ def _read(network: JudgeNetwork, file: Path) -> bool:
     return True
 
 
+@torch.enable_grad()  # also where its caller scores without gradients
 def _train(
     network: JudgeNetwork, train: ImageSource, num_images: int, *, seed: int, steps: int
 ) -> None:

@@ -45,7 +45,7 @@ def export_pipeline(
         pictures: for the card, files by the names that they get.
 
     Raises:
-        UserError: the texture is not coded by an AutoencoderKL, or the folder holds something else.
+        UserError: the texture is not coded by an autoencoder of diffusers, or the folder holds something else.
     """
     folder = Path(folder)
     vae = _autoencoder(generator.tokenizer)
@@ -67,7 +67,7 @@ def export_pipeline(
             "_library": "semtok",
             "_library_version": library_version(),
             **modules,
-            "vae": ["diffusers", "AutoencoderKL"],
+            "vae": ["diffusers", type(vae.autoencoder).__name__],
             # diffusers takes a list for a component; a mapping is a setting.
             "id2label": {str(i): name for i, name in enumerate(generator.class_names)},
             "height": generator.image_size[0],
@@ -114,7 +114,7 @@ def _autoencoder(tokenizer: Tokenizer) -> KLTokenizer:
     inner = tokenizer.texture if _decodes_as(tokenizer, CompositeTokenizer) else tokenizer
     if not _decodes_as(inner, KLTokenizer):
         raise UserError(
-            f"method '{inner.method}': its texture is not decoded by a diffusers AutoencoderKL alone, so that "
+            f"method '{inner.method}': its texture is not decoded by an autoencoder of diffusers alone, so that "
             "no pipeline can do without its code; share the generator itself by hub push"
         )
     return inner

@@ -20,6 +20,7 @@ from semtok.hub.import_dit import (
     learns_sigma,
 )
 from semtok.hub.sr_dit import is_sr_dit
+from semtok.methods.texture_classes import TEXTURE_CLASSES
 from semtok.storage import first_line, read_json
 
 Format = Literal[
@@ -214,12 +215,12 @@ def _of_folder(path: Path) -> tuple[Format, ...]:
         file = folder / "config.json"
         if file.is_file():
             name = read_json(file).get("_class_name")
-            if name == "AutoencoderKL":
+            if name in TEXTURE_CLASSES:
                 return ("diffusers-vae",)
             found.append(f"{file} is of {name or 'no diffusers class'}")
     if found:
-        raise UserError(f"{'; '.join(found)}; only AutoencoderKL can be imported")
-    raise UserError(f"{path}: a folder without a diffusers AutoencoderKL; give a file")
+        raise UserError(f"{'; '.join(found)}; can be imported: {', '.join(TEXTURE_CLASSES)}")
+    raise UserError(f"{path}: a folder without a diffusers autoencoder; give a file")
 
 
 def _dits(state: Mapping[str, Tensor], settings: FileSettings) -> tuple[Format, ...]:

@@ -1,17 +1,18 @@
-"""AutoencoderKL, diffusers' image autoencoder: built from a few numbers, or loaded from where people keep weights."""
+"""Image autoencoders of diffusers: AutoencoderKL built from a few numbers, and those that people have, loaded."""
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL
 from diffusers.utils import logging
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from semtok.errors import UserError
+from semtok.methods.texture_classes import TRAINED_CLASS, check_sizes, texture_class
 from semtok.references import DEMO, RUNS, check_hub, demo_folder, from_a_file
 from semtok.settings import Config
 from semtok.storage import DAMAGE, first_line, read_json, read_weights
@@ -87,7 +88,7 @@ def build_autoencoder(architecture: Architecture) -> AutoencoderKL:
 
 
 def load_autoencoder(reference: str) -> AutoencoderKL:
-    """Loads a VAE's weights from a folder that diffusers can read, or from a Hub id.
+    """Loads the weights of a VAE that is trained on, from a folder that diffusers can read or from a Hub id.
 
     A folder may be a diffusers VAE, a diffusers pipeline (its ``vae`` is taken), a tokenizer that this library
     exported, or one of its run folders, also by the run's name; ``demo`` is the embedded VAE. Weights may be a variant
@@ -99,11 +100,39 @@ def load_autoencoder(reference: str) -> AutoencoderKL:
             or not finite.
     """
     folder = autoencoder_folder(reference)
+    if folder is None:
+        return _checked(lambda: _from_hub(reference), reference, None)
+    return _from_folder(AutoencoderKL, reference, folder)
+
+
+def load_texture(place: Path) -> nn.Module:
+    """Loads an autoencoder of any of ``TEXTURE_CLASSES`` from a folder, as ``load_autoencoder`` finds it there.
+
+    Raises:
+        UserError: nothing there that can be loaded, of other than three channels, weights that are damaged or not
+            finite, or sizes that don't go together.
+    """
+    folder = _folder_with_weights(place)
+    kind = check_autoencoder(read_json(folder / "config.json"), str(folder))
+    autoencoder = _from_folder(kind, str(place), folder)
+    if kind is not AutoencoderKL:  # whose sizes follow from its class
+        check_sizes(autoencoder.eval(), str(folder))
+    return autoencoder
+
+
+def _from_folder(kind: type[nn.Module], reference: str, folder: Path) -> Any:
+    which = _which_weights(folder)
+    return _checked(lambda: _loaded(kind, str(folder), **which), reference, folder)
+
+
+def _checked(load: Callable[[], tuple[Any, dict]], reference: str, folder: Path | None) -> Any:
+    """What is loaded, if its weights are whole, finite and those of its config.
+
+    Raises:
+        UserError: they are not.
+    """
     try:
-        if folder is None:
-            autoencoder, report = _from_hub(reference)
-        else:
-            autoencoder, report = _loaded(str(folder), **_which_weights(folder))
+        autoencoder, report = load()
     except DAMAGE as error:
         _check_weights_files(folder)
         unfit = re.search(r"because (\S+) expected shape", first_line(error))
@@ -140,7 +169,7 @@ def _check_weights_files(folder: Path | None) -> None:
             )
 
 
-def _check_finite(autoencoder: AutoencoderKL, place: str) -> None:
+def _check_finite(autoencoder: nn.Module, place: str) -> None:
     """Raises UserError where weights are NaN or infinite."""
     for name, tensor in autoencoder.state_dict().items():
         if not tensor.isfinite().all():
@@ -149,9 +178,9 @@ def _check_finite(autoencoder: AutoencoderKL, place: str) -> None:
             )
 
 
-def _loaded(place: str, **files: Any) -> tuple[AutoencoderKL, dict[str, list[str]]]:
+def _loaded(kind: type[Any], place: str, **files: Any) -> tuple[Any, dict[str, list[str]]]:
     with quiet_diffusers():
-        return AutoencoderKL.from_pretrained(place, output_loading_info=True, **files)
+        return kind.from_pretrained(place, output_loading_info=True, **files)
 
 
 @contextlib.contextmanager
@@ -190,10 +219,12 @@ def _from_hub(reference: str) -> tuple[AutoencoderKL, dict[str, list[str]]]:
             except OSError as error:
                 first = first if is_local else first or error
                 continue
-            check_autoencoder(config, reference)
+            _check_trained(config, reference)
             for files in ({}, {"variant": "fp16"}, {"use_safetensors": False}):
                 try:
-                    return _loaded(reference, **options, **{"use_safetensors": True} | files)
+                    return _loaded(
+                        AutoencoderKL, reference, **options, **{"use_safetensors": True} | files
+                    )
                 except OSError as error:
                     first = first if is_local else first or error
     assert first is not None
@@ -214,13 +245,8 @@ def autoencoder_folder(reference: str) -> Path | None:
     if folder.is_file():
         raise UserError(f"{folder}: {from_a_file(folder)}")
     if folder.is_dir():
-        candidates = [folder, folder / "vae", folder / "export" / "vae"]
-        found = next((c for c in candidates if any(c.glob(f"{_WEIGHTS}*"))), None)
-        if found is None:
-            raise UserError(
-                f"{folder}: holds no diffusers VAE (config.json with {_WEIGHTS}.safetensors)"
-            )
-        check_autoencoder(read_json(found / "config.json"), str(found))
+        found = _folder_with_weights(folder)
+        _check_trained(read_json(found / "config.json"), str(found))
         return found
     if reference.count("/") != 1 or reference.startswith((".", "/")):
         raise UserError(
@@ -230,15 +256,45 @@ def autoencoder_folder(reference: str) -> Path | None:
     return None
 
 
-def check_autoencoder(config: Mapping[str, Any], place: str) -> None:
-    """Raises UserError where a diffusers config is of another class than AutoencoderKL, or of images that have other
-    than three channels; ``place`` starts the message."""
+def _folder_with_weights(folder: Path) -> Path:
+    """The folder of diffusers that a folder is or holds.
+
+    Raises:
+        UserError: there is none.
+    """
+    candidates = [folder, folder / "vae", folder / "export" / "vae"]
+    found = next((c for c in candidates if any(c.glob(f"{_WEIGHTS}*"))), None)
+    if found is None:
+        raise UserError(
+            f"{folder}: holds no diffusers VAE (config.json with {_WEIGHTS}.safetensors)"
+        )
+    return found
+
+
+def _check_trained(config: Any, place: str) -> None:
+    """Raises UserError where a diffusers config is of no autoencoder that can be trained."""
+    kind = check_autoencoder(config, place)
+    if kind is not AutoencoderKL:
+        raise UserError(
+            f"{place}: is of diffusers' {kind.__name__}, and only {TRAINED_CLASS} can be trained; as it is, "
+            "method.texture and --tokenizer take it"
+        )
+
+
+def check_autoencoder(config: Any, place: str) -> type[nn.Module]:
+    """The class of a diffusers config, if it can be a texture.
+
+    Args:
+        place: starts messages.
+
+    Raises:
+        UserError: it is of another class, or of images of other than three channels.
+    """
     if not isinstance(config, dict):
         raise UserError(f"{place}: its config.json holds no settings by name, so it is of no VAE")
-    name = config.get("_class_name", "AutoencoderKL")
-    if name != "AutoencoderKL":
-        raise UserError(f"{place}: is of diffusers' {name}; only AutoencoderKL can be loaded")
+    kind = texture_class(config, place)
     check_channels(config.get("in_channels", 3), config.get("out_channels", 3), place)
+    return kind
 
 
 def check_channels(taken: int, given: int, place: str) -> None:
@@ -264,8 +320,3 @@ def _which_weights(folder: Path) -> dict[str, Any]:
             if named and not re.search(r"-\d+-of-\d+$", named["variant"]):
                 return use | {"variant": named["variant"]}
     return {"use_safetensors": True}
-
-
-def autoencoder_stride(autoencoder: AutoencoderKL) -> int:
-    """Image pixels per latent cell along each side."""
-    return 2 ** (len(autoencoder.config.block_out_channels) - 1)

@@ -44,9 +44,9 @@ class CompositeConfig(MethodConfig):
     """Settings that all composites share."""
 
     texture: str = "demo"
-    """Whose texture part: a folder, a run's name, a Hub id, a diffusers VAE, an embedded recipe's name
-    (then it is trained first, on the same images), or ``demo``, the embedded VAE, which was made for the embedded
-    images."""
+    """Whose texture part: a folder, a run's name, a Hub id, an autoencoder of diffusers (AutoencoderKL, AutoencoderDC,
+    AutoencoderTiny, …), an embedded recipe's name (then it is trained first, on the same images), or ``demo``, the
+    embedded VAE, which was made for the embedded images."""
     min_texture_psnr: float | None = Field(18.0, ge=0)
     """In dB: a texture that shows up to 64 of the training images worse than that is refused before training, as
     nothing generated in its latents can look better. 0 measures and refuses nothing, null does not measure. The

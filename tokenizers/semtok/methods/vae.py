@@ -7,7 +7,6 @@ losses are means over pixels, so that weights keep their meaning across image si
 weight can ramp and is capped.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,12 +23,13 @@ from semtok.methods.autoencoder import (
     PRESETS,
     Architecture,
     autoencoder_folder,
-    autoencoder_stride,
     build_autoencoder,
     load_autoencoder,
+    load_texture,
 )
 from semtok.methods.decoder_noise import DecoderNoiseConfig, noise_for_decoder
 from semtok.methods.equivariance import EquivarianceConfig, Views
+from semtok.methods.texture_classes import autoencoder_stride, encode_texture, stated_statistics
 from semtok.metrics import psnr, ssim
 from semtok.objective import (
     Batch,
@@ -151,7 +151,8 @@ class VAEConfig(MethodConfig):
 
 
 class KLTokenizer(Tokenizer):
-    """A tokenizer whose only part is the texture, coded by a diffusers AutoencoderKL.
+    """A tokenizer whose only part is the texture, coded by a diffusers autoencoder: the AutoencoderKL that a method has
+    trained, or one of ``TEXTURE_CLASSES`` as it was published.
 
     Args:
         statistics: mean and standard deviation per channel (C,), which stay; None: they are measured.
@@ -159,7 +160,7 @@ class KLTokenizer(Tokenizer):
 
     def __init__(
         self,
-        autoencoder: AutoencoderKL,
+        autoencoder: nn.Module,
         *,
         method: str,
         statistics: tuple[Tensor, Tensor] | None = None,
@@ -191,8 +192,8 @@ class KLTokenizer(Tokenizer):
         )
 
     def posterior_raw(self, pixels: Tensor, features: TeacherFeatures | None = None) -> Posterior:
-        gaussian = self.autoencoder.encode(pixels).latent_dist
-        return Posterior(Latents({"texture": gaussian.mean}), Latents({"texture": gaussian.std}))
+        mean, std = encode_texture(self.autoencoder, pixels)
+        return Posterior(Latents({"texture": mean}), Latents({"texture": std}))
 
     def decode_raw(self, raw: Latents) -> Tensor:
         return self.autoencoder.decode(raw.texture).sample
@@ -217,68 +218,26 @@ class KLTokenizer(Tokenizer):
     def load_networks(cls, folder: Path, config: Mapping[str, Any]) -> "KLTokenizer":
         if not (folder / "vae").is_dir():
             raise UserError(f"{folder}: its folder vae/ is missing; export again")
-        autoencoder = load_autoencoder(str(folder / "vae"))
-        return cls(autoencoder, method=config["method"])
+        return cls(load_texture(folder / "vae"), method=config["method"])
 
     @classmethod
     def from_diffusers(cls, folder: Path) -> "KLTokenizer":
-        """A tokenizer from a diffusers VAE, standardised as its config says: by ``latents_mean`` and
-        ``latents_std``, or by ``shift_factor`` and ``scaling_factor``.
+        """A tokenizer from a diffusers autoencoder of one of ``TEXTURE_CLASSES``, standardised as it says itself: see
+        ``stated_statistics``.
 
         Raises:
-            UserError: see ``load_autoencoder`` and ``stated_statistics``.
+            UserError: see ``load_texture`` and ``stated_statistics``.
         """
-        autoencoder = load_autoencoder(str(folder))
+        autoencoder = load_texture(folder)
         tokenizer = cls(autoencoder, method="vae")
         tokenizer._take(*stated_statistics(autoencoder, str(folder / "config.json")))
         return tokenizer
 
 
-def stated_statistics(autoencoder: AutoencoderKL, place: str) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of latents per channel, two of (C,), as the config of a diffusers VAE has them.
-
-    Args:
-        place: starts messages.
-
-    Raises:
-        UserError: the config states what no latents have.
-    """
-    config = autoencoder.config
-    channels = config.latent_channels
-    mean, std = (_stated(config, key, channels, place) for key in ("latents_mean", "latents_std"))
-    if (mean is None) != (std is None):
-        there, missing = ("latents_std", "latents_mean")[:: 1 if mean is None else -1]
-        raise UserError(
-            f"{place}: states {there} and no {missing}; give both, or neither (scaling_factor stands for them then)"
-        )
-    if mean is None:
-        mean, std = _stated(config, "shift_factor", 1, place) or 0.0, 1.0
-    scale = _stated(config, "scaling_factor", 1, place)
-    if scale is None:
-        raise UserError(f"{place}: scaling_factor is null; give a number, as 0.18215, or 1")
-    mean, std = torch.as_tensor(mean), torch.as_tensor(std) / scale
-    return mean.expand(channels), std.expand(channels)
-
-
-def _stated(config: Mapping[str, Any], key: str, channels: int, place: str) -> Any:
-    """What a config of diffusers states under a key: a number, of several channels also a list of them; or None."""
-    value = config.get(key)
-    numbers = list(value) if isinstance(value, list | tuple) and channels > 1 else [value]
-    if value is None:
-        return None
-    if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
-        raise UserError(f"{place}: {key} {value!r} is not finite numbers; mend it there")
-    if len(numbers) not in (1, channels):
-        raise UserError(f"{place}: {key} has {len(numbers)} numbers for {channels} channels")
-    if key in ("latents_std", "scaling_factor") and min(numbers) <= 0:
-        raise UserError(f"{place}: {key} {value!r}: expected more than 0; mend it there")
-    return value
-
-
 _BEFORE_LATENTS = ("encoder.", "quant_conv.")
 
 
-def _encoder_weights(autoencoder: AutoencoderKL) -> dict[str, Tensor]:
+def _encoder_weights(autoencoder: nn.Module) -> dict[str, Tensor]:
     """All that latents depend on."""
     return {n: v for n, v in autoencoder.state_dict().items() if n.startswith(_BEFORE_LATENTS)}
 

@@ -10,7 +10,6 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from diffusers import (
-    AutoencoderKL,
     DiffusionPipeline,
     ImagePipelineOutput,
     ModelMixin,
@@ -29,7 +28,8 @@ class SemtokPipeline(DiffusionPipeline):
     Args:
         transformer: a ``SemtokTransformer``.
         scheduler: a ``SemtokScheduler``.
-        vae: decodes the texture part. Its ``latents_mean`` and ``latents_std`` restore the scale.
+        vae: an autoencoder of diffusers, which decodes the texture part. Its ``latents_mean`` and ``latents_std``
+            restore the scale.
         id2label: the classes' names by their numbers (as text); empty: an unconditional model.
         height, width: of the images, in pixels.
         can_be_guided: for each base of guidance whether training has prepared for it; None: for a null label alone.
@@ -41,7 +41,7 @@ class SemtokPipeline(DiffusionPipeline):
         self,
         transformer: ModelMixin,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL,
+        vae: ModelMixin,
         id2label: Optional[dict[str, str]] = None,  # noqa: UP045 diffusers reads no | before 0.37
         height: int = 256,
         width: int = 256,
@@ -166,7 +166,9 @@ class SemtokPipeline(DiffusionPipeline):
             )
         pixels = self._pixels(image, value_range).to(self._execution_device, self.vae.dtype)
         mean, std = self._statistics(pixels.device)
-        return (self.vae.encode(pixels).latent_dist.mean.float() - mean) / std
+        coded = self.vae.encode(pixels)[0]
+        raw = coded if isinstance(coded, Tensor) else coded.mean  # of a posterior
+        return (raw.float() - mean) / std
 
     def _pixels(self, image: Any, value_range: tuple[float, float]) -> Tensor:
         """PIL images, uint8, or floats in a range, to pixels (B, 3, H, W) in [-1, 1]. Transparency is over white, and
