@@ -225,7 +225,7 @@ def teacher_protocol(teacher: Teacher) -> Network:
     return Network(
         with_version("timm"),
         model,
-        f"shorter side {teacher.input_size}, bicubic",
+        f"shorter side {teacher.input_size}, {config.resize}{'' if config.normalise else ', not normalised'}",
         weights_digest(teacher.network),
     )
 

@@ -266,8 +266,9 @@ class AutoencoderLearner(nn.Module):
     """Trains encoder and decoder, or the decoder alone.
 
     A method that adds a loss to the VAE's subclasses this with a ``forward`` of its own, made of the same three calls
-    and its own terms between them: see ``send_vae``. Where ``method.equivariance`` transforms latents, that is between
-    the z that ``autoencode`` gives and the decoder, so that a method's own terms see them as the encoder gave them.
+    and its own terms between them: see ``send_vae`` and ``va_vae``. Where ``method.equivariance`` transforms latents,
+    that is between the z that ``autoencode`` gives and the decoder, so that a method's own terms see them as the encoder
+    gave them.
     """
 
     def __init__(
@@ -371,13 +372,16 @@ class AutoencoderLearner(nn.Module):
         config = self.config.adversarial
         if config is None or step < config.start_step:
             return {}
-        compared = [terms[n] for n in (self.config.reconstruction, "perceptual") if n in terms]
-        wanted = sum(term.weight * term.value.mean() for term in compared)
+        wanted, discriminator = self.images_compared(terms), self._discriminator.module
         last_layer = self.autoencoder.decoder.conv_out.weight
-        discriminator = self._discriminator.module
         return {
             "adversarial": generator_term(config, discriminator, x_hat, wanted, last_layer, step)
         }
+
+    def images_compared(self, terms: Mapping[str, Term]) -> Tensor:
+        """The weighted sum of those terms that compare images, a scalar: what adaptive weights adapt to."""
+        compared = [terms[n] for n in (self.config.reconstruction, "perceptual") if n in terms]
+        return sum(term.weight * term.value.mean() for term in compared)
 
     def frozen_modules(self) -> list[nn.Module]:
         """What this learner reads and nobody trains."""
