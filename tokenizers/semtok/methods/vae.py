@@ -267,8 +267,8 @@ class AutoencoderLearner(nn.Module):
 
     A method that adds a loss to the VAE's subclasses this with a ``forward`` of its own, made of the same three calls
     and its own terms between them: see ``send_vae`` and ``va_vae``. Where ``method.equivariance`` transforms latents,
-    that is between the z that ``autoencode`` gives and the decoder, so that a method's own terms see them as the encoder
-    gave them.
+    that is between the z that ``autoencode`` gives and the decoder, so that a method's own terms see them as the
+    encoder gave them.
     """
 
     def __init__(
