@@ -67,6 +67,11 @@ def _autoencoder(job: ImportJob) -> KLTokenizer:
 def compvis_tokenizer(job: ImportJob, state: Mapping[str, Tensor]) -> KLTokenizer:
     """A tokenizer, not standardised, of an autoencoder's weights in CompVis' layout."""
     job.fates |= {name: vaes.what_became_of(name) for name in state}
+    if any(name.startswith(vaes.PROJECTION) for name in state):
+        job.notes.append(
+            "its projection to the teacher's tokens is for training alone, and stays in the file: "
+            f"method.name=va_vae goes on with it by method.alignment.weights={job.place}"
+        )
     return KLTokenizer(vaes.import_autoencoder(state, place=job.place), method="vae")
 
 

@@ -1,7 +1,7 @@
 """The adversarial part of a VAE's training: the patch discriminator, its losses, its learner."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -143,15 +143,17 @@ def _init(module: nn.Module) -> None:
 _LAYER = re.compile(
     r"(?:(?:module|_orig_mod|learners|loss|discriminator)\.)*(?:main|layers)\.(\d+\..+)"
 )
-_NESTS = ("discriminator", "state_dict")
 
 
-def read_part(path: Path, names: re.Pattern[str], place: str) -> dict[str, Tensor]:
-    """The tensors of a part of a network in a file: of those whose whole names match, by the pattern's first group;
-    nested as in checkpoints or not. Empty where there are none.
+def read_part(
+    path: Path, names: re.Pattern[str], place: str, nests: Sequence[str] = ("state_dict",)
+) -> dict[str, Tensor]:
+    """The tensors of a part of a network in a file: of those whose whole names match, by the pattern's first group.
+    Empty where there are none.
 
     Args:
         place: the setting that names the file.
+        nests: entries in which they may stand; the first that is there goes before the rest of the file.
 
     Raises:
         UserError: the file can't be read.
@@ -161,7 +163,7 @@ def read_part(path: Path, names: re.Pattern[str], place: str) -> dict[str, Tenso
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
     while isinstance(content, Mapping):
-        nested = (content[nest] for nest in _NESTS if isinstance(content.get(nest), Mapping))
+        nested = (content[nest] for nest in nests if isinstance(content.get(nest), Mapping))
         inner = next(nested, None)
         if inner is None:
             break
@@ -185,7 +187,8 @@ def load_discriminator(discriminator: PatchDiscriminator, path: Path) -> None:
     """
     setting = "method.adversarial.weights"
     place = f"{setting}: {path}"
-    found = {f"layers.{name}": t for name, t in read_part(path, _LAYER, setting).items()}
+    layers = read_part(path, _LAYER, setting, ("discriminator", "state_dict"))
+    found = {f"layers.{name}": tensor for name, tensor in layers.items()}
     if not found:
         raise UserError(
             f"{place}: holds no discriminator (tensors named main.0.weight, main.2.weight, …, also behind "
