@@ -330,6 +330,7 @@ DIFFERENCES = {
     "lightningdit_xl1": {"data.cache", "latents", "images", "seed"},
     "vae_f16d32": _VAE,
     "vae_f8d4": _VAE | {"data.crop", "train.steps", "train.batch_size", "length", "counter"},
+    "eq_vae": {"draws", "discriminator", "batch norm", "optimiser", "train.batch_size", "GPUs"},
     "send_vae": {
         "method.reconstruction",
         "method.adversarial.weights",
