@@ -331,6 +331,7 @@ DIFFERENCES = {
     "vae_f16d32": _VAE,
     "va_vae": _VAE | {"before the start"},
     "vae_f8d4": _VAE | {"data.crop", "train.steps", "train.batch_size", "length", "counter"},
+    "eq_vae": {"draws", "discriminator", "batch norm", "optimiser", "train.batch_size", "GPUs"},
     "send_vae": {
         "method.reconstruction",
         "method.adversarial.weights",

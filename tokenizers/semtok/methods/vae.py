@@ -103,15 +103,6 @@ class VAEConfig(MethodConfig):
     """Noise on the raw latents that the decoder trains on; None: there is none."""
 
     @model_validator(mode="after")
-    def _without_patches(self) -> "VAEConfig":
-        if self.decoder_noise is not None and self.decoder_noise.mask is not None:
-            raise ValueError(
-                f"method.decoder_noise.mask takes no effect with method.name={self.name}, whose encoder is "
-                "convolutional and has no patch tokens; pass method.decoder_noise.mask=null"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _decoder_of_some_latents(self) -> "VAEConfig":
         if self.train == "decoder":
             if not self.starts_from_weights():
