@@ -159,7 +159,9 @@ def sampler(settings: dict[str, Any]) -> SamplerConfig:
     expected = ("sde_mean_step_fn", True) if is_sde else ("ode_step_fn", False)
     assert (settings["last_step_fn"], settings["w_scheduler"]) == expected
     last = settings["last_step"]
-    lasts = {"last_step": last or 1 / settings["num_steps"]} if is_sde else {"euler_last_step": last}
+    lasts = (
+        {"last_step": last or 1 / settings["num_steps"]} if is_sde else {"euler_last_step": last}
+    )
     return SamplerConfig(
         method="sde" if is_sde else "euler",
         steps=settings["num_steps"],
