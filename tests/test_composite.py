@@ -423,7 +423,11 @@ def test_a_cache_that_the_disk_can_not_hold_is_refused(tmp_path, monkeypatch):
         ("reglue", ["method.compressor.hidden=[0]"], "method.compressor.hidden.0"),
         ("reglue", ["train.optimiser=null"], "train.optimiser is missing"),
         ("reglue", ["train.constant_steps=6"], "pass train.constant_steps="),
-        ("reglue", ["train.schedule=constant", "train.constant_steps=1"], "schedule=cosine only"),
+        (
+            "reglue",
+            ["train.schedule=constant", "train.constant_steps=1"],
+            "schedule=cosine or linear only",
+        ),
     ],
 )
 def test_settings_that_can_not_work_are_one_line(

@@ -27,6 +27,8 @@ METHODS = {
     "send_vae_gan": {
         "perceptual": "teacher",
         "adversarial": {**tiny.ADVERSARIAL, "norm": "group", "weight": 0.5},
+        "equivariance": {"probability": 0.8, "scales": [0.5, 0.75], "turned": "each"},
+        "decoder_noise": {"law": "mixed", "strength": 1.0},
     },
     "semvae": {"name": "semvae", "channels": 4, "width": 16, "heads": 2, "blocks": 1},
 }

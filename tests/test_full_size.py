@@ -37,6 +37,8 @@ IMPORTED = {
     "runs/imagenet256/invae": "f16d32",
 }
 """Shapes of autoencoders that are not trained here."""
+RAE = {"runs/imagenet256/rae": LatentSpec((PartSpec("texture", 768, 16),))}
+"""Latents of a frozen encoder."""
 
 GENERATORS = {
     "sit_b2": 130_303_504,
@@ -59,6 +61,9 @@ GENERATORS = {
     "srdit_b1_send_vae": 131_510_827,
     "srdit_b1_reglue": 132_766_555,
     "srdit_b1_semvae": 131_535_419,
+    # The published 675 million.
+    "ddt_xl2": 674_646_352,
+    "rae_ditdh_xl": 838_675_796,
 }
 """Trained parameters without REPA's projector."""
 PROJECTORS = {768: 7_344_896, 1152: 8_131_328, 1536: 8_917_760}
@@ -82,6 +87,8 @@ def recipe_of(name: str) -> TokenizerRecipe | DiffusionRecipe:
 
 def spec_of(tokenizer: str) -> LatentSpec:
     """Parts of the latents of a tokenizer that a recipe names."""
+    if tokenizer in RAE:
+        return RAE[tokenizer]
     if tokenizer in IMPORTED:
         shape = PRESETS[IMPORTED[tokenizer]]
         stride = 2 ** (len(shape.block_channels) - 1)

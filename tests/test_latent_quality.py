@@ -16,6 +16,7 @@ from semtok.commands import evaluate
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.data.images.shapes import Shapes, ShapesConfig
+from semtok.evaluation.equivariance import equivariance_errors, transforms
 from semtok.evaluation.predictors import (
     PREDICTORS,
     PROBE,
@@ -28,10 +29,11 @@ from semtok.evaluation.predictors import (
     noise_sensitivity,
     self_similarity,
 )
+from semtok.evaluation.velocity import velocity_irreducible_variance
 from semtok.images import to_pixels
 from semtok.privacy import fit_to_show
 from semtok.recipe import parse_recipe
-from semtok.sampler.latents import Latents
+from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
 from semtok.teachers import Teacher, TeacherConfig
 
 SOURCE = Shapes(ShapesConfig(size=32), train=False)
@@ -181,6 +183,113 @@ def test_noise_on_parts_that_are_not_decoded_does_nothing(reglue):
         assert not noise_sensitivity(tokenizer.decode, latents, noise).any()
 
 
+# Equivariance --------------------------------------------------------------------------------------
+
+
+class Mean(Tokenizer):
+    """Latents that are means over cells of 4x4 pixels, and a decoder that repeats them: turns commute with both.
+
+    Args:
+        stripe: added to the latents of even columns, which turning moves to rows.
+    """
+
+    def __init__(self, stripe: float = 0.0) -> None:
+        super().__init__(LatentSpec((PartSpec("texture", 3, 4),)), method="mean")
+        self.stripe = stripe
+        self.num_measured_images.fill_(1)  # mean 0, deviation 1
+
+    def posterior_raw(self, pixels: Tensor, features: Any = None) -> Posterior:
+        mean = torch.nn.functional.avg_pool2d(pixels, 4)
+        mean[..., ::2] += self.stripe
+        return Posterior(Latents({"texture": mean}), Latents({"texture": torch.zeros_like(mean)}))
+
+    def decode_raw(self, raw: Latents) -> Tensor:
+        return raw.texture.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+
+    def save_networks(self, folder: Path) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @classmethod
+    def load_networks(cls, folder: Path, config: Any) -> "Mean":
+        raise NotImplementedError
+
+
+def coarse(num: int, size: tuple[int, int]) -> Tensor:
+    """Images that are constant on cells, so that such latents hold all of them."""
+    cells = torch.rand(num, 3, size[0] // 4, size[1] // 4) * 2 - 1
+    return cells.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+
+
+def test_what_commutes_with_turns_has_no_error_under_them_and_a_stripe_has_its_own():
+    pixels = coarse(3, (16, 16))
+    for stripe in (0.0, 0.5):
+        tokenizer = Mean(stripe)
+        errors = equivariance_errors(
+            tokenizer, pixels, tokenizer.encode(pixels, value_range=(-1, 1))
+        )
+        turning = {n: e for n, e in errors.items() if "turning" in n}
+        assert set(turning) == {"encoder_turning_error", "decoder_turning_error"}
+        # Turned by a quarter, half of the places differ; by half a turn of four columns, all.
+        expected = stripe * (2 * 0.5**0.5 + 1) / 3
+        torch.testing.assert_close(turning["encoder_turning_error"], torch.full((3,), expected))
+
+
+def test_errors_under_scaling_are_those_of_the_scaled_image():
+    pixels, tokenizer = coarse(2, (16, 16)), Mean()
+    latents = tokenizer.encode(pixels, value_range=(-1, 1))
+    errors = equivariance_errors(tokenizer, pixels, latents)
+    expected = []
+    for size in (8, 12):
+        small = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear")
+        wanted = torch.nn.functional.interpolate(
+            latents.texture, (size // 4, size // 4), mode="bilinear"
+        )
+        shown = tokenizer.decode_raw(Latents({"texture": wanted}))
+        expected.append((shown - small).square().mean(dim=(1, 2, 3)).sqrt())
+    torch.testing.assert_close(errors["decoder_scaling_error"], torch.stack(expected).mean(dim=0))
+
+
+def test_images_are_transformed_as_their_size_allows():
+    tokenizer = Mean()
+    for size, kinds, turns in (((16, 16), 2, 3), ((8, 16), 2, 1), ((4, 4), 1, 3)):
+        found = transforms(tokenizer.spec.stride, size)
+        assert len(found) == kinds and len(found["turning"]) == turns
+        pixels = coarse(2, size)
+        errors = equivariance_errors(
+            tokenizer, pixels, tokenizer.encode(pixels, value_range=(-1, 1))
+        )
+        assert len(errors) == 2 * kinds
+
+
+# Velocity ------------------------------------------------------------------------------------------
+
+
+def test_velocity_variance_of_normal_numbers_has_a_closed_form():
+    """E Var = ∫ λ / (λ t² + (1 - t)²) dt = π √λ / 2 for numbers of variance λ."""
+    numbers, noise = torch.randn(2, 1500, 1)
+    for scale in (0.5, 1.0):
+        found = velocity_irreducible_variance(scale * numbers, noise)
+        assert found == pytest.approx(scale * np.pi / 2, rel=0.06)
+
+
+def test_velocity_variance_by_loops():
+    z, noise = torch.randn(2, 5, 3, dtype=torch.float64)
+    total = 0.0
+    for t in (0.25, 0.75):
+        for i in range(5):
+            x = t * z[i] + (1 - t) * noise[i]
+            weights = torch.stack(
+                [(-(x - t * each).square().sum() / (2 * (1 - t) ** 2)).exp() for each in z]
+            )
+            weights /= weights.sum()
+            velocity = (z - x) / (1 - t)
+            mean = (weights[:, None] * velocity).sum(dim=0)
+            total += float((weights[:, None] * (velocity - mean).square()).sum())
+    expected = total / (2 * 5 * 3)
+    assert velocity_irreducible_variance(z, noise, num_times=2) == pytest.approx(expected)
+    assert velocity_irreducible_variance(z[:1], noise[:1]) == pytest.approx(0, abs=1e-12)
+
+
 # Density -----------------------------------------------------------------------------------------
 
 
@@ -253,7 +362,8 @@ def test_many_images_are_not_all_compared_nor_mapped(monkeypatch):
         evaluate_latents(tokenizer, SOURCE, num, teacher, batch_size=12) for num in (20, 40)
     )
     same = [name for name in few if few[name] == pytest.approx(many[name], abs=1e-6)]
-    assert {"cknna"} <= set(same) <= {"cknna", "density_gini", "density_cv"}
+    few_only = {"cknna", "velocity_variance"}
+    assert few_only <= set(same) <= few_only | {"density_gini", "density_cv"}
 
 
 # The command -------------------------------------------------------------------------------------

@@ -128,12 +128,18 @@ def test_a_process_whose_others_never_start_says_so_and_ends(tmp_path):
 
 
 def test_after_the_processes_have_met_they_wait_longer_for_each_other(tmp_path):
-    source = JOIN.replace("SECONDS", "8") + (
+    # They join when both have imported, which may take one of them longer.
+    source = JOIN.replace("SECONDS", "3") + (
+        "import os, pathlib, sys\n"
         "from semtok.processes import gather, process_index\n"
+        "here = pathlib.Path(sys.argv[1]); (here / os.environ['RANK']).touch()\n"
+        "while len(list(here.glob('[01]'))) < 2: time.sleep(0.01)\n"
         "process.join_processes()\n"
-        "time.sleep(10 * process_index())\n"
+        "time.sleep(4 * process_index())\n"
         "print(gather(process_index()))"
     )
-    assert [rank.output.splitlines()[-1] for rank in launch(["-c", source], tmp_path)] == [
-        "[0, 1]"
-    ] * 2
+    met = tmp_path / "met"
+    met.mkdir()
+    assert [
+        rank.output.splitlines()[-1] for rank in launch(["-c", source, str(met)], tmp_path)
+    ] == ["[0, 1]"] * 2

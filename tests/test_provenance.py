@@ -354,6 +354,8 @@ DIFFERENCES = {
         "sampler.guidance.scale.global",
     },
     "srdit_b1_semvae": {"draws", "class token", "diffusion.contrastive_weight", "sampler.method"},
+    "ddt_xl2": {"initialisation", "sampler.guidance.interval", "images", "seed", "guidance"},
+    "rae_ditdh_xl": {"accumulation", "images", "seed", "train.precision", "data.flip"},
     "sit_xl1_send_vae": {"sampler.guidance.interval", "labels", "train.clip_norm", "teacher.name"},
     "sit_b1_send_vae": {"diffusion.repa.depth", "labels", "train.clip_norm", "teacher.name"},
 }

@@ -89,6 +89,8 @@ def test_a_generator_recipe_builds_and_trains_at_toy_size(name, tmp_path, toy_to
     shape = architecture(network).model_dump() if isinstance(network, str) else network
     depth = 3 if routing else 2
     content["diffusion"]["network"] = shape | {"depth": depth, "width": 32, "heads": 2}
+    if shape.get("head"):
+        content["diffusion"]["network"]["head"] = {"depth": 1, "width": 48, "heads": 2}
     if routing:
         routing |= {"first": 1, "last": 1}
     if content["diffusion"].get("repa"):

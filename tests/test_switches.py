@@ -283,7 +283,26 @@ SWITCHES: dict[str, dict[str, list[str]]] = {
         "rms": ["network.rms_norm=true"],
         "no gain": ["network.rms_norm=true", "network.norm_gain=false"],
     },
-    "positions": {"added": [], "rotary": ["network.rope=true", "network.position_codes=false"]},
+    "positions": {
+        "added": [],
+        "rotary": ["network.rope=true", "network.position_codes=false"],
+        "spread": ["network.rope=true", "network.rope_span=16"],
+        "learned": ["network.learned_positions=[2, 2]"],
+    },
+    "time": {
+        "sinusoidal": [],
+        "period": ["network.time_period=10"],
+        "fourier": ["network.time_embedding=fourier", "time={least: 0.001, shift: dimension}"],
+    },
+    "head": {
+        "none": [],
+        "alike": ["network.head={depth: 1}", "network.biases=false"],
+        "wide": [
+            "network.head={depth: 2, width: 24, heads: 3}",
+            "network.condition_activations=2",
+        ],
+        "reused": ["network.head={depth: 1}", "sampler.state_refresh_rate=2"],
+    },
     "contrast": {
         "off": [],
         "all": ["contrastive_weight=0.1"],
@@ -317,6 +336,7 @@ APART: set[frozenset[Choice]] = {
         (("law", "off"), ("path", "batch")),
         (("law", "off"), ("base", "dropped_path")),
         (("inner", "off"), ("base", "inner_head")),
+        (("head", "reused"), ("base", "inner_head")),
     )
 }
 

@@ -1,5 +1,6 @@
 """Teachers, perceptual distances, and images at the border of the library."""
 
+import hashlib
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -17,10 +18,12 @@ from timm.models import VisionTransformer
 
 from semtok import UserError
 from semtok.data.images.shapes import Shapes, ShapesConfig
+from semtok.evaluation.generation import teacher_network
 from semtok.images import to_pil, to_pixels, to_uint8
 from semtok.metrics import psnr, ssim
 from semtok.perceptual import LPIPS, teacher_distance
 from semtok.pictures import principal_components
+from semtok.storage import tensor_bytes
 from semtok.teachers import _SHORT_NAMES, Teacher, TeacherConfig
 
 VIT = "vit_tiny_patch16_224"
@@ -96,6 +99,35 @@ def test_a_vit_from_a_local_file_at_its_own_or_another_size(checkpoints):
     pixels = torch.rand(1, 3, 48, 48) * 2 - 1
     mean, std = (torch.tensor(expected[k])[:, None, None] for k in ("mean", "std"))
     torch.testing.assert_close(teacher.preprocess(pixels), ((pixels + 1) / 2 - mean) / std)
+
+
+def test_a_teacher_sees_pixels_unnormalised_and_resized_bilinearly_where_settings_say_so(
+    checkpoints,
+):
+    same = {"name": VIT, "checkpoint": checkpoints[VIT], "input_size": 48}
+    plain, other = (
+        Teacher(TeacherConfig(**same)),
+        Teacher(TeacherConfig(**same, normalise=False, resize="bilinear")),
+    )
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    expected = F.interpolate(pixels, size=(48, 48), mode="bilinear", align_corners=False)
+    assert torch.equal(other.preprocess(pixels), expected)
+    seen = plain.network.forward_features(expected)[:, 1:].transpose(1, 2).unflatten(2, (3, 3))
+    torch.testing.assert_close(other.features(pixels).patches[0], seen)
+    assert plain.fingerprint() != other.fingerprint(), "caches of features tell them apart"
+    assert teacher_network(plain).identity != teacher_network(other).identity
+
+
+def test_settings_of_preparation_leave_the_names_of_older_caches(checkpoints):
+    """What was kept before they were there is still found."""
+    teacher = Teacher(TeacherConfig(name=VIT, checkpoint=checkpoints[VIT], input_size=48))
+    settings = f'{{"name":"{VIT}","input_size":48,"layers":[-1]}}'
+    assert teacher_network(teacher).identity == f"{settings} {teacher.fingerprint()}"
+    digest = hashlib.blake2b(digest_size=16)
+    for name, _, content in tensor_bytes(teacher.network):
+        digest.update(name.encode())
+        digest.update(content)
+    assert teacher.fingerprint() == digest.hexdigest()
 
 
 def test_a_vit_with_relative_positions_for_one_grid(tmp_path):

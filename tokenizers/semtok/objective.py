@@ -100,6 +100,10 @@ class Objective(nn.Module, ABC):
         ``PREVIOUS``, and ``posterior`` has to be among what ``prepare`` gives."""
         return False
 
+    def notes(self) -> list[str]:
+        """What to tell before the first step, a line each."""
+        return []
+
     def compiled_modules(self) -> list[nn.Module]:
         """The networks that ``train.compile`` compiles."""
         return []

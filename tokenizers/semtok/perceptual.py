@@ -16,11 +16,22 @@ _BACKBONE_FILES = {
     "alex": "alexnet-owt-7be5be79.pth",
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
 }
+_LEAST_SIDE = {"vgg": 16, "squeeze": 17, "alex": 31}
+"""In pixels: of smaller images a backbone's pooling layers leave nothing."""
 
 
 def backbone_file(net: str) -> Path:
     """Where torchvision's cache has, or would have, the weights of one of LPIPS' backbones."""
     return Path(torch.hub.get_dir()) / "checkpoints" / _BACKBONE_FILES[net]
+
+
+def check_lpips_size(net: str, image_size: tuple[int, int]) -> None:
+    """Raises ValueError where images of (height, width) are too small for one of LPIPS' backbones."""
+    if min(image_size) < _LEAST_SIDE[net]:
+        raise ValueError(
+            f"method.lpips_net: {net} needs images of at least {_LEAST_SIDE[net]} pixels a side, and there are some of "
+            f"{image_size[0]}x{image_size[1]}"
+        )
 
 
 class LPIPS(nn.Module):

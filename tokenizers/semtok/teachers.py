@@ -58,6 +58,11 @@ class TeacherConfig(Config):
     """Shorter side, in pixels, of what the teacher sees; None is the size it was trained at."""
     layers: tuple[int, ...] = (-1,)
     """Blocks (ViT) or stages (CNN) whose patch tokens are used; negative counts from the last."""
+    normalise: bool = True
+    """By the mean and the standard deviation that the network was trained with; false gives it pixels in [-1, 1], as
+    VA-VAE does."""
+    resize: Literal["bicubic", "bilinear"] = "bicubic"
+    """How images get to ``input_size``, without antialiasing: bicubic in REPA's code, bilinear in VA-VAE's."""
 
     @field_validator("layers")
     @classmethod
@@ -175,26 +180,30 @@ class Teacher(nn.Module):
         return rows, columns
 
     def fingerprint(self) -> str:
-        """A digest of the weights: tokenizers that encode by a teacher know theirs by it."""
+        """A digest of the weights, and of how images are prepared where that is not the default: tokenizers that
+        encode by a teacher know theirs by it, and caches too."""
         digest = hashlib.blake2b(digest_size=16)
+        prepared = self.config.model_dump(include={"normalise", "resize"}, exclude_defaults=True)
+        digest.update(str(prepared or "").encode())
         for name, _, content in tensor_bytes(self.network):
             digest.update(name.encode())
             digest.update(content)
         return digest.hexdigest()
 
     def preprocess(self, pixels: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] to the network's input: normalised, then resized.
+        """Pixels (B, 3, H, W) in [-1, 1] to the network's input: normalised, then resized, as the settings say.
 
-        The order and the bicubic filter without antialiasing are those of the REPA family's code.
+        By default in the order and with the filter of the REPA family's code.
 
         Args:
             grid: of the patch tokens; None: what ``grid`` says.
         """
-        normalised = ((pixels + 1) / 2 - self.mean) / self.std
+        if self.config.normalise:
+            pixels = ((pixels + 1) / 2 - self.mean) / self.std
         size = tuple(n * self.patch_size for n in grid or self.grid(tuple(pixels.shape[-2:])))
         if size == tuple(pixels.shape[-2:]):
-            return normalised
-        return F.interpolate(normalised, size=size, mode="bicubic", align_corners=False)
+            return pixels
+        return F.interpolate(pixels, size=size, mode=self.config.resize, align_corners=False)
 
     def features(
         self,

@@ -51,7 +51,7 @@ def _draw(kind: str, network: str, batch_size: int, side: Side, device: torch.de
     timed = () if schedule.is_synchronous else ("semantic", "texture")
     model = DiT(architecture(network), published.spec, num_classes=1000, timed_parts=timed)
     model = model.to(device).eval()
-    compile_networks(model.blocks, side.compile)
+    compile_networks(model.every_block, side.compile)
     labels = torch.arange(batch_size, device=device) % 1000
     grid = published.spec.shape("texture", (256, 256))[1:]
 

@@ -52,6 +52,7 @@ PUBLISHED = {
         {"repa": {"weight": 0.5, "with_global": True}, "loss_weights": {"global": 0.03}},
         768,
     ),
+    "rae": Published(LatentSpec((PartSpec("texture", 768, 16),)), {"repa": False}, None),
     "lightningdit": Published(LatentSpec((_F16D32,)), {"repa": False, "cosine_weight": 1.0}, None),
     "sfd": Published(
         LatentSpec((_F16D32, _SEMANTIC)),

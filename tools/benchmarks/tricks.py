@@ -170,7 +170,7 @@ class _Work:
 
         def step(compiler: Compiler) -> Step:
             network = self._dit().eval()
-            compile_networks(network.blocks, compiler)
+            compile_networks(network.every_block, compiler)
             noised = self._noised()
 
             @torch.no_grad()

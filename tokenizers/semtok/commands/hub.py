@@ -76,7 +76,9 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         help="mean and std of raw latents, or a scaling factor; of REGLUE's compressor, of the features; "
         "default: the statistics file beside PATH",
     )
-    parser.add_argument("--image-size", type=int, help="of a coder's images; default: 256")
+    parser.add_argument(
+        "--image-size", type=int, help="of a coder's images, or of DDT's; default: 256"
+    )
     parser.add_argument(
         "--semantic-channels",
         type=int,
@@ -85,6 +87,12 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
     parser.add_argument("--heads", type=int, help="of a network of unpublished width")
+    parser.add_argument(
+        "--encoder-blocks",
+        type=int,
+        help="of a transformer with a head, how many blocks stand before it; default: as its tensors tell, or as "
+        "published",
+    )
     parser.set_defaults(command=_import)
 
 
@@ -130,9 +138,11 @@ def _import(args: argparse.Namespace) -> None:
     if args.teacher is not None:
         content = apply_overrides({}, args.teacher)
         teacher = Teacher(parse(TeacherConfig, content, "--teacher"))
-    numbers = (args.image_size, args.heads, args.semantic_channels)
+    numbers = (args.image_size, args.heads, args.semantic_channels, args.encoder_blocks)
     if min(number if number is not None else 1 for number in numbers) < 1:
-        raise UserError("--image-size, --heads and --semantic-channels must be at least 1")
+        raise UserError(
+            "--image-size, --heads, --semantic-channels and --encoder-blocks must be at least 1"
+        )
     options = ImportOptions(
         weights=args.weights,
         tokenizer=Tokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None,
@@ -141,6 +151,7 @@ def _import(args: argparse.Namespace) -> None:
         heads=args.heads,
         semantic_channels=args.semantic_channels,
         image_size=args.image_size,
+        encoder_blocks=args.encoder_blocks,
     )
     imported = import_checkpoint(args.path, args.format, options)
     imported.save(args.output)

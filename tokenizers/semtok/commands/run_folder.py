@@ -88,7 +88,7 @@ def _precision_kept(recipe: RecipeType, precision: Any) -> RecipeType:
 
 def _check_unchanged(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     free, steps, was = _FREE_ON_RESUME, new.get("train.steps"), old.get("train.steps")
-    # A constant rate ends anywhere; a cosine that is to come down earlier would have been another run.
+    # A constant rate ends anywhere; one that is to come down earlier would have been another run.
     is_longer = isinstance(steps, int) and isinstance(was, int) and steps >= was
     if is_longer or new.get("train.schedule") == "constant":
         free += ("train.steps",)
@@ -117,7 +117,7 @@ def _planned_anew(
     folder: Path, recipe: RecipeType, old: dict[str, Any], new: dict[str, Any]
 ) -> RecipeType:
     """The recipe, with what the learning rate followed up to here where the run has more steps now."""
-    if new.get("train.schedule") != "cosine":
+    if new.get("train.schedule") not in ("cosine", "linear"):
         return recipe
     earlier = tuple(tuple(pair) for pair in old.get(_PLANNED) or ())
     given = tuple(tuple(pair) for pair in new.get(_PLANNED) or ())

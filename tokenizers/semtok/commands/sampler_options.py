@@ -15,7 +15,7 @@ from semtok.settings import parse
 from semtok.speed import Compiler
 
 SAMPLER_OPTIONS = (
-    *("method", "steps", "diffusion", "error_over"),
+    *("method", "steps", "diffusion", "error_over", "state_refresh_rate"),
     *("guidance", "guidance_base", "interval", "num_channels", "precision", "compile"),
 )
 """Names of the options, as ``argparse`` keeps them."""
@@ -35,6 +35,12 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
         choices=get_args(ErrorOver),
         help="what dopri5 chooses its steps by: each image's own error, or that of all that are drawn at once, "
         "so that images depend on how many these are; default: the model's own",
+    )
+    parser.add_argument(
+        "--state-refresh-rate",
+        type=int,
+        metavar="N",
+        help="of a network with a head: run the blocks before it in every N steps only; default: the model's own",
     )
     parser.add_argument(
         "--guidance",
@@ -117,6 +123,7 @@ def sampler_from(args: argparse.Namespace, generator: Generator) -> SamplerConfi
         "steps": args.steps,
         "diffusion": args.diffusion,
         "error_over": args.error_over,
+        "state_refresh_rate": args.state_refresh_rate,
         "guidance": _guidance(args, generator),
     }
     given = {k: v for k, v in changes.items() if v is not None}
@@ -154,6 +161,13 @@ def _check_use(args: argparse.Namespace, sampler: SamplerConfig, generator: Gene
         raise UserError(f"--diffusion: goes with --method sde, not {method}")
     if args.error_over is not None and method != "dopri5":
         raise UserError(f"--error-over: goes with --method dopri5, not {method}")
+    if args.state_refresh_rate is not None:
+        if method not in ("euler", "sde"):
+            raise UserError(f"--state-refresh-rate: goes with --method euler and sde, not {method}")
+        if generator.network.config.head is None:
+            raise UserError(
+                "--state-refresh-rate: this model has no head that could be run alone; leave it out"
+            )
     if args.guidance_base is not None:
         _check_base(args.guidance_base, guidance, generator)
     if args.interval is not None and not _guided(guidance, generator.network.spec.names):

@@ -203,6 +203,8 @@ def _run(plan: TokenizerPlan) -> Tokenizer:
     if accelerator.is_main_process and recipe.train.optimiser is not None:
         for line in recipe.method.warnings(recipe.train.optimiser.learning_rate):
             print(f"warning: {line}", flush=True)
+        for line in objective.notes():
+            print(f"note: {line}", flush=True)
     with around_training.errors_at(plan.place):
         quality = _texture_quality(plan, texture, accelerator.device)
         read = objective.training_source(plan.sources[0], accelerator)

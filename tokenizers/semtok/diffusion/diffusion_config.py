@@ -262,7 +262,7 @@ def check_guidance(config: DiffusionConfig, sampler: SamplerConfig, spec: Latent
     """Raises ValueError where the sampler guides what the training does not prepare for."""
     guidance = sampler.guidance
     guidance.check_fits(spec)
-    guidance.check_network(config.architecture)
+    sampler.check_network(config.architecture)
     if guidance.base == "dropped_path" and config.routing and not config.routing.path_drop:
         raise ValueError(
             "sampler.guidance.base: dropped_path is what diffusion.routing.path_drop=0 never trains; pass null_label, "

@@ -105,7 +105,7 @@ class Generator(PushToHub, nn.Module):
         """
         self._precision = precision
         set_convolutions([self.network], precision)
-        compile_networks(self.network.blocks, compile)
+        compile_networks(self.network.every_block, compile)
         return self
 
     @property
@@ -418,6 +418,8 @@ class Generator(PushToHub, nn.Module):
             "REPA, arXiv 2410.06940": bool(config.repa),
             "iREPA, arXiv 2512.10794": bool(config.repa)
             and (config.repa.projector == "conv" or config.repa.spatial_norm is not None),
+            "DDT, arXiv 2504.05741": shape.head is not None,
+            "RAE, arXiv 2510.11690": shape.head is not None and shape.last_width != shape.width,
             "SPRINT, arXiv 2510.21986": config.routing is not None,
             "value residual learning, arXiv 2410.17897": shape.value_residual,
             "contrastive flow matching, arXiv 2506.05350": config.is_contrastive,

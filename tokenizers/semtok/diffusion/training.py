@@ -115,7 +115,7 @@ class DiffusionObjective(Objective):
         return self.config.is_contrastive
 
     def compiled_modules(self) -> list[nn.Module]:
-        return list(self.learners["dit"].network.blocks)
+        return self.learners["dit"].network.every_block
 
     def frozen_modules(self) -> list[nn.Module]:
         held = [self.tokenizer, self.target_teacher, self.tokenizer.loaded_teacher]

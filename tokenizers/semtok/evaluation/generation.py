@@ -77,7 +77,8 @@ def teacher_network(teacher: Teacher) -> FeatureNetwork:
     def see(images: Tensor) -> dict[str, Tensor]:
         return {"pooled": teacher.features(to_pixels(images, device=device)).pooled.float()}
 
-    settings = teacher.config.model_dump_json(exclude={"checkpoint"})
+    # The weights' digest tells how images are prepared.
+    settings = teacher.config.model_dump_json(exclude={"checkpoint", "normalise", "resize"})
     identity = f"{settings} {teacher.fingerprint()}"
     return FeatureNetwork(teacher.config.name, identity, see, teacher_protocol(teacher))
 

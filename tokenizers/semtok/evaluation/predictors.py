@@ -23,7 +23,9 @@ from torch import Tensor
 from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
+from semtok.evaluation.equivariance import equivariance_errors
 from semtok.evaluation.protocol import PixelDigest
+from semtok.evaluation.velocity import velocity_irreducible_variance
 from semtok.images import to_pixels
 from semtok.progress import progress
 from semtok.sampler.draws import SampleNoise
@@ -260,9 +262,11 @@ def evaluate_latents(
     """Every predictor of ``PREDICTORS`` but the probe on ``source.chosen(num_images)``, in one pass.
 
     Images are never held beyond a batch; latents of at most ``MOST_COMPARED`` images are. CKNNA is of these,
-    the density of the first ``MOST_MAPPED``, and both see all parts of the latents, flattened together.
-    Self-similarity and spectrum see the spatial parts as a generator does: on the texture's grid,
-    channels together. Noise is added to every part. All but CKNNA and density are means over images.
+    density and velocity variance of the first ``MOST_MAPPED``, and all of them see all parts of the latents, flattened
+    together. Self-similarity and spectrum see the spatial parts as a generator does: on the texture's grid,
+    channels together. Noise is added to every part. Errors under scaling and turning are of the posterior's means; a
+    score that images of this size do not have is left out. All but CKNNA, density and velocity variance are means over
+    images.
 
     Args:
         teacher: whose last layer is compared. Where it also trained the tokenizer, agreement
@@ -278,6 +282,7 @@ def evaluate_latents(
     device = tokenizer.texture_mean.device
     flat: list[Tensor] = []
     pooled: list[Tensor] = []
+    start: list[Tensor] = []  # of flows
     by_image: dict[str, list[Tensor]] = {}
     count = 0
     batches = chosen_images(source, num_images, batch_size=batch_size, what=_PASS)
@@ -296,12 +301,14 @@ def evaluate_latents(
             "self_similarity": self_similarity(maps, features.patches[-1]),
             "high_frequency_share": high_frequency_share(maps),
             "noise_sensitivity": noise_sensitivity(tokenizer.decode, latents, added),
-        }
+        } | equivariance_errors(tokenizer, pixels, posterior.mean)
         for name, value in values.items():
             by_image.setdefault(name, []).append(value.double().cpu())
         if count < MOST_COMPARED:
             flat.append(torch.cat([part.flatten(1) for part in latents.values()], dim=1).cpu())
             pooled.append(features.pooled.cpu())
+        if count < MOST_MAPPED:
+            start.append(noise((flat[-1].shape[1],)).cpu())
         count += len(pixels)
 
     if not count:
@@ -310,6 +317,8 @@ def evaluate_latents(
     scores = {"cknna": cknna(compared, torch.cat(pooled)[:MOST_COMPARED])}
     scores |= {name: float(torch.cat(values).mean()) for name, values in by_image.items()}
     scores["density_gini"], scores["density_cv"] = density_uniformity(compared[:MOST_MAPPED], seed)
+    few = compared[:MOST_MAPPED]
+    scores["velocity_variance"] = velocity_irreducible_variance(few, torch.cat(start)[: len(few)])
     return scores
 
 

@@ -157,6 +157,12 @@ def _sampler_in_words(sampler: Mapping[str, Any]) -> list[str]:
         words = [f"{sampler.get('method')} {sampler.get('steps')} steps"]
     if sampler.get("method") == "sde":
         words.append(f"diffusion {sampler.get('diffusion')}")
+    if sampler.get("euler_last_step") is not None:
+        words.append(f"last step {sampler['euler_last_step']}")
+    if sampler.get("end", 1) != 1:
+        words.append(f"to {sampler['end']}")
+    if sampler.get("state_refresh_rate", 1) != 1:
+        words.append(f"state refreshed every {sampler['state_refresh_rate']} steps")
     guidance = sampler.get("guidance")
     if isinstance(guidance, Mapping) and guidance.get("scale") != 1:
         words.append(f"guidance {guidance.get('scale')} within {guidance.get('interval')}")
@@ -219,7 +225,7 @@ def teacher_protocol(teacher: Teacher) -> Network:
     return Network(
         with_version("timm"),
         model,
-        f"shorter side {teacher.input_size}, bicubic",
+        f"shorter side {teacher.input_size}, {config.resize}{'' if config.normalise else ', not normalised'}",
         weights_digest(teacher.network),
     )
 

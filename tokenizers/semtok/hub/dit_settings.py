@@ -12,6 +12,7 @@ from typing import Any, get_args
 from semtok.diffusion.diffusion_config import DiffusionConfig
 from semtok.hub.file_settings import ANOTHER_NETWORK, BOOKKEEPING, DIFFERS, FileSettings
 from semtok.hub.formats import Format
+from semtok.hub.headed_dit import TIMES
 from semtok.hub.import_dit import ImportedDiT
 from semtok.hub.sr_dit import GLOBAL_WEIGHT, LATENT_SCALE, learnt, shift_base
 from semtok.references import recipe_folder
@@ -34,6 +35,7 @@ _SIZE_FATE = "agrees with the tensors"
 _RECIPES: dict[Format, str] = {"sit": "sit_xl2", "repa": "sit_xl2_repa", "reg": "sit_xl2_reg"}
 _RECIPES |= {"reglue": "sit_xl2_reglue", "repa-e": "sit_xl2_repa", "sfd": "lightningdit_xl1_sfd"}
 _RECIPES |= {"lightningdit": "lightningdit_xl1", "redi": "sit_b2_redi", "sr-dit": "srdit_b1"}
+_RECIPES |= {"ddt": "ddt_xl2", "dit-dh": "rae_ditdh_xl"}
 _REPAS: frozenset[Format] = frozenset({"repa", "reg", "reglue", "repa-e", "sr-dit"})
 _OF_ANY_SIZE = ("num_channels", "base")  # of guidance
 _SIT_CHANNELS = 3  # which of its texture SiT guides
@@ -94,6 +96,8 @@ def read_training(settings: FileSettings, format: Format) -> TrainedWith:
     """
     if settings.has_network_config:
         return _of_config(settings, format)
+    if format in TIMES:
+        return TrainedWith(time=TIMES[format])
     return _of_arguments(settings, format)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from semtok.errors import UserError
 from semtok.hub.checkpoints import PCAStandIn, read_checkpoint, sizes
 from semtok.hub.file_settings import FileSettings, read_settings
+from semtok.hub.headed_dit import kind_of
 from semtok.hub.import_dit import (
     PUBLISHED_SEMANTIC,
     has_repas_projectors,
@@ -32,6 +33,8 @@ Format = Literal[
     "sr-dit",
     "lightningdit",
     "sfd",
+    "ddt",
+    "dit-dh",
     "compvis-vae",
     "reglue-compressor",
     "redi-pca",
@@ -39,11 +42,14 @@ Format = Literal[
     "diffusers-vae",
 ]
 DITS: tuple[Format, ...] = ("sit", "redi", "repa", "reg", "reglue", "repa-e", "sr-dit")
-DITS += ("lightningdit", "sfd")
+DITS += ("lightningdit", "sfd", "ddt", "dit-dh")
 _NESTS = ("ema", "model", "state_dict", "model_state_dict")
 # What parallel training and compilers put into names; and larger models around the imported one.
 _WRAPPERS = ("module.", "_orig_mod.")
 _AROUND = ("first_stage_model.", "ema_model.", "vae.")
+# DDT's training module holds both networks, and REPA's head beside them.
+_DDTS = {"ema": "ema_denoiser.", "model": "denoiser."}
+_DDTS_HEAD, _HEAD = "diffusion_trainer.proj.", "projectors."
 _SIT_ARGUMENTS = ("loss_weight", "sample_eps", "train_eps")
 _REPA_ARGUMENTS = ("proj_coeff", "weighting")
 _REGLUE_ARGUMENTS = ("feat_channels", "encoder_channel_list", "compression_model_path")
@@ -119,20 +125,37 @@ def checkpoint_of(content: Any, path: Path, weights: Literal["ema", "model"] = "
     if weights == "model" and nest == "ema":
         raise UserError(f"{path}: holds no 'model' beside 'ema'; leave --weights out")
     names = {name: unwrapped(name) for name in state}
+    if any(n.startswith(tuple(_DDTS.values())) for n in names.values()):
+        around = _DDTS[weights]
+        if not any(n.startswith(around) for n in names.values()):
+            raise UserError(f"{path}: holds no '{around}'; give the other --weights")
+        of_repa = {n: i.replace(_DDTS_HEAD, around + _HEAD, 1) for n, i in names.items()}
+        return _inside(content, path, nest, state, around, of_repa)
     around = next((a for a in _AROUND if any(n.startswith(a) for n in names.values())), None)
-    others: tuple[str, ...] = ()
-    if around is not None:
-        others = tuple(name for name, inner in names.items() if not inner.startswith(around))
-        if weights == "model" and around == "ema_model.":
-            raise UserError(f"{path}: holds averaged weights, 'ema_model.'; leave --weights out")
-        names = {
-            name: unwrapped(inner.removeprefix(around))
-            for name, inner in names.items()
-            if inner.startswith(around)
-        }
-    if len(set(names.values())) < len(names):
+    if weights == "model" and around == "ema_model.":
+        raise UserError(f"{path}: holds averaged weights, 'ema_model.'; leave --weights out")
+    return _inside(content, path, nest, state, around or "", names)
+
+
+def _inside(
+    content: Any,
+    path: Path,
+    nest: str | None,
+    state: Mapping[str, Tensor],
+    around: str,
+    names: Mapping[str, str],
+) -> Checkpoint:
+    """Of a state dict the tensors within a larger model.
+
+    Args:
+        names: by those in the file.
+    """
+    others = tuple(name for name, inner in names.items() if not inner.startswith(around))
+    own = {n: unwrapped(inner.removeprefix(around)) for n, inner in names.items()}
+    own = {n: inner for n, inner in own.items() if n not in others}
+    if len(set(own.values())) < len(own):
         raise UserError(f"{path}: holds names with and without 'module.' that mean the same tensor")
-    inner_state = {names[n]: value for n, value in state.items() if n in names}
+    inner_state = {own[n]: value for n, value in state.items() if n in own}
     settings = read_settings(content, str(path))
     return Checkpoint(path, content, nest, inner_state, others, settings)
 
@@ -201,6 +224,8 @@ def _of_folder(path: Path) -> tuple[Format, ...]:
 
 
 def _dits(state: Mapping[str, Tensor], settings: FileSettings) -> tuple[Format, ...]:
+    if (kind := kind_of(state)) is not None:
+        return (kind,)
     _, channels, _, _ = sizes(state, "x_embedder.proj.weight", 4)
     if is_sr_dit(state):
         return ("sr-dit",)

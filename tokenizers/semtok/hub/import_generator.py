@@ -8,6 +8,7 @@ from timm.data import ImageNetInfo
 from semtok.diffusion.diffusion_config import DiffusionConfig, resolve_defaults
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
+from semtok.hub import headed_dit as headed
 from semtok.hub import import_dit as dits
 from semtok.hub.dit_settings import (
     TrainedWith,
@@ -38,8 +39,9 @@ def import_generator(job: ImportJob) -> Generator | DiT:
     Raises:
         UserError: tensors that do not fit, settings or options that do not belong to it, by name.
     """
-    job.refuse("teacher", "statistics", "image_size")
-    job.fates |= {name: dits.what_became_of(name) for name in job.checkpoint.state}
+    job.refuse("teacher", "statistics", *(() if job.format == "ddt" else ("image_size",)))
+    became = headed.what_became_of if job.format in headed.TIMES else dits.what_became_of
+    job.fates |= {name: became(name) for name in job.checkpoint.state}
     trained = read_training(job.settings, job.format)
     if trained.shown:
         job.trained["settings"] = dict(trained.shown)
@@ -47,14 +49,7 @@ def import_generator(job: ImportJob) -> Generator | DiT:
     if tokenizer is not None:
         job.refuse("semantic_channels")
         check_latents(job.settings, trained, tokenizer.spec)
-    imported = dits.import_dit(
-        job.checkpoint.state,
-        place=job.place,
-        family=_FAMILIES.get(job.format, "repa"),
-        heads=job.options.heads,
-        spec=tokenizer.spec if tokenizer is not None else _spec(job, trained),
-        null_label=_has_null_label(job, trained),
-    )
+    imported = _network(job, trained, tokenizer.spec if tokenizer is not None else None)
     stride = tokenizer.spec["texture"].stride if tokenizer is not None else trained.stride
     side = imported.grid[0] * stride if stride is not None else None
     check_network(job.settings, imported, side, trained.lead)
@@ -62,6 +57,28 @@ def import_generator(job: ImportJob) -> Generator | DiT:
     if tokenizer is None:
         return _alone(job, trained, imported)
     return _with_tokenizer(job, trained, imported, _standardised(job, trained, imported, tokenizer))
+
+
+def _network(job: ImportJob, trained: TrainedWith, spec: LatentSpec | None) -> dits.ImportedDiT:
+    state, options = job.checkpoint.state, job.options
+    if job.format in headed.TIMES:
+        job.refuse("heads", "semantic_channels")
+        return headed.import_headed_dit(
+            state,
+            place=job.place,
+            spec=spec,
+            encoder_blocks=options.encoder_blocks,
+            image_size=options.image_size,
+        )
+    job.refuse("encoder_blocks")
+    return dits.import_dit(
+        state,
+        place=job.place,
+        family=_FAMILIES.get(job.format, "repa"),
+        heads=options.heads,
+        spec=spec or _spec(job, trained),
+        null_label=_has_null_label(job, trained),
+    )
 
 
 def _tokenizer(job: ImportJob) -> Tokenizer | None:

@@ -34,6 +34,7 @@ def import_tokenizer(job: ImportJob) -> Tokenizer | FeatureCoder:
     Raises:
         UserError: tensors that do not fit, options that do not belong to it, or settings of another network.
     """
+    job.refuse("encoder_blocks")
     is_images = job.format in ("compvis-vae", "diffusers-vae")
     return _autoencoder(job) if is_images else _coder(job)
 

@@ -28,7 +28,8 @@ class ImportOptions:
         heads: attention heads of a network of unpublished width.
         semantic_channels: how many of a transformer's channels are the semantic part, where neither a tokenizer
             nor the file says it; of ReDi's PCA how many components are kept.
-        image_size: pixels along a side, from which a coder's grid follows; None: the published 256.
+        image_size: pixels along a side, from which a coder's grid follows, or that of DDT; None: the published 256.
+        encoder_blocks: of a transformer with a head, where its tensors do not tell; None: as published.
     """
 
     weights: Literal["ema", "model"] = "ema"
@@ -38,6 +39,7 @@ class ImportOptions:
     heads: int | None = None
     semantic_channels: int | None = None
     image_size: int | None = None
+    encoder_blocks: int | None = None
 
 
 @dataclass

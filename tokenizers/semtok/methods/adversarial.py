@@ -1,9 +1,9 @@
 """The adversarial part of a VAE's training: the patch discriminator, its losses, its learner."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -146,6 +146,36 @@ _LAYER = re.compile(
 _NESTS = ("discriminator", "state_dict")
 
 
+def read_part(path: Path, names: re.Pattern[str], place: str) -> dict[str, Tensor]:
+    """The tensors of a part of a network in a file: of those whose whole names match, by the pattern's first group;
+    nested as in checkpoints or not. Empty where there are none.
+
+    Args:
+        place: the setting that names the file.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+    try:
+        content = read_weights(path)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    while isinstance(content, Mapping):
+        nested = (content[nest] for nest in _NESTS if isinstance(content.get(nest), Mapping))
+        inner = next(nested, None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping):
+        return {}
+    found = {name: names.fullmatch(name) for name in content if isinstance(name, str)}
+    return {
+        match[1]: content[name]
+        for name, match in found.items()
+        if match is not None and isinstance(content[name], Tensor)
+    }
+
+
 def load_discriminator(discriminator: PatchDiscriminator, path: Path) -> None:
     """Reads a discriminator's weights: taming-transformers' layout, or this library's.
 
@@ -153,12 +183,9 @@ def load_discriminator(discriminator: PatchDiscriminator, path: Path) -> None:
         UserError: the file can't be read, or holds no discriminator, or one of another shape, or numbers that are not
             finite.
     """
-    place = f"method.adversarial.weights: {path}"
-    try:
-        content = read_weights(path)
-    except UserError as error:
-        raise UserError(f"method.adversarial.weights: {error}") from None
-    found = _discriminator_tensors(content)
+    setting = "method.adversarial.weights"
+    place = f"{setting}: {path}"
+    found = {f"layers.{name}": t for name, t in read_part(path, _LAYER, setting).items()}
     if not found:
         raise UserError(
             f"{place}: holds no discriminator (tensors named main.0.weight, main.2.weight, …, also behind "
@@ -180,21 +207,6 @@ def load_discriminator(discriminator: PatchDiscriminator, path: Path) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
         raise UserError(f"{place}: holds numbers that are not finite; choose another file")
     discriminator.load_state_dict(found)
-
-
-def _discriminator_tensors(content: Any) -> dict[str, Tensor]:
-    """The discriminator's tensors by this library's names; empty where there are none."""
-    if not isinstance(content, Mapping):
-        return {}
-    for nest in _NESTS:
-        if isinstance(content.get(nest), Mapping):
-            return _discriminator_tensors(content[nest])
-    names = {name: _LAYER.fullmatch(name) for name in content if isinstance(name, str)}
-    return {
-        f"layers.{match[1]}": content[name]
-        for name, match in names.items()
-        if match is not None and isinstance(content[name], Tensor)
-    }
 
 
 def _shape(found: Mapping[str, Tensor]) -> str:
@@ -227,20 +239,19 @@ def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return 0.5 * (real.mean(dim=(1, 2, 3)) + fake.mean(dim=(1, 2, 3)))
 
 
-def adaptive_ratio(
-    reconstruction_term: Tensor, adversarial_term: Tensor, last_layer: Tensor, cap: float
-) -> Tensor:
-    """Ratio of both terms' gradient norms at the decoder's last layer (Esser et al. 2021, eq. 7).
+def adaptive_ratio(wanted: Tensor, other: Tensor, last_layer: Tensor, cap: float) -> Tensor:
+    """Ratio of both terms' gradient norms at a layer: of a discriminator's term at the decoder's last (Esser et al.
+    2021, eq. 7), of an alignment's at the encoder's last.
 
     Several processes average the gradients first, so that they agree with one process on the
     whole batch. In half precision gradients are scaled by a power of two on the way.
 
     Args:
-        reconstruction_term, adversarial_term: scalars of which ``last_layer`` is an ancestor.
+        wanted, other: scalars of which ``last_layer`` is an ancestor.
         cap: largest ratio.
     """
     gradients = []
-    for term in (reconstruction_term, adversarial_term):
+    for term in (wanted, other):
         scale = torch.full_like(term, _GRADIENT_SCALE)
         (gradient,) = torch.autograd.grad(term, last_layer, scale, retain_graph=True)
         gradients.append(gradient.float() / _GRADIENT_SCALE)
@@ -248,8 +259,8 @@ def adaptive_ratio(
         for gradient in gradients:
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()
-    wanted, adversarial = (gradient.norm() for gradient in gradients)
-    return (wanted / (adversarial + 1e-4)).clamp(0, cap).detach()
+    above, below = (gradient.norm() for gradient in gradients)
+    return (above / (below + 1e-4)).clamp(0, cap).detach()
 
 
 def generator_term(
@@ -284,6 +295,10 @@ def generator_term(
 class DiscriminatorLearner(nn.Module):
     """Trains the discriminator on images and the reconstructions that the autoencoder's learner left.
 
+    Attributes:
+        target: of (pixels, draws): the images that reconstructions are compared with; the pixels themselves unless
+            somebody sets another one.
+
     Args:
         resumes: a checkpoint's weights will take the place of the first ones.
 
@@ -296,6 +311,7 @@ class DiscriminatorLearner(nn.Module):
         self.discriminator = PatchDiscriminator(
             width=config.width, num_layers=config.num_layers, norm=config.norm
         )
+        self.target: Callable[[Tensor, Draws], Tensor] = lambda pixels, draws: pixels
         if config.weights is not None and not resumes:
             load_discriminator(self.discriminator, Path(config.weights))
 
@@ -312,8 +328,9 @@ class DiscriminatorLearner(nn.Module):
         self.discriminator.train()
 
     def forward(self, inputs: Inputs, draws: Draws, step: int, carry: Carry) -> StepOutput:
-        """What is minimised: the hinge loss of ``inputs['pixels']`` against ``carry['reconstruction']``."""
-        real = self.discriminator(inputs["pixels"])
+        """What is minimised: the hinge loss of ``inputs['pixels']`` against ``carry['reconstruction']``, both as
+        ``target`` says."""
+        real = self.discriminator(self.target(inputs["pixels"], draws))
         fake = self.discriminator(carry["reconstruction"])
         return StepOutput(
             {"discriminator": Term(hinge_loss(real, fake), 1.0)},

@@ -91,6 +91,9 @@ class SendVAEConfig(VAEConfig):
     def needs_teacher(self) -> bool:
         return True
 
+    def cells_per_token(self) -> int:
+        return self.mapper.patch_size
+
 
 # Noise -------------------------------------------------------------------------------------------
 
@@ -212,6 +215,8 @@ class SendVAELearner(AutoencoderLearner):
             L = L_VAE + λ E[1 - cos(m(z_t), f(x))],  z_t = (1 - t) z + t ε,  z ~ q(z|x)
 
         with L_VAE that of ``vae``, m the mapper, f(x) the teacher's patch tokens; z is standardised before the noise.
+        With ``method.equivariance`` z is as the encoder gave it, of a scaled image where that is scaled before; f(x)
+        is of the whole image, resampled to that grid.
 
         Args:
             inputs: ``pixels`` (B, 3, H, W) and the teacher's ``features``.

@@ -27,6 +27,8 @@ from semtok.methods.autoencoder import (
     load_autoencoder,
     load_texture,
 )
+from semtok.methods.decoder_noise import DecoderNoiseConfig, noise_for_decoder
+from semtok.methods.equivariance import EquivarianceConfig, Views
 from semtok.methods.texture_classes import autoencoder_stride, encode_texture, stated_statistics
 from semtok.metrics import psnr, ssim
 from semtok.objective import (
@@ -40,7 +42,7 @@ from semtok.objective import (
     Unregistered,
 )
 from semtok.optimiser import OptimiserConfig
-from semtok.perceptual import LPIPS, teacher_distance
+from semtok.perceptual import LPIPS, check_lpips_size, teacher_distance
 from semtok.pictures import Row, principal_components, rows_of_images
 from semtok.registry import MethodConfig, register_method
 from semtok.sampler.draws import Draws
@@ -95,6 +97,19 @@ class VAEConfig(MethodConfig):
     """Network of LPIPS."""
     adversarial: AdversarialConfig | None = None
     """A discriminator; None: there is none."""
+    equivariance: EquivarianceConfig | None = None
+    """Scaled and turned latents are to decode to the scaled and turned image (EQ-VAE); None: nothing is transformed."""
+    decoder_noise: DecoderNoiseConfig | None = None
+    """Noise on the raw latents that the decoder trains on; None: there is none."""
+
+    @model_validator(mode="after")
+    def _without_patches(self) -> "VAEConfig":
+        if self.decoder_noise is not None and self.decoder_noise.mask is not None:
+            raise ValueError(
+                f"method.decoder_noise.mask takes no effect with method.name={self.name}, whose encoder is "
+                "convolutional and has no patch tokens; pass method.decoder_noise.mask=null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _decoder_of_some_latents(self) -> "VAEConfig":
@@ -114,6 +129,10 @@ class VAEConfig(MethodConfig):
 
     def starts_from_weights(self) -> bool:
         return isinstance(self.vae, str) and self.vae not in PRESETS
+
+    def cells_per_token(self) -> int:
+        """What the sides of every grid of latents that the encoder gives have to be a multiple of."""
+        return 1
 
     def warnings(self, learning_rate: float) -> list[str]:
         if not self.starts_from_weights() or learning_rate <= HARMLESS_LEARNING_RATE:
@@ -247,7 +266,9 @@ class AutoencoderLearner(nn.Module):
     """Trains encoder and decoder, or the decoder alone.
 
     A method that adds a loss to the VAE's subclasses this with a ``forward`` of its own, made of the same three calls
-    and its own terms between them: see ``send_vae``.
+    and its own terms between them: see ``send_vae`` and ``va_vae``. Where ``method.equivariance`` transforms latents,
+    that is between the z that ``autoencode`` gives and the decoder, so that a method's own terms see them as the
+    encoder gave them.
     """
 
     def __init__(
@@ -268,6 +289,9 @@ class AutoencoderLearner(nn.Module):
         lpips = LPIPS(config.lpips_net) if config.perceptual == "lpips" else None
         self._lpips, self._teacher = Unregistered(lpips), Unregistered(context.teacher)
         self._discriminator = Unregistered(discriminator)
+        stride = autoencoder_stride(self.autoencoder)
+        self.views = Views(config.equivariance, stride, config.cells_per_token())
+        self._target: Tensor | None = None  # what the x̂ of this micro-batch is compared with
 
     def forward(self, inputs: Inputs, draws: Draws, step: int, carry: Carry) -> StepOutput:
         """Losses of one micro-batch.
@@ -284,10 +308,23 @@ class AutoencoderLearner(nn.Module):
     def autoencode(
         self, x: Tensor, draws: Draws
     ) -> tuple[DiagonalGaussianDistribution, Tensor, Tensor]:
-        """The posterior q(z|x), a draw z from it (B, C, h, w), and the image x̂ that it decodes to."""
-        q = self.autoencoder.encode(x).latent_dist
+        """The posterior q(z|x), a draw z from it (B, C, h, w), and the image x̂ that it decodes to.
+
+        With ``method.equivariance`` x̂ is what z decodes to as the step transforms it, for ``vae_terms`` to compare with
+        x transformed in the same way; with ``method.decoder_noise`` the decoder gets z with noise.
+        """
+        view = self.views(tuple(x.shape[-2:]), draws)
+        q = self.autoencoder.encode(view.encoded(x)).latent_dist
         z = q.mean.float() + q.std.float() * draws.normal("posterior", tuple(q.mean.shape[1:]))
-        return q, z, self.autoencoder.decode(z).sample
+        decoded = view.decoded(z)
+        if self.config.decoder_noise is not None:
+            decoded = noise_for_decoder(decoded, self.config.decoder_noise, draws)
+        self._target = view.target(x)
+        return q, z, self.autoencoder.decode(decoded).sample
+
+    def target(self, x: Tensor, draws: Draws) -> Tensor:
+        """What the x̂ of images x is compared with in this step: x itself where nothing is transformed."""
+        return self.views(tuple(x.shape[-2:]), draws).target(x)
 
     def vae_terms(
         self, q: DiagonalGaussianDistribution, x_hat: Tensor, inputs: Inputs
@@ -297,22 +334,31 @@ class AutoencoderLearner(nn.Module):
             L = λ_r L_rec(x, x̂) + λ KL(q(z|x) ‖ N(0, I)) + λ_p d(x, x̂),  x̂ = decode(z),  z ~ q(z|x)
 
         with L_rec the mean absolute or squared error, d LPIPS or a distance in the teacher's features. Where the
-        decoder alone is trained there is no KL, which does not depend on it.
+        decoder alone is trained there is no KL, which does not depend on it. Where ``method.equivariance`` transforms
+        x, L_rec and d are weighted by the share of the image's pixels that are left.
+
+        Args:
+            x_hat: of the last call of ``autoencode``.
         """
-        config, x = self.config, inputs["pixels"]
+        config, x, features = self.config, self._target, inputs["features"]
+        share = x[0].numel() / inputs["pixels"][0].numel()
         terms = {
             config.reconstruction: Term(
-                reconstruction_loss(x_hat, x, config.reconstruction), config.reconstruction_weight
+                reconstruction_loss(x_hat, x, config.reconstruction),
+                config.reconstruction_weight * share,
             )
         }
         if config.train == "all":
             weight = 1e-6 if config.kl_weight is None else config.kl_weight
             terms["kl"] = Term(kl_loss(q.mean, q.logvar), weight)
         if config.perceptual == "lpips":
-            terms["perceptual"] = Term(self._lpips.module(x_hat, x), config.perceptual_weight)
+            distance = self._lpips.module(x_hat, x)
+            terms["perceptual"] = Term(distance, config.perceptual_weight * share)
         elif config.perceptual == "teacher":
-            distance = teacher_distance(self._teacher.module, x_hat, inputs["features"])
-            terms["perceptual"] = Term(distance, config.perceptual_weight)
+            if x is not inputs["pixels"]:
+                features = self._teacher.module.features(x)
+            distance = teacher_distance(self._teacher.module, x_hat, features)
+            terms["perceptual"] = Term(distance, config.perceptual_weight * share)
         return terms
 
     def adversarial_terms(
@@ -326,13 +372,16 @@ class AutoencoderLearner(nn.Module):
         config = self.config.adversarial
         if config is None or step < config.start_step:
             return {}
-        compared = [terms[n] for n in (self.config.reconstruction, "perceptual") if n in terms]
-        wanted = sum(term.weight * term.value.mean() for term in compared)
+        wanted, discriminator = self.images_compared(terms), self._discriminator.module
         last_layer = self.autoencoder.decoder.conv_out.weight
-        discriminator = self._discriminator.module
         return {
             "adversarial": generator_term(config, discriminator, x_hat, wanted, last_layer, step)
         }
+
+    def images_compared(self, terms: Mapping[str, Term]) -> Tensor:
+        """The weighted sum of those terms that compare images, a scalar: what adaptive weights adapt to."""
+        compared = [terms[n] for n in (self.config.reconstruction, "perceptual") if n in terms]
+        return sum(term.weight * term.value.mean() for term in compared)
 
     def frozen_modules(self) -> list[nn.Module]:
         """What this learner reads and nobody trains."""
@@ -361,16 +410,36 @@ class VAEObjective(TokenizerObjective):
         adversary = None
         if config.adversarial is not None:
             adversary = DiscriminatorLearner(config.adversarial, resumes=context.resumes)
-            adversary.check_image_size(context.image_size)
         autoencoder = learner_class(config, context, adversary and adversary.discriminator)
         self.learners = nn.ModuleDict({"autoencoder": autoencoder})
         if adversary is not None:
+            adversary.target = autoencoder.target
             self.learners["discriminator"] = adversary
         if min(context.image_size) < 8:
             raise ValueError(
                 f"image size {context.image_size} is too small to measure SSIM; at least 8"
             )
         self.tokenizer(self.averaged_module()).spec.check_image_size(context.image_size)
+        autoencoder.views.check(context.image_size)
+        self._check_smallest(autoencoder.views.smallest(context.image_size), adversary)
+
+    def _check_smallest(
+        self, size: tuple[int, int], adversary: DiscriminatorLearner | None
+    ) -> None:
+        """Raises ValueError where the smallest images that are compared are too small for networks."""
+        try:
+            if adversary is not None:
+                adversary.check_image_size(size)
+            if self.config.perceptual == "lpips":
+                check_lpips_size(self.config.lpips_net, size)
+        except ValueError as error:
+            if size == tuple(self.context.image_size):
+                raise
+            way_out = "these method.equivariance.scales make; leave the small ones out"
+            raise ValueError(f"{error}, which {way_out}") from None
+
+    def notes(self) -> list[str]:
+        return self.learners["autoencoder"].views.notes(self.context.image_size)
 
     def active_learners(self, step: int) -> list[str]:
         config = self.config.adversarial

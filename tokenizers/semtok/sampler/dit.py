@@ -2,26 +2,35 @@
 
 SiT: Ma et al. 2024 (arXiv 2401.08740), on DiT (Peebles and Xie 2022). LightningDiT: Yao et al. 2025
 (arXiv 2501.01423): patch 1, rotary positions, SwiGLU, RMSNorm. Spatial parts are stacked as channels
-on the texture's grid; vector parts are further tokens (REG, Wu et al. 2025).
+on the texture's grid; vector parts are further tokens (REG, Wu et al. 2025). With a head it is DDT or DiT^DH.
 """
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from keyword import iskeyword
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from semtok.sampler.architecture import DiTArchitecture
-from semtok.sampler.blocks import Block, FinalLayer, init_xavier, vector_norm
-from semtok.sampler.embeddings import TimeEmbedding, rotary_table, sincos_positions
+from semtok.sampler.blocks import Block, FinalLayer, Rotary, init_xavier
+from semtok.sampler.embeddings import FourierTimeEmbedding, TimeEmbedding, sincos_positions
+from semtok.sampler.head import Head, activated, rotary_of, run_block
 from semtok.sampler.latents import Latents, LatentSpec, as_pytree
 from semtok.sampler.routing import DENSE, Fusion, Route, taken, taken_rotary, taken_values
+from semtok.sampler.tokens import (
+    initialise_patches,
+    patch_layer,
+    patch_tokens,
+    positions_on,
+    vector_layers,
+    with_vectors,
+)
 
 _LEAST_NOISE = 0.05
 """What is divided by near data at least, where a network predicts data (RAEv2, arXiv 2605.18324)."""
@@ -36,16 +45,18 @@ class DiTOutput:
         hidden: tokens (B, vectors + patches, D) after the block that was asked for, or None. After a block
             that routing leaves only some tokens they are those, (B, K, D), in the order of ``Route.kept``.
         inner: the velocity that the second head predicts, where the network has one and it was asked for.
+        state: what the blocks before a head have made of the latents, (B, vectors + patches, D), where there is one.
     """
 
     velocity: Latents
     hidden: Tensor | None
     inner: Latents | None = None
+    state: Tensor | None = None
 
 
 as_pytree(
     DiTOutput,
-    lambda output: ([output.velocity, output.hidden, output.inner], None),
+    lambda output: ([output.velocity, output.hidden, output.inner, output.state], None),
     lambda members, _: DiTOutput(*members),
 )
 
@@ -79,26 +90,26 @@ class DiT(nn.Module):
             raise ValueError(
                 f"width {config.width} is not divisible among {len(timed_parts)} times"
             )
-        width, patch, channels = config.width, config.patch_size, sum(self.spatial.values())
-        self.patch_embed = nn.Conv2d(channels, width, patch, stride=patch)
-        self.vector_embed = nn.ModuleDict(
-            {
-                name: nn.Sequential(nn.Linear(size, width), vector_norm(config.vector_norm, width))
-                for name, size in self.vectors.items()
-            }
-        )
+        width, channels = config.width, sum(self.spatial.values())
+        self.patch_embed = patch_layer(config, self.spatial)
+        self.vector_embed = vector_layers(config, self.vectors)
+        self.positions: nn.Parameter | None = None
+        if config.learned_positions is not None:
+            rows, columns = config.learned_positions
+            self.positions = nn.Parameter(torch.empty(rows * columns, width))
+        each = width // max(1, len(timed_parts))
         self.time_embed = nn.ModuleDict(
-            {name: TimeEmbedding(width // len(timed_parts)) for name in timed_parts}
-            if timed_parts
-            else {"all": TimeEmbedding(width)}
+            {name: _time_embedding(config, each) for name in timed_parts or ("all",)}
         )
         self.label_embed = nn.Embedding(num_classes + 1, width)
         self.blocks = nn.ModuleList(
             Block(config, is_first=number == 0) for number in range(config.depth)
         )
-        self.final = FinalLayer(config, channels, self.vectors)
+        last = config if config.head is None else config.head_blocks
+        self.final = FinalLayer(last, channels, self.vectors)
         self.fusion = Fusion(width) if config.split is not None else None
         self.inner = FinalLayer(config, channels, self.vectors) if config.inner_head else None
+        self.head = Head(config, self.spatial, self.vectors) if config.head is not None else None
         self.checkpointing = False
         """Recompute each block's activations in the backward pass, to save memory."""
         self._initialise()
@@ -108,15 +119,24 @@ class DiT(nn.Module):
         """The network's shape; what is called config in a diffusers model is another."""
         return self.config
 
+    @property
+    def every_block(self) -> list[nn.Module]:
+        """Those of the network and of its head."""
+        return [*self.blocks, *(self.head.blocks if self.head is not None else ())]
+
     def _initialise(self) -> None:
         """Xavier everywhere, zero for modulations and outputs, so that each block starts as identity."""
         for module in (self.blocks, self.vector_embed, self.fusion):
             if module is not None:
                 module.apply(init_xavier)
-        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
-        nn.init.zeros_(self.patch_embed.bias)
+        initialise_patches(self.patch_embed)
+        if self.head is not None:
+            self.head.initialise()
+        if self.positions is not None:
+            grid = self.config.learned_positions
+            self.positions.data.copy_(sincos_positions(grid, self.config.width))
         nn.init.normal_(self.label_embed.weight, std=0.02)
-        modulations = [block.modulation for block in self.blocks]
+        modulations = [block.modulation for block in self.every_block]
         heads = [self.final] if self.inner is None else [self.final, self.inner]
         outputs = [(head.modulation, head.linear, *head.vectors.values()) for head in heads]
         for layer in (*modulations, *(layer for layers in outputs for layer in layers)):
@@ -132,6 +152,7 @@ class DiT(nn.Module):
         hidden_after: int | None = None,
         route: Route = DENSE,
         inner: bool = False,
+        state: Tensor | None = None,
     ) -> DiTOutput:
         """One forward pass.
 
@@ -146,11 +167,18 @@ class DiT(nn.Module):
             hidden_after: also give the tokens after this many blocks (1 is after the first).
             route: what a network with token routing drops; nothing of others.
             inner: also give what the second head predicts, of a network that has one.
+            state: of another pass of a network with a head, which alone is then run; gives neither ``hidden`` nor
+                ``inner``.
         """
+        with self._computing():
+            if state is not None:
+                return DiTOutput(self._from_head(x, times, state), None, state=state)
+            return self._forward(x, times, labels, hidden_after, route, inner)
+
+    def _computing(self) -> AbstractContextManager[Any]:
         weight = self.patch_embed.weight
         half = weight.dtype in (torch.float16, torch.bfloat16)
-        with torch.autocast(weight.device.type, weight.dtype) if half else nullcontext():
-            return self._forward(x, times, labels, hidden_after, route, inner)
+        return torch.autocast(weight.device.type, weight.dtype) if half else nullcontext()
 
     def _forward(
         self,
@@ -162,31 +190,42 @@ class DiT(nn.Module):
         inner: bool,
     ) -> DiTOutput:
         tokens, grid = self._embed(x)
-        condition = F.silu(self._embed_times(times) + self.label_embed(labels))
+        embedded = self._embed_times(times)
+        condition = activated(F.silu(embedded + self.label_embed(labels)), self.config)
         wanted = {number for number in (hidden_after, self.config.inner_head) if number}
         tokens, seen = self._run_blocks(tokens, condition, grid, route, wanted)
-        velocity = self._velocity(self.final(tokens, condition), grid, x, times)
+        state = None
+        if self.head is not None:
+            state = F.silu(embedded[:, None] + tokens)
+            velocity = self._from_head(x, times, state)
+        else:
+            velocity = self._velocity(self.final(tokens, condition), grid, x, times)
         second = None
         if inner:
             assert self.inner is not None, "a network without a second head"
             outputs = self.inner(seen[self.config.inner_head], condition)
             second = self._velocity(outputs, grid, x, times)
-        return DiTOutput(velocity, seen[hidden_after] if hidden_after else None, second)
+        hidden = seen[hidden_after] if hidden_after else None
+        return DiTOutput(velocity, hidden, second, state)
+
+    def _from_head(
+        self, x: Mapping[str, Tensor], times: Mapping[str, Tensor], state: Tensor
+    ) -> Latents:
+        assert self.head is not None, "a network without a head"
+        tokens, condition = self.head(x, state, checkpointing=self.checkpointing)
+        side, patch = x["texture"].shape[-2:], self.config.patch_size
+        grid = (side[0] // patch, side[1] // patch)
+        return self._velocity(self.final(tokens, condition), grid, x, times)
 
     def _embed(self, x: Mapping[str, Tensor]) -> tuple[Tensor, tuple[int, int]]:
         """Tokens (B, vectors + patches, D), and the grid of the patches."""
-        dtype = self.patch_embed.weight.dtype
-        x = {name: part.to(dtype) for name, part in x.items()}
-        tokens = self.patch_embed(_stack([x[name] for name in self.spatial]))
-        grid = (tokens.shape[-2], tokens.shape[-1])
-        tokens = rearrange(tokens, "b d h w -> b (h w) d")
-        if self.config.position_codes:
+        tokens, grid = patch_tokens(x, self.spatial, self.patch_embed)
+        if self.positions is not None:
+            tokens = tokens + positions_on(self.positions, self.config.learned_positions, grid)
+        elif self.config.position_codes:
             tokens = tokens + sincos_positions(grid, self.config.width, device=tokens.device)
-        if self.vectors:
-            embeds = zip(self.vectors, self.vector_embed.values(), strict=True)
-            extra = [embed(x[name])[:, None] for name, embed in embeds]
-            tokens = torch.cat([*extra, tokens], dim=1)
-        return tokens, grid
+        dtype = self.patch_embed.weight.dtype
+        return with_vectors(x, self.vectors, self.vector_embed, tokens, dtype), grid
 
     def _run_blocks(
         self,
@@ -197,10 +236,8 @@ class DiT(nn.Module):
         wanted: set[int],
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The tokens after the last block, and after those that are wanted."""
-        config, rotary, values, seen = self.config, None, None, {}
-        if config.rope:
-            head_width = config.width // config.heads
-            rotary = rotary_table(grid, head_width, len(self.vectors), tokens.device)
+        config, values, seen = self.config, None, {}
+        rotary = rotary_of(config, grid, len(self.vectors), tokens.device)
         first, last = config.split or (config.depth, 0)
         middle = range(first + 1, config.depth - last + 1)
         whole = (tokens, condition, rotary, values)
@@ -214,12 +251,7 @@ class DiT(nn.Module):
             if number in middle and route.num_skipped == len(whole[0]):
                 continue
             mixed = values if number > 1 else None
-            if self.checkpointing and torch.is_grad_enabled():
-                tokens, own = checkpoint(
-                    block, tokens, condition, rotary, mixed, use_reentrant=False
-                )
-            else:
-                tokens, own = block(tokens, condition, rotary, mixed)
+            tokens, own = run_block(block, self.checkpointing, tokens, condition, rotary, mixed)
             if number == 1 and config.value_residual:
                 values = own
             if number in wanted:
@@ -263,12 +295,25 @@ class DiT(nn.Module):
         other._modules = dict(self._modules)
         other.vector_embed, other.time_embed = _spelt(self.vector_embed), _spelt(self.time_embed)
         for name in ("final", "inner"):
-            if (head := getattr(self, name)) is not None:
-                spelt = copy(head)
-                spelt._modules = dict(head._modules)
-                spelt.vectors = _spelt(head.vectors)
-                setattr(other, name, spelt)
+            if (layer := getattr(self, name)) is not None:
+                setattr(other, name, _with(layer, "vectors"))
+        if self.head is not None:
+            other.head = _with(self.head, "vector_embed")
         return other
+
+
+def _time_embedding(config: DiTArchitecture, width: int) -> nn.Module:
+    if config.time_embedding == "fourier":
+        return FourierTimeEmbedding(width)
+    return TimeEmbedding(width, config.time_period)
+
+
+def _with(module: nn.Module, name: str) -> nn.Module:
+    """The same module, its parts' layers spelt as ``for_export`` says."""
+    other = copy(module)
+    other._modules = dict(module._modules)
+    setattr(other, name, _spelt(getattr(module, name)))
+    return other
 
 
 def _spelt(modules: nn.ModuleDict) -> nn.ModuleDict:
@@ -286,10 +331,10 @@ def velocity_to(data: Tensor, x: Tensor, t: Tensor) -> Tensor:
 def _entering(
     tokens: Tensor,
     condition: Tensor,
-    rotary: tuple[Tensor, Tensor] | None,
+    rotary: Rotary | None,
     values: Tensor | None,
     route: Route,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Rotary | None, Tensor | None]:
     """What the blocks between are given."""
     if route.num_skipped:
         entering = len(tokens) - route.num_skipped
@@ -300,7 +345,3 @@ def _entering(
         rotary = taken_rotary(rotary, route.kept) if rotary is not None else None
         values = taken_values(values, route.kept) if values is not None else None
     return tokens, condition, rotary, values
-
-
-def _stack(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

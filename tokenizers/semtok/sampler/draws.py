@@ -46,6 +46,10 @@ class Draws:
         generator = torch.Generator(self.device).manual_seed(_seed(self.seed, self.step, name))
         return torch.rand(1, generator=generator, device=self.device)
 
+    def number_of_step(self, name: str) -> float:
+        """One uniform number in [0, 1) of the step, for what the host decides: no device is asked or waited for."""
+        return float(replace(self, device=torch.device("cpu")).uniform_of_step(name))
+
     def of_previous(self) -> "Draws":
         """Those of the place before the first one, of the last place where that is the first of all."""
         return replace(self, first=(self.first - 1) % self.global_batch, num=1)

@@ -1,5 +1,6 @@
 """Embeddings of a diffusion transformer: positions, added and rotary, and times. All are computed, for any grid."""
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial, wraps
 from typing import Any, TypeVar
@@ -64,45 +65,79 @@ def sincos_positions(
     return torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1).float().to(device)
 
 
-class TimeEmbedding(nn.Module):
-    """Sinusoids of the raw time in [0, 1], cosines first, through two layers."""
+class _TimeMLP(nn.Module):
+    """Two layers on features of the time."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, features: int, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
         for layer in (self.mlp[0], self.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
+
+class TimeEmbedding(_TimeMLP):
+    """Sinusoids of the raw time in [0, 1], cosines first, through two layers.
+
+    Args:
+        period: see ``time_frequencies``.
+    """
+
+    def __init__(self, width: int, period: float = 10_000.0) -> None:
+        super().__init__(_FREQUENCIES, width)
+        self.period = period
+
     def forward(self, t: Tensor) -> Tensor:
         """Times (B,) to (B, width)."""
-        angle = t.float()[:, None] * time_frequencies(t.device)
+        angle = t.float()[:, None] * time_frequencies(t.device, self.period)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp[0].weight.dtype))
 
 
+class FourierTimeEmbedding(_TimeMLP):
+    """Sinusoids of the noise's time 1 - t at learned frequencies, sines first, through two layers (DiT^DH)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(2 * _FREQUENCIES, width)
+        self.frequencies = nn.Parameter(torch.randn(_FREQUENCIES))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Times (B,) to (B, width)."""
+        angle = (2 * math.pi) * (1 - t.float())[:, None] * self.frequencies.float()
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1).to(self.mlp[0].weight.dtype))
+
+
 @_kept
-def time_frequencies(device: torch.device) -> Tensor:
-    """10000^(-k / 128) for k = 0 ... 127, float32."""
+def time_frequencies(device: torch.device, period: float = 10_000.0) -> Tensor:
+    """period^(-k / 128) for k = 0 ... 127, float32."""
     half, place = _FREQUENCIES // 2, _place(device)
     exponent = torch.arange(half, dtype=torch.float32, device=place) / half
-    return torch.exp(-torch.full((), 10_000.0, device=place).log() * exponent).to(device)
+    return torch.exp(-torch.full((), period, device=place).log() * exponent).to(device)
 
 
 @_kept
 def rotary_table(
-    grid: tuple[int, int], head_width: int, num_prefix: int, device: torch.device
+    grid: tuple[int, int],
+    head_width: int,
+    num_prefix: int,
+    device: torch.device,
+    span: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of two-dimensional rotary positions (LightningDiT's, after EVA-02).
 
     The first half of the head turns by the row, the second by the column; neighbours (2i, 2i + 1)
     form a pair. Prefix tokens do not turn.
 
+    Args:
+        span: places along each side run from 0 to this; None: from 0 by 1.
+
     Returns:
         Two float32 tensors (num_prefix + rows * columns, head_width).
     """
-    count = partial(torch.arange, dtype=torch.float32, device=_place(device))
+    place = _place(device)
+    count = partial(torch.arange, dtype=torch.float32, device=place)
     frequency = 10_000 ** (-count(0, head_width // 2, 2) / (head_width // 2))
-    row, column = torch.meshgrid(*(count(n) for n in grid), indexing="ij")
+    sides = [count(n) if span is None else torch.linspace(0, span, n, device=place) for n in grid]
+    row, column = torch.meshgrid(*sides, indexing="ij")
     angles = [(p.flatten()[:, None] * frequency).repeat_interleave(2, 1) for p in (row, column)]
     angle = F.pad(torch.cat(angles, dim=1), (0, 0, num_prefix, 0))
     return angle.cos().to(device), angle.sin().to(device)

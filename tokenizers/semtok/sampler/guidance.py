@@ -8,6 +8,7 @@ per part and in an interval of time (Kynkäänniemi et al. 2024).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -113,6 +114,28 @@ class GuidanceConfig(Config):
             )
 
 
+@dataclass
+class Encoded:
+    """What the blocks before a head have made of one state of the latents, for further steps too.
+
+    Attributes:
+        x, times: that state.
+        states: for each branch of guidance, as far as it was asked for.
+        is_new: whether the step that made it is still going on.
+    """
+
+    x: Mapping[str, Tensor]
+    times: Times
+    states: dict[str, Tensor] = field(default_factory=dict)
+    is_new: bool = True
+
+    def of(self, branch: str, network: DiT, labels: Tensor, route: Route) -> Tensor:
+        """Of one branch, which a step may be the first to ask for: its interval of guidance begins with it."""
+        if branch not in self.states:
+            self.states[branch] = network(self.x, self.times, labels, route=route).state
+        return self.states[branch]
+
+
 def guided_velocity(
     network: DiT,
     x: Mapping[str, Tensor],
@@ -123,6 +146,7 @@ def guided_velocity(
     num_channels: int | None = None,
     weak: DiT | None = None,
     base: Base = "null_label",
+    encoded: Encoded | None = None,
 ) -> dict[str, Tensor]:
     """The velocity per part, guided where ``scales`` names it.
 
@@ -136,19 +160,21 @@ def guided_velocity(
         scales: guidance scale per guided part, for all samples or (B,).
         num_channels, base: see ``GuidanceConfig``.
         weak: guides away from this network instead.
+        encoded: what the blocks before a head are not run for again; not with ``inner_head``.
     """
     if not scales:
-        return _velocity(network, x, times, labels)
+        return _velocity(network, x, times, labels, encoded=encoded)
     if weak is not None:
-        conditional = _velocity(network, x, times, labels)
-        away = _velocity(weak, x, times, labels)
+        conditional = _velocity(network, x, times, labels, encoded=encoded)
+        away = _velocity(weak, x, times, labels, encoded=encoded, branches=("weak",))
     elif base == "inner_head":
         output = network(x, times, labels, inner=True)
         conditional, away = _like_state(output.velocity, x), _like_state(output.inner, x)
     else:
         null = torch.full_like(labels, network.num_classes)
         route = Route(num_skipped=len(labels)) if base == "dropped_path" else DENSE
-        both = _velocity(network, _twice(x), _twice(times), torch.cat([labels, null]), route)
+        twice = (_twice(x), _twice(times), torch.cat([labels, null]))
+        both = _velocity(network, *twice, route, encoded, branches=("own", "null"))
         conditional = {name: part.chunk(2)[0] for name, part in both.items()}
         away = {name: part.chunk(2)[1] for name, part in both.items()}
     guided = dict(conditional)
@@ -163,9 +189,25 @@ def guided_velocity(
 
 
 def _velocity(
-    network: DiT, x: Mapping[str, Tensor], times: Times, labels: Tensor, route: Route = DENSE
+    network: DiT,
+    x: Mapping[str, Tensor],
+    times: Times,
+    labels: Tensor,
+    route: Route = DENSE,
+    encoded: Encoded | None = None,
+    branches: tuple[str, ...] = ("own",),
 ) -> dict[str, Tensor]:
-    return _like_state(network(x, times, labels, route=route).velocity, x)
+    """Of a batch that is made of one or two branches of guidance."""
+    if encoded is None or network.architecture.head is None:
+        output = network(x, times, labels, route=route)
+    elif encoded.is_new:
+        output = network(x, times, labels, route=route)
+        encoded.states |= zip(branches, output.state.chunk(len(branches)), strict=True)
+    else:
+        each = zip(branches, labels.chunk(len(branches)), strict=True)
+        states = [encoded.of(branch, network, own, route) for branch, own in each]
+        output = network(x, times, labels, state=torch.cat(states))
+    return _like_state(output.velocity, x)
 
 
 def _like_state(velocity: Mapping[str, Tensor], x: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -282,6 +282,7 @@ def draw(
     Raises:
         ValueError: what is asked for does not fit the model.
     """
+    settings.check_network(model.network.architecture)
     numbers = request.numbers(model)
     return sample_latents(
         model.network,
@@ -317,7 +318,7 @@ def told(error: ValidationError) -> str:
 def check_guidance_fits(settings: SamplerConfig, network: DiT, *, can_be_guided: bool) -> None:
     """Raises ValueError where guidance names no part of a model, or where it was not trained for it."""
     guidance, spec = settings.guidance, network.spec
-    guidance.check_network(network.architecture)
+    settings.check_network(network.architecture)
     if isinstance(guidance.scale, dict):
         unknown = sorted(guidance.scale.keys() - set(spec.names))
         if unknown:

@@ -1,5 +1,6 @@
 """Samplers: from noise to latents along the learned velocity, one clock for all parts."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -9,11 +10,12 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from semtok.sampler.architecture import DiTArchitecture
 from semtok.sampler.config import Config
 from semtok.sampler.dit import DiT
 from semtok.sampler.dormand_prince import DormandPrince
 from semtok.sampler.draws import SampleNoise
-from semtok.sampler.guidance import GuidanceConfig, guided_velocity
+from semtok.sampler.guidance import Encoded, GuidanceConfig, guided_velocity
 from semtok.sampler.latents import Latents
 from semtok.sampler.transport import (
     Diffusion,
@@ -71,6 +73,13 @@ class SamplerConfig(Config):
     path both are the same."""
     last_step: float = Field(0.04, gt=0, lt=1)
     """Length of ``sde``'s last step, which adds no noise."""
+    euler_last_step: float | None = Field(None, gt=0, lt=1)
+    """Length of ``euler``'s last step, before the shift (DDT: 0.04); None: as the others."""
+    end: float = Field(1.0, gt=0, le=1)
+    """Where steps end, before the shift, as a share of the clock; what noise is left then stays (RAE: 0.999)."""
+    state_refresh_rate: int = Field(1, ge=1)
+    """The blocks before a head are run in every so many steps of ``euler`` or ``sde``; the head alone is run in the
+    others, on what they have made last (DDT). 1: in all."""
     shift: float | None = Field(None, gt=0)
     """Moves the fixed steps towards noise, see ``transport.shift_times``; None: as the training times
     were moved."""
@@ -100,7 +109,30 @@ class SamplerConfig(Config):
             raise ValueError(
                 "sampler.split_at_borders=false goes with euler, heun, heun2, midpoint and dopri5"
             )
+        if self.euler_last_step is not None and (self.method != "euler" or self.end != 1):
+            raise ValueError(
+                "sampler.euler_last_step goes with method: euler and without sampler.end"
+            )
+        if self.method == "sde" and self.end != 1:
+            raise ValueError("sampler.end: sde ends by a step without noise; leave it out")
+        if self.state_refresh_rate > 1:
+            if self.method not in ("euler", "sde"):
+                raise ValueError("sampler.state_refresh_rate goes with euler and sde")
+            if self.guidance.base == "inner_head":
+                raise ValueError(
+                    "sampler.state_refresh_rate: guidance.base: inner_head is read off the blocks that it leaves out; "
+                    "pass null_label, or 1"
+                )
         return self
+
+    def check_network(self, network: DiTArchitecture) -> None:
+        """Raises ValueError where a network has not what these settings ask for."""
+        self.guidance.check_network(network)
+        if self.state_refresh_rate > 1 and network.head is None:
+            raise ValueError(
+                "sampler.state_refresh_rate: the network has no head that could be run alone "
+                "(diffusion.network.head); pass 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -177,7 +209,14 @@ def sample_latents(
     drawn = {name: noise(shape) for name, shape in network.spec.shapes_on(grid).items()}
     start = start or Start()  # ``sde`` draws on from the same place in all cases
     return integrate(
-        velocity_function(network, labels, schedule, config.guidance, weak=weak),
+        velocity_function(
+            network,
+            labels,
+            schedule,
+            config.guidance,
+            weak=weak,
+            state_refresh_rate=config.state_refresh_rate,
+        ),
         start.state(drawn, schedule, path),
         config,
         begin=start.clock(schedule),
@@ -196,10 +235,17 @@ def velocity_function(
     guidance: GuidanceConfig,
     *,
     weak: DiT | None = None,
+    state_refresh_rate: int = 1,
 ) -> Velocity:
-    """The guided velocity of a network for samples with these labels (B,), as samplers call it."""
+    """The guided velocity of a network for samples with these labels (B,), as samplers call it.
+
+    Args:
+        state_refresh_rate: its calls are a sampler's steps, of which every so many run the blocks before a head.
+    """
+    calls, encoded = itertools.count(), None
 
     def velocity(state: State, clock: Clock, decide: Clock, rows: Tensor | None = None, /) -> State:
+        nonlocal encoded
         own, device = labels if rows is None else labels[rows.to(labels.device)], labels.device
         if isinstance(clock, Tensor):
             each = [schedule.times_at(now) for now in clock.tolist()]
@@ -211,6 +257,11 @@ def velocity_function(
             }
         readings = decide.tolist() if isinstance(decide, Tensor) else [decide]
         scales = guidance.active_each([schedule.times_at(now) for now in readings])
+        if state_refresh_rate > 1:
+            if next(calls) % state_refresh_rate == 0:
+                encoded = Encoded(state, times)
+            else:
+                encoded.is_new = False
         return guided_velocity(
             network,
             state,
@@ -220,6 +271,7 @@ def velocity_function(
             num_channels=guidance.num_channels,
             weak=weak,
             base=guidance.base,
+            encoded=encoded,
         )
 
     return velocity
@@ -298,15 +350,27 @@ def clock_readings(
     """The times at which ``integrate`` tells its watcher the state, on the clock, from ``begin`` on."""
     split = config.split_at_borders
     if config.method == "dopri5":
-        grid = [0.0, *(schedule.borders if split else ()), schedule.length]
+        end = schedule.length
+        if config.end != 1:
+            end *= shift_times(torch.tensor(config.end, dtype=torch.float64), shift).item()
+        borders = schedule.borders if split else ()
+        grid = [0.0, *(border for border in borders if border < end), end]
     else:
-        last_step = config.last_step if config.method == "sde" else None
-        grid = time_grid(config.steps, schedule, shift=shift, last_step=last_step, split=split)
+        last_step = config.last_step if config.method == "sde" else config.euler_last_step
+        grid = time_grid(
+            config.steps, schedule, shift=shift, last_step=last_step, split=split, end=config.end
+        )
     return grid if begin == 0 else [begin, *(reading for reading in grid if reading > begin + 1e-9)]
 
 
 def time_grid(
-    steps: int, schedule: Schedule, *, shift: float, last_step: float | None, split: bool = True
+    steps: int,
+    schedule: Schedule,
+    *,
+    shift: float,
+    last_step: float | None,
+    split: bool = True,
+    end: float = 1.0,
 ) -> list[float]:
     """Clock readings from 0 to the schedule's length.
 
@@ -316,15 +380,20 @@ def time_grid(
         last_step: length of the last interval before shifting; None makes it like the others.
         split: add the schedule's borders. Without them the grid is of float32, in which the
             published samplers decide whose turn it is.
+        end: the last reading before the shift, as a share of the length; borders after it are none.
     """
+    length = schedule.length
     if not split:
-        clock = torch.linspace(0, schedule.length, steps + 1, dtype=torch.float32)
-        return (shift_times(clock / schedule.length, shift) * schedule.length).tolist()
-    share = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        share = torch.linspace(0, end * length, steps + 1, dtype=torch.float32) / length
+        if last_step is not None and steps > 1:
+            share[:-1] = torch.linspace(0, 1 - last_step / length, steps, dtype=torch.float32)
+        return (shift_times(share, shift) * length).tolist()
+    share = torch.linspace(0, end, steps + 1, dtype=torch.float64)
     if last_step is not None and steps > 1:
-        share[:-1] = torch.linspace(0, 1 - last_step / schedule.length, steps, dtype=torch.float64)
-    clock = (shift_times(share, shift) * schedule.length).tolist()
+        share[:-1] = torch.linspace(0, 1 - last_step / length, steps, dtype=torch.float64)
+    clock = (shift_times(share, shift) * length).tolist()
     borders = [b for b in schedule.borders if all(abs(b - c) > 1e-9 for c in clock)]
+    borders = [b for b in borders if b < clock[-1]]
     return sorted([*clock, *borders])
 
 

@@ -8,6 +8,7 @@ there with the same direction of time).
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Annotated, Literal
 
 import torch
@@ -116,6 +117,8 @@ class TimeConfig(Config):
     """Of the normal before the sigmoid, where ``law`` is ``logit_normal``; above 0 is nearer to data."""
     std: float = Field(1.0, gt=0)
     """Of that normal."""
+    least: float = Field(0.0, ge=0, lt=1)
+    """No time below this is drawn, before the shift: the law is cut off there (RAE: 0.001)."""
     shift: Annotated[float, Field(gt=0)] | Literal["dimension", "spatial_dimension"] = 1.0
     """Moves times towards noise by ``shift_times``, in training and in samplers; ``dimension`` takes
     sqrt(latent dimensions / 4096) (RAE, Zheng et al. 2025, after Esser et al. 2024), ``spatial_dimension`` the same
@@ -136,9 +139,18 @@ class TimeConfig(Config):
         """Times (B,) in [0, 1] of one micro-batch of latents of these shapes, see ``shift_for``."""
         if self.law == "uniform":
             t = draws.uniform("time")
-        else:
+            t = t if not self.least else self.least + (1 - self.least) * t
+        elif not self.least:
             t = (draws.normal("time", ()) * self.std + self.mean).sigmoid()
+        else:
+            t = self._cut_off(draws.uniform("time"))
         return shift_times(t, self.shift_for(shapes))
+
+    def _cut_off(self, share: Tensor) -> Tensor:
+        """Logit-normal times from ``least`` on: those below which this share (B,) of them lies."""
+        left_out = NormalDist(self.mean, self.std).cdf(math.log(self.least / (1 - self.least)))
+        normal = torch.special.ndtri(left_out + (1 - left_out) * share)
+        return (normal * self.std + self.mean).sigmoid().clamp_min(self.least)
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:

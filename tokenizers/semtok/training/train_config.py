@@ -59,17 +59,17 @@ class TrainConfig(Config):
     """What ``accumulate: auto`` goes by; a number of micro-batches that needs more than that is told of."""
     optimiser: OptimiserConfig | None = None
     """Needed wherever there are steps."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Of the learning rate after the warm-up: it stays, or falls along a cosine."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Of the learning rate after the warm-up: it stays, or falls along a cosine or a straight line."""
     warmup_steps: int = Field(0, ge=0)
     """Over which the rate rises from 0."""
     constant_steps: int = Field(0, ge=0)
-    """After them, at the full rate, before the cosine begins."""
+    """After them, at the full rate, before it begins to fall."""
     planned_before: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = ()
-    """Pairs (until, steps): before step ``until`` the cosine was that of so many ``steps``. Written where a run is
+    """Pairs (until, steps): before step ``until`` the rate fell as over so many ``steps``. Written where a run is
     resumed with more steps, so that its recipe tells its learning rates, and makes the same run again."""
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
-    """Where the cosine ends, as a fraction of the learning rate."""
+    """Where it has fallen to, as a fraction of the learning rate."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Gradients of each learner are scaled down to this norm; None: they are used as they are."""
     precision: Precision | Literal["auto"] = "fp32"
@@ -129,8 +129,10 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
         for name in ("final_lr_fraction", "constant_steps", "planned_before"):
-            if getattr(self, name) and self.schedule != "cosine":
-                raise ValueError(f"train.{name} takes effect with train.schedule=cosine only")
+            if getattr(self, name) and self.schedule == "constant":
+                raise ValueError(
+                    f"train.{name} takes effect with train.schedule=cosine or linear only"
+                )
         if self.steps and self.warmup_steps + self.constant_steps > self.steps:
             what = "train.constant_steps" if self.constant_steps else "train.warmup_steps"
             told = f" and train.constant_steps {self.constant_steps}" if self.constant_steps else ""
@@ -168,6 +170,8 @@ class TrainConfig(Config):
             return warmup
         before = self.warmup_steps + self.constant_steps
         steps = next((n for until, n in self.planned_before if step < until), self.steps)
-        progress = max(0, step - before) / max(1, steps - before)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return warmup * (self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine)
+        progress = min(1.0, max(0, step - before) / max(1, steps - before))
+        left = 0.5 * (1 + math.cos(math.pi * progress))
+        if self.schedule == "linear":
+            left = 1 - progress
+        return warmup * (self.final_lr_fraction + (1 - self.final_lr_fraction) * left)

@@ -49,6 +49,7 @@ class SemtokTransformer(ModelMixin, ConfigMixin):
         *,
         route: Route = DENSE,
         inner: bool = False,
+        state: Tensor | None = None,
     ) -> DiTOutput:
         """One forward pass; the velocity is of the latents' dtype, whatever that of the weights.
 
@@ -58,10 +59,12 @@ class SemtokTransformer(ModelMixin, ConfigMixin):
             labels: int64 (B,) in [0, num_classes].
             route: of a network with token routing, which samples skip most blocks.
             inner: also give what the second head predicts, of a network that has one.
+            state: of another pass of a network with a head, which alone is then run.
         """
-        output, dtype = self.dit(x, times, labels, route=route, inner=inner), x["texture"].dtype
+        output = self.dit(x, times, labels, route=route, inner=inner, state=state)
+        dtype = x["texture"].dtype
         second = output.inner.to(dtype) if output.inner is not None else None
-        return DiTOutput(output.velocity.to(dtype), None, second)
+        return DiTOutput(output.velocity.to(dtype), None, second, output.state)
 
     @property
     def architecture(self) -> DiTArchitecture:
