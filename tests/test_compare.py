@@ -796,25 +796,30 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(finished, in_this_pr
 
 
 def test_a_judge_that_nothing_was_aligned_to_sees_all_that_rows_are_scored_by(
-    tmp_path, in_this_process, monkeypatch, capsys
+    finished, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(scores, "trained_judge", partial(trained_judge, steps=2))
     monkeypatch.setattr(scores, "cache_folder", lambda name: tmp_path / name)
-    in_this_process.clear()
-    words = ["--tokenizers", "demo", "--seeds", "1", "--judge", "trained"]
-    assert run(compare.main, [*words, "--output", str(tmp_path / "c")]) == 0
-    [row] = json.loads((tmp_path / "c/results.json").read_text())["rows"]
-    assert {"FD-trained", "KD-trained", CLASS_SHARE} <= set(row["generation"])
-    assert not any("demo" in name for name in row["generation"])
-    judged = json.loads(
-        (tmp_path / "c/scores").glob("tokenizer_demo-*.json").__next__().read_text()
-    )
+    before = plan.read_comparison(finished, 1)
+    words = ["--judge", "trained", "--output", str(tmp_path)]
+    judge = compare._asked(compare._parser().parse_args(words)).settings.judge
+    settings = before.settings.model_copy(update={"judge": judge})
+    planned = replace(before, folder=tmp_path, settings=settings)
+    shutil.copytree(finished / "generators" / "demo-0", tmp_path / "generators" / "demo-0")
+    row = next(row for row in planned.rows if row.name == "demo")
+    file = planned.generator_scores(row, 0)
+    write_json(file, json.loads(before.generator_scores(row, 0).read_text())[:1])
+    scores.score_generator(planned, row, 0)
+    by_teacher, judged = json.loads(file.read_text())
+    renamed = {name.replace("demo", "trained") for name in by_teacher}
+    assert judged.keys() == renamed and CLASS_SHARE in judged
+    scores.score_tokenizer(planned, "demo", 0)
+    judged = json.loads(planned.tokenizer_scores("demo", 0).read_text())
     assert "FD-trained" in judged and "FD-demo" not in judged
-    assert "in the features of a judge that was trained" in (tmp_path / "c/report.html").read_text()
-    assert len(list((tmp_path / "judges").iterdir())) == 1
-    capsys.readouterr()
-    assert run(compare.main, [*words[:-2], "--output", str(tmp_path / "c")]) == 2
-    assert "begun with judge=trained, now teacher" in capsys.readouterr().err
+    assert len(list((tmp_path / "judges").iterdir())) == 1, "trained once"
+    assert "of a judge that was trained on the real images" in compare._about(planned, 1)[1]
+    with pytest.raises(UserError, match="begun with judge=teacher, now trained"):
+        replace(planned, folder=finished).claim()
 
 
 def test_trainings_that_were_interrupted_keep_every_checkpoint_to_be_scored(
