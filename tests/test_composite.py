@@ -205,7 +205,7 @@ def test_decoding_needs_no_teacher_and_encoding_needs_the_right_one(runs, monkey
     def refuse(*_: Any) -> None:
         raise UserError("no teacher here")
 
-    monkeypatch.setattr("semtok.methods.composite.Teacher", refuse)
+    monkeypatch.setattr("semtok.methods.teacher_tokenizer.Teacher", refuse)
     alone = Tokenizer.from_pretrained(runs["reglue"])
     assert alone.decode(latents).shape == (2, 3, 16, 16)
     with pytest.raises(UserError, match="no teacher here"):
@@ -217,7 +217,7 @@ def test_decoding_needs_no_teacher_and_encoding_needs_the_right_one(runs, monkey
             next(teacher.network.parameters()).add_(1e-3)
         return teacher
 
-    monkeypatch.setattr("semtok.methods.composite.Teacher", other)
+    monkeypatch.setattr("semtok.methods.teacher_tokenizer.Teacher", other)
     with pytest.raises(UserError, match="teacher 'demo': its weights here are not those"):
         alone.encode(pixels(2))
 

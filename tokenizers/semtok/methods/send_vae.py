@@ -249,7 +249,7 @@ class SendVAELearner(AutoencoderLearner):
         terms = self.vae_terms(q, x_hat, inputs)
         z_t = noise_latents(self.standardiser(z), alignment, draws)
         terms["alignment"] = Term(alignment_loss(self.mapper(z_t), f), alignment.weight)
-        terms |= self.adversarial_terms(x_hat, terms, step)
+        terms |= self.adversarial_terms(x_hat, terms, step, draws)
         return StepOutput(terms, carry={"reconstruction": x_hat.detach()})
 
 
