@@ -266,10 +266,11 @@ def test_images_are_transformed_as_their_size_allows():
 
 def test_velocity_variance_of_normal_numbers_has_a_closed_form():
     """E Var = ∫ λ / (λ t² + (1 - t)²) dt = π √λ / 2 for numbers of variance λ."""
-    numbers, noise = torch.randn(2, 1500, 1)
+    numbers, noise = torch.randn(2, 400, 1)
+    numbers /= numbers.std()
     for scale in (0.5, 1.0):
-        found = velocity_irreducible_variance(scale * numbers, noise)
-        assert found == pytest.approx(scale * np.pi / 2, rel=0.06)
+        found = velocity_irreducible_variance(scale * numbers, noise, num_times=16)
+        assert found == pytest.approx(scale * np.pi / 2, rel=0.08)
 
 
 def test_velocity_variance_by_loops():

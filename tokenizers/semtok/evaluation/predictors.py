@@ -262,11 +262,10 @@ def evaluate_latents(
     """Every predictor of ``PREDICTORS`` but the probe on ``source.chosen(num_images)``, in one pass.
 
     Images are never held beyond a batch; latents of at most ``MOST_COMPARED`` images are. CKNNA is of these,
-    density and velocity variance of the first ``MOST_MAPPED``, and all of them see all parts of the latents, flattened
-    together. Self-similarity and spectrum see the spatial parts as a generator does: on the texture's grid,
-    channels together. Noise is added to every part. Errors under scaling and turning are of the posterior's means; a
-    score that images of this size do not have is left out. All but CKNNA, density and velocity variance are means over
-    images.
+    density and velocity variance of the first ``MOST_MAPPED``; these see all parts of the latents, flattened together.
+    Self-similarity and spectrum see the spatial parts as a generator does: on the texture's grid, channels together.
+    Noise is added to every part. Errors under scaling and turning are of the posterior's means; one that images of this
+    size do not have is left out. All others are means over images.
 
     Args:
         teacher: whose last layer is compared. Where it also trained the tokenizer, agreement
@@ -295,13 +294,9 @@ def evaluate_latents(
         shapes = {name: tuple(part.shape[1:]) for name, part in posterior.mean.items()}
         latents = posterior.sample_with({name: noise(shape) for name, shape in shapes.items()})
         _check_finite(latents, features, teacher)
-        maps = torch.cat([x for x in on_texture_grid(latents).values() if x.ndim == 4], dim=1)
         added = {name: noise(shape) for name, shape in shapes.items()}
-        values = {
-            "self_similarity": self_similarity(maps, features.patches[-1]),
-            "high_frequency_share": high_frequency_share(maps),
-            "noise_sensitivity": noise_sensitivity(tokenizer.decode, latents, added),
-        } | equivariance_errors(tokenizer, pixels, posterior.mean)
+        values = _of_each(tokenizer, latents, features, added)
+        values |= equivariance_errors(tokenizer, pixels, posterior.mean)
         for name, value in values.items():
             by_image.setdefault(name, []).append(value.double().cpu())
         if count < MOST_COMPARED:
@@ -316,10 +311,29 @@ def evaluate_latents(
     compared = torch.cat(flat)[:MOST_COMPARED]
     scores = {"cknna": cknna(compared, torch.cat(pooled)[:MOST_COMPARED])}
     scores |= {name: float(torch.cat(values).mean()) for name, values in by_image.items()}
-    scores["density_gini"], scores["density_cv"] = density_uniformity(compared[:MOST_MAPPED], seed)
-    few = compared[:MOST_MAPPED]
-    scores["velocity_variance"] = velocity_irreducible_variance(few, torch.cat(start)[: len(few)])
-    return scores
+    return scores | _of_few(compared[:MOST_MAPPED], torch.cat(start)[:MOST_MAPPED], seed)
+
+
+def _of_each(
+    tokenizer: Tokenizer, latents: Latents, features: TeacherFeatures, noise: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Of draws from the posterior, one value per image (B,)."""
+    maps = torch.cat([x for x in on_texture_grid(latents).values() if x.ndim == 4], dim=1)
+    return {
+        "self_similarity": self_similarity(maps, features.patches[-1]),
+        "high_frequency_share": high_frequency_share(maps),
+        "noise_sensitivity": noise_sensitivity(tokenizer.decode, latents, noise),
+    }
+
+
+def _of_few(latents: Tensor, noise: Tensor, seed: int) -> dict[str, float]:
+    """Of latents (N, D) together; noise of that shape."""
+    unevenness, variation = density_uniformity(latents, seed)
+    return {
+        "density_gini": unevenness,
+        "density_cv": variation,
+        "velocity_variance": velocity_irreducible_variance(latents, noise),
+    }
 
 
 def _check_finite(latents: Latents, features: TeacherFeatures, teacher: Teacher) -> None:
