@@ -28,13 +28,19 @@ METHODS = {
         "perceptual": "teacher",
         "adversarial": {**tiny.ADVERSARIAL, "norm": "group", "weight": 0.5},
     },
+    "va_vae_gan": {"name": "va_vae", "adversarial": {**tiny.ADVERSARIAL, "norm": "group"}},
     "semvae": {"name": "semvae", "channels": 4, "width": 16, "heads": 2, "blocks": 1},
 }
 
 
 @pytest.mark.parametrize(
     ("name", "optimiser"),
-    [("send_vae_gan", "adamw"), ("semvae", "adamw"), ("send_vae_gan", "muon")],
+    [
+        ("send_vae_gan", "adamw"),
+        ("va_vae_gan", "adamw"),
+        ("semvae", "adamw"),
+        ("send_vae_gan", "muon"),
+    ],
 )
 def test_two_gloo_processes_train_to_the_weights_of_one(name, optimiser, tmp_path, ranks):
     recipe = tmp_path / "recipe.yaml"

@@ -9,13 +9,13 @@ reconstruction that differs by rounding alone moves what is left of it by up to 
 """
 
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import build_model_with_cfg, register_model
@@ -120,9 +120,9 @@ def teacher_of(kit: Kit, folder: Path) -> Teacher:
             **(own | options),
         )
 
-    network.__name__, network.__module__ = name, __name__
-    sys.modules[__name__].__dict__.setdefault("__all__", [])
-    register_model(network)
+    if not timm.is_model(name):
+        network.__name__, network.__module__ = name, __name__
+        register_model(network)
     prefix = "foundation_model.model."
     weights = {n.removeprefix(prefix): t for n, t in state_of(kit).items() if n.startswith(prefix)}
     save_file(weights, folder / "foundation.safetensors")
