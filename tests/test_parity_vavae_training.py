@@ -107,17 +107,18 @@ def state_of(kit: Kit) -> dict[str, Tensor]:
 def teacher_of(kit: Kit, folder: Path) -> Teacher:
     """The kit's foundation network, set as the official code uses it."""
     own = kit.case["constructor"]["foundation_kwargs"]
-    kind, side = kit.case["constructor"]["kwargs"]["use_vf"], 256
-    name = f"vit_{re.sub(r'[^a-z0-9]', '_', kit.folder.name)}_of_a_kit"
+    options = kit.case["constructor"]["kwargs"]
+    side = 224 if options["use_vf"] == "dinov2" else options["ddconfig"]["resolution"]
+    name = f"vit_{re.sub(r'[^a-z0-9]', '_', str(kit.folder))}"
     default_cfgs.update(generate_default_cfgs({name: {"num_classes": 0, "classifier": None}}))
 
-    def network(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    def network(pretrained: bool = False, **given: Any) -> VisionTransformer:
         return build_model_with_cfg(
             VisionTransformer,
             name,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
-            **(own | options),
+            **(own | given),
         )
 
     if not timm.is_model(name):
@@ -130,7 +131,7 @@ def teacher_of(kit: Kit, folder: Path) -> Teacher:
         TeacherConfig(
             name=name,
             checkpoint=str(folder / "foundation.safetensors"),
-            input_size=224 if kind == "dinov2" else side,
+            input_size=side,
             normalise=False,
             resize="bilinear",
         )
