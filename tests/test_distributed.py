@@ -30,13 +30,19 @@ METHODS = {
         "equivariance": {"probability": 0.8, "scales": [0.5, 0.75], "turned": "each"},
         "decoder_noise": {"law": "mixed", "strength": 1.0},
     },
+    "va_vae_gan": {"name": "va_vae", "adversarial": {**tiny.ADVERSARIAL, "norm": "group"}},
     "semvae": {"name": "semvae", "channels": 4, "width": 16, "heads": 2, "blocks": 1},
 }
 
 
 @pytest.mark.parametrize(
     ("name", "optimiser"),
-    [("send_vae_gan", "adamw"), ("semvae", "adamw"), ("send_vae_gan", "muon")],
+    [
+        ("send_vae_gan", "adamw"),
+        ("va_vae_gan", "adamw"),
+        ("semvae", "adamw"),
+        ("send_vae_gan", "muon"),
+    ],
 )
 def test_two_gloo_processes_train_to_the_weights_of_one(name, optimiser, tmp_path, ranks):
     recipe = tmp_path / "recipe.yaml"

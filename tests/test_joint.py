@@ -70,15 +70,18 @@ def total(learner: DiTLearner, inputs: dict[str, Any], step: int = 0) -> Tensor:
 
 @pytest.mark.parametrize(
     ("texture", "semantic", "with_global", "lead", "repa"),
-    list(
-        product(
+    [
+        *product(
             ("vae", "send_vae"),
             ("none", "redi", "reglue", "semvae"),
             (False, True),
             (0.0, 0.3),
             (False, True),
-        )
-    ),
+        ),
+        # Its latents differ from these two's in their values alone.
+        ("va_vae", "none", False, 0.0, True),
+        ("va_vae", "semvae", True, 0.3, True),
+    ],
 )
 def test_every_combination_learns_and_samples(texture, semantic, with_global, lead, repa):
     own = tokenizer(texture, semantic, with_global)
@@ -547,4 +550,4 @@ def test_every_registered_method_is_tried_here():
     from semtok.registry import _METHODS
 
     own = {n for n, m in _METHODS.items() if m.config.__module__.startswith("semtok.methods.")}
-    assert own == {"vae", "send_vae"} | {m["name"] for m in SEMANTICS.values()}
+    assert own == {"vae", "send_vae", "va_vae"} | {m["name"] for m in SEMANTICS.values()}

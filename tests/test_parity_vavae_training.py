@@ -9,13 +9,13 @@ reconstruction that differs by rounding alone moves what is left of it by up to 
 """
 
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import build_model_with_cfg, register_model
@@ -107,22 +107,23 @@ def state_of(kit: Kit) -> dict[str, Tensor]:
 def teacher_of(kit: Kit, folder: Path) -> Teacher:
     """The kit's foundation network, set as the official code uses it."""
     own = kit.case["constructor"]["foundation_kwargs"]
-    kind, side = kit.case["constructor"]["kwargs"]["use_vf"], 256
-    name = f"vit_{re.sub(r'[^a-z0-9]', '_', kit.folder.name)}_of_a_kit"
+    options = kit.case["constructor"]["kwargs"]
+    side = 224 if options["use_vf"] == "dinov2" else options["ddconfig"]["resolution"]
+    name = f"vit_{re.sub(r'[^a-z0-9]', '_', str(kit.folder))}"
     default_cfgs.update(generate_default_cfgs({name: {"num_classes": 0, "classifier": None}}))
 
-    def network(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    def network(pretrained: bool = False, **given: Any) -> VisionTransformer:
         return build_model_with_cfg(
             VisionTransformer,
             name,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
-            **(own | options),
+            **(own | given),
         )
 
-    network.__name__, network.__module__ = name, __name__
-    sys.modules[__name__].__dict__.setdefault("__all__", [])
-    register_model(network)
+    if not timm.is_model(name):
+        network.__name__, network.__module__ = name, __name__
+        register_model(network)
     prefix = "foundation_model.model."
     weights = {n.removeprefix(prefix): t for n, t in state_of(kit).items() if n.startswith(prefix)}
     save_file(weights, folder / "foundation.safetensors")
@@ -130,7 +131,7 @@ def teacher_of(kit: Kit, folder: Path) -> Teacher:
         TeacherConfig(
             name=name,
             checkpoint=str(folder / "foundation.safetensors"),
-            input_size=224 if kind == "dinov2" else side,
+            input_size=side,
             normalise=False,
             resize="bilinear",
         )
