@@ -29,6 +29,7 @@ from comparison.estimate import expected_seconds
 from comparison.finished import take_finished_runs, with_whole_runs
 from comparison.jobs import Job, Stopped, only_one_in, run_jobs
 from comparison.plan import BUDGETS, Comparison, ComparisonSettings, Row
+from comparison.recipes import is_composite
 from comparison.report import generation_table
 from comparison.results import CLASS_SHARE, RowScores, Spread, compared, steps_to_reach
 from comparison.rows import read_rows
@@ -73,6 +74,19 @@ def test_composites_are_built_on_the_vae_of_their_seed(tmp_path):
     assert planned.tokenizer_reference("demo", 2) == "demo", (
         "trained before: the same for each seed"
     )
+
+
+def test_a_recipe_that_starts_from_a_vae_starts_from_that_of_its_seed(tmp_path):
+    tuned = Row(name="eq", tokenizer="eq_vae")
+    planned = comparison(tmp_path, tuned)
+    planned.check()
+    assert planned.tokenizers == ["vae", "eq_vae"]
+    words = planned.tokenizer_overrides("eq_vae", 2)
+    assert f"method.vae={tmp_path}/tokenizers/vae-2" in words
+    assert not any("texture" in word for word in words)
+    jobs = {job.name: job for job in compare._jobs(planned)}
+    assert jobs["tokenizer eq_vae, seed 0"].after == ("tokenizer vae, seed 0",)
+    assert not jobs["tokenizer vae, seed 0"].after
 
 
 def test_data_and_teacher_reach_every_recipe_that_has_one(tmp_path):
@@ -317,7 +331,7 @@ def finished_run(planned: Comparison, name: str, *changes: str, texture: str = "
     words = [*planned.tokenizer_overrides(name, 0), *changes]
     recipe = load_recipe(plan.find_recipe(name), words)
     Tokenizer.from_pretrained("demo").save_pretrained(folder / "export")
-    if plan.is_composite(name):
+    if is_composite(name):
         Tokenizer.from_pretrained(texture).save_pretrained(folder / "texture")
     write_recipe(recipe, folder / "recipe.yaml")
     write_json(folder / "summary.json", {"training_seconds": 12.5})
