@@ -205,7 +205,7 @@ def test_decoding_needs_no_teacher_and_encoding_needs_the_right_one(runs, monkey
     def refuse(*_: Any) -> None:
         raise UserError("no teacher here")
 
-    monkeypatch.setattr("semtok.methods.composite.Teacher", refuse)
+    monkeypatch.setattr("semtok.methods.teacher_tokenizer.Teacher", refuse)
     alone = Tokenizer.from_pretrained(runs["reglue"])
     assert alone.decode(latents).shape == (2, 3, 16, 16)
     with pytest.raises(UserError, match="no teacher here"):
@@ -217,7 +217,7 @@ def test_decoding_needs_no_teacher_and_encoding_needs_the_right_one(runs, monkey
             next(teacher.network.parameters()).add_(1e-3)
         return teacher
 
-    monkeypatch.setattr("semtok.methods.composite.Teacher", other)
+    monkeypatch.setattr("semtok.methods.teacher_tokenizer.Teacher", other)
     with pytest.raises(UserError, match="teacher 'demo': its weights here are not those"):
         alone.encode(pixels(2))
 
@@ -460,22 +460,14 @@ def test_damaged_exports_are_told_in_one_line(runs, tmp_path):
 def test_the_rate_is_constant_between_warmup_and_cosine():
     from semtok.training.train_config import TrainConfig
 
-    config = TrainConfig.model_validate_json(
-        json.dumps(
-            dict(
-                steps=100,
-                batch_size=1,
-                optimiser={"learning_rate": 1.0},
-                schedule="cosine",
-                warmup_steps=10,
-                constant_steps=40,
-                final_lr_fraction=0.1,
-            )
-        )
-    )
-    factors = [config.learning_rate_factor(step) for step in range(101)]
-    assert factors[4] == pytest.approx(0.5) and factors[9:51] == [1.0] * 42
-    assert factors[75] == pytest.approx(0.55) and factors[100] == pytest.approx(0.1)
+    told = dict(steps=100, batch_size=1, optimiser={"learning_rate": 1.0}, warmup_steps=10)
+    told |= dict(constant_steps=40, final_lr_fraction=0.1)
+    for schedule, at_60 in (("cosine", 0.914), ("linear", 0.82)):
+        config = TrainConfig.model_validate_json(json.dumps(told | {"schedule": schedule}))
+        factors = [config.learning_rate_factor(step) for step in range(101)]
+        assert factors[4] == pytest.approx(0.5) and factors[9:51] == [1.0] * 42
+        assert factors[60] == pytest.approx(at_60, abs=1e-3)
+        assert factors[75] == pytest.approx(0.55) and factors[100] == pytest.approx(0.1)
 
 
 # What a loaded tokenizer is to other code --------------------------------------------------------

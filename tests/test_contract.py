@@ -16,7 +16,7 @@ from semtok.registry import _METHODS, get_method
 from semtok.sampler.latents import Posterior
 
 get_method("vae", place="test")  # loads the built-in methods
-METHODS = [name for name in _METHODS if name in ("vae", "send_vae")]
+METHODS = [name for name in _METHODS if name in ("vae", "send_vae", "va_vae")]
 
 
 def made(method: str) -> Tokenizer:

@@ -8,12 +8,7 @@ import torch
 import tiny
 from semtok import Tokenizer, UserError
 from semtok.commands.train_tokenizer import train_tokenizer
-from semtok.methods.decoder_noise import (
-    DecoderNoiseConfig,
-    PatchMaskConfig,
-    noise_for_decoder,
-    patch_mask,
-)
+from semtok.methods.decoder_noise import DecoderNoiseConfig, noise_for_decoder
 from semtok.recipe import parse_recipe
 from semtok.sampler.draws import Draws
 
@@ -46,22 +41,6 @@ def test_noise_does_not_depend_on_the_division_of_the_batch(law):
 def test_noise_is_in_float32_whatever_the_latents_are_in():
     config = DecoderNoiseConfig(law="mixed", strength=1.0)
     assert noise_for_decoder(torch.ones(4, 3).bfloat16(), config, draws(4)).dtype == torch.float32
-
-
-def test_hidden_patches_are_the_drawn_share_of_each_image():
-    config = PatchMaskConfig()
-    hidden = patch_mask(100, config, draws(400))
-    share = (-0.1 + 0.8 * draws(400).uniform("patch_mask_share")).clamp(min=0)
-    assert hidden.dtype == torch.bool
-    assert torch.equal(hidden.sum(dim=1), (100 * share).round().long())
-    assert 0.08 < float((share == 0).float().mean()) < 0.18, "an eighth of images stay whole"
-    often = hidden.float().mean(dim=0)  # every place is hidden about as often
-    assert often.min() > 0.2 and often.max() < 0.42
-
-
-def test_a_law_without_room_is_refused():
-    with pytest.raises(ValueError, match="lowest 0.5 is to be less than highest 0.2"):
-        PatchMaskConfig(lowest=0.5, highest=0.2)
 
 
 # In training -------------------------------------------------------------------------------------
@@ -121,10 +100,7 @@ def test_the_decoder_alone_learns_from_noised_latents_too(run):
 @pytest.mark.parametrize(
     ("noise", "words"),
     [
-        (
-            NOISE | {"mask": {}},
-            "method.decoder_noise.mask takes no effect with method.name=vae, whose encoder is convolutional",
-        ),
+        (NOISE | {"mask": {}}, "method.decoder_noise.mask"),
         (NOISE | {"strength": 0}, "strength"),
         ({"law": "additive"}, "strength"),
         ({"law": "other", "strength": 1}, "law"),

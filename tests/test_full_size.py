@@ -72,6 +72,7 @@ TOKENIZERS = {
     "vae_f16d32": {"autoencoder": 69_836_067, "discriminator": 2_765_633},
     "vae_f8d4": {"autoencoder": 83_653_863, "discriminator": 2_765_633},
     "send_vae": {"autoencoder": 69_836_067, "discriminator": 2_765_633, "mapper": 14_458_112},
+    "va_vae": {"autoencoder": 69_836_067, "discriminator": 2_765_633},
     "reglue": {"coder": 16_595_472},
     "semvae": {"coder": 57_924_896},
     "reg": {},
@@ -134,7 +135,7 @@ def width_of(recipe: DiffusionRecipe) -> int:
 def networks_of(recipe: TokenizerRecipe) -> dict[str, nn.Module]:
     """What a tokenizer's recipe trains."""
     method, found = recipe.method, {}
-    if method.name in ("vae", "send_vae"):
+    if method.name in ("vae", "send_vae", "va_vae"):
         preset = IMPORTED.get(method.vae, method.vae)
         found["autoencoder"] = build_autoencoder(PRESETS[preset])
         made = method.adversarial.model_dump(include={"width", "num_layers", "norm"})

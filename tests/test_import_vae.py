@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from parity import Kit, kits, load_kit
 from semtok import Tokenizer, UserError
@@ -19,6 +19,7 @@ from semtok.hub.formats import open_checkpoint
 from semtok.hub.import_vae import import_autoencoder
 from semtok.hub.imports import import_checkpoint
 from semtok.hub.job import ImportOptions
+from semtok.methods.va_vae import load_projection
 from semtok.methods.vae import Architecture, VAEConfig, build_autoencoder, load_autoencoder
 
 IMAGE, SUM = {"atol": 1e-4, "rtol": 0.0}, {"atol": 0.0, "rtol": 1e-5}
@@ -148,6 +149,46 @@ def test_attention_on_one_side_and_missing_convolutions_come_back(tmp_path, down
     pixels = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(back(pixels).sample, made(pixels).sample)
+
+
+def test_a_va_vae_names_what_stays_in_the_file_for_training(tmp_path):
+    """Its frozen teacher, its losses' networks, and the projection, which training can begin with."""
+    state = official(of_kinds(("", ""), ("", ""))) | {
+        "foundation_model.model.pos_embed": torch.zeros(1, 5, 8),
+        "loss.discriminator.main.0.weight": torch.zeros(8, 3, 4, 4),
+        "linear_proj.weight": torch.zeros(8, 3, 1, 1),
+    }
+    content = {"state_dict": state, "callbacks": {}, "optimizer_states": [], "global_step": 4}
+    torch.save(content, tmp_path / "last.ckpt")
+    imported = import_checkpoint(tmp_path / "last.ckpt", "auto", ImportOptions(statistics=0.5))
+    became = imported.became
+    assert became["linear_proj.weight"] == "left out, method.alignment.weights reads it"
+    assert became["foundation_model.model.pos_embed"] == "left out, only training reads it"
+    assert became["callbacks"] == "left out, no weights"
+    way_on = f"by method.alignment.weights={tmp_path / 'last.ckpt'}"
+    assert any(note.endswith(way_on) for note in imported.notes)
+
+
+@pytest.fixture(params=kits("vavae_training"))
+def training_kit(request) -> Kit:
+    return load_kit(request.param)
+
+
+def test_parity_vavae_a_trainers_file_is_read_and_so_is_its_projection(training_kit):
+    files = training_kit.case["files"]
+    imported = import_checkpoint(
+        training_kit.folder / files["checkpoint"], "auto", ImportOptions(statistics=1.0)
+    )
+    bare = read(training_kit.folder / files["weights"]).state_dict()
+    ours = imported.model.autoencoder.state_dict()
+    assert all(torch.equal(value, bare[name]) for name, value in ours.items())
+    state = open_checkpoint(training_kit.folder / files["checkpoint"]).state
+    assert state.keys() <= imported.became.keys(), "nothing is lost in silence"
+    weight = state["linear_proj.weight"]
+    outwards = training_kit.case["constructor"]["kwargs"]["reverse_proj"]
+    projection = nn.Conv2d(*weight.shape[:2][::-1], 1, bias=not outwards)
+    load_projection(projection, training_kit.folder / files["checkpoint"])
+    assert torch.equal(projection.weight, weight)
 
 
 def wider(state: dict[str, Tensor]) -> dict[str, Tensor]:

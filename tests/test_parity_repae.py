@@ -17,7 +17,8 @@ from semtok.hub.imports import import_checkpoint
 from semtok.hub.job import ImportOptions
 from semtok.images import to_pixels
 from semtok.methods.adversarial import PatchDiscriminator, hinge_loss
-from semtok.methods.vae import kl_loss, reconstruction_loss
+from semtok.methods.image_losses import reconstruction_loss
+from semtok.methods.vae import kl_loss
 from semtok.sampler.guidance import GuidanceConfig
 from semtok.sampler.latents import Latents, Posterior
 from semtok.sampler.sampling import SamplerConfig, integrate, velocity_function

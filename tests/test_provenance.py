@@ -329,7 +329,9 @@ DIFFERENCES = {
     "lightningdit_1p0b1_sfd": _SFD,
     "lightningdit_xl1": {"data.cache", "latents", "images", "seed"},
     "vae_f16d32": _VAE,
+    "va_vae": _VAE | {"before the start"},
     "vae_f8d4": _VAE | {"data.crop", "train.steps", "train.batch_size", "length", "counter"},
+    "eq_vae": {"draws", "discriminator", "batch norm", "optimiser", "train.batch_size", "GPUs"},
     "send_vae": {
         "method.reconstruction",
         "method.adversarial.weights",
@@ -376,15 +378,20 @@ def test_what_is_known_to_differ_is_told(name, capsys):
     assert names >= DIFFERENCES[name]
 
 
+# Sums over 256x256x3 numbers there, means here.
+_SUMS = {
+    "method.kl_weight": 1e-6 / (256 * 256 * 3),
+    "method.adversarial.max_adaptive": 1e4 / (256 * 256 * 3),
+}
+
+
 @pytest.mark.parametrize(
-    ("setting", "value"),
+    ("name", "setting", "value"),
     [
-        # Sums over 256x256x3 numbers there, means here.
-        ("method.kl_weight", 1e-6 / (256 * 256 * 3)),
-        ("method.adversarial.max_adaptive", 1e4 / (256 * 256 * 3)),
+        *((name, *one) for name in ("vae_f16d32", "vae_f8d4", "va_vae") for one in _SUMS.items()),
+        ("va_vae", "method.alignment.max_adaptive", 1e8 / (256 * 256 * 3)),
     ],
 )
-@pytest.mark.parametrize("name", ["vae_f16d32", "vae_f8d4"])
 def test_weights_beside_sums_are_divided_beside_means(name, setting, value):
     recipe = load_recipe(embedded_recipes()[f"{PUBLISHED}/{name}"], [])
     found = recipe
@@ -393,8 +400,9 @@ def test_weights_beside_sums_are_divided_beside_means(name, setting, value):
     assert found == pytest.approx(value, rel=1e-4)
 
 
-def test_the_discriminator_starts_where_a_counter_of_two_optimisers_reaches_5001():
-    adversarial = load_recipe(embedded_recipes()["imagenet256/vae_f16d32"], []).method.adversarial
+@pytest.mark.parametrize("name", ["vae_f16d32", "va_vae"])
+def test_the_discriminator_starts_where_a_counter_of_two_optimisers_reaches_5001(name):
+    adversarial = load_recipe(embedded_recipes()[f"{PUBLISHED}/{name}"], []).method.adversarial
     # As counted there: 2 n before the autoencoder's step of batch n, 2 n + 1 before the discriminator's.
     assert adversarial.start_step == next(n for n in range(3000) if 2 * n >= 5001)
     assert adversarial.first_step == next(n for n in range(3000) if 2 * n + 1 >= 5001)

@@ -31,6 +31,7 @@ AUTOENCODER = {
     "latent_channels": 4,
     "norm_groups": 4,
 }
+DECODER = {"width": 16, "depth": 1, "heads": 2, "mlp_width": 32, "patch_size": 4}
 COMPOSITES = ("redi", "reglue", "semvae")
 SEMANTICS: dict[str, dict[str, Any]] = {
     "none": {"name": "reglue", "compressor": None},
@@ -44,7 +45,9 @@ ADVERSARIAL = {"start_step": 0, "width": 8, "num_layers": 1}
 def content(method: dict[str, Any] | None = None, **train: Any) -> dict[str, Any]:
     """A recipe of the given method settings (Send-VAE's by default) that trains in a second."""
     method = {"name": "send_vae"} | (method or {})
-    if method["name"] not in COMPOSITES:
+    if method["name"] == "rae":
+        method.setdefault("decoder", deepcopy(DECODER))
+    elif method["name"] not in COMPOSITES:
         method.setdefault("vae", deepcopy(AUTOENCODER))
     if method["name"] == "send_vae":
         method.setdefault("mapper", {"projector_width": 16, "heads": 2})

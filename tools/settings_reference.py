@@ -27,7 +27,7 @@ from semtok.training.scoring import ScoreConfig
 from semtok.training.train_config import TrainConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
-METHODS = ("vae", "send_vae", "reglue", "semvae", "redi")
+METHODS = ("vae", "send_vae", "va_vae", "reglue", "semvae", "redi")
 KINDS = ("shapes", "folder", "tars", "parquet")
 HEAD = """# Settings
 
@@ -182,7 +182,7 @@ def page() -> str:
     for method in METHODS:
         config = get_method(method, place="method.name").config
         base, note = Config, ""
-        if method == "send_vae":
+        if method in ("send_vae", "va_vae"):
             base = get_method("vae", place="method.name").config
             note = "\nAnd all settings of [`vae`](#methodnamevae).\n"
         elif issubclass(config, CompositeConfig):

@@ -91,6 +91,11 @@ class Objective(nn.Module, ABC):
         """Which learners train in this step (0-based)."""
         return list(self.learners)
 
+    def steps_in_turn(self) -> bool:
+        """Whether each learner's optimiser steps before the next learner's forward, so that this one sees the new
+        weights; else all step at the end."""
+        return False
+
     def optimiser_config(self, learner: str, default: OptimiserConfig) -> OptimiserConfig:
         """A learner's optimiser settings; the recipe's ``train.optimiser`` unless it has its own."""
         return default

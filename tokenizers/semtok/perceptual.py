@@ -77,7 +77,9 @@ def teacher_distance(teacher: Teacher, reconstruction: Tensor, target: TeacherFe
         reconstruction: pixels (B, 3, H, W), which gradients flow to.
         target: the teacher's features of the images themselves.
     """
-    seen = teacher.features(reconstruction, differentiable=True)
+    # A transformer's tokens may be asked for on another grid than its own size gives; a CNN's layers have several.
+    grid = tuple(target.patches[-1].shape[-2:]) if teacher.is_transformer else None
+    seen = teacher.features(reconstruction, grid=grid, differentiable=True)
     distances = [
         (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1))
         .square()

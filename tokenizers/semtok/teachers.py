@@ -3,7 +3,7 @@
 import contextlib
 import difflib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from timm.layers import HybridEmbed
 from timm.models import Eva, VisionTransformer
 from timm.models.beit import Beit
@@ -47,6 +47,24 @@ _SHORT_NAMES = {
 }
 
 
+class TransformerShape(Config):
+    """Sizes of a vision transformer that timm has under no name."""
+
+    width: int = Field(ge=1)
+    """Of its tokens."""
+    depth: int = Field(ge=1)
+    """Number of blocks."""
+    heads: int = Field(ge=1)
+    """Of its attention."""
+    patch_size: int | None = Field(None, ge=1)
+    """Pixels of a patch; None: as the network that ``name`` is."""
+
+    def arguments(self) -> dict[str, int]:
+        """What timm calls them."""
+        sizes = {"embed_dim": self.width, "depth": self.depth, "num_heads": self.heads}
+        return sizes | ({"patch_size": self.patch_size} if self.patch_size is not None else {})
+
+
 class TeacherConfig(Config):
     """Which teacher, and what it is given."""
 
@@ -63,6 +81,18 @@ class TeacherConfig(Config):
     VA-VAE does."""
     resize: Literal["bicubic", "bilinear"] = "bicubic"
     """How images get to ``input_size``, without antialiasing: bicubic in REPA's code, bilinear in VA-VAE's."""
+    final_norm: Literal["affine", "plain", "none"] = "affine"
+    """Of a transformer's tokens: its last norm as trained, without its learned scale and shift (RAE), or none."""
+    shape: TransformerShape | None = None
+    """Of a network that differs from ``name`` in its sizes alone, with ``checkpoint``; None: it is that network."""
+
+    @model_validator(mode="after")
+    def _weights_of_that_shape(self) -> "TeacherConfig":
+        if self.shape is not None and (self.checkpoint is None or not self.name.startswith("vit_")):
+            raise ValueError(
+                "shape: of a vision transformer (vit_…) with weights of its own; give checkpoint, or leave shape out"
+            )
+        return self
 
     @field_validator("layers")
     @classmethod
@@ -131,9 +161,11 @@ class Teacher(nn.Module):
 
     Args:
         config: which network.
+        weights: in timm's naming, in the place of the file that ``config.checkpoint`` names; None: that file is read.
 
     Raises:
-        UserError: an unknown name, a missing or unfitting checkpoint, or a layer out of range.
+        UserError: an unknown name, a missing or unfitting checkpoint, a layer out of range, or a ``final_norm`` of a
+            network without one.
     """
 
     widths: tuple[int, ...]
@@ -141,11 +173,11 @@ class Teacher(nn.Module):
     is_transformer: bool
     """Whether it is a vision transformer; else its layers are the stages of a CNN, each with a grid of its own."""
 
-    def __init__(self, config: TeacherConfig) -> None:
+    def __init__(self, config: TeacherConfig, weights: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self.config = config
         self.timm_name = name_in_timm(config.name)
-        self.network = _create(config, self.timm_name)
+        self.network = _create(config, self.timm_name, weights)
         self.network.requires_grad_(False)
         data = timm.data.resolve_model_data_config(self.network)
         self.register_buffer("mean", torch.tensor(data["mean"])[:, None, None], persistent=False)
@@ -156,6 +188,7 @@ class Teacher(nn.Module):
         embed = getattr(self.network, "patch_embed", None)
         self.patch_size = int(embed.feat_ratio()) if hasattr(embed, "feat_ratio") else 32
         self.is_transformer = isinstance(self.network, _TRANSFORMERS)
+        self._take_final_norm()
         self.eval()
         self._check_layers()
 
@@ -179,6 +212,19 @@ class Teacher(nn.Module):
         )
         return rows, columns
 
+    def _take_final_norm(self) -> None:
+        """Drops what ``final_norm`` leaves out."""
+        kind, norm = self.config.final_norm, getattr(self.network, "norm", None)
+        if kind == "affine":
+            return
+        if not self.is_transformer or not isinstance(norm, nn.LayerNorm):
+            raise UserError(
+                f"teacher.final_norm: '{self.timm_name}' has no layer norm after its blocks; pass "
+                "teacher.final_norm=affine"
+            )
+        nn.init.ones_(norm.weight)
+        nn.init.zeros_(norm.bias)
+
     def fingerprint(self) -> str:
         """A digest of the weights, and of how images are prepared where that is not the default: tokenizers that
         encode by a teacher know theirs by it, and caches too."""
@@ -199,11 +245,15 @@ class Teacher(nn.Module):
             grid: of the patch tokens; None: what ``grid`` says.
         """
         if self.config.normalise:
-            pixels = ((pixels + 1) / 2 - self.mean) / self.std
+            pixels = self.normalise(pixels)
         size = tuple(n * self.patch_size for n in grid or self.grid(tuple(pixels.shape[-2:])))
         if size == tuple(pixels.shape[-2:]):
             return pixels
         return F.interpolate(pixels, size=size, mode=self.config.resize, align_corners=False)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Pixels in [-1, 1] by the mean and the deviation per channel that the network was trained with."""
+        return ((pixels + 1) / 2 - self.mean) / self.std
 
     def features(
         self,
@@ -219,23 +269,28 @@ class Teacher(nn.Module):
             grid: (rows, columns) of the patch tokens; None: what ``grid`` says.
             differentiable: let gradients flow to ``pixels``; the teacher itself never has any.
         """
+        with contextlib.nullcontext() if differentiable else torch.no_grad():
+            return self.features_of_input(self.preprocess(pixels, grid))
+
+    def features_of_input(self, network_input: Tensor) -> TeacherFeatures:
+        """The same of what the network itself takes (B, 3, H, W), normalised and of its size."""
         options: dict[str, bool] = {}
         if self.is_transformer:
             # Prefix tokens asked for where there are none, timm's relative-position networks fail.
             has_prefix = self.network.num_prefix_tokens > 0
-            options = {"norm": True, "return_prefix_tokens": has_prefix, "stop_early": True}
+            has_norm = self.config.final_norm != "none"
+            options = {"norm": has_norm, "return_prefix_tokens": has_prefix, "stop_early": True}
         layers = sorted(self._positive_layers)
-        with contextlib.nullcontext() if differentiable else torch.no_grad():
-            outputs = self.network.forward_intermediates(
-                self.preprocess(pixels, grid), indices=layers, intermediates_only=True, **options
-            )
-            pairs = [output if isinstance(output, tuple) else (output, None) for output in outputs]
-            by_layer = dict(zip(layers, pairs, strict=True))
-            patches, prefixes = zip(*(by_layer[n] for n in self._positive_layers), strict=True)
-            has_class = (
-                prefixes[-1] is not None and getattr(self.network, "cls_token", None) is not None
-            )
-            pooled = prefixes[-1][:, 0] if has_class else patches[-1].mean(dim=(2, 3))
+        outputs = self.network.forward_intermediates(
+            network_input, indices=layers, intermediates_only=True, **options
+        )
+        pairs = [output if isinstance(output, tuple) else (output, None) for output in outputs]
+        by_layer = dict(zip(layers, pairs, strict=True))
+        patches, prefixes = zip(*(by_layer[n] for n in self._positive_layers), strict=True)
+        has_class = (
+            prefixes[-1] is not None and getattr(self.network, "cls_token", None) is not None
+        )
+        pooled = prefixes[-1][:, 0] if has_class else patches[-1].mean(dim=(2, 3))
         return TeacherFeatures(patches, pooled)
 
     def _check_layers(self) -> None:
@@ -347,9 +402,10 @@ def name_in_timm(name: str) -> str:
     return name
 
 
-def _create(config: TeacherConfig, name: str) -> nn.Module:
+def _create(config: TeacherConfig, name: str, weights: Mapping[str, Tensor] | None) -> nn.Module:
     options: dict[str, object] = {}
-    if config.checkpoint is not None and not Path(config.checkpoint).is_file():
+    missing = config.checkpoint is not None and not Path(config.checkpoint).is_file()
+    if missing and weights is None:
         raise UserError(
             f"teacher.checkpoint: no such file '{config.checkpoint}'; pass teacher.checkpoint=…"
         )
@@ -358,14 +414,17 @@ def _create(config: TeacherConfig, name: str) -> nn.Module:
             options["dynamic_img_size"] = True
         if config.input_size is not None:
             options["img_size"] = config.input_size
+    if config.shape is not None:
+        options |= config.shape.arguments()
     demo = demo_network() if name == DEMO else None
     try:
-        if demo is not None:
-            weights = config.checkpoint or str(files("semtok") / "assets" / DEMO_FILE)
-            timm.models.load_checkpoint(demo, weights)
+        if weights is not None:
+            options["pretrained_cfg_overlay"] = dict(state_dict=dict(weights))
+        elif demo is not None:
+            own = config.checkpoint or str(files("semtok") / "assets" / DEMO_FILE)
+            timm.models.load_checkpoint(demo, own)
             return demo
-        file = config.checkpoint or _weights_of(name)
-        if file is not None:
+        elif (file := config.checkpoint or _weights_of(name)) is not None:
             state = _local_weights(name, file, options)
             options["pretrained_cfg_overlay"] = dict(state_dict=state)
         with waiting(f"loading teacher '{name}'"):

@@ -1,5 +1,6 @@
 """Tokenizer: images to standardised latents and back, and the files it lives in."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -65,11 +66,15 @@ class Tokenizer(PushToHub, nn.Module, ABC):
 
     - *pixels*: float (B, 3, H, W) in [-1, 1];
     - *raw latents*: what the networks emit, of any scale;
-    - *latents*: raw latents standardised per channel, by statistics that were measured on training
-      data and are buffers of this module. Nobody outside needs to know a scale.
+    - *latents*: raw latents standardised per channel, or per channel and position, by statistics that were measured on
+      training data and are buffers of this module. Nobody outside needs to know a scale.
 
     A method subclasses it with ``posterior_raw`` and ``decode_raw``, the two file hooks, and
     a ``LatentSpec``. It is an ordinary ``nn.Module``: move it, freeze it, put it in a training loop.
+
+    Args:
+        positions: (rows, columns) of the parts that have statistics of their own at each position, and so are of
+            that grid alone; other parts have one mean and one deviation per channel.
     """
 
     method: str
@@ -82,16 +87,23 @@ class Tokenizer(PushToHub, nn.Module, ABC):
     """What trained it (teacher, data, image size); for readers, no code depends on it."""
 
     def __init__(
-        self, spec: LatentSpec, *, method: str, training_info: dict[str, Any] | None = None
+        self,
+        spec: LatentSpec,
+        *,
+        method: str,
+        training_info: dict[str, Any] | None = None,
+        positions: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         super().__init__()
+        self.positions = dict(positions or {})
         self.spec = spec
         self.method = method
         self.training_info = training_info or {}
         self.diffusion_defaults = DiffusionDefaults()
         for part in spec.parts:
-            self.register_buffer(f"{part.name}_mean", torch.zeros(part.channels))
-            self.register_buffer(f"{part.name}_std", torch.ones(part.channels))
+            shape = (part.channels, *self.positions.get(part.name, ()))
+            self.register_buffer(f"{part.name}_mean", torch.zeros(shape))
+            self.register_buffer(f"{part.name}_std", torch.ones(shape))
         self.register_buffer("num_measured_images", torch.zeros((), dtype=torch.int64))
 
     # What a method gives ------------------------------------------------------------------------
@@ -212,27 +224,33 @@ class Tokenizer(PushToHub, nn.Module, ABC):
         return self.decode_raw(self.destandardise(own)).clamp(-1, 1)
 
     def standardise(self, raw: Latents) -> Latents:
-        """Raw latents to latents: (z - mean) / std, per channel."""
-        return self._per_channel(raw, lambda z, mean, std: (z - mean) / std)
+        """Raw latents to latents: (z - mean) / std."""
+        return self._by_statistics(raw, lambda z, mean, std: (z - mean) / std)
 
     def standardise_posterior(self, raw: Posterior) -> Posterior:
         """A posterior of raw latents to that of latents."""
-        std = self._per_channel(raw.std, lambda std, _, scale: std / scale)
+        std = self._by_statistics(raw.std, lambda std, _, scale: std / scale)
         return Posterior(self.standardise(raw.mean), std)
 
     def destandardise(self, latents: Latents) -> Latents:
         """Latents to raw latents, the inverse of ``standardise``."""
-        return self._per_channel(latents, lambda z, mean, std: z * std + mean)
+        return self._by_statistics(latents, lambda z, mean, std: z * std + mean)
 
-    def _per_channel(self, latents: Latents, function: Any) -> Latents:
+    def _by_statistics(self, latents: Latents, function: Any) -> Latents:
         if not self.is_measured:
             raise ValueError(
                 "this tokenizer's latent statistics were not measured yet; call measure_statistics first"
             )
         result = {}
         for name, part in latents.items():
-            shape = (1, -1) + (1,) * (part.ndim - 2)
             mean, std = getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
+            grid = self.positions.get(name)
+            if grid is not None and tuple(part.shape[-2:]) != grid:
+                raise ValueError(
+                    f"part '{name}': its statistics are of {grid[0]}x{grid[1]} positions, and these latents have "
+                    f"{part.shape[-2]}x{part.shape[-1]}; take images of the size that they were measured on"
+                )
+            shape = (1, -1, *(grid or (1,) * (part.ndim - 2)))
             result[name] = function(part, mean.view(shape), std.view(shape))
         return Latents(result)
 
@@ -247,7 +265,7 @@ class Tokenizer(PushToHub, nn.Module, ABC):
     def measure_statistics(
         self, batches: Iterable[Tensor | tuple[Sequence[int], Tensor]], seed: int = 0
     ) -> None:
-        """Measures every part's mean and standard deviation per channel, in one pass, in float64.
+        """Measures every part's mean and standard deviation, per channel or also per position, in one pass, in float64.
 
         Posterior draws are measured, since draws are what a generator learns; posterior means have
         a slightly smaller spread. Under a launcher all processes call it, each with its share of the images,
@@ -275,27 +293,30 @@ class Tokenizer(PushToHub, nn.Module, ABC):
                 raw = posterior.sample_with({name: noise(shape) for name, shape in shapes.items()})
                 num_images += len(pixels)
                 for name, seen in moments.items():
-                    seen.add(raw[name])
+                    seen.add(raw[name].flatten(1) if name in self.positions else raw[name])
         num_images = sum(gather(num_images))
         if not num_images:
             raise ValueError("no images to measure latent statistics on")
         for name, part in moments.items():
-            seen = part.over_processes()
-            mean, std = seen.mean, seen.std
-            if not bool(
-                (std > 1e-6).all() & torch.isfinite(mean).all() & torch.isfinite(std).all()
-            ):
-                dead = (~(std > 1e-6)).nonzero().flatten().tolist()
-                raise ValueError(
-                    f"part '{name}': channels {dead} are constant or not finite on the training data"
-                )
-            getattr(self, f"{name}_mean").copy_(mean)
-            getattr(self, f"{name}_std").copy_(std)
+            self._take_statistics(name, part.over_processes())
         self.num_measured_images.fill_(num_images)
+
+    def _take_statistics(self, name: str, seen: StreamingMoments) -> None:
+        mean, std = seen.mean, seen.std
+        if not bool((std > 1e-6).all() & torch.isfinite(mean).all() & torch.isfinite(std).all()):
+            dead = (~(std > 1e-6)).nonzero().flatten().tolist()
+            if name in self.positions:
+                dead = sorted({place // math.prod(self.positions[name]) for place in dead})
+            raise ValueError(
+                f"part '{name}': channels {dead} are constant or not finite on the training data"
+            )
+        for kind, values in (("mean", mean), ("std", std)):
+            buffer = getattr(self, f"{name}_{kind}")
+            buffer.copy_(values.view(buffer.shape))
 
     def means_the_same(self, other: "Tokenizer") -> bool:
         """Whether latents of this tokenizer are latents of the other, as far as can be told without images."""
-        if self.spec != other.spec:
+        if self.spec != other.spec or self.positions != other.positions:
             return False
         ours, theirs = (dict(each.named_buffers(recurse=False)) for each in (self, other))
         names = [n for part in self.spec.names for n in (f"{part}_mean", f"{part}_std")]

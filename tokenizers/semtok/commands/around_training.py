@@ -55,6 +55,7 @@ _LABELS = {
     "psnr": ("PSNR", "{:.2f} dB"),
     "ssim": ("SSIM", "{:.3f}"),
     "alignment_cosine": ("alignment cosine", "{:.3f}"),
+    "alignment_distance": ("difference of similarities", "{:.3f}"),
     "kl_per_dim": ("KL", "{:.2f} nats per dimension"),
     "velocity": ("squared error of the velocity", "{:.4f}"),
     CLASSES: ("images that show their class", "{:.1%}"),

@@ -1,6 +1,6 @@
 """``hub push RUN org/name``: tokenizers and generators to the Hugging Face Hub; ``hub import FORMAT PATH``:
-published checkpoints as exports of this library; ``hub export MODEL``: a generator for diffusers; ``hub checkpoint
-RUN``: what a run has kept of an earlier step, as an export."""
+published checkpoints as exports of this library; ``hub export MODEL``: a generator or a RAE for diffusers; ``hub
+checkpoint RUN``: what a run has kept of an earlier step, as an export."""
 
 import argparse
 import sys
@@ -17,13 +17,16 @@ from semtok.commands.table import print_table
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
 from semtok.hub.export_pipeline import export_pipeline
+from semtok.hub.export_rae import export_autoencoder
 from semtok.hub.formats import Format
 from semtok.hub.imports import import_checkpoint
 from semtok.hub.job import ImportOptions
+from semtok.methods.rae import RAETokenizer
 from semtok.publish import check_repo_id, export_files, is_pipeline, push_export
 from semtok.references import locate_export
 from semtok.registry import load_plugins
 from semtok.settings import apply_overrides, parse
+from semtok.storage import read_json
 from semtok.teachers import Teacher, TeacherConfig
 from semtok.tokenizer import Tokenizer
 
@@ -44,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     push.add_argument("--branch", help="default: the main one")
     push.set_defaults(command=_push)
     _add_import(tasks.add_parser("import", help="a published checkpoint, as an export"))
-    _add_export(tasks.add_parser("export", help="a generator, as a pipeline for diffusers alone"))
+    _add_export(tasks.add_parser("export", help="a generator or a RAE, for diffusers alone"))
     _add_checkpoint(tasks.add_parser("checkpoint", help="a run's checkpoint, as an export"))
     args = parser.parse_args(arguments)
     args.command(args)
@@ -52,7 +55,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder, run name or Hub id of a generator")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="folder, run name or Hub id of a generator, or of a RAE tokenizer, which becomes an AutoencoderRAE",
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     add_plugin_option(parser)
     parser.set_defaults(command=_export)
@@ -200,12 +207,27 @@ def _push(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     load_plugins(args.plugin)
     folder = locate_export(args.model, "model")
+    config = read_json(folder / "config.json")
+    if isinstance(config, dict) and config.get("kind") == "tokenizer":
+        _export_tokenizer(Tokenizer.from_pretrained(folder), args)
+        return
     generator = Generator.from_pretrained(folder)
     shown = sorted((folder / PICTURES).glob("*.png"))
     export_pipeline(generator, args.output, pictures={file.stem: file for file in shown})
     print(f"diffusers pipeline: {args.output}")
     for line in loading_lines(str(args.output), generator.class_names[:2]):
         print(f"    {line}")
+
+
+def _export_tokenizer(tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+    if not isinstance(tokenizer, RAETokenizer):
+        raise UserError(
+            f"{args.model}: a tokenizer of the method '{tokenizer.method}'; the vae/ of an image VAE's export is of "
+            "diffusers already, and a RAE or a generator can be exported"
+        )
+    for note in export_autoencoder(tokenizer, args.output):
+        print(f"note: {note}")
+    print(f"diffusers AutoencoderRAE: {args.output}")
 
 
 def _ask(question: str) -> None:

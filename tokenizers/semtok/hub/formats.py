@@ -40,6 +40,8 @@ Format = Literal[
     "redi-pca",
     "semvae",
     "diffusers-vae",
+    "rae",
+    "diffusers-rae",
 ]
 DITS: tuple[Format, ...] = ("sit", "redi", "repa", "reg", "reglue", "repa-e", "sr-dit")
 DITS += ("lightningdit", "sfd", "ddt", "dit-dh")
@@ -200,6 +202,8 @@ def recognise(checkpoint: Checkpoint) -> tuple[Format, ...]:
         return ("reglue-compressor",)
     if "encoder.1.norm1.weight" in state and "encoder.0.weight" in state:
         return ("semvae",)
+    if any(name.removeprefix("decoder.") == "decoder_embed.weight" for name in state):
+        return ("rae",)
     if any(name.startswith("encoder.down_blocks.") for name in state):
         raise UserError(
             f"{path}: weights of a diffusers VAE; give the folder that holds its config too"
@@ -217,9 +221,13 @@ def _of_folder(path: Path) -> tuple[Format, ...]:
             name = read_json(file).get("_class_name")
             if name in TEXTURE_CLASSES:
                 return ("diffusers-vae",)
+            if name == "AutoencoderRAE" and folder == path:
+                return ("diffusers-rae",)
             found.append(f"{file} is of {name or 'no diffusers class'}")
     if found:
-        raise UserError(f"{'; '.join(found)}; can be imported: {', '.join(TEXTURE_CLASSES)}")
+        raise UserError(
+            f"{'; '.join(found)}; can be imported: {', '.join(TEXTURE_CLASSES)}, AutoencoderRAE"
+        )
     raise UserError(f"{path}: a folder without a diffusers autoencoder; give a file")
 
 
@@ -300,6 +308,7 @@ def statistics_beside(path: Path, format: Format) -> Path | None:
         "reglue-compressor": "dino_mean_std*.p*",
         "semvae": "latents_sv_stats.pt",
         "compvis-vae": "latents_stats.pt",
+        "rae": "stat.pt",
     }.get(format)
     found = list(path.parent.glob(pattern)) if pattern is not None else []
     return found[0] if len(found) == 1 else None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from semtok.errors import UserError
 from semtok.hub.checkpoints import built, count_numbered, sizes
-from semtok.hub.import_dit import ImportedDiT
+from semtok.hub.import_dit import ImportedDiT, swiglu_ratio
 from semtok.hub.projectors import PROJECTORS, read_projectors
 from semtok.sampler.architecture import DiTArchitecture, HeadArchitecture
 from semtok.sampler.dit import DiT
@@ -144,8 +144,7 @@ def _blocks_shape(state: Mapping[str, Tensor], width: int, hidden: int) -> dict[
     swiglu = "blocks.0.mlp.fc1.weight" not in state
     return {
         "width": width,
-        # SwiGLU's hidden width is two thirds, rounded down, of what the ratio says.
-        "mlp_ratio": round(hidden * 1.5 / width, 1) if swiglu else hidden / width,
+        "mlp_ratio": swiglu_ratio(hidden, width) if swiglu else hidden / width,
         "swiglu": swiglu,
         "rope": True,
         "rms_norm": "blocks.0.norm1.weight" in state,

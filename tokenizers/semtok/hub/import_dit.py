@@ -6,6 +6,7 @@ noise and predict the opposite velocity; both are folded into the weights, exact
 imported network is one like any other: v(x, t) = -v'(x, 1 - t).
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -289,14 +290,20 @@ def _architecture(state: Mapping[str, Tensor], heads: int | None, split: Split) 
         "width": width,
         "heads": heads,
         "patch_size": patch,
-        # SwiGLU's hidden width is two thirds, rounded down, of what the ratio says.
-        "mlp_ratio": round(hidden * 1.5 / width, 1) if swiglu else hidden / width,
+        "mlp_ratio": swiglu_ratio(hidden, width) if swiglu else hidden / width,
         "swiglu": swiglu,
         "rope": bool({"feat_rope.freqs_cos", "feat_rope.freqs_sin"} & state.keys()),
         "rms_norm": "blocks.0.norm1.weight" in state,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
     }
     return DiTArchitecture(**shape | (added_to_shape(state, split) if is_sr_dit(state) else {}))
+
+
+def swiglu_ratio(hidden: int, width: int) -> float:
+    """The MLP's ratio of whose hidden width two thirds, rounded down, are SwiGLU's: the roundest there is."""
+    rounded = (round(hidden * 1.5 / width, digits) for digits in range(4))
+    fits = (ratio for ratio in rounded if int(2 / 3 * int(width * ratio)) == hidden)
+    return next(fits, math.ceil(hidden * 1.5) / width)
 
 
 def _check_positions(state: Mapping[str, Tensor], config: DiTArchitecture) -> int:

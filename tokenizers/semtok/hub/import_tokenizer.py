@@ -1,6 +1,7 @@
 """Published tokenizers: autoencoders of images, and coders of features alone or beside image latents."""
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from semtok.hub.import_coder import (
     import_semvae,
     read_semvae,
 )
+from semtok.hub.import_rae import import_diffusers_rae, import_rae
 from semtok.hub.job import ImportJob, standardise
 from semtok.methods.composite import CompositeConfig, FeatureCoder
 from semtok.methods.redi import PrincipalComponents
@@ -27,6 +29,12 @@ from semtok.settings import parse
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 
+_Made = TypeVar("_Made", bound=Tokenizer)
+_RAES: Mapping[Format, Callable[[ImportJob], Tokenizer]] = {
+    "rae": import_rae,
+    "diffusers-rae": import_diffusers_rae,
+}
+
 
 def import_tokenizer(job: ImportJob) -> Tokenizer | FeatureCoder:
     """The autoencoder or the coder that a file is; a coder with image latents and teacher is a tokenizer.
@@ -35,6 +43,8 @@ def import_tokenizer(job: ImportJob) -> Tokenizer | FeatureCoder:
         UserError: tensors that do not fit, options that do not belong to it, or settings of another network.
     """
     job.refuse("encoder_blocks")
+    if job.format in _RAES:
+        return finished(job, _RAES[job.format](job))
     is_images = job.format in ("compvis-vae", "diffusers-vae")
     return _autoencoder(job) if is_images else _coder(job)
 
@@ -67,10 +77,15 @@ def _autoencoder(job: ImportJob) -> KLTokenizer:
 def compvis_tokenizer(job: ImportJob, state: Mapping[str, Tensor]) -> KLTokenizer:
     """A tokenizer, not standardised, of an autoencoder's weights in CompVis' layout."""
     job.fates |= {name: vaes.what_became_of(name) for name in state}
+    if any(name.startswith(vaes.PROJECTION) for name in state):
+        job.notes.append(
+            "its projection to the teacher's tokens is for training alone, and stays in the file: "
+            f"method.name=va_vae goes on with it by method.alignment.weights={job.place}"
+        )
     return KLTokenizer(vaes.import_autoencoder(state, place=job.place), method="vae")
 
 
-def finished(job: ImportJob, tokenizer: KLTokenizer) -> KLTokenizer:
+def finished(job: ImportJob, tokenizer: _Made) -> _Made:
     """The same, told where it comes from."""
     tokenizer.training_info = job.trained
     return tokenizer.eval()

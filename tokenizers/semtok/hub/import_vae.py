@@ -15,7 +15,8 @@ from semtok.methods.autoencoder import check_channels
 from semtok.storage import first_line
 
 # What only training needed: discriminator, LPIPS and log variance; VA-VAE's teacher and its projection.
-_TRAINING_ONLY = ("loss.", "foundation_model.", "linear_proj.", "model_ema.")
+PROJECTION = "linear_proj."
+_TRAINING_ONLY = ("loss.", "foundation_model.", PROJECTION, "model_ema.")
 _NORM_GROUPS = 32  # fixed in that code
 _RENAMED = (
     (r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1."),
@@ -69,6 +70,8 @@ def import_autoencoder(state: Mapping[str, Tensor], *, place: str) -> Autoencode
 
 def what_became_of(name: str) -> str:
     """In a few words, what the import makes of a tensor with this official name."""
+    if name.startswith(PROJECTION):
+        return "left out, method.alignment.weights reads it"
     return "left out, only training reads it" if name.startswith(_TRAINING_ONLY) else "network"
 
 

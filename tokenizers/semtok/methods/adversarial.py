@@ -1,7 +1,7 @@
-"""The adversarial part of a VAE's training: the patch discriminator, its losses, its learner."""
+"""The adversarial part of a decoder's training: the patch discriminator, the losses, any discriminator's learner."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,8 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from semtok.errors import UserError
+from semtok.methods.augment import AugmentConfig, augment
+from semtok.methods.feature_discriminator import FeatureDiscriminator, FeaturesConfig, load_heads
 from semtok.objective import Carry, Inputs, StepOutput, Term, without_gradients
 from semtok.optimiser import OptimiserConfig
 from semtok.sampler.draws import Draws
@@ -22,7 +24,7 @@ from semtok.storage import read_weights
 
 
 class AdversarialConfig(Config):
-    """The patch discriminator and its loss.
+    """The discriminator and its loss.
 
     Healthy training keeps the discriminator's real and fake logits apart but within a few units
     (both are logged); fake logits that stay at the real ones mean that it learns nothing.
@@ -40,16 +42,27 @@ class AdversarialConfig(Config):
     """Scale the weight by the ratio of gradient norms at the decoder's last layer."""
     max_adaptive: float = Field(1e4, gt=0)
     """Cap of that ratio."""
+    adaptive_eps: float = Field(1e-4, gt=0)
+    """Added to the ratio's denominator: 1e-4 in latent diffusion's code, 1e-6 in RAE's."""
+    fresh: bool = False
+    """Whether the discriminator judges what the decoder makes of the images in use, after its step: without noise, in
+    eval mode, rounded to 8 bits; else the reconstruction that the decoder was trained by."""
+    augment: AugmentConfig | None = None
+    """How images are changed before they are judged, drawn anew for each; None: not at all."""
+    features: FeaturesConfig | None = None
+    """A frozen network by whose features images are judged; None: by patches of their pixels, and the next three
+    settings are of that network."""
     width: int = Field(64, ge=8, multiple_of=8)
-    """Channels of the discriminator's first layer."""
+    """Channels of the patch discriminator's first layer."""
     num_layers: int = Field(3, ge=1)
-    """Layers of the discriminator that halve the resolution."""
+    """Layers of the patch discriminator that halve the resolution."""
     norm: Literal["batch", "group", "none"] = "group"
-    """Normalisation in the discriminator."""
+    """Normalisation in the patch discriminator."""
     weights: str | None = None
     """A file (``.safetensors``, ``.pt``, ``.pth``, ``.ckpt``) with a discriminator of this shape to start from: one of
     taming-transformers' layout (``main.0.weight`` …), alone or within the loss of a checkpoint, or a checkpoint's
-    ``model.safetensors`` of a run of this library. None: N(0, 0.02). A resumed run does not read it again."""
+    ``model.safetensors`` of a run of this library; with ``features`` the heads of RAE's files. None: from scratch. A
+    resumed run does not read it again."""
     optimiser: OptimiserConfig | None = None
     """None: the same as ``train.optimiser``. AdamW in any case: a discriminator has no matrix for Muon."""
 
@@ -66,6 +79,21 @@ class AdversarialConfig(Config):
             raise ValueError(
                 f"discriminator_start_step {own} is after start_step {self.start_step}: until then the "
                 f"generator would be paid for fooling an untrained network; at most {self.start_step}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _of_one_network(self) -> "AdversarialConfig":
+        fields = type(self).model_fields
+        of_patches = [
+            name
+            for name in ("width", "num_layers", "norm")
+            if getattr(self, name) != fields[name].default
+        ]
+        if self.features is not None and of_patches:
+            raise ValueError(
+                f"{', '.join(of_patches)}: of the patch discriminator, which takes no effect with features; leave out "
+                "one or the other"
             )
         return self
 
@@ -127,6 +155,10 @@ class PatchDiscriminator(nn.Module):
         """Logits (B, 1, h, w), above 0 for real, of pixels (B, 3, H, W) in [-1, 1]."""
         return self.layers(pixels)
 
+    def frozen_modules(self) -> list[nn.Module]:
+        """What it reads and nobody trains."""
+        return []
+
 
 def _init(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
@@ -143,15 +175,17 @@ def _init(module: nn.Module) -> None:
 _LAYER = re.compile(
     r"(?:(?:module|_orig_mod|learners|loss|discriminator)\.)*(?:main|layers)\.(\d+\..+)"
 )
-_NESTS = ("discriminator", "state_dict")
 
 
-def read_part(path: Path, names: re.Pattern[str], place: str) -> dict[str, Tensor]:
-    """The tensors of a part of a network in a file: of those whose whole names match, by the pattern's first group;
-    nested as in checkpoints or not. Empty where there are none.
+def read_part(
+    path: Path, names: re.Pattern[str], place: str, nests: Sequence[str] = ("state_dict",)
+) -> dict[str, Tensor]:
+    """The tensors of a part of a network in a file: of those whose whole names match, by the pattern's first group.
+    Empty where there are none.
 
     Args:
         place: the setting that names the file.
+        nests: entries in which they may stand; the first that is there goes before the rest of the file.
 
     Raises:
         UserError: the file can't be read.
@@ -161,7 +195,7 @@ def read_part(path: Path, names: re.Pattern[str], place: str) -> dict[str, Tenso
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
     while isinstance(content, Mapping):
-        nested = (content[nest] for nest in _NESTS if isinstance(content.get(nest), Mapping))
+        nested = (content[nest] for nest in nests if isinstance(content.get(nest), Mapping))
         inner = next(nested, None)
         if inner is None:
             break
@@ -185,7 +219,8 @@ def load_discriminator(discriminator: PatchDiscriminator, path: Path) -> None:
     """
     setting = "method.adversarial.weights"
     place = f"{setting}: {path}"
-    found = {f"layers.{name}": t for name, t in read_part(path, _LAYER, setting).items()}
+    layers = read_part(path, _LAYER, setting, ("discriminator", "state_dict"))
+    found = {f"layers.{name}": tensor for name, tensor in layers.items()}
     if not found:
         raise UserError(
             f"{place}: holds no discriminator (tensors named main.0.weight, main.2.weight, …, also behind "
@@ -239,7 +274,9 @@ def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return 0.5 * (real.mean(dim=(1, 2, 3)) + fake.mean(dim=(1, 2, 3)))
 
 
-def adaptive_ratio(wanted: Tensor, other: Tensor, last_layer: Tensor, cap: float) -> Tensor:
+def adaptive_ratio(
+    wanted: Tensor, other: Tensor, last_layer: Tensor, cap: float, eps: float = 1e-4
+) -> Tensor:
     """Ratio of both terms' gradient norms at a layer: of a discriminator's term at the decoder's last (Esser et al.
     2021, eq. 7), of an alignment's at the encoder's last.
 
@@ -249,6 +286,7 @@ def adaptive_ratio(wanted: Tensor, other: Tensor, last_layer: Tensor, cap: float
     Args:
         wanted, other: scalars of which ``last_layer`` is an ancestor.
         cap: largest ratio.
+        eps: added to the adversarial term's norm.
     """
     gradients = []
     for term in (wanted, other):
@@ -260,7 +298,7 @@ def adaptive_ratio(wanted: Tensor, other: Tensor, last_layer: Tensor, cap: float
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()
     above, below = (gradient.norm() for gradient in gradients)
-    return (above / (below + 1e-4)).clamp(0, cap).detach()
+    return (above / (below + eps)).clamp(0, cap).detach()
 
 
 def generator_term(
@@ -270,6 +308,7 @@ def generator_term(
     wanted: Tensor,
     last_layer: Tensor,
     step: int,
+    draws: Draws | None,
 ) -> Term:
     """What a decoder minimises to fool the discriminator: -D(x̂), with its ramped, adapted weight.
 
@@ -278,14 +317,28 @@ def generator_term(
         wanted: the sum of the other losses on them, a scalar.
         last_layer: of the decoder; see ``adaptive_ratio``.
         step: 0-based.
+        draws: of the step; only ``augment`` needs them.
+
+    Raises:
+        ValueError: ``augment`` without draws.
     """
+    if config.augment is not None:
+        if draws is None:
+            raise ValueError("method.adversarial.augment: call adversarial_terms with draws=draws")
+        x_hat = augment(x_hat, config.augment, draws, "augment_generator")
+    # A patch discriminator's batch norm has its statistics of these too; a head's spectral norm rests, as in RAE.
+    was_training = discriminator.training
+    discriminator.train(was_training and config.features is None)
     with without_gradients(discriminator):
         value = -discriminator(x_hat).float().mean(dim=(1, 2, 3))
+    discriminator.train(was_training)
     ramp = min(1.0, (step - config.start_step + 1) / max(1, config.ramp_steps))
     weight = config.weight * ramp
     if not config.adaptive:
         return Term(value, weight)
-    ratio = adaptive_ratio(wanted, value.mean(), last_layer, config.max_adaptive)
+    ratio = adaptive_ratio(
+        wanted, value.mean(), last_layer, config.max_adaptive, config.adaptive_eps
+    )
     return Term(value, weight * ratio)
 
 
@@ -306,18 +359,29 @@ class DiscriminatorLearner(nn.Module):
         UserError: see ``load_discriminator``.
     """
 
+    reconstruct: Callable[[Inputs], Tensor]
+    """Makes the images that are judged where ``config.fresh`` asks for them."""
+
     def __init__(self, config: AdversarialConfig, *, resumes: bool = False) -> None:
         super().__init__()
-        self.discriminator = PatchDiscriminator(
-            width=config.width, num_layers=config.num_layers, norm=config.norm
-        )
+        self.config = config
         self.target: Callable[[Tensor, Draws], Tensor] = lambda pixels, draws: pixels
+        self.discriminator: PatchDiscriminator | FeatureDiscriminator
+        if config.features is not None:
+            self.discriminator = FeatureDiscriminator(config.features)
+        else:
+            self.discriminator = PatchDiscriminator(
+                width=config.width, num_layers=config.num_layers, norm=config.norm
+            )
         if config.weights is not None and not resumes:
-            load_discriminator(self.discriminator, Path(config.weights))
+            load = load_discriminator if config.features is None else load_heads
+            load(self.discriminator, Path(config.weights))
 
     @torch.no_grad()
     def check_image_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError where images of (height, width) are too small for its kernels: it may start late."""
+        if self.config.features is not None:  # which resizes images
+            return
         self.discriminator.eval()
         try:
             self.discriminator(torch.zeros(1, 3, *image_size))
@@ -329,9 +393,22 @@ class DiscriminatorLearner(nn.Module):
 
     def forward(self, inputs: Inputs, draws: Draws, step: int, carry: Carry) -> StepOutput:
         """What is minimised: the hinge loss of ``inputs['pixels']`` against ``carry['reconstruction']``, both as
-        ``target`` says."""
-        real = self.discriminator(self.target(inputs["pixels"], draws))
-        fake = self.discriminator(carry["reconstruction"])
+        ``target`` says, or of the images as they are against a fresh reconstruction."""
+        if self.config.fresh:
+            real, fake = inputs["pixels"], self._rounded(inputs)
+        else:
+            real, fake = self.target(inputs["pixels"], draws), carry["reconstruction"]
+        if self.config.augment is not None:
+            fake = augment(fake, self.config.augment, draws, "augment_fake")
+            real = augment(real, self.config.augment, draws, "augment_real")
+        if (
+            self.config.features is not None
+        ):  # whose spectral norm moves with each call, and RAE's begins here
+            fake = self.discriminator(fake)
+            real = self.discriminator(real)
+        else:
+            real = self.discriminator(real)
+            fake = self.discriminator(fake)
         return StepOutput(
             {"discriminator": Term(hinge_loss(real, fake), 1.0)},
             metrics={
@@ -339,3 +416,9 @@ class DiscriminatorLearner(nn.Module):
                 "logits_fake": fake.detach().float().mean(),
             },
         )
+
+    @torch.no_grad()
+    def _rounded(self, inputs: Inputs) -> Tensor:
+        """A fresh reconstruction as a file of 8 bits would hold it."""
+        pixels = self.reconstruct(inputs).float().clamp(-1, 1)
+        return ((pixels + 1) * 127.5).round() / 127.5 - 1

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from semtok.data.caches.feature_cache import ensure_feature_cache
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
+from semtok.methods.teacher_tokenizer import HeldTeacher, TeacherTokenizer, saved_teacher
 from semtok.objective import Batch, Inputs, MethodContext, TokenizerObjective, Unregistered
 from semtok.pictures import Row, principal_components, rows_of_images
 from semtok.registry import MethodConfig, get_method
@@ -31,7 +32,6 @@ from semtok.teachers import Teacher, TeacherConfig, TeacherFeatures
 from semtok.tokenizer import DiffusionDefaults, Tokenizer
 
 _CODER_FILE = "coder.safetensors"
-_TEACHER_FILE = "teacher.safetensors"
 
 
 GLOBAL_WEIGHT = 0.03
@@ -148,16 +148,13 @@ def token_grid(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
 # The tokenizer -----------------------------------------------------------------------------------
 
 
-class CompositeTokenizer(Tokenizer):
+class CompositeTokenizer(TeacherTokenizer):
     """Texture of another tokenizer, coded features and pooled token of a teacher.
-
-    Decoding needs no teacher, so a loaded tokenizer reads the teacher's weights when it first
-    encodes; they must be those that it was trained with.
 
     Args:
         texture: a tokenizer whose only part is the texture.
         coder: of the semantic part; None: there is none.
-        teacher: whose features; or its settings and fingerprint, to load it later.
+        teacher: whose features.
         feature_stride: image pixels per patch token of the teacher along each side.
         global_width: width of the pooled token; None: no global part.
         scaled: whether the semantic and global parts are standardised; else they stay as they are.
@@ -169,7 +166,7 @@ class CompositeTokenizer(Tokenizer):
         self,
         texture: Tokenizer,
         coder: FeatureCoder | None,
-        teacher: Teacher | tuple[TeacherConfig, str],
+        teacher: HeldTeacher,
         *,
         feature_stride: int,
         global_width: int | None,
@@ -181,46 +178,14 @@ class CompositeTokenizer(Tokenizer):
             parts.append(PartSpec("semantic", coder.shape.channels, feature_stride))
         if global_width is not None:
             parts.append(PartSpec("global", global_width, None))
-        super().__init__(LatentSpec(tuple(parts)), method=method)
+        spec = LatentSpec(tuple(parts))
+        super().__init__(spec, teacher, method=method, positions=texture.positions)
         self.texture, self.coder = texture, coder
         self.feature_stride, self.scaled = feature_stride, scaled
-        # Not a submodule: it is neither trained, nor saved with the weights, nor there before its use.
-        self._teacher: Unregistered | None = None
-        if not isinstance(teacher, tuple):
-            self._teacher, teacher = Unregistered(teacher), (teacher.config, teacher.fingerprint())
-        self.teacher_config, self.teacher_fingerprint = teacher
         self.texture_mean.copy_(texture.texture_mean)
         self.texture_std.copy_(texture.texture_std)
         if not self.measured_parts:
             self.num_measured_images.copy_(texture.num_measured_images)
-
-    @property
-    def teacher(self) -> Teacher:
-        """The teacher, loaded when it is first asked for.
-
-        Raises:
-            UserError: it can't be had, or its weights are not those that trained this tokenizer.
-        """
-        if self._teacher is None:
-            with torch.random.fork_rng(
-                devices=[]
-            ):  # whoever asks first is to draw what others draw
-                teacher = Teacher(self.teacher_config)
-            if teacher.fingerprint() != self.teacher_fingerprint:
-                raise UserError(
-                    f"teacher '{self.teacher_config.name}': its weights here are not those that this "
-                    "tokenizer was trained with; encoding would mean something else"
-                )
-            self._teacher = Unregistered(teacher)
-        teacher, place = self._teacher.module, self.texture_mean
-        # Moving nothing takes milliseconds too, and each step would.
-        if (teacher.mean.device, teacher.mean.dtype) != (place.device, place.dtype):
-            teacher.to(place)
-        return teacher
-
-    @property
-    def loaded_teacher(self) -> Teacher | None:
-        return self._teacher.module if self._teacher is not None else None
 
     @property
     def measured_parts(self) -> tuple[str, ...]:
@@ -285,14 +250,9 @@ class CompositeTokenizer(Tokenizer):
         self.texture.save_pretrained(folder / "texture")
         if self.coder is not None:
             write_tensors(folder / _CODER_FILE, self.coder.state_dict())
-        config = self.teacher_config
-        if config.checkpoint is not None:
-            write_tensors(folder / _TEACHER_FILE, self.teacher.network.state_dict())
-            config = config.model_copy(update={"checkpoint": _TEACHER_FILE})
         return {
             "coder": self.coder.settings() if self.coder is not None else None,
-            "teacher": config.model_dump(mode="json"),
-            "teacher_fingerprint": self.teacher_fingerprint,
+            **self.save_teacher(folder),
             "feature_stride": self.feature_stride,
             "global_width": self.spec["global"].channels if "global" in self.spec.names else None,
             "scaled": self.scaled,
@@ -302,9 +262,6 @@ class CompositeTokenizer(Tokenizer):
     def load_networks(cls, folder: Path, config: Mapping[str, Any]) -> "CompositeTokenizer":
         place = f"{folder / 'config.json'}: settings"
         settings = parse(_Saved, config["settings"], place)
-        teacher = settings.teacher
-        if teacher.checkpoint is not None:
-            teacher = teacher.model_copy(update={"checkpoint": str(folder / _TEACHER_FILE)})
         coder = None
         if settings.coder is not None:
             if cls.coder_class is None:
@@ -321,7 +278,7 @@ class CompositeTokenizer(Tokenizer):
         return cls(
             texture,
             coder,
-            (teacher, settings.teacher_fingerprint),
+            saved_teacher(settings.teacher, settings.teacher_fingerprint, folder),
             feature_stride=settings.feature_stride,
             global_width=settings.global_width,
             scaled=settings.scaled,

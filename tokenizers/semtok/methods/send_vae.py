@@ -53,24 +53,48 @@ class MapperConfig(Config):
     """Hidden width of the MLP after the blocks."""
 
 
-class AlignmentConfig(Config):
-    """How latents are noised and compared."""
+class LatentNoiseConfig(Config):
+    """How latents are noised before they are compared."""
 
-    weight: float = Field(1.0, ge=0)
-    """Weight of the alignment loss."""
     noise: Literal["uniform", "logit_normal", "fixed", "none"] = "uniform"
     """The law of t in z_t = (1 - t) z + t ε, drawn per image; ``uniform`` is eq. 1."""
     noise_level: float | None = Field(None, ge=0, le=1)
     """t, where ``noise`` is ``fixed``."""
 
     @model_validator(mode="after")
-    def _level_goes_with_fixed(self) -> "AlignmentConfig":
+    def _level_goes_with_fixed(self) -> "LatentNoiseConfig":
         if (self.noise == "fixed") != (self.noise_level is not None):
             raise ValueError("noise_level is given exactly when noise is 'fixed'")
         return self
 
 
-class SendVAEConfig(VAEConfig):
+class AlignmentConfig(LatentNoiseConfig):
+    """How latents are noised and compared."""
+
+    weight: float = Field(1.0, ge=0)
+    """Weight of the alignment loss."""
+
+
+class AlignedVAEConfig(VAEConfig):
+    """Settings of a VAE whose latents are aligned to a teacher."""
+
+    @model_validator(mode="after")
+    def _trains_the_encoder(self) -> "AlignedVAEConfig":
+        if self.train != "all":
+            own = [
+                f"method.{n}" for n in type(self).model_fields if n not in VAEConfig.model_fields
+            ]
+            raise ValueError(
+                "method.train: the alignment is of latents, which method.train=decoder keeps as they are; pass "
+                f"method.name=vae and leave {' and '.join(own)} out"
+            )
+        return self
+
+    def needs_teacher(self) -> bool:
+        return True
+
+
+class SendVAEConfig(AlignedVAEConfig):
     """Settings of Send-VAE, on top of the VAE's."""
 
     name: Literal["send_vae"] = "send_vae"
@@ -78,18 +102,6 @@ class SendVAEConfig(VAEConfig):
     """The network from noised latents to the teacher's tokens."""
     alignment: AlignmentConfig = AlignmentConfig()
     """What the latents learn from the teacher."""
-
-    @model_validator(mode="after")
-    def _trains_the_encoder(self) -> "SendVAEConfig":
-        if self.train != "all":
-            raise ValueError(
-                "method.train: the alignment is of latents, which method.train=decoder keeps as they are; pass "
-                "method.name=vae and leave method.mapper and method.alignment out"
-            )
-        return self
-
-    def needs_teacher(self) -> bool:
-        return True
 
     def cells_per_token(self) -> int:
         return self.mapper.patch_size
@@ -135,7 +147,7 @@ class RunningStandardiser(nn.Module):
         self.num_updates += 1
 
 
-def noise_latents(z: Tensor, alignment: AlignmentConfig, draws: Draws) -> Tensor:
+def noise_latents(z: Tensor, alignment: LatentNoiseConfig, draws: Draws) -> Tensor:
     """z_t = (1 - t) z + t ε of standardised latents z (B, C, h, w), with one t per image (eq. 1)."""
     if alignment.noise == "none":
         return z
@@ -195,6 +207,16 @@ class Mapper(nn.Module):
 # The objective -----------------------------------------------------------------------------------
 
 
+def check_layers(config: VAEConfig, context: MethodContext) -> None:
+    """Raises ValueError where a new run asks for layers of the teacher that nothing reads: an alignment reads the last
+    one that is asked for, a perceptual distance reads all."""
+    layers = list(context.teacher.config.layers) if context.teacher is not None else []
+    if len(layers) > 1 and config.perceptual != "teacher" and not context.resumes:
+        raise ValueError(
+            f"teacher.layers: {layers} are several, and the alignment is to one; pass teacher.layers=[{layers[-1]}]"
+        )
+
+
 class SendVAELearner(AutoencoderLearner):
     """The autoencoder together with the mapper."""
 
@@ -227,7 +249,7 @@ class SendVAELearner(AutoencoderLearner):
         terms = self.vae_terms(q, x_hat, inputs)
         z_t = noise_latents(self.standardiser(z), alignment, draws)
         terms["alignment"] = Term(alignment_loss(self.mapper(z_t), f), alignment.weight)
-        terms |= self.adversarial_terms(x_hat, terms, step)
+        terms |= self.adversarial_terms(x_hat, terms, step, draws)
         return StepOutput(terms, carry={"reconstruction": x_hat.detach()})
 
 
@@ -236,6 +258,7 @@ class SendVAEObjective(VAEObjective):
 
     def __init__(self, config: SendVAEConfig, context: MethodContext) -> None:
         super().__init__(config, context, SendVAELearner)
+        check_layers(config, context)
         patch = config.mapper.patch_size
         grid = self.tokenizer(self.averaged_module()).spec.shape("texture", context.image_size)[1:]
         if grid[0] % patch or grid[1] % patch:

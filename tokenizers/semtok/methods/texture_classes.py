@@ -39,9 +39,10 @@ def texture_class(config: Mapping[str, Any], place: str) -> type[nn.Module]:
     """
     name = config.get("_class_name", TRAINED_CLASS)
     if name not in TEXTURE_CLASSES:
-        raise UserError(
-            f"{place}: is of diffusers' {name}; can be loaded: {', '.join(TEXTURE_CLASSES)}"
-        )
+        way_out = f"can be loaded: {', '.join(TEXTURE_CLASSES)}"
+        if name == "AutoencoderRAE":
+            way_out = "semtok hub import auto FOLDER --output DIR makes a tokenizer of it"
+        raise UserError(f"{place}: is of diffusers' {name}; {way_out}")
     if not hasattr(diffusers, name):
         raise UserError(
             f"{place}: is of {name}, which diffusers {diffusers.__version__} has not; pip install -U diffusers"

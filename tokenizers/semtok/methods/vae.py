@@ -18,7 +18,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from semtok.errors import UserError
-from semtok.methods.adversarial import AdversarialConfig, DiscriminatorLearner, generator_term
 from semtok.methods.autoencoder import (
     PRESETS,
     Architecture,
@@ -29,6 +28,11 @@ from semtok.methods.autoencoder import (
 )
 from semtok.methods.decoder_noise import DecoderNoiseConfig, noise_for_decoder
 from semtok.methods.equivariance import EquivarianceConfig, Views
+from semtok.methods.image_losses import (
+    ImageLossConfig,
+    ImageLossLearner,
+    ImageLossObjective,
+)
 from semtok.methods.texture_classes import autoencoder_stride, encode_texture, stated_statistics
 from semtok.metrics import psnr, ssim
 from semtok.objective import (
@@ -38,13 +42,9 @@ from semtok.objective import (
     MethodContext,
     StepOutput,
     Term,
-    TokenizerObjective,
-    Unregistered,
 )
-from semtok.optimiser import OptimiserConfig
-from semtok.perceptual import LPIPS, check_lpips_size, teacher_distance
 from semtok.pictures import Row, principal_components, rows_of_images
-from semtok.registry import MethodConfig, register_method
+from semtok.registry import register_method
 from semtok.sampler.draws import Draws
 from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
 from semtok.storage import read_json, write_json
@@ -69,7 +69,7 @@ HARMLESS_LEARNING_RATE = 1e-4
 # Settings ----------------------------------------------------------------------------------------
 
 
-class VAEConfig(MethodConfig):
+class VAEConfig(ImageLossConfig):
     """Settings of the image VAE. Weights are per mean over pixels, but the KL, which is a sum."""
 
     name: Literal["vae"] = "vae"
@@ -81,35 +81,14 @@ class VAEConfig(MethodConfig):
     latents goes on with the new decoder. Needs weights to start from."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
-    reconstruction: Literal["l1", "mse"] = "l1"
-    """Distance between pixels: absolute or squared error."""
-    reconstruction_weight: float = Field(1.0, ge=0)
-    """Weight of that distance."""
     kl_weight: Annotated[float, Field(ge=0)] | None = None
     """Of the KL summed over the latent, in nats per image; None: 1e-6, and none where the decoder alone is trained,
     which it does not reach. Weights published beside losses that are sums over its numbers, as latent diffusion's, are
     to be divided by how many these are, and so is ``adversarial.max_adaptive``."""
-    perceptual: Literal["lpips", "teacher", "none"] = "none"
-    """Distance between images besides pixels: LPIPS, the teacher's features, or none."""
-    perceptual_weight: float = Field(1.0, ge=0)
-    """Weight of that distance."""
-    lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
-    """Network of LPIPS."""
-    adversarial: AdversarialConfig | None = None
-    """A discriminator; None: there is none."""
     equivariance: EquivarianceConfig | None = None
     """Scaled and turned latents are to decode to the scaled and turned image (EQ-VAE); None: nothing is transformed."""
     decoder_noise: DecoderNoiseConfig | None = None
     """Noise on the raw latents that the decoder trains on; None: there is none."""
-
-    @model_validator(mode="after")
-    def _without_patches(self) -> "VAEConfig":
-        if self.decoder_noise is not None and self.decoder_noise.mask is not None:
-            raise ValueError(
-                f"method.decoder_noise.mask takes no effect with method.name={self.name}, whose encoder is "
-                "convolutional and has no patch tokens; pass method.decoder_noise.mask=null"
-            )
-        return self
 
     @model_validator(mode="after")
     def _decoder_of_some_latents(self) -> "VAEConfig":
@@ -123,9 +102,6 @@ class VAEConfig(MethodConfig):
                     "method.kl_weight takes no effect with method.train=decoder; pass method.kl_weight=null"
                 )
         return self
-
-    def needs_teacher(self) -> bool:
-        return self.perceptual == "teacher"
 
     def starts_from_weights(self) -> bool:
         return isinstance(self.vae, str) and self.vae not in PRESETS
@@ -245,14 +221,6 @@ def _encoder_weights(autoencoder: nn.Module) -> dict[str, Tensor]:
 # Losses ------------------------------------------------------------------------------------------
 
 
-def reconstruction_loss(
-    reconstruction: Tensor, pixels: Tensor, kind: Literal["l1", "mse"]
-) -> Tensor:
-    """Mean absolute or squared difference over pixels, (B,)."""
-    difference = reconstruction.float() - pixels.float()
-    return (difference.abs() if kind == "l1" else difference.square()).mean(dim=(1, 2, 3))
-
-
 def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
     """KL divergence of N(mean, exp(logvar)) from N(0, I), summed over the latent, in nats (B,)."""
     mean, logvar = mean.float(), logvar.float()
@@ -262,7 +230,7 @@ def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
 # The objective: two learners ----------------------------------------------------------------------
 
 
-class AutoencoderLearner(nn.Module):
+class AutoencoderLearner(ImageLossLearner):
     """Trains encoder and decoder, or the decoder alone.
 
     A method that adds a loss to the VAE's subclasses this with a ``forward`` of its own, made of the same three calls
@@ -274,9 +242,9 @@ class AutoencoderLearner(nn.Module):
     def __init__(
         self, config: VAEConfig, context: MethodContext, discriminator: nn.Module | None
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.autoencoder = make_autoencoder(config.vae)
+        autoencoder = make_autoencoder(config.vae)  # before LPIPS, whose layers draw numbers too
+        super().__init__(config, context, discriminator)
+        self.autoencoder = autoencoder
         if config.train == "decoder":
             for name, parameter in self.autoencoder.named_parameters():
                 parameter.requires_grad_(not name.startswith(_BEFORE_LATENTS))
@@ -286,12 +254,25 @@ class AutoencoderLearner(nn.Module):
             self.register_buffer("latents_std", std.clone())
         if config.gradient_checkpointing:
             self.autoencoder.enable_gradient_checkpointing()
-        lpips = LPIPS(config.lpips_net) if config.perceptual == "lpips" else None
-        self._lpips, self._teacher = Unregistered(lpips), Unregistered(context.teacher)
-        self._discriminator = Unregistered(discriminator)
         stride = autoencoder_stride(self.autoencoder)
         self.views = Views(config.equivariance, stride, config.cells_per_token())
         self._target: Tensor | None = None  # what the x̂ of this micro-batch is compared with
+
+    def smallest(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        self.views.check(image_size)
+        return self.views.smallest(image_size)
+
+    @property
+    def last_layer(self) -> Tensor:
+        return self.autoencoder.decoder.conv_out.weight
+
+    @torch.no_grad()
+    def fresh_reconstruction(self, inputs: Inputs) -> Tensor:
+        was_training = self.autoencoder.training
+        self.autoencoder.eval()
+        _, x_hat = reconstruct(self.autoencoder, inputs["pixels"])
+        self.autoencoder.train(was_training)
+        return x_hat
 
     def forward(self, inputs: Inputs, draws: Draws, step: int, carry: Carry) -> StepOutput:
         """Losses of one micro-batch.
@@ -302,7 +283,7 @@ class AutoencoderLearner(nn.Module):
         """
         q, z, x_hat = self.autoencode(inputs["pixels"], draws)
         terms = self.vae_terms(q, x_hat, inputs)
-        terms |= self.adversarial_terms(x_hat, terms, step)
+        terms |= self.adversarial_terms(x_hat, terms, step, draws)
         return StepOutput(terms, carry={"reconstruction": x_hat.detach()})
 
     def autoencode(
@@ -340,55 +321,18 @@ class AutoencoderLearner(nn.Module):
         Args:
             x_hat: of the last call of ``autoencode``.
         """
-        config, x, features = self.config, self._target, inputs["features"]
-        share = x[0].numel() / inputs["pixels"][0].numel()
-        terms = {
-            config.reconstruction: Term(
-                reconstruction_loss(x_hat, x, config.reconstruction),
-                config.reconstruction_weight * share,
-            )
-        }
-        if config.train == "all":
-            weight = 1e-6 if config.kl_weight is None else config.kl_weight
+        kind, compared = (
+            self.config.reconstruction,
+            self.image_terms(x_hat, inputs, self._target),
+        )
+        terms = {kind: compared[kind]}
+        if self.config.train == "all":
+            weight = 1e-6 if self.config.kl_weight is None else self.config.kl_weight
             terms["kl"] = Term(kl_loss(q.mean, q.logvar), weight)
-        if config.perceptual == "lpips":
-            distance = self._lpips.module(x_hat, x)
-            terms["perceptual"] = Term(distance, config.perceptual_weight * share)
-        elif config.perceptual == "teacher":
-            if x is not inputs["pixels"]:
-                features = self._teacher.module.features(x)
-            distance = teacher_distance(self._teacher.module, x_hat, features)
-            terms["perceptual"] = Term(distance, config.perceptual_weight * share)
-        return terms
-
-    def adversarial_terms(
-        self, x_hat: Tensor, terms: Mapping[str, Term], step: int
-    ) -> dict[str, Term]:
-        """The generator's side of the adversarial part, from its first step on.
-
-        Args:
-            terms: the others; the weight adapts to those that compare images.
-        """
-        config = self.config.adversarial
-        if config is None or step < config.start_step:
-            return {}
-        wanted, discriminator = self.images_compared(terms), self._discriminator.module
-        last_layer = self.autoencoder.decoder.conv_out.weight
-        return {
-            "adversarial": generator_term(config, discriminator, x_hat, wanted, last_layer, step)
-        }
-
-    def images_compared(self, terms: Mapping[str, Term]) -> Tensor:
-        """The weighted sum of those terms that compare images, a scalar: what adaptive weights adapt to."""
-        compared = [terms[n] for n in (self.config.reconstruction, "perceptual") if n in terms]
-        return sum(term.weight * term.value.mean() for term in compared)
-
-    def frozen_modules(self) -> list[nn.Module]:
-        """What this learner reads and nobody trains."""
-        return [held.module for held in (self._teacher, self._lpips) if held.module is not None]
+        return terms | compared
 
 
-class VAEObjective(TokenizerObjective):
+class VAEObjective(ImageLossObjective):
     """The autoencoder and, where the recipe has an adversarial loss, the discriminator.
 
     Args:
@@ -404,61 +348,14 @@ class VAEObjective(TokenizerObjective):
         context: MethodContext,
         learner_class: type[AutoencoderLearner] = AutoencoderLearner,
     ) -> None:
-        super().__init__()
-        self.config, self.context = config, context
-        self.teacher = Unregistered(context.teacher) if context.teacher is not None else None
-        adversary = None
-        if config.adversarial is not None:
-            adversary = DiscriminatorLearner(config.adversarial, resumes=context.resumes)
-        autoencoder = learner_class(config, context, adversary and adversary.discriminator)
-        self.learners = nn.ModuleDict({"autoencoder": autoencoder})
-        if adversary is not None:
-            adversary.target = autoencoder.target
-            self.learners["discriminator"] = adversary
-        if min(context.image_size) < 8:
-            raise ValueError(
-                f"image size {context.image_size} is too small to measure SSIM; at least 8"
-            )
-        self.tokenizer(self.averaged_module()).spec.check_image_size(context.image_size)
-        autoencoder.views.check(context.image_size)
-        self._check_smallest(autoencoder.views.smallest(context.image_size), adversary)
-
-    def _check_smallest(
-        self, size: tuple[int, int], adversary: DiscriminatorLearner | None
-    ) -> None:
-        """Raises ValueError where the smallest images that are compared are too small for networks."""
-        try:
-            if adversary is not None:
-                adversary.check_image_size(size)
-            if self.config.perceptual == "lpips":
-                check_lpips_size(self.config.lpips_net, size)
-        except ValueError as error:
-            if size == tuple(self.context.image_size):
-                raise
-            way_out = "these method.equivariance.scales make; leave the small ones out"
-            raise ValueError(f"{error}, which {way_out}") from None
+        super().__init__(config, context, "autoencoder", learner_class)
 
     def notes(self) -> list[str]:
         return self.learners["autoencoder"].views.notes(self.context.image_size)
 
-    def active_learners(self, step: int) -> list[str]:
-        config = self.config.adversarial
-        if config is None or step < config.first_step:
-            return ["autoencoder"]
-        return ["autoencoder", "discriminator"]
-
-    def optimiser_config(self, learner: str, default: OptimiserConfig) -> OptimiserConfig:
-        config = self.config.adversarial
-        own = config.optimiser if config is not None and learner == "discriminator" else None
-        return own or default
-
     def compiled_modules(self) -> list[nn.Module]:
         autoencoder = self.averaged_module()
-        adversary = [n.discriminator for name, n in self.learners.items() if name != "autoencoder"]
-        return [autoencoder.encoder, autoencoder.decoder, *adversary]
-
-    def frozen_modules(self) -> list[nn.Module]:
-        return self.learners["autoencoder"].frozen_modules()
+        return [autoencoder.encoder, autoencoder.decoder, *self.adversaries()]
 
     def averaged_module(self) -> nn.Module:
         return self.learners["autoencoder"].autoencoder

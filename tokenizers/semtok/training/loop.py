@@ -294,31 +294,44 @@ class Trainer:
     def train_step(self, batches: Iterator[ImageBatch]) -> None:
         """One optimiser step of every active learner. Nothing here waits for the device."""
         active = self.objective.active_learners(self.step)
-        for micro_step, inputs in enumerate(self._inputs_of_step(batches)):
-            draws = Draws(
-                seed=self.config.seed,
-                step=self.step,
-                global_batch=self.config.batch_size,
-                first=self.share.first(micro_step),
-                num=self.share.micro_batch_size,
-                device=self.device,
-            )
-            carry: dict[str, Tensor] = {}
-            for name in active:
-                learner = self.learners[name]
-                is_last = micro_step == self.accumulate - 1
-                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(learner):
-                    output = learner(inputs, draws, self.step, carry)
-                    self.accelerator.backward(self._total(output) / self.accumulate)
-                carry = {**carry, **output.carry}
-
-        self._note(self.optimisers.step(active))
+        in_turn = self.objective.steps_in_turn() and len(active) > 1
+        # Learners that take turns read the same micro-batches again.
+        each = self._inputs_of_step(batches)
+        prepared = list(each) if in_turn else each
+        left: dict[int, dict[str, Tensor]] = {}
+        for group in [[name] for name in active] if in_turn else [active]:
+            for micro_step, inputs in enumerate(prepared):
+                carry = self._backward(group, inputs, left.get(micro_step, {}), micro_step)
+                if in_turn:
+                    left[micro_step] = carry
+            self._note(self.optimisers.step(group))
         self._running_statistics.average()
         if self.ema is not None:
             self.ema.update()
         if self.averages is not None:
             self.averages.update()
         self.step += 1
+
+    def _backward(
+        self, group: list[str], inputs: dict[str, Any], carry: dict[str, Tensor], micro_step: int
+    ) -> dict[str, Tensor]:
+        """Gradients of these learners for a micro-batch; gives what they leave to the next ones."""
+        draws = Draws(
+            seed=self.config.seed,
+            step=self.step,
+            global_batch=self.config.batch_size,
+            first=self.share.first(micro_step),
+            num=self.share.micro_batch_size,
+            device=self.device,
+        )
+        for name in group:
+            learner = self.learners[name]
+            is_last = micro_step == self.accumulate - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(learner):
+                output = learner(inputs, draws, self.step, carry)
+                self.accelerator.backward(self._total(output) / self.accumulate)
+            carry = {**carry, **output.carry}
+        return carry
 
     def _inputs_of_step(self, batches: Iterator[ImageBatch]) -> Iterator[dict[str, Any]]:
         """What the objective makes of each micro-batch of this process."""

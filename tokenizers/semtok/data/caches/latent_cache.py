@@ -261,7 +261,10 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     for name, value, content in tensor_bytes(tokenizer):
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(content)
-    digest.update(str(getattr(tokenizer, "teacher_fingerprint", None)).encode())
+    teachers = [getattr(module, "teacher_fingerprint", None) for module in tokenizer.modules()]
+    inner = [own for own in teachers[1:] if own is not None]  # of a texture that encodes by one too
+    for own in (teachers[0], *inner):
+        digest.update(str(own).encode())
     return digest.hexdigest()
 
 

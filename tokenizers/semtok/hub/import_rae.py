@@ -1,0 +1,336 @@
+"""RAE's tokenizers: files of its stage 1, its decoder alone beside an encoder, and diffusers' AutoencoderRAE."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from torch import Tensor
+
+from semtok.errors import UserError
+from semtok.hub.checkpoints import built, count_numbered, read_checkpoint, sizes
+from semtok.hub.formats import statistics_beside
+from semtok.hub.job import ImportJob
+from semtok.methods.rae import RAETokenizer
+from semtok.methods.vit_decoder import DecoderShape, ViTDecoder
+from semtok.storage import first_line, read_json, read_tensors
+from semtok.teachers import Teacher, TeacherConfig, TransformerShape
+
+EPS = 1e-5
+"""RAE divides by √(variance + eps), diffusers by (deviation + eps)."""
+ENCODERS = {
+    (384, 12): "vit_small_patch14_reg4_dinov2.lvd142m",
+    (768, 12): "vit_base_patch14_reg4_dinov2.lvd142m",
+    (1024, 24): "vit_large_patch14_reg4_dinov2.lvd142m",
+}
+"""What timm calls DINOv2 with registers, by width and depth."""
+_HEAD_WIDTH = 64  # of DINOv2
+_DECODER_HEADS = {1152: 16}  # of the published decoder
+_UNREAD = ("embeddings.mask_token", "layernorm.weight", "layernorm.bias")
+_ENCODER_NAMES = (
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.attention\.(?:attention\.)?(query|key|value)\.", r".attn.\1."),
+    (r"\.attention\.([qkv])_proj\.", r".attn.\1."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+)
+_DECODER_NAMES = (
+    (r"^trainable_cls_token$", "cls_token"),
+    (r"^decoder_pos_embed$", "positions"),
+    (r"^decoder_(embed|norm)\.", r"\1."),
+    (r"^decoder_pred\.", "head."),
+    (r"^decoder_layers\.(\d+)\.", r"blocks.\1."),
+    (r"\.attention\.(?:output\.dense|to_out\.0)\.", ".attn.proj."),
+    (r"\.attention\.(?:attention\.)?(query|key|value)\.", r".attn.\1."),
+    (r"\.attention\.to_([qkv])\.", r".attn.\1."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+)
+_QKV = re.compile(r"(.*\.attn\.)(query|key|value|q|k|v)(\..*)")
+
+
+def import_rae(job: ImportJob) -> RAETokenizer:
+    """A tokenizer of RAE's own files.
+
+    The statistics ``stat.pt`` are taken from beside the file, and so are ``encoder/``, transformers' folder of a
+    Dinov2WithRegisters, and ``decoder_config/config.json``, which says the decoder's heads.
+
+    Raises:
+        UserError: no encoder, no statistics, or tensors of another network.
+    """
+    job.refuse("tokenizer", "image_size", "semantic_channels")
+    state, folder = job.checkpoint.state, job.checkpoint.path.parent
+    if any(".to_q." in name for name in state):
+        raise UserError(
+            f"{job.place}: weights of diffusers' AutoencoderRAE; give the folder that holds its config too"
+        )
+    encoder = _under(state, "encoder.encoder.")
+    decoder = state if "decoder_embed.weight" in state else _under(state, "decoder.")
+    job.fates |= {n: "network" for n in state}
+    if job.options.teacher is not None:
+        teacher = _given_encoder(job, encoder)
+    else:
+        teacher = _encoder(encoder or _encoder_beside(job), job, folder / "encoder")
+    network = import_decoder(decoder, _heads(job, decoder), job.place, teacher)
+    tokenizer = RAETokenizer(network, teacher)
+    _take_statistics(tokenizer, job)
+    return tokenizer
+
+
+def import_diffusers_rae(job: ImportJob) -> RAETokenizer:
+    """A tokenizer that encodes and decodes as a folder of diffusers' AutoencoderRAE does.
+
+    Raises:
+        UserError: an encoder other than DINOv2 with registers, or tensors of another network.
+    """
+    job.refuse("tokenizer", "teacher", "heads", "image_size", "semantic_channels", "statistics")
+    folder = job.checkpoint.path
+    config, place = read_json(folder / "config.json"), str(folder / "config.json")
+    state = read_tensors(folder / "diffusion_pytorch_model.safetensors")
+    job.fates |= dict.fromkeys(state, "network")
+    kind = config.get("encoder_type", "dinov2")
+    if kind != "dinov2":
+        raise UserError(f"{place}: encoder_type '{kind}' is not known here; dinov2 is")
+    teacher = _encoder(_under(state, "encoder."), job, None)
+    _check_scale(state["encoder_mean"], state["encoder_std"], teacher, place)
+    decoder = _under(state, "decoder.")
+    if "decoder_pos_embed" not in decoder:
+        side = config["encoder_input_size"] // config["encoder_patch_size"]
+        decoder = decoder | {"decoder_pos_embed": diffusers_positions(state, side)}
+        job.notes.append(
+            f"its position table for {side}x{side} tokens is computed as diffusers does, which ignores a trained one: "
+            "images are diffusers', not those of RAE's own file"
+        )
+    heads = config["decoder_num_attention_heads"]
+    tokenizer = RAETokenizer(import_decoder(decoder, heads, job.place, teacher), teacher)
+    # diffusers adds eps to the deviation, and multiplies by its factor.
+    std = (state["_latents_std"] + EPS) / config.get("scaling_factor", 1.0)
+    _standardise(tokenizer, state["_latents_mean"], std, place)
+    return tokenizer
+
+
+def diffusers_positions(state: Mapping[str, Tensor], side: int) -> Tensor:
+    """The decoder's table (1, 1 + side², width) as diffusers makes it whenever it loads."""
+    width = sizes(state, "decoder.decoder_embed.weight", 2)[0]
+    table = get_2d_sincos_pos_embed(width, side, cls_token=True, extra_tokens=1, output_type="pt")
+    return table[None].float()
+
+
+def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+
+
+# Encoder -----------------------------------------------------------------------------------------
+
+
+def encoder_in_timm(state: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
+    """Weights of transformers' Dinov2WithRegisters by timm's names, but for the final norm, which RAE leaves without
+    scale and shift.
+
+    Raises:
+        UserError: they are of another network.
+    """
+    try:
+        (_, registers, _), (_, _, width) = (
+            sizes(state, f"embeddings.{name}", 3)
+            for name in ("register_tokens", "position_embeddings")
+        )
+        blocks = count_numbered(state, "encoder.layer.")
+        if registers != 4:
+            raise ValueError(f"{registers} registers")
+        names = [f"encoder.layer.{i}.mlp.fc1.weight" for i in range(blocks)]
+        hidden = {sizes(state, name, 2)[0] for name in names}
+        if hidden != {4 * width}:
+            raise ValueError(f"MLPs of {sorted(hidden)} for a width of {width}")
+    except ValueError as error:
+        raise UserError(
+            f"{place}: its encoder is no DINOv2 with four registers ({first_line(error)})"
+        ) from None
+    positions = state["embeddings.position_embeddings"]
+    ours = {
+        "cls_token": state["embeddings.cls_token"] + positions[:, :1],
+        "reg_token": state["embeddings.register_tokens"],
+        "pos_embed": positions[:, 1:],
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    made_of = ("cls_token", "register_tokens", "position_embeddings")
+    left_out = {*_UNREAD, *(f"embeddings.{name}" for name in made_of)}
+    rest = {n: v for n, v in state.items() if n not in left_out}
+    return ours | _joined(_renamed(rest, _ENCODER_NAMES))
+
+
+def _encoder(state: Mapping[str, Tensor], job: ImportJob, folder: Path | None) -> Teacher:
+    weights = encoder_in_timm(state, job.place)
+    blocks, width = count_numbered(weights, "blocks."), weights["norm.weight"].numel()
+    heads = max(1, width // _HEAD_WIDTH)
+    if folder is not None and (folder / "config.json").is_file():
+        heads = read_json(folder / "config.json").get("num_attention_heads", heads)
+    named = ENCODERS.get((width, blocks))
+    shape = TransformerShape(width=width, depth=blocks, heads=heads) if named is None else None
+    config = TeacherConfig(
+        name=named or ENCODERS[768, 12],
+        checkpoint="teacher.safetensors",  # an export brings these weights along
+        final_norm="plain",
+        shape=shape,
+    )
+    teacher = Teacher(config, weights)
+    if folder is not None and (folder / "preprocessor_config.json").is_file():
+        said = read_json(folder / "preprocessor_config.json")
+        mean, std = (torch.tensor(said[key]) for key in ("image_mean", "image_std"))
+        _check_scale(mean, std, teacher, str(folder / "preprocessor_config.json"))
+    for name in job.fates:
+        if name.endswith(_UNREAD):
+            job.fates[name] = "left out, RAE does not read it"
+    return teacher
+
+
+def _encoder_beside(job: ImportJob) -> dict[str, Tensor]:
+    folder = job.checkpoint.path.parent / "encoder"
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(
+            f"{job.place}: a decoder alone; put its encoder's folder of transformers beside it as encoder/, or give "
+            f"--teacher name={ENCODERS[768, 12]} final_norm=plain"
+        )
+    job.notes.append(f"encoder taken from {folder}, which lies beside it")
+    return read_tensors(folder / "model.safetensors")
+
+
+def _given_encoder(job: ImportJob, own: Mapping[str, Tensor]) -> Teacher:
+    teacher = job.options.teacher
+    assert teacher is not None
+    if own:
+        raise UserError(f"{job.place}: holds its encoder; leave --teacher out")
+    if teacher.config.final_norm != "plain":
+        raise UserError(
+            f"{job.place}: RAE's encoder has no scale after its last norm; give --teacher … final_norm=plain"
+        )
+    return teacher
+
+
+def _check_scale(mean: Tensor, std: Tensor, teacher: Teacher, place: str) -> None:
+    """Raises UserError where images are to be standardised otherwise than timm does for this encoder."""
+    pairs = ((mean, teacher.mean), (std, teacher.std))
+    if not all(torch.allclose(own.flatten(), known.flatten(), atol=1e-5) for own, known in pairs):
+        raise UserError(
+            f"{place}: standardises images by {mean.flatten().tolist()} and {std.flatten().tolist()}, this encoder "
+            f"by {teacher.mean.flatten().tolist()} and {teacher.std.flatten().tolist()}"
+        )
+
+
+# Decoder -----------------------------------------------------------------------------------------
+
+
+def import_decoder(
+    state: Mapping[str, Tensor], heads: int, place: str, teacher: Teacher
+) -> ViTDecoder:
+    """A decoder of RAE's or diffusers' names.
+
+    Args:
+        heads: of its attention, which no tensor tells.
+        teacher: the encoder, in whose unit images come out.
+
+    Raises:
+        UserError: it is none, or of other tokens than the encoder's.
+    """
+    try:
+        width, channels = sizes(state, "decoder_embed.weight", 2)
+        _, tokens, _ = sizes(state, "decoder_pos_embed", 3)
+        depth = count_numbered(state, "decoder_layers.")
+        mlp_width, _ = sizes(state, "decoder_layers.0.intermediate.dense.weight", 2)
+        numbers, _ = sizes(state, "decoder_pred.weight", 2)
+        side, patch = round((tokens - 1) ** 0.5), round((numbers / 3) ** 0.5)
+        if side**2 + 1 != tokens or 3 * patch**2 != numbers:
+            raise ValueError(f"{tokens} tokens to {numbers} numbers each are no square images")
+        shape = DecoderShape(
+            width=width, depth=depth, heads=heads, mlp_width=mlp_width, patch_size=patch
+        )
+    except ValueError as error:
+        raise UserError(f"{place}: not RAE's decoder ({first_line(error)})") from None
+    if channels != teacher.widths[-1]:
+        raise UserError(
+            f"{place}: decodes tokens of {channels} channels, the encoder's have {teacher.widths[-1]}"
+        )
+    ours = {name: value.float() for name, value in _joined(_renamed(state, _DECODER_NAMES)).items()}
+    ours |= {f"image_{n}": getattr(teacher, n).view(3, 1, 1).cpu() for n in ("mean", "std")}
+    return built(lambda: ViTDecoder(shape, channels=channels, grid=(side, side)), ours, place)
+
+
+def _heads(job: ImportJob, decoder: Mapping[str, Tensor]) -> int:
+    if job.options.heads is not None:
+        return job.options.heads
+    said = job.checkpoint.path.parent / "decoder_config" / "config.json"
+    if said.is_file():
+        job.notes.append(f"the decoder's heads are taken from {said}, which lies beside it")
+        return read_json(said)["decoder_num_attention_heads"]
+    width = len(decoder["decoder_embed.weight"])
+    if width not in _DECODER_HEADS:
+        raise UserError(
+            f"{job.place}: does not say how many heads its decoder of width {width} has; give --heads"
+        )
+    return _DECODER_HEADS[width]
+
+
+# Names and statistics ----------------------------------------------------------------------------
+
+
+def _renamed(state: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    ours = {}
+    for name, value in state.items():
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        ours[name] = value
+    return ours
+
+
+def _joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Queries, keys and values as one layer each."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    ours = {}
+    for name, value in state.items():
+        if match := _QKV.fullmatch(name):
+            parts.setdefault(f"{match[1]}qkv{match[3]}", {})[match[2][0]] = value
+        else:
+            ours[name] = value
+    for name, three in parts.items():
+        ours[name] = torch.cat([three[letter] for letter in "qkv" if letter in three])
+    return ours
+
+
+def _take_statistics(tokenizer: RAETokenizer, job: ImportJob) -> None:
+    given, path = job.options.statistics, job.checkpoint.path
+    if isinstance(given, float):
+        raise UserError(f"--statistics {given}: expected a file here, RAE's stat.pt")
+    file = given or statistics_beside(path, job.format)
+    if file is None:
+        job.notes.append(
+            "its latents are not standardised yet: give --statistics, RAE's stat.pt, or call measure_statistics; "
+            "until then it only decodes raw latents"
+        )
+        return
+    if given is None:
+        job.notes.append(f"statistics taken from {file}, which lies beside it")
+    content: Any = read_checkpoint(file)
+    held = content if isinstance(content, dict) else {}
+    mean, var = held.get("mean"), held.get("var")
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+        raise UserError(f"{file}: no statistics of RAE's; expected mean and var")
+    _standardise(tokenizer, mean, (var.float() + EPS).sqrt(), str(file))
+
+
+def _standardise(tokenizer: RAETokenizer, mean: Tensor, std: Tensor, place: str) -> None:
+    for buffer, values in ((tokenizer.texture_mean, mean), (tokenizer.texture_std, std)):
+        try:
+            buffer.copy_(values.float().expand(buffer.shape))
+        except RuntimeError:
+            raise UserError(
+                f"{place}: statistics of {tuple(values.shape)} for latents of {tuple(buffer.shape)}"
+            ) from None
+    if not bool((tokenizer.texture_std > 0).all() & tokenizer.texture_mean.isfinite().all()):
+        raise UserError(f"{place}: a standard deviation is not positive, or a mean not finite")
+    tokenizer.num_measured_images.fill_(1)  # by whoever published them

@@ -1,0 +1,145 @@
+"""A discriminator on a frozen network's features (StyleGAN-T, Sauer et al. 2023; VAR and RAE judge by the same)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.nn.utils import spectral_norm  # RAE's: the newer one updates u and v in the other order
+
+from semtok.errors import UserError
+from semtok.objective import Unregistered
+from semtok.storage import read_weights
+from semtok.teachers import Teacher, TeacherConfig
+
+_SIZE = 224
+
+
+class FeaturesConfig(TeacherConfig):
+    """A frozen network, and the heads that judge its patch tokens. The last of its layers has two heads."""
+
+    name: str = "vit_small_patch8_224.dino"
+    """``demo``, or any vision transformer that timm knows; DINO-S/8 as in RAE."""
+    input_size: int | None = Field(_SIZE, gt=0)
+    """Side, in pixels, to which images are resized bilinearly, whatever their aspect; None: the one it was trained
+    at."""
+    layers: tuple[int, ...] = (2, 5, 8, 11)
+    """Blocks whose patch tokens are judged; negative counts from the last."""
+    final_norm: Literal["affine", "plain", "none"] = "none"
+    """As ``teacher.final_norm``; RAE judges tokens without a norm."""
+    gelu: Literal["exact", "tanh"] = "tanh"
+    """How the network's GELU is computed: as it was trained (timm's), or by the approximation that RAE's code has."""
+    kernel: int = Field(9, ge=1)
+    """Tokens that a head's convolution sees at once, along the rows of the image joined to a ring; an odd number."""
+
+    @field_validator("kernel")
+    @classmethod
+    def _odd(cls, kernel: int) -> int:
+        if kernel % 2 == 0:
+            raise ValueError(f"{kernel} is even; pass an odd number")
+        return kernel
+
+
+class _Residual(nn.Module):
+    """(x + f(x)) / √2."""
+
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn  # called so in RAE's files
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.fn(x) + x) * 2**-0.5
+
+
+def _convolution(width: int, out: int, kernel: int) -> nn.Module:
+    padding = {"padding": kernel // 2, "padding_mode": "circular"}
+    return spectral_norm(nn.Conv1d(width, out, kernel, **padding), eps=1e-12)
+
+
+def _block(width: int, kernel: int) -> nn.Sequential:
+    # Each image and channel is normalised by its own tokens.
+    norm = nn.InstanceNorm1d(width, eps=1e-6, affine=True)
+    return nn.Sequential(_convolution(width, width, kernel), norm, nn.LeakyReLU(0.2))
+
+
+class FeatureDiscriminator(nn.Module):
+    """Judges images by the patch tokens of a frozen network.
+
+    Heads have spectral norm, which takes a step of the power method in each call in training mode and rests in eval
+    mode. The network stays out of the state.
+
+    Raises:
+        UserError: an unknown network, or one that is no vision transformer.
+    """
+
+    def __init__(self, config: FeaturesConfig) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):  # the heads do not depend on how it is loaded
+            network = Teacher(config)
+        if not network.is_transformer:
+            raise UserError(
+                f"method.adversarial.features: '{config.name}' is no vision transformer; choose one, as demo"
+            )
+        for layer in network.modules():
+            if isinstance(layer, nn.GELU):
+                layer.approximate = "tanh" if config.gelu == "tanh" else "none"
+        self._network = Unregistered(network)
+        side = network.input_size // network.patch_size * network.patch_size
+        self._input_size = (side, side)
+        widths = (network.widths[-1], *network.widths)
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                _block(width, 1),
+                _Residual(_block(width, config.kernel)),
+                _convolution(width, 1, 1),
+            )
+            for width in widths
+        )
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """What it reads and nobody trains."""
+        return [self._network.module]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits (B, heads, 1, tokens), above 0 for real, of pixels (B, 3, H, W) in [-1, 1]."""
+        network = self._network.module
+        if tuple(pixels.shape[-2:]) != self._input_size:
+            pixels = F.interpolate(pixels, size=self._input_size, mode="bilinear")
+        features = network.features_of_input(network.normalise(pixels))
+        tokens = [rearrange(patch, "b d h w -> b d (h w)") for patch in features.patches]
+        judged = zip(self.heads, (tokens[-1], *tokens), strict=True)
+        return torch.stack([head(x) for head, x in judged], dim=1)
+
+
+def load_heads(discriminator: FeatureDiscriminator, path: Path) -> None:
+    """Reads the heads of a checkpoint of RAE's, under ``disc`` or alone, or of this library's.
+
+    Raises:
+        UserError: the file can't be read, or holds no such heads, or ones of another shape.
+    """
+    place = f"method.adversarial.weights: {path}"
+    try:
+        content: Any = read_weights(path)
+    except UserError as error:
+        raise UserError(f"method.adversarial.weights: {error}") from None
+    content = content.get("disc", content) if isinstance(content, Mapping) else {}
+    marked = {str(name).partition("heads."): value for name, value in content.items()}
+    found = {"heads." + n: v for (_, heads, n), v in marked.items() if heads}
+    own = discriminator.state_dict()
+    wrong = sorted(
+        name
+        for name in own.keys() | found.keys()
+        if name not in own or name not in found or own[name].shape != found[name].shape
+    )
+    if wrong:
+        raise UserError(
+            f"{place}: holds no heads of this shape ({wrong[0]} and {len(wrong) - 1} more); choose another file, or "
+            "other method.adversarial.features"
+        )
+    if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+        raise UserError(f"{place}: holds numbers that are not finite; choose another file")
+    discriminator.load_state_dict(found)
