@@ -38,6 +38,7 @@ from semtok import Generator, Tokenizer, UserError
 from semtok.commands.cli import run
 from semtok.evaluation.judge import trained_judge
 from semtok.recipe import load_diffusion_recipe, load_recipe, locate_recipe, write_recipe
+from semtok.references import recipe_names
 from semtok.storage import write_json
 from semtok.training.loop import Trainer
 from semtok.training.precision import Gains
@@ -876,3 +877,17 @@ def test_the_file_of_switches_names_rows_that_a_transformers_recipe_takes():
     assert {(r.train.steps, r.train.batch_size) for r in others} == {
         (plain.train.steps, plain.train.batch_size)
     }
+
+
+def test_the_file_of_latents_names_every_way_to_a_texture_beside_the_plain_vae(tmp_path):
+    file = Path(__file__).parents[1] / "tools/comparison/latents.yaml"
+    rows = read_rows("", [], file)
+    recipes = {name for name in recipe_names() if not is_composite(name)}
+    assert {row.tokenizer for row in rows} == recipes and rows[0] == VAE
+    planned = comparison(tmp_path, *rows)
+    planned.check()
+    words = {name: planned.tokenizer_overrides(name, 0) for name in ("eq_vae", "vae_finetune")}
+    steps = [load_recipe(plan.find_recipe(name), w).train.steps for name, w in words.items()]
+    assert steps[0] == steps[1], "fine-tuned for as long, with and without equivariance"
+    aligned = Row(name="repa", tokenizer="rae", settings=("diffusion.repa={weight: 0.5}",))
+    assert not any(w.startswith("teacher") for w in planned.generator_overrides(aligned, 0))

@@ -3,7 +3,9 @@
 from typing import Literal
 
 from semtok.methods.autoencoder import PRESETS
+from semtok.methods.teacher_tokenizer import TeacherTokenizer
 from semtok.references import find_recipe
+from semtok.registry import get_method
 from semtok.settings import read_yaml
 from semtok.tokenizer import Tokenizer
 
@@ -36,7 +38,9 @@ def is_composite(reference: str) -> bool:
 
 
 def has_teacher(reference: str) -> bool:
-    """Whether a tokenizer brings a teacher of its own to the transformer's training."""
-    if find_recipe(reference) is not None:
-        return is_composite(reference)
+    """Whether a tokenizer brings a teacher of its own to the transformer's training: one that it encodes by."""
+    path = find_recipe(reference)
+    if path is not None:
+        method = get_method(read_yaml(path)["method"]["name"], place=str(path))
+        return issubclass(method.tokenizer, TeacherTokenizer)
     return Tokenizer.from_pretrained(reference).teacher_config is not None
