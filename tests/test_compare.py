@@ -29,6 +29,7 @@ from comparison.estimate import expected_seconds
 from comparison.finished import take_finished_runs, with_whole_runs
 from comparison.jobs import Job, Stopped, only_one_in, run_jobs
 from comparison.plan import BUDGETS, Comparison, ComparisonSettings, Row
+from comparison.recipes import is_composite
 from comparison.report import generation_table
 from comparison.results import CLASS_SHARE, RowScores, Spread, compared, steps_to_reach
 from comparison.rows import read_rows
@@ -37,6 +38,7 @@ from semtok import Generator, Tokenizer, UserError
 from semtok.commands.cli import run
 from semtok.evaluation.judge import trained_judge
 from semtok.recipe import load_diffusion_recipe, load_recipe, locate_recipe, write_recipe
+from semtok.references import recipe_names
 from semtok.storage import write_json
 from semtok.training.loop import Trainer
 from semtok.training.precision import Gains
@@ -73,6 +75,19 @@ def test_composites_are_built_on_the_vae_of_their_seed(tmp_path):
     assert planned.tokenizer_reference("demo", 2) == "demo", (
         "trained before: the same for each seed"
     )
+
+
+def test_a_recipe_that_starts_from_a_vae_starts_from_that_of_its_seed(tmp_path):
+    tuned = Row(name="eq", tokenizer="eq_vae")
+    planned = comparison(tmp_path, tuned)
+    planned.check()
+    assert planned.tokenizers == ["vae", "eq_vae"]
+    words = planned.tokenizer_overrides("eq_vae", 2)
+    assert f"method.vae={tmp_path}/tokenizers/vae-2" in words
+    assert not any("texture" in word for word in words)
+    jobs = {job.name: job for job in compare._jobs(planned)}
+    assert jobs["tokenizer eq_vae, seed 0"].after == ("tokenizer vae, seed 0",)
+    assert not jobs["tokenizer vae, seed 0"].after
 
 
 def test_data_and_teacher_reach_every_recipe_that_has_one(tmp_path):
@@ -317,7 +332,7 @@ def finished_run(planned: Comparison, name: str, *changes: str, texture: str = "
     words = [*planned.tokenizer_overrides(name, 0), *changes]
     recipe = load_recipe(plan.find_recipe(name), words)
     Tokenizer.from_pretrained("demo").save_pretrained(folder / "export")
-    if plan.is_composite(name):
+    if is_composite(name):
         Tokenizer.from_pretrained(texture).save_pretrained(folder / "texture")
     write_recipe(recipe, folder / "recipe.yaml")
     write_json(folder / "summary.json", {"training_seconds": 12.5})
@@ -862,3 +877,17 @@ def test_the_file_of_switches_names_rows_that_a_transformers_recipe_takes():
     assert {(r.train.steps, r.train.batch_size) for r in others} == {
         (plain.train.steps, plain.train.batch_size)
     }
+
+
+def test_the_file_of_latents_names_every_way_to_a_texture_beside_the_plain_vae(tmp_path):
+    file = Path(__file__).parents[1] / "tools/comparison/latents.yaml"
+    rows = read_rows("", [], file)
+    recipes = {name for name in recipe_names() if not is_composite(name)}
+    assert {row.tokenizer for row in rows} == recipes and rows[0] == VAE
+    planned = comparison(tmp_path, *rows)
+    planned.check()
+    words = {name: planned.tokenizer_overrides(name, 0) for name in ("eq_vae", "vae_finetune")}
+    steps = [load_recipe(plan.find_recipe(name), w).train.steps for name, w in words.items()]
+    assert steps[0] == steps[1], "fine-tuned for as long, with and without equivariance"
+    aligned = Row(name="repa", tokenizer="rae", settings=("diffusion.repa={weight: 0.5}",))
+    assert not any(w.startswith("teacher") for w in planned.generator_overrides(aligned, 0))

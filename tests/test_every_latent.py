@@ -24,8 +24,10 @@ STEPS = 10
 METHODS: dict[str, dict[str, Any]] = {
     "vae": {"name": "vae"},
     "send_vae": {"name": "send_vae"},
+    "va_vae": {"name": "va_vae"},
     "equivariance": {"name": "vae", "equivariance": {}},
     "decoder_noise": {"name": "vae", "decoder_noise": {"law": "mixed", "strength": 3.0}},
+    "rae": {"name": "rae"},
 }
 NETWORKS: dict[str, dict[str, Any]] = {
     "SiT": {},

@@ -23,12 +23,12 @@ from comparison.plan import (
     BUDGETS,
     SEEDS,
     SETTINGS_FILE,
-    TEXTURE,
     Comparison,
     ComparisonSettings,
     Row,
     read_comparison,
 )
+from comparison.recipes import TEXTURE, base_setting
 from comparison.report import generation_table, shown_classes, tokenizer_table, write_report
 from comparison.results import RowScores, collect, compared
 from comparison.rows import read_rows
@@ -333,13 +333,12 @@ def _measuring_job(comparison: Comparison) -> Job:
 def _tokenizer_job(comparison: Comparison, reference: str, seed: int) -> Job:
     folder, recipe = comparison.tokenizer_folder(reference, seed), find_recipe(reference)
     overrides = comparison.tokenizer_overrides(reference, seed)
-    built_on = any(word.startswith("method.texture=") for word in overrides)
     return Job(
         f"tokenizer {reference}, seed {seed}",
         lambda: _training("train_tokenizer", [str(recipe), *overrides], folder),
         (folder / "export" / "config.json").is_file,
         comparison.folder / _LOGS / f"tokenizer_{reference}-{seed}.log",
-        (f"tokenizer {TEXTURE}, seed {seed}",) if built_on else (),
+        (f"tokenizer {TEXTURE}, seed {seed}",) if base_setting(reference) is not None else (),
         kind="tokenizer",
         of=reference,
     )
@@ -404,7 +403,8 @@ def _about(comparison: Comparison, at_once: int) -> list[str]:
         partial = "No tokenizer and no transformer was aligned to it."
     return [
         f"Data: {data}. Teacher: {teacher}. Tokenizers are trained for {settings.recipe_share:.0%} of their recipes' "
-        f"steps, and those with several parts are built on the '{TEXTURE}' of the same seed; one that was trained "
+        f"steps, and those with several parts, or with weights to start from, are built on the '{TEXTURE}' of the same "
+        "seed; one that was trained "
         f"before is the same for every seed. On each the transformer of the recipe {settings.recipe} is trained for "
         f"{settings.steps} steps at a constant rate and sampled without guidance.",
         f"Generated images: {settings.num_images}, the classes in turn, by averaged weights, compared with "

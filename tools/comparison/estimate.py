@@ -8,7 +8,8 @@ from typing import Any
 
 from benchmarks.timing import TrainerStep
 from benchmarks.training import make_trainer
-from comparison.plan import Comparison, is_composite
+from comparison.plan import Comparison
+from comparison.recipes import is_composite
 from semtok.commands.train_dit import build_diffusion_objective, needs_teacher
 from semtok.commands.train_tokenizer import build_objective
 from semtok.data.images.kinds import open_sources
@@ -31,8 +32,8 @@ _FORWARD = 1 / 3
 def measure_steps(comparison: Comparison) -> None:
     """Writes seconds of a training step of each recipe and row into the comparison's folder.
 
-    A row's transformer is measured on the embedded tokenizer where its own is not trained yet: what a step takes
-    hardly depends on it.
+    What is not trained yet is measured on the embedded tokenizer, a row's transformer and a recipe that starts from a
+    VAE: what a step takes hardly depends on it.
     """
     seconds: dict[str, dict[str, float]] = {"tokenizer": {}, "generator": {}}
     train, _ = open_sources(comparison.data())
@@ -41,7 +42,7 @@ def measure_steps(comparison: Comparison) -> None:
             path = find_recipe(name)
             if path is None:
                 continue
-            recipe = load_recipe(path, comparison.tokenizer_overrides(name, 0))
+            recipe = load_recipe(path, comparison.tokenizer_overrides(name, 0, vae=DEMO))
             texture = Tokenizer.from_pretrained(DEMO) if is_composite(name) else None
             objective = build_objective(recipe, texture, place=str(path))
             images = open_sources(recipe.data)[0]
@@ -103,7 +104,7 @@ def expected_seconds(comparison: Comparison, kind: str, name: str) -> float:
     if kind == "tokenizer":
         path = find_recipe(name)
         assert path is not None
-        train = load_recipe(path, comparison.tokenizer_overrides(name, 0)).train
+        train = load_recipe(path, comparison.tokenizer_overrides(name, 0, vae=DEMO)).train
         passes = 2 * train.num_statistics_images / train.batch_size * _FORWARD
         return _START + known["tokenizer"][name] * (train.steps + passes)
     row = next(row for row in comparison.rows if row.name == name)

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from comparison.plan import SETTINGS_FILE, TEXTURE, Comparison, is_composite, read_comparison
+from comparison.plan import SETTINGS_FILE, Comparison, read_comparison
+from comparison.recipes import TEXTURE, is_composite
 from semtok.commands.run_data import check_data
 from semtok.commands.run_folder import RECIPE_FILE, differing
 from semtok.data.images.kinds import open_sources

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from comparison.jobs import LOCK
+from comparison.recipes import TEXTURE, base_setting, has_teacher, is_composite
 from semtok.commands.around_training import errors_at
 from semtok.commands.train_tokenizer import build_objective
 from semtok.data.images.kinds import open_sources
@@ -22,10 +23,6 @@ from semtok.teachers import Teacher, TeacherConfig
 from semtok.tokenizer import Tokenizer
 
 SETTINGS_FILE = "comparison.yaml"
-TEXTURE = "vae"
-"""The recipe that every composite's image latents come from, so that rows differ in one thing."""
-
-
 _RESERVED = (
     "tokenizer",
     "data.",
@@ -129,7 +126,7 @@ class Comparison:
     def tokenizers(self) -> list[str]:
         """References of all rows, each once, those that others are built on first."""
         names = list(dict.fromkeys(row.tokenizer for row in self.rows))
-        needed = any(is_composite(name) for name in names)
+        needed = any(base_setting(name) is not None for name in names)
         return [TEXTURE, *(n for n in names if n != TEXTURE)] if needed else names
 
     @property
@@ -161,16 +158,24 @@ class Comparison:
     def generator_scores(self, row: Row, seed: int) -> Path:
         return self.folder / "scores" / f"generator_{row.name}-{seed}.json"
 
-    def tokenizer_overrides(self, reference: str, seed: int) -> list[str]:
-        """Settings beside the recipe's own."""
+    def tokenizer_overrides(
+        self, reference: str, seed: int, *, vae: str | None = None
+    ) -> list[str]:
+        """Settings beside the recipe's own.
+
+        Args:
+            vae: in the place of the VAE of that seed, which may not be trained yet.
+        """
         path = find_recipe(reference)
         assert path is not None
         content = read_yaml(path)
         words = [f"train.seed={seed}", *_prefixed("data", self.settings.data)]
         if "teacher" in content:
             words += _prefixed("teacher", self.settings.teacher)
-        if is_composite(reference):
-            words.append(f"method.texture={self.tokenizer_folder(TEXTURE, seed)}")
+        base = base_setting(reference)
+        if base is not None:
+            words.append(f"{base}={vae or self.tokenizer_folder(TEXTURE, seed)}")
+        if base == "method.texture":
             # It is trained on the same images, for as long as the comparison says.
             words.append("method.min_texture_psnr=0")
         train = content["train"]
@@ -203,7 +208,7 @@ class Comparison:
         own = (*self.settings.settings, *row.settings)
         aligned = any(word.startswith("diffusion.repa") for word in own)
         named = any(word.startswith("teacher.") for word in own)
-        if aligned and not named and not _has_teacher(row.tokenizer):
+        if aligned and not named and not has_teacher(row.tokenizer):
             words += _prefixed("teacher", self.settings.teacher or ("name=demo",))
         return words
 
@@ -258,7 +263,7 @@ class Comparison:
                     tokenizer.spec.check_image_size(train.image_size)
             else:
                 texture = Tokenizer.from_pretrained(DEMO) if is_composite(reference) else None
-                parsed = load_recipe(recipe, self.tokenizer_overrides(reference, 0))
+                parsed = load_recipe(recipe, self.tokenizer_overrides(reference, 0, vae=DEMO))
                 build_objective(parsed, texture, place=str(recipe))
         for row in self.rows:
             load_diffusion_recipe(
@@ -345,19 +350,6 @@ def read_comparison(folder: Path, num_seeds: int) -> Comparison:
     file = folder / SETTINGS_FILE
     record = parse(_Record, read_yaml(file), str(file))
     return Comparison(folder, record.settings, record.rows, num_seeds)
-
-
-def is_composite(reference: str) -> bool:
-    """Whether a recipe of that name builds its tokenizer on another one."""
-    path = find_recipe(reference)
-    return path is not None and "texture" in read_yaml(path)["method"]
-
-
-def _has_teacher(reference: str) -> bool:
-    """Whether a tokenizer brings a teacher of its own to the transformer's training."""
-    if find_recipe(reference) is not None:
-        return is_composite(reference)
-    return Tokenizer.from_pretrained(reference).teacher_config is not None
 
 
 def _fingerprint(reference: str) -> str:

@@ -7,13 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from comparison.plan import (
-    TEXTURE,
-    Comparison,
-    Row,
-    is_composite,
-    read_comparison,
-)
+from comparison.plan import Comparison, Row, read_comparison
+from comparison.recipes import TEXTURE, base_setting
 from comparison.results import CLASS_SHARE
 from semtok.commands.evaluate_options import device
 from semtok.data.images.kinds import open_sources
@@ -89,7 +84,7 @@ def score_tokenizer(comparison: Comparison, reference: str, seed: int) -> None:
     mean = probed(tokenizer, train, held_out, settings.num_train, settings.num_held_out)
     if mean is not None:
         scores |= {PROBE: mean.f1, "probe_accuracy": mean.balanced_accuracy}
-    trained = [reference, TEXTURE] if is_composite(reference) else [reference]
+    trained = [reference, TEXTURE] if base_setting(reference) is not None else [reference]
     summaries = [comparison.tokenizer_folder(name, seed) / "summary.json" for name in trained]
     if summaries[0].is_file():
         scores["seconds"] = sum(read_json(file)["training_seconds"] for file in summaries)
