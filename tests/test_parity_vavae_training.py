@@ -28,7 +28,7 @@ from semtok.hub.import_vae import our_name
 from semtok.hub.imports import import_checkpoint
 from semtok.hub.job import ImportOptions
 from semtok.images import to_pixels
-from semtok.methods import vae
+from semtok.methods import image_losses
 from semtok.methods.adversarial import AdversarialConfig
 from semtok.methods.va_vae import (
     VAVAEConfig,
@@ -217,7 +217,7 @@ def objective_of(
     assert isinstance(config.adversarial, AdversarialConfig)
     adversarial = config.adversarial.model_copy(update=narrow)
     perceptual = StandIn(state["loss.perceptual_loss.weight"])
-    monkeypatch.setattr(vae, "LPIPS", lambda net: perceptual)
+    monkeypatch.setattr(image_losses, "LPIPS", lambda net: perceptual)
     resolution = options["ddconfig"]["resolution"]
     context = MethodContext((resolution, resolution), teacher_of(kit, folder), steps=2)
     objective = VAVAEObjective(config.model_copy(update={"adversarial": adversarial}), context)

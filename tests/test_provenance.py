@@ -311,6 +311,18 @@ _SFD = {
     "seed",
 }
 _VAE = {"optimiser", "batch norm", "images", "seed"}
+_RAE = {
+    "data.crop",
+    "data.flip",
+    "method.lpips_net",
+    "train.precision",
+    "train.num_statistics_images",
+    "statistics",
+    "discriminator's rate",
+    "crops, flips and precision",
+    "images",
+    "seed",
+}
 DIFFERENCES = {
     "sit_b2": {"data.cache", "images", "seed"},
     "sit_xl2": {"data.cache", "images", "seed"},
@@ -345,6 +357,8 @@ DIFFERENCES = {
         "mapper",
         "batch norm",
     },
+    "rae": _RAE,
+    "raev2": _RAE,
     "reg_invae": {"data.crop", "data.flip", "teacher.input_size", "images", "flips and crops"},
     "srdit_b1": {"latents", "draws", "sampler's state", "train.ema_warmup", "decoding", "images"},
     "srdit_b1_send_vae": {"draws", "class token", "sampler.guidance.scale.texture", "images"},

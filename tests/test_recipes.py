@@ -72,7 +72,13 @@ def test_a_tokenizer_recipe_builds_and_trains_at_toy_size(name, tmp_path):
         content["method"] |= {"heads": 2, "blocks": 1}
     if content["method"].get("perceptual") == "lpips":
         content["method"]["perceptual"] = "teacher"  # LPIPS' backbone is not to be had in tests
-    if "adversarial" in content["method"]:
+    if "decoder" in content["method"]:
+        content["method"]["decoder"] = tiny.DECODER
+    adversarial = content["method"].get("adversarial", {})
+    if "features" in adversarial:
+        judged = {"name": "demo", "input_size": 16, "layers": [0, 1]}
+        adversarial |= {"features": judged, "start_step": 0, "discriminator_start_step": None}
+    elif adversarial:
         small = {"width": 8, "num_layers": 1, "start_step": 0, "discriminator_start_step": None}
         content["method"]["adversarial"] |= small
     if "equivariance" in content["method"]:

@@ -27,7 +27,7 @@ from semtok.training.scoring import ScoreConfig
 from semtok.training.train_config import TrainConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
-METHODS = ("vae", "send_vae", "va_vae", "reglue", "semvae", "redi")
+METHODS = ("vae", "send_vae", "va_vae", "rae", "reglue", "semvae", "redi")
 KINDS = ("shapes", "folder", "tars", "parquet")
 HEAD = """# Settings
 

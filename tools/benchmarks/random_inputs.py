@@ -61,6 +61,7 @@ def random_teacher(config: TeacherConfig, folder: Path) -> TeacherConfig:
     """
     if config.name == "demo" or config.checkpoint is not None:
         return config
+    folder.mkdir(exist_ok=True, parents=True)
     weights = folder / f"{config.name}.safetensors"
     if not weights.is_file():
         network = timm.create_model(name_in_timm(config.name), pretrained=False, num_classes=0)
@@ -78,6 +79,12 @@ def random_weights(
         folder: for the random ones.
     """
     teacher = recipe.teacher and random_teacher(recipe.teacher, folder)
+    method = recipe.method
+    adversarial = getattr(method, "adversarial", None)
+    if adversarial is not None and adversarial.features is not None:
+        features = random_teacher(adversarial.features, folder)
+        adversarial = adversarial.model_copy(update={"features": features})
+        method = method.model_copy(update={"adversarial": adversarial})
     hub = torch.hub.get_dir()
     if getattr(recipe.method, "perceptual", None) == "lpips":
         torch.hub.set_dir(str(folder / "hub"))
@@ -87,6 +94,6 @@ def random_weights(
         backbone = getattr(torchvision.models, _BACKBONES[net])(weights=None)
         torch.save(backbone.state_dict(), file)
     try:
-        yield recipe.model_copy(update={"teacher": teacher})
+        yield recipe.model_copy(update={"teacher": teacher, "method": method})
     finally:
         torch.hub.set_dir(hub)

@@ -139,11 +139,9 @@ class Rehearsal:
         folder = [] if run.is_default_output else ["--output", run.output]
         full = [*recipe, *run.words, *folder]
         result.full_command = command_line(command, full, {})
-        size, teacher = check_at_full_size(run)
+        size, files = check_at_full_size(run)
         result.parameters = result.parameters_here = size.parameters
-        settings = small_settings(run)
-        if teacher is not None:
-            settings.append(f"teacher.checkpoint={teacher}")
+        settings = [*small_settings(run), *files]
         if isinstance(run.recipe, DiffusionRecipe):
             most = size.depth if self._depth is None else self._depth
             result.depth = size.depth

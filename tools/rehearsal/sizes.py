@@ -47,14 +47,14 @@ class Size:
         return self.parameters - (self.depth - depth) * self.in_block
 
 
-def check_at_full_size(run: Run) -> tuple[Size, str | None]:
+def check_at_full_size(run: Run) -> tuple[Size, list[str]]:
     """Builds what the recipe describes, as its command would before the first step; the transformer without memory,
     for the thousand classes of ImageNet.
 
     What it is built on must be there. Random weights of a teacher and of LPIPS' backbone are written.
 
     Returns:
-        the size, and the file of the teacher's random weights, where there is one.
+        the size, and the settings that name the files of random weights.
 
     Raises:
         UserError: as the command's checks raise it.
@@ -67,15 +67,15 @@ def check_at_full_size(run: Run) -> tuple[Size, str | None]:
         return _check_tokenizer(recipe, run)
 
 
-def _check_tokenizer(recipe: TokenizerRecipe[Any, Any], run: Run) -> tuple[Size, str | None]:
+def _check_tokenizer(recipe: TokenizerRecipe[Any, Any], run: Run) -> tuple[Size, list[str]]:
     train = recipe.train.model_copy(update={"precision": "fp32"})  # others may need a GPU
     plan = check_tokenizer(
         recipe.model_copy(update={"train": train}), Path(run.output), place=str(run.file)
     )
-    return Size(_trained(plan.objective.learners.values())), _checkpoint(recipe)
+    return Size(_trained(plan.objective.learners.values())), _files(recipe)
 
 
-def _check_generator(recipe: DiffusionRecipe[Any], place: str) -> tuple[Size, str | None]:
+def _check_generator(recipe: DiffusionRecipe[Any], place: str) -> tuple[Size, list[str]]:
     if recipe.teacher is not None:
         recipe = recipe.model_copy(update={"teacher": random_teacher(recipe.teacher, WEIGHTS)})
     tokenizer = Tokenizer.from_pretrained(recipe.tokenizer)
@@ -93,11 +93,16 @@ def _check_generator(recipe: DiffusionRecipe[Any], place: str) -> tuple[Size, st
         _trained([network.blocks[0]]),
         architecture(recipe.diffusion.network).depth,
     )
-    return size, _checkpoint(recipe)
+    return size, _files(recipe)
 
 
-def _checkpoint(recipe: TokenizerRecipe[Any, Any] | DiffusionRecipe[Any]) -> str | None:
-    return recipe.teacher.checkpoint if recipe.teacher is not None else None
+def _files(recipe: TokenizerRecipe[Any, Any] | DiffusionRecipe[Any]) -> list[str]:
+    networks = {"teacher": recipe.teacher}
+    adversarial = getattr(getattr(recipe, "method", None), "adversarial", None)
+    if adversarial is not None:
+        networks["method.adversarial.features"] = adversarial.features
+    named = {name: network.checkpoint for name, network in networks.items() if network is not None}
+    return [f"{name}.checkpoint={file}" for name, file in named.items() if file is not None]
 
 
 def _trained(modules: Iterable[nn.Module]) -> int:
