@@ -282,7 +282,6 @@ def moved(image: Tensor, y: int, x: int) -> Tensor:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"decoder_noise": {"law": "mixed", "strength": 1, "mask": {}}}, "sees all patches"),
         ({"adversarial": ADVERSARIAL | {"width": 32}}, "width: of the patch discriminator"),
         ({"adversarial": ADVERSARIAL | {"features": FEATURES | {"kernel": 2}}}, "2 is even"),
         ({"decoder": tiny.DECODER | {"heads": 3}}, "width 16 is no multiple of heads 3"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from semtok.errors import UserError
@@ -49,13 +49,6 @@ class RAEConfig(ImageLossConfig):
     """Noise on the encoder's tokens in training, of their own scale; None: none."""
     gradient_checkpointing: bool = False
     """Recompute the decoder's activations in the backward pass, to save memory."""
-
-    @field_validator("decoder_noise")
-    @classmethod
-    def _without_mask(cls, noise: DecoderNoiseConfig | None) -> DecoderNoiseConfig | None:
-        if noise is not None and noise.mask is not None:
-            raise ValueError("mask: the encoder is frozen and sees all patches; leave it out")
-        return noise
 
     def needs_teacher(self) -> bool:
         return True
