@@ -72,7 +72,7 @@ TOKENIZERS = {
     "vae_f16d32": {"autoencoder": 69_836_067, "discriminator": 2_765_633},
     "vae_f8d4": {"autoencoder": 83_653_863, "discriminator": 2_765_633},
     "send_vae": {"autoencoder": 69_836_067, "discriminator": 2_765_633, "mapper": 14_458_112},
-    "va_vae": {"autoencoder": 69_836_067, "discriminator": 2_765_633},
+    "va_vae_f16d32": {"autoencoder": 69_836_067, "discriminator": 2_765_633},
     "reglue": {"coder": 16_595_472},
     "semvae": {"coder": 57_924_896},
     "reg": {},
