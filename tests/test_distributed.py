@@ -105,8 +105,10 @@ def test_a_generator_too_and_its_samples_are_the_same(tmp_path, ranks):
     content = {key: content[key] for key in ("data", "train")}
     content["train"]["optimiser"] = {"learning_rate": 1e-4}
     content["tokenizer"] = str(tmp_path / "tokenizer")
-    content["diffusion"] = {"network": {"depth": 2, "width": 32, "heads": 2}}
-    content["sampler"] = {"steps": 2, "method": "sde"}
+    shape = {"depth": 2, "width": 32, "heads": 2, "learned_positions": [2, 2]}
+    shape |= {"head": {"depth": 1, "width": 48, "heads": 3}, "time_embedding": "fourier"}
+    content["diffusion"] = {"network": shape}
+    content["sampler"] = {"steps": 2, "method": "sde", "state_refresh_rate": 2}
     recipe.write_text(yaml.safe_dump(content))
     arguments = ["--recipe", str(recipe), "--output"]
     assert run(train_dit.main, [*arguments, str(tmp_path / "one")]) == 0

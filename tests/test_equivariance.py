@@ -227,6 +227,20 @@ def test_images_that_can_not_be_transformed_are_refused_by_name(method, size, wo
         tiny.build({"name": "vae"} | method)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lpips_net": "alex"}, "lpips_net: alex needs images of at least 31 pixels a side"),
+        ({"equivariance": {}}, "some of 4x4, which these method.equivariance.scales make"),
+    ],
+)
+def test_images_too_small_for_lpips_are_refused_before_the_first_step(settings, words, monkeypatch):
+    monkeypatch.setattr("semtok.methods.vae.LPIPS", lambda net: torch.nn.Identity())
+    tiny.build({"name": "vae", "perceptual": "lpips"})
+    with pytest.raises(UserError, match=words):
+        tiny.build({"name": "vae", "perceptual": "lpips"} | settings)
+
+
 def number(draws: Draws) -> float:
     return draws.number_of_step("x")
 

@@ -440,6 +440,8 @@ def test_a_published_ddt_is_imported_by_its_names_and_becomes_a_generator(tmp_pa
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     words[-1] = str(tmp_path / "model")
     more = ["--encoder-blocks", "2", "--tokenizer", str(tmp_path / "tokenizer")]
+    assert run(hub.main, [*words, *more, "--image-size", "18"]) == 2
+    assert "--image-size 18: expected a multiple of" in capsys.readouterr().err
     assert run(hub.main, [*words, *more, "--image-size", "16", "--weights", "model"]) == 0
     generator = Generator.from_pretrained(tmp_path / "model")
     assert generator.image_size == (16, 16)

@@ -193,8 +193,8 @@ class Mean(Tokenizer):
         stripe: added to the latents of even columns, which turning moves to rows.
     """
 
-    def __init__(self, stripe: float = 0.0) -> None:
-        super().__init__(LatentSpec((PartSpec("texture", 3, 4),)), method="mean")
+    def __init__(self, stripe: float = 0.0, **more: Any) -> None:
+        super().__init__(LatentSpec((PartSpec("texture", 3, 4),)), method="mean", **more)
         self.stripe = stripe
         self.num_measured_images.fill_(1)  # mean 0, deviation 1
 
@@ -259,6 +259,17 @@ def test_images_are_transformed_as_their_size_allows():
             tokenizer, pixels, tokenizer.encode(pixels, value_range=(-1, 1))
         )
         assert len(errors) == 2 * kinds
+
+
+def test_statistics_of_each_place_are_no_error_under_turns_and_leave_no_scaling():
+    tokenizer = Mean(positions={"texture": (4, 4)})
+    tokenizer.texture_mean.uniform_(-1, 1)
+    tokenizer.texture_std.uniform_(0.5, 2)
+    pixels = coarse(3, (16, 16))
+    errors = equivariance_errors(tokenizer, pixels, tokenizer.encode(pixels, value_range=(-1, 1)))
+    assert set(errors) == {"encoder_turning_error", "decoder_turning_error"}
+    for error in errors.values():
+        torch.testing.assert_close(error, torch.zeros(3), atol=1e-5, rtol=0)
 
 
 # Velocity ------------------------------------------------------------------------------------------

@@ -292,12 +292,16 @@ def test_settings_that_can_not_take_effect_are_refused(method, message):
         parse_recipe(content(method), "tiny")
 
 
-def test_a_network_without_patch_tokens_is_refused():
+def test_a_network_without_patch_tokens_is_refused(tmp_path):
+    name, file = "test_resnet.r160_in1k", tmp_path / "resnet.pth"
+    torch.save(timm.create_model(name).state_dict(), file)
     recipe = content()
-    recipe["teacher"] = {"name": "test_resnet.r160_in1k"}
-    parsed = parse_recipe(recipe, "tiny")
-    with pytest.raises(UserError, match=r"teacher\.name|can't be"):
-        build_objective(parsed, place="tiny")
+    recipe["teacher"] = {"name": name, "checkpoint": str(file)}
+    with pytest.raises(UserError, match="RAE's encoder is a vision transformer, and 'test_resnet"):
+        build_objective(parse_recipe(recipe, "tiny"), place="tiny")
+    recipe["teacher"]["final_norm"] = "plain"
+    with pytest.raises(UserError, match="has no layer norm after its blocks"):
+        build_objective(parse_recipe(recipe, "tiny"), place="tiny")
 
 
 # Composites --------------------------------------------------------------------------------------

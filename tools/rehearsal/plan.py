@@ -214,6 +214,9 @@ def small_settings(run: Run) -> list[str]:
             wanted["sampler.steps"] = min(2, recipe.sampler.steps)
     else:
         wanted |= _all_losses(recipe.method)
+        decoder = getattr(recipe.method, "decoder", None)
+        if decoder is not None:  # of RAE, whose blocks are alike
+            wanted["method.decoder.depth"] = min(2, decoder.depth)
         if recipe.method.texture_reference() is not None:  # of random weights
             wanted["method.min_texture_psnr"] = None
     content = recipe.model_dump(mode="json")

@@ -22,7 +22,7 @@ from semtok.lock import InUse
 from semtok.recipe import DiffusionRecipe
 from semtok.references import RUNS
 
-_TIMES, _SAVED = 3, 10_000
+_TIMES, _SAVED = 2, 10_000
 """A cache pays where each image is seen so often, and so many encodings are saved."""
 
 

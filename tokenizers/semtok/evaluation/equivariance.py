@@ -41,18 +41,21 @@ def equivariance_errors(
 
     ``encoder_…``: of the latents of T x against T of the latents of x, all parts together; vectors are to stay as they
     are. 1 is a standard deviation of the latents. ``decoder_…``: of the image that T of the latents decodes to against
-    T x; 2 is from black to white. It holds the error of plain reconstruction too.
+    T x; 2 is from black to white. It holds the error of plain reconstruction too. T is of raw latents, which statistics
+    per position do not commute with. Latents that such statistics bind to one grid have no errors of scaling.
 
     Args:
         pixels: x (B, 3, H, W) in [-1, 1].
         latents: the posterior's means of x, standardised.
     """
-    errors = {}
+    errors, raw = {}, tokenizer.destandardise(latents)
     size = (pixels.shape[-2], pixels.shape[-1])
     for kind, those in transforms(tokenizer.spec.stride, size).items():
+        if kind == "scaling" and tokenizer.positions:
+            continue
         encoder, decoder = [], []
         for transform in those:
-            seen, wanted = transform(pixels), _on_maps(latents, transform)
+            seen, wanted = transform(pixels), tokenizer.standardise(_on_maps(raw, transform))
             own = tokenizer.posterior(seen).mean
             encoder.append(_rms([own[name] - wanted[name] for name in wanted]))
             decoder.append(_rms([tokenizer.decode(wanted) - seen]))

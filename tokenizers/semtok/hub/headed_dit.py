@@ -16,7 +16,7 @@ from torch import Tensor
 
 from semtok.errors import UserError
 from semtok.hub.checkpoints import built, count_numbered, sizes
-from semtok.hub.import_dit import ImportedDiT, swiglu_ratio
+from semtok.hub.import_dit import ImportedDiT, check_fixed, swiglu_ratio
 from semtok.hub.projectors import PROJECTORS, read_projectors
 from semtok.sampler.architecture import DiTArchitecture, HeadArchitecture
 from semtok.sampler.dit import DiT
@@ -34,7 +34,7 @@ TIMES: Mapping[str, TimeConfig] = {
 _SPLITS = {28: 22}
 """DDT's published encoder blocks, by the number of all."""
 _CHANNELS = 4  # of DDT's latents, SD-VAE's
-_SPAN, _PERIOD, _SIDE = 16.0, 10.0, 16  # DDT's places, times, and tokens a side at 256 pixels
+_SPAN, _PERIOD, _IMAGE = 16.0, 10.0, 256  # DDT's places, times, and pixels a side
 _ROPE = ("enc_feat_rope", "dec_feat_rope")
 _RENAMED = (
     (r"^s_embedder\.proj\.", "patch_embed."),
@@ -106,9 +106,7 @@ def import_headed_dit(
         projectors = read_projectors(state)
         if kind == "ddt":
             spec, config, ours = _ddt(state, spec, encoder_blocks)
-            side = _SIDE * config.patch_size
-            if image_size is not None:
-                side = image_size // spec["texture"].stride
+            side = _side_of_images(image_size or _IMAGE, spec, config.patch_size)
         elif kind == "dit-dh":
             spec, config, ours = _ditdh(state, spec, encoder_blocks)
             side = _side(state)
@@ -125,7 +123,7 @@ def import_headed_dit(
         projectors,
         (side, side),
         statistics=None,
-        channels=spec["texture"].channels,
+        channels=sum(part.channels for part in spec.parts),
         learns_sigma=False,
         without_shifts=False,
         first_blocks=None,
@@ -186,6 +184,14 @@ def _ddt(
         head=HeadArchitecture(depth=blocks - encoder_blocks),
     )
     return spec, config, _ddt_weights(state, config)
+
+
+def _side_of_images(image_size: int, spec: LatentSpec, patch: int) -> int:
+    """Cells of the texture along a side."""
+    stride = spec["texture"].stride
+    if image_size % (stride * patch):
+        raise ValueError(f"--image-size {image_size}: expected a multiple of {stride * patch}")
+    return image_size // stride
 
 
 def _ddt_weights(state: Mapping[str, Tensor], config: DiTArchitecture) -> dict[str, Tensor]:
@@ -290,10 +296,6 @@ def _heads(state: Mapping[str, Tensor], part: str, width: int, side: int) -> int
     """Attention heads of a part, whose rotary table must be ours."""
     head_width = sizes(state, f"{part}.freqs_cos", 2)[1]
     table = rotary_table((side, side), head_width, 0, torch.device("cpu"))
-    for name, value in zip((f"{part}.freqs_cos", f"{part}.freqs_sin"), table, strict=True):
-        own = state[name].float() if name in state else None
-        fits = own is not None and own.shape == value.shape
-        # Without contents, on the meta device, the shape is all that there is to compare.
-        if not fits or not (own.is_meta or torch.allclose(own, value, atol=1e-4)):
-            raise ValueError(f"{name} is not the fixed code of a {side}x{side} grid")
+    names = (f"{part}.freqs_cos", f"{part}.freqs_sin")
+    check_fixed(state, dict(zip(names, table, strict=True)), side)
     return width // head_width

@@ -320,13 +320,18 @@ def _check_positions(state: Mapping[str, Tensor], config: DiTArchitecture) -> in
     if config.rope:
         table = rotary_table((side, side), config.width // config.heads, 0, torch.device("cpu"))
         expected |= {"feat_rope.freqs_cos": table[0], "feat_rope.freqs_sin": table[1]}
+    check_fixed(state, expected, side)
+    return side
+
+
+def check_fixed(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], side: int) -> None:
+    """Raises ValueError where a table that we compute is another one in a checkpoint."""
     for name, value in expected.items():
         own = state[name].float() if name in state else None
         fits = own is not None and own.shape == value.shape
         # Without contents, on the meta device, the shape is all that there is to compare.
         if not fits or not (own.is_meta or torch.allclose(own, value, atol=1e-4)):
             raise ValueError(f"{name} is not the fixed code of a {side}x{side} grid")
-    return side
 
 
 def our_name(name: str) -> str:

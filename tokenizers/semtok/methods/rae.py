@@ -105,11 +105,8 @@ class RAETokenizer(TeacherTokenizer):
         return self.decoder(raw.texture)
 
     def means_the_same(self, other: Tokenizer) -> bool:
-        return (
-            super().means_the_same(other)
-            and isinstance(other, RAETokenizer)
-            and self.spatial_mean == other.spatial_mean
-        )
+        same = super().means_the_same(other) and isinstance(other, RAETokenizer)
+        return same and self.spatial_mean == other.spatial_mean
 
     def has_latents_of(self, other: Tokenizer) -> bool:
         return self.means_the_same(other)
@@ -222,13 +219,8 @@ class RAEObjective(ImageLossObjective):
 
     def tokenizer(self, averaged: nn.Module) -> RAETokenizer:
         config = self.config
-        return RAETokenizer(
-            averaged,
-            self.teacher.module,
-            spatial_mean=config.spatial_mean,
-            statistics=config.statistics,
-            method=config.name,
-        )
+        law = {"spatial_mean": config.spatial_mean, "statistics": config.statistics}
+        return RAETokenizer(averaged, self.teacher.module, **law, method=config.name)
 
     def validate(
         self, averaged: nn.Module, pixels: Tensor, inputs: Inputs, *, indices: Sequence[int]
