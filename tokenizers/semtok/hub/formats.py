@@ -202,7 +202,7 @@ def _of_folder(path: Path) -> tuple[Format, ...]:
             found.append(f"{file} is of {name or 'no diffusers class'}")
     if found:
         raise UserError(
-            f"{'; '.join(found)}; only AutoencoderKL and AutoencoderRAE can be imported"
+            f"{'; '.join(found)}; only AutoencoderKL can be imported, and AutoencoderRAE"
         )
     raise UserError(f"{path}: a folder without a diffusers AutoencoderKL; give a file")
 
