@@ -151,6 +151,16 @@ ROUTED = "diffusion.routing={}"
         ),
         (["diffusion.repa={kernel_size: 5}"], "kernel_size takes effect with projector: conv only"),
         (
+            ["diffusion.network.trained_positions=[4, 3]"],
+            "diffusion.network.trained_positions: [4, 3] is not the grid of tokens; pass [4, 4]",
+        ),
+        (
+            [
+                "diffusion.network={preset: SiT-T/2, trained_positions: [4, 4], position_codes: false}"
+            ],
+            "trained_positions takes effect with position_codes=true only",
+        ),
+        (
             ["diffusion.repa={projector: conv, kernel_size: 2}"],
             "kernel_size: expected an odd number",
         ),
@@ -283,7 +293,11 @@ SWITCHES: dict[str, dict[str, list[str]]] = {
         "rms": ["network.rms_norm=true"],
         "no gain": ["network.rms_norm=true", "network.norm_gain=false"],
     },
-    "positions": {"added": [], "rotary": ["network.rope=true", "network.position_codes=false"]},
+    "positions": {
+        "added": [],
+        "rotary": ["network.rope=true", "network.position_codes=false"],
+        "trained": ["network.trained_positions=[4, 4]"],
+    },
     "contrast": {
         "off": [],
         "all": ["contrastive_weight=0.1"],

@@ -72,8 +72,14 @@ class DiffusionObjective(Objective):
                 f"diffusion.network: patch size {shape.patch_size} does not divide the latent grid "
                 f"{rows}x{columns}"
             )
+        tokens = (rows // shape.patch_size, columns // shape.patch_size)
+        if shape.trained_positions not in (None, tokens):
+            raise ValueError(
+                f"diffusion.network.trained_positions: {list(shape.trained_positions)} is not the grid of tokens; "
+                f"pass {list(tokens)}"
+            )
         if config.routing is not None:
-            config.routing.check_grid((rows // shape.patch_size, columns // shape.patch_size))
+            config.routing.check_grid(tokens)
         network = build_network(self.config, tokenizer.spec, num_classes=len(self.class_names))
         network.checkpointing = config.checkpointing
         learner = DiTLearner(self.config, network, target_width)

@@ -154,8 +154,11 @@ def import_dit(
         config = _architecture(state, heads, split)
         spec = _checked(spec or spec_of(state), state)
         num_classes = sizes(state, "y_embedder.embedding_table.weight", 2)[0] - null_label
-        side = _check_positions(state, config)
+        side = _side(state)
+        config = _with_positions(state, config, side)
         ours = {our_name(n): v for n, v in state.items() if what_became_of(n) == "network"}
+        if config.trained_positions is not None:
+            ours["positions"] = state["pos_embed"][0]
         statistics = _statistics(state)
         ours |= _velocity_rows(state) | _shift_rows(ours, config.width) | _flat_mask(ours)
         if not null_label:
@@ -299,13 +302,20 @@ def _architecture(state: Mapping[str, Tensor], heads: int | None, split: Split) 
     return DiTArchitecture(**shape | (added_to_shape(state, split) if is_sr_dit(state) else {}))
 
 
-def _check_positions(state: Mapping[str, Tensor], config: DiTArchitecture) -> int:
-    """Our position codes are computed; a checkpoint with others would mean something else. Gives the
-    number of tokens along a side."""
+def _side(state: Mapping[str, Tensor]) -> int:
+    """The number of tokens along a side of the grid that a checkpoint was trained on."""
     num_tokens = sizes(state, "pos_embed", 3)[1] - (_VECTOR in state)
     side = round(num_tokens**0.5)
     if side**2 != num_tokens or not side:
         raise ValueError(f"pos_embed of {num_tokens} tokens is not a square grid")
+    return side
+
+
+def _with_positions(
+    state: Mapping[str, Tensor], config: DiTArchitecture, side: int
+) -> DiTArchitecture:
+    """The shape with trained positions where the checkpoint's are: REPA-E trains them. Others' are fixed; those that
+    are not the codes that we compute would mean something else."""
     positions = sincos_positions((side, side), config.width)
     if _VECTOR in state:  # the class token, first, has no place
         positions = torch.cat([torch.zeros(1, config.width), positions])
@@ -317,9 +327,13 @@ def _check_positions(state: Mapping[str, Tensor], config: DiTArchitecture) -> in
         own = state[name].float() if name in state else None
         fits = own is not None and own.shape == value.shape
         # Without contents, on the meta device, the shape is all that there is to compare.
-        if not fits or not (own.is_meta or torch.allclose(own, value, atol=1e-4)):
+        if fits and (own.is_meta or torch.allclose(own, value, atol=1e-6)):
+            continue
+        if fits and name == "pos_embed" and _STATISTICS[0] in state and _VECTOR not in state:
+            config = config.model_copy(update={"trained_positions": (side, side)})
+        elif not fits or not torch.allclose(own, value, atol=1e-4):
             raise ValueError(f"{name} is not the fixed code of a {side}x{side} grid")
-    return side
+    return config
 
 
 def our_name(name: str) -> str:

@@ -55,6 +55,8 @@ def import_generator(job: ImportJob) -> Generator | DiT:
         spec=tokenizer.spec if tokenizer is not None else _spec(job, trained),
         null_label=_has_null_label(job, trained),
     )
+    if imported.network.config.trained_positions is not None:
+        job.fates["pos_embed"] = "network"
     stride = tokenizer.spec["texture"].stride if tokenizer is not None else trained.stride
     side = imported.grid[0] * stride if stride is not None else None
     check_network(job.settings, imported, side, trained.lead)

@@ -1,8 +1,8 @@
 """Shapes of diffusion transformers: SiT and LightningDiT as presets of one network, and what is built upon them."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from semtok.sampler.config import Config
 
@@ -26,6 +26,9 @@ class DiTArchitecture(Config):
     """Rotary positions in attention."""
     position_codes: bool = True
     """Sine-cosine codes added to the patch tokens. Without them and without ``rope`` a token knows no place."""
+    trained_positions: tuple[int, int] | None = None
+    """(rows, columns) of tokens whose position codes are trained, from the sine-cosine ones on, as REPA-E's and RAE's
+    networks have them; a network with them takes no other grid. None: they are computed, for any grid."""
     rms_norm: bool = False
     """RMSNorm instead of LayerNorm without a gain."""
     norm_gain: bool = True
@@ -54,6 +57,11 @@ class DiTArchitecture(Config):
             return "rms" if self.rms_norm else "layer"
         return self.qk_norm or None
 
+    @field_validator("trained_positions", mode="before")
+    @classmethod
+    def _as_tuple(cls, grid: Any) -> Any:
+        return tuple(grid) if isinstance(grid, list) else grid  # a list, of a recipe
+
     @model_validator(mode="after")
     def _consistent(self) -> "DiTArchitecture":
         if self.width % self.heads or self.width % 4:
@@ -65,6 +73,13 @@ class DiTArchitecture(Config):
                 f"rope needs a head width divisible by 4; width {self.width} / heads {self.heads} is "
                 f"{self.width // self.heads}"
             )
+        if self.trained_positions is not None:
+            if min(self.trained_positions) < 1:
+                raise ValueError(
+                    f"trained_positions: expected rows and columns, got {list(self.trained_positions)}"
+                )
+            if not self.position_codes:
+                raise ValueError("trained_positions takes effect with position_codes=true only")
         if not self.norm_gain and not self.rms_norm:
             raise ValueError("norm_gain is RMSNorm's; pass rms_norm=true too")
         if self.qk_norm_eps is not None and not self.qk_norm:

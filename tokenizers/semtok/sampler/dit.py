@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
+from itertools import islice
 from keyword import iskeyword
 
 import torch
@@ -81,6 +82,10 @@ class DiT(nn.Module):
             )
         width, patch, channels = config.width, config.patch_size, sum(self.spatial.values())
         self.patch_embed = nn.Conv2d(channels, width, patch, stride=patch)
+        self.positions: nn.Parameter | None = None
+        if config.trained_positions is not None:
+            # A copy: what is computed is kept for others.
+            self.positions = nn.Parameter(sincos_positions(config.trained_positions, width).clone())
         self.vector_embed = nn.ModuleDict(
             {
                 name: nn.Sequential(nn.Linear(size, width), vector_norm(config.vector_norm, width))
@@ -152,6 +157,15 @@ class DiT(nn.Module):
         with torch.autocast(weight.device.type, weight.dtype) if half else nullcontext():
             return self._forward(x, times, labels, hidden_after, route, inner)
 
+    def hidden(
+        self, x: Mapping[str, Tensor], times: Mapping[str, Tensor], labels: Tensor, *, after: int
+    ) -> Tensor:
+        """The tokens (B, vectors + patches, D) after so many blocks, all of them, and nothing behind those blocks is
+        computed; arguments as of ``forward``."""
+        tokens, grid = self._embed(x)
+        condition = F.silu(self._embed_times(times) + self.label_embed(labels))
+        return self._run_blocks(tokens, condition, grid, DENSE, {after}, until=after)[0]
+
     def _forward(
         self,
         x: Mapping[str, Tensor],
@@ -181,12 +195,22 @@ class DiT(nn.Module):
         grid = (tokens.shape[-2], tokens.shape[-1])
         tokens = rearrange(tokens, "b d h w -> b (h w) d")
         if self.config.position_codes:
-            tokens = tokens + sincos_positions(grid, self.config.width, device=tokens.device)
+            tokens = tokens + self._positions(grid, tokens.device)
         if self.vectors:
             embeds = zip(self.vectors, self.vector_embed.values(), strict=True)
             extra = [embed(x[name])[:, None] for name, embed in embeds]
             tokens = torch.cat([*extra, tokens], dim=1)
         return tokens, grid
+
+    def _positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        if self.positions is None:
+            return sincos_positions(grid, self.config.width, device=device)
+        if grid != self.config.trained_positions:
+            rows, columns = self.config.trained_positions
+            raise ValueError(
+                f"a grid of {grid[0]}x{grid[1]} tokens; the trained positions are of {rows}x{columns}"
+            )
+        return self.positions
 
     def _run_blocks(
         self,
@@ -195,8 +219,9 @@ class DiT(nn.Module):
         grid: tuple[int, int],
         route: Route,
         wanted: set[int],
+        until: int | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The tokens after the last block, and after those that are wanted."""
+        """The tokens after the last block, or after so many, and after those that are wanted."""
         config, rotary, values, seen = self.config, None, None, {}
         if config.rope:
             head_width = config.width // config.heads
@@ -204,7 +229,7 @@ class DiT(nn.Module):
         first, last = config.split or (config.depth, 0)
         middle = range(first + 1, config.depth - last + 1)
         whole = (tokens, condition, rotary, values)
-        for number, block in enumerate(self.blocks, start=1):
+        for number, block in enumerate(islice(self.blocks, until), start=1):
             if number == middle.start:
                 whole = (tokens, condition, rotary, values)
                 tokens, condition, rotary, values = _entering(*whole, route)
