@@ -46,6 +46,9 @@ class AdversarialConfig(Config):
     """Layers of the discriminator that halve the resolution."""
     norm: Literal["batch", "group", "none"] = "group"
     """Normalisation in the discriminator."""
+    lecam_weight: float = Field(0.0, ge=0)
+    """Weight of the discriminator's LeCam regularisation (Tseng et al. 2021, arXiv 2104.03310): its mean logit of real
+    images stays below the running mean of that of reconstructions, and the other way round (decay 0.999)."""
     weights: str | None = None
     """A file (``.safetensors``, ``.pt``, ``.pth``, ``.ckpt``) with a discriminator of this shape to start from: one of
     taming-transformers' layout (``main.0.weight`` …), alone or within the loss of a checkpoint, or a checkpoint's
@@ -221,10 +224,18 @@ _GRADIENT_SCALE = 2.0**10
 keeps its value, and the last layer's gradients may still be 64 before float16 overflows."""
 
 
+_LECAM_DECAY = 0.999
+
+
 def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """The discriminator's hinge loss (Lim and Ye 2017), (B,)."""
     real, fake = F.relu(1 - real_logits.float()), F.relu(1 + fake_logits.float())
     return 0.5 * (real.mean(dim=(1, 2, 3)) + fake.mean(dim=(1, 2, 3)))
+
+
+def lecam_loss(real: Tensor, fake: Tensor, ema_real: Tensor, ema_fake: Tensor) -> Tensor:
+    """How far mean logits, all scalars, are beyond the running means of the other kind's: of squares the sum."""
+    return F.relu(real - ema_fake).square() + F.relu(ema_real - fake).square()
 
 
 def adaptive_ratio(
@@ -298,6 +309,9 @@ class DiscriminatorLearner(nn.Module):
         )
         if config.weights is not None and not resumes:
             load_discriminator(self.discriminator, Path(config.weights))
+        self.lecam_weight = config.lecam_weight
+        if config.lecam_weight:
+            self.register_buffer("ema_logits", torch.zeros(2))  # real, fake
 
     @torch.no_grad()
     def check_image_size(self, image_size: tuple[int, int]) -> None:
@@ -312,13 +326,23 @@ class DiscriminatorLearner(nn.Module):
         self.discriminator.train()
 
     def forward(self, inputs: Inputs, draws: Draws, step: int, carry: Carry) -> StepOutput:
-        """What is minimised: the hinge loss of ``inputs['pixels']`` against ``carry['reconstruction']``."""
-        real = self.discriminator(inputs["pixels"])
-        fake = self.discriminator(carry["reconstruction"])
-        return StepOutput(
-            {"discriminator": Term(hinge_loss(real, fake), 1.0)},
-            metrics={
-                "logits_real": real.detach().float().mean(),
-                "logits_fake": fake.detach().float().mean(),
-            },
-        )
+        """What is minimised: the hinge loss of ``inputs['pixels']`` to ``carry['reconstruction']``, and LeCam's."""
+        real = self.discriminator(inputs["pixels"]).float()
+        fake = self.discriminator(carry["reconstruction"]).float()
+        terms = {"discriminator": Term(hinge_loss(real, fake), 1.0)}
+        means = torch.stack([real.mean(), fake.mean()])
+        if self.lecam_weight:
+            # A copy, as the running means move before the backward pass.
+            terms["lecam"] = Term(lecam_loss(*means, *self.ema_logits.clone()), self.lecam_weight)
+            self._follow(means.detach())
+        logits = {"logits_real": means[0].detach(), "logits_fake": means[1].detach()}
+        return StepOutput(terms, metrics=logits)
+
+    @torch.no_grad()
+    def _follow(self, means: Tensor) -> None:
+        """Moves the running means of logits, by those of all processes."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            means = means.clone()
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        self.ema_logits.lerp_(means, 1 - _LECAM_DECAY)

@@ -8,7 +8,7 @@ weight can ramp and is capped.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -291,6 +291,9 @@ class AutoencoderLearner(nn.Module):
     and its own terms between them: see ``send_vae``.
     """
 
+    on_draw: Callable[[Tensor], None] | None = None
+    """Is told the draw z of each ``autoencode``, with its gradient, by a stage that adds terms on it: see ``repae``."""
+
     def __init__(
         self, config: VAEConfig, context: MethodContext, discriminator: nn.Module | None
     ) -> None:
@@ -328,6 +331,8 @@ class AutoencoderLearner(nn.Module):
         """The posterior q(z|x), a draw z from it (B, C, h, w), and the image x̂ that it decodes to."""
         q = self.autoencoder.encode(x).latent_dist
         z = q.mean.float() + q.std.float() * draws.normal("posterior", tuple(q.mean.shape[1:]))
+        if self.on_draw is not None:
+            self.on_draw(z)
         return q, z, self.autoencoder.decode(z).sample
 
     def vae_terms(
