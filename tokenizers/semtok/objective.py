@@ -150,6 +150,7 @@ class MethodContext:
         image_size: (height, width) of the training images.
         texture: the tokenizer that ``MethodConfig.texture_reference`` names.
         resumes: a checkpoint's weights will take the place of the first ones, so that files of these need not be there.
+        class_names: of the training images, in the order of their labels.
     """
 
     image_size: tuple[int, int]
@@ -157,6 +158,7 @@ class MethodContext:
     steps: int
     texture: Tokenizer | None = None
     resumes: bool = False
+    class_names: tuple[str, ...] = ()
 
 
 class TokenizerObjective(Objective):
@@ -169,6 +171,10 @@ class TokenizerObjective(Objective):
     @abstractmethod
     def tokenizer(self, averaged: nn.Module) -> Tokenizer:
         """The tokenizer to export, on the given weights of ``averaged_module``."""
+
+    def generator(self, averaged: nn.Module) -> Any:
+        """The ``Generator`` that was trained with it, on those weights; None: there is none."""
+        return None
 
 
 class Unregistered:

@@ -1,5 +1,5 @@
 """The methods of this library. Importing this package registers them."""
 
-from semtok.methods import redi, reglue, semvae, send_vae, vae
+from semtok.methods import redi, reglue, repae, semvae, send_vae, vae
 
-__all__ = ["redi", "reglue", "semvae", "send_vae", "vae"]
+__all__ = ["redi", "reglue", "repae", "semvae", "send_vae", "vae"]
