@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.random_inputs import RandomImages, random_teacher, random_weights
-from rehearsal.plan import Run
+from rehearsal.plan import Run, transformer_of
 from semtok.commands.train_dit import build_diffusion_objective, needs_teacher
 from semtok.commands.train_tokenizer import check_tokenizer
 from semtok.recipe import DiffusionRecipe, TokenizerRecipe
@@ -72,7 +72,11 @@ def _check_tokenizer(recipe: TokenizerRecipe[Any, Any], run: Run) -> tuple[Size,
     plan = check_tokenizer(
         recipe.model_copy(update={"train": train}), Path(run.output), place=str(run.file)
     )
-    return Size(_trained(plan.objective.learners.values())), _checkpoint(recipe)
+    trained, transformer = _trained(plan.objective.learners.values()), transformer_of(recipe)
+    if transformer is None:
+        return Size(trained), _checkpoint(recipe)
+    blocks = plan.objective.averaged_module().network.blocks
+    return Size(trained, _trained([blocks[0]]), len(blocks)), _checkpoint(recipe)
 
 
 def _check_generator(recipe: DiffusionRecipe[Any], place: str) -> tuple[Size, str | None]:
