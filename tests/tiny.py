@@ -44,7 +44,7 @@ ADVERSARIAL = {"start_step": 0, "width": 8, "num_layers": 1}
 def content(method: dict[str, Any] | None = None, **train: Any) -> dict[str, Any]:
     """A recipe of the given method settings (Send-VAE's by default) that trains in a second."""
     method = {"name": "send_vae"} | (method or {})
-    if method["name"] not in COMPOSITES:
+    if method["name"] not in (*COMPOSITES, "repae"):
         method.setdefault("vae", deepcopy(AUTOENCODER))
     if method["name"] == "send_vae":
         method.setdefault("mapper", {"projector_width": 16, "heads": 2})

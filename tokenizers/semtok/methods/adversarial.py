@@ -238,6 +238,15 @@ def lecam_loss(real: Tensor, fake: Tensor, ema_real: Tensor, ema_fake: Tensor) -
     return F.relu(real - ema_fake).square() + F.relu(ema_real - fake).square()
 
 
+def _over_processes(values: Tensor) -> Tensor:
+    """Their mean over all processes."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
+
+
 def adaptive_ratio(
     reconstruction_term: Tensor, adversarial_term: Tensor, last_layer: Tensor, cap: float
 ) -> Tensor:
@@ -254,11 +263,7 @@ def adaptive_ratio(
     for term in (reconstruction_term, adversarial_term):
         scale = torch.full_like(term, _GRADIENT_SCALE)
         (gradient,) = torch.autograd.grad(term, last_layer, scale, retain_graph=True)
-        gradients.append(gradient.float() / _GRADIENT_SCALE)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        for gradient in gradients:
-            dist.all_reduce(gradient)
-            gradient /= dist.get_world_size()
+        gradients.append(_over_processes(gradient.float() / _GRADIENT_SCALE))
     wanted, adversarial = (gradient.norm() for gradient in gradients)
     return (wanted / (adversarial + 1e-4)).clamp(0, cap).detach()
 
@@ -332,17 +337,11 @@ class DiscriminatorLearner(nn.Module):
         terms = {"discriminator": Term(hinge_loss(real, fake), 1.0)}
         means = torch.stack([real.mean(), fake.mean()])
         if self.lecam_weight:
-            # A copy, as the running means move before the backward pass.
-            terms["lecam"] = Term(lecam_loss(*means, *self.ema_logits.clone()), self.lecam_weight)
-            self._follow(means.detach())
+            everyones = _over_processes(means.detach())
+            # The value of all processes, whose gradients are averaged: each has its own share of it.
+            shared = means + (everyones - means.detach())
+            terms["lecam"] = Term(lecam_loss(*shared, *self.ema_logits.clone()), self.lecam_weight)
+            with torch.no_grad():
+                self.ema_logits.lerp_(everyones, 1 - _LECAM_DECAY)
         logits = {"logits_real": means[0].detach(), "logits_fake": means[1].detach()}
         return StepOutput(terms, metrics=logits)
-
-    @torch.no_grad()
-    def _follow(self, means: Tensor) -> None:
-        """Moves the running means of logits, by those of all processes."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            means = means.clone()
-            dist.all_reduce(means)
-            means /= dist.get_world_size()
-        self.ema_logits.lerp_(means, 1 - _LECAM_DECAY)
