@@ -97,6 +97,16 @@ def test_each_player_learns_from_its_own_losses_alone(vae):
     assert all(p.requires_grad for p in objective.learners["dit"].parameters())
 
 
+def test_activations_of_the_frozen_pass_are_kept_where_the_other_recomputes_them():
+    """What was frozen would be recomputed as it is in the backward pass, trained."""
+    objective = build(diffusion={"checkpointing": True})
+    outputs = play(objective)
+    learnt = touched(objective, outputs["autoencoder"], "transformer_alignment")
+    assert learnt == {f"autoencoder.vae.autoencoder.{n}" for n in ("encoder", "quant_conv")}
+    assert touched(objective, outputs["dit"], *outputs["dit"].terms)
+    assert objective.learners["dit"].dit.network.checkpointing
+
+
 def test_the_method_of_the_vae_learns_as_it_does_alone():
     objective = build("send_vae")
     alone = objective.learners["autoencoder"].vae

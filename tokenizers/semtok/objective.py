@@ -164,6 +164,9 @@ class MethodContext:
 class TokenizerObjective(Objective):
     """A stage that makes a tokenizer."""
 
+    measures = "the teacher's features"
+    """What ``measure`` takes in, for a line of progress."""
+
     def training_source(self, source: ImageSource, accelerator: Accelerator) -> ImageSource:
         """What training reads, given the images: a cache of them where the settings ask for one."""
         return source

@@ -229,7 +229,7 @@ def _run(plan: TokenizerPlan) -> Tokenizer:
             record(quality, folder)
     if not trainer.step:
         with together():
-            what = "measuring the teacher's features"
+            what = f"measuring {objective.measures}"
             batches = statistics_batches(read, recipe, accelerator.device, what=what)
             objective.measure(batch for _, batch in batches)
         if recipe.method.starts_from_weights():

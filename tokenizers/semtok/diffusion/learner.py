@@ -146,8 +146,14 @@ class DiTLearner(nn.Module):
         return StepOutput(terms, metrics=_by_time(noised.t, terms["velocity/texture"].value))
 
     def alignment(self, noised: Noised, labels: Tensor, features: TeacherFeatures) -> Tensor:
-        """REPA's loss (B,) alone, on all tokens and with all labels; nothing behind the aligned block is computed."""
-        hidden = self.network.hidden(noised.x, noised.times, labels, after=self._depth)
+        """REPA's loss (B,) alone, on all tokens and with all labels; nothing behind the aligned block is computed.
+        Activations are kept: whoever freezes the network for this call can't freeze what is recomputed later."""
+        network = self.network
+        recomputes, network.checkpointing = network.checkpointing, False
+        try:
+            hidden = network.hidden(noised.x, noised.times, labels, after=self._depth)
+        finally:
+            network.checkpointing = recomputes
         return repa_loss(
             self.config.repa,
             self.projector,

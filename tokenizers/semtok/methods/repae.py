@@ -9,10 +9,8 @@ Any method of a VAE and any transformer go together here. What differs from the 
 divided by with their epsilon in the exported tokenizer too, as the transformer has seen latents; there without.
 """
 
-import contextlib
 import copy
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +22,7 @@ from semtok.diffusion.generator import Generator
 from semtok.diffusion.learner import DiTLearner
 from semtok.diffusion.repa import REPAConfig
 from semtok.diffusion.training import DiffusionObjective
-from semtok.methods.repae_config import REPAEConfig
+from semtok.methods.repae_config import REPAEConfig, named_here
 from semtok.methods.standardiser import RunningStandardiser
 from semtok.methods.vae import (
     AutoencoderLearner,
@@ -48,16 +46,6 @@ from semtok.registry import get_method, register_method
 from semtok.sampler.draws import Draws
 from semtok.sampler.latents import Latents, Posterior
 from semtok.statistics import StreamingMoments
-
-
-@contextlib.contextmanager
-def _named_here(pattern: str, prefix: str) -> Iterator[None]:
-    """Within this context messages name settings by where they stand in these."""
-    try:
-        yield
-    except ValueError as error:
-        raise type(error)(re.sub(pattern, prefix, str(error))) from None
-
 
 # The players -------------------------------------------------------------------------------------
 
@@ -139,17 +127,19 @@ class REPAEObjective(TokenizerObjective):
         ValueError: settings that do not go with the images or with each other.
     """
 
+    measures = "the first statistics of the latents"
+
     def __init__(self, config: REPAEConfig[Any], context: MethodContext) -> None:
         super().__init__()
         self.config = config
-        with _named_here(r"\bmethod\.", "method.tokenizer."):
+        with named_here(r"\bmethod\.", "method.tokenizer."):
             method = get_method(config.tokenizer.name, place="method.tokenizer.name")
             vae: VAEObjective = method.objective(config.tokenizer, context)
         diffusion = config.diffusion.model_copy(
             update={"repa": config.diffusion.repa or REPAConfig()}
         )
         autoencoder = vae.averaged_module()
-        with _named_here(r"\b(diffusion|sampler)\.", r"method.\1."):
+        with named_here(r"\b(diffusion|sampler)\.", r"method.\1."):
             stage = DiffusionObjective(
                 diffusion,
                 copy.deepcopy(vae.tokenizer(autoencoder)).to("meta"),  # read for its shape alone
