@@ -31,6 +31,19 @@ METHODS = {
         "decoder_noise": {"law": "mixed", "strength": 1.0},
     },
     "va_vae_gan": {"name": "va_vae", "adversarial": {**tiny.ADVERSARIAL, "norm": "group"}},
+    "repae": {
+        "name": "repae",
+        "tokenizer": {
+            "name": "vae",
+            "vae": tiny.AUTOENCODER,
+            "adversarial": {**tiny.ADVERSARIAL, "norm": "group", "lecam_weight": 0.1},
+        },
+        "diffusion": {
+            "network": {"depth": 2, "width": 24, "heads": 2, "patch_size": 2},
+            "repa": {"depth": 1, "projector_width": 16},
+        },
+        "sampler": {"steps": 2},
+    },
     "semvae": {"name": "semvae", "channels": 4, "width": 16, "heads": 2, "blocks": 1},
 }
 
@@ -42,6 +55,7 @@ METHODS = {
         ("va_vae_gan", "adamw"),
         ("semvae", "adamw"),
         ("send_vae_gan", "muon"),
+        ("repae", "adamw"),
     ],
 )
 def test_two_gloo_processes_train_to_the_weights_of_one(name, optimiser, tmp_path, ranks):

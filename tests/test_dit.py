@@ -158,6 +158,19 @@ def test_checkpointing_changes_memory_and_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_the_tokens_after_a_block_are_had_without_what_follows(monkeypatch):
+    shape = DiTArchitecture(depth=4, width=32, heads=2, value_residual=True, split=(1, 1))
+    network = awake(DiT(shape, TEXTURE, num_classes=3))
+    x = {"texture": torch.randn(2, 4, 4, 4)}
+    times, labels = {"texture": torch.rand(2)}, torch.tensor([0, 3])
+    whole = network(x, times, labels, hidden_after=2).hidden
+    called = []
+    for number, block in enumerate(network.blocks):
+        block.register_forward_hook(lambda *_, number=number: called.append(number))
+    assert torch.equal(network.hidden(x, times, labels, after=2), whole)
+    assert called == [0, 1]
+
+
 def test_norms_compute_in_the_type_of_their_input():
     """A gain of another type keeps kernels from being fused, and makes queries float32 in half precision."""
     attention = DiT(SMALL["lightning"], COMPOSITE, num_classes=1).blocks[0].attn

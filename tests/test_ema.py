@@ -27,6 +27,32 @@ def test_the_average_by_hand(warmup):
         assert average.module.weight.item() == pytest.approx(expected, rel=1e-5)
 
 
+class Counting(nn.Module):
+    """With a buffer of numbers and one of counts."""
+
+    def __init__(self, averages_buffers: bool) -> None:
+        super().__init__()
+        self.averages_buffers = averages_buffers
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+
+def test_buffers_are_copied_and_averaged_where_their_module_asks_for_it():
+    module = nn.ModuleList([Counting(False), Counting(True)])
+    average = ModelEMA(module, 0.75, warmup=False)
+    for value in (1, 2):
+        for each in module:
+            each.mean.fill_(value)
+            each.count.fill_(value)
+        average.update()
+    copied, averaged = average.module
+    assert copied.mean.tolist() == [2, 2] and copied.count == averaged.count == 2
+    assert averaged.mean.tolist() == [0.25 * 0.75 + 2 * 0.25] * 2
+    average.restart()
+    assert averaged.mean.tolist() == [2, 2]
+
+
 def train(folder, *, resume: bool = False, **settings) -> None:
     content = tiny.content({"name": "vae"}, schedule="constant", **settings)
     train_tokenizer(parse_recipe(content, "tiny"), folder, resume=resume)

@@ -28,6 +28,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "equivariance": {"name": "vae", "equivariance": {}},
     "decoder_noise": {"name": "vae", "decoder_noise": {"law": "mixed", "strength": 3.0}},
     "rae": {"name": "rae"},
+    "repae": {
+        "name": "repae",
+        "tokenizer": {"name": "vae", "vae": tiny.AUTOENCODER},
+        "diffusion": {
+            "network": {"depth": 2, "width": 24, "heads": 2, "patch_size": 2},
+            "repa": {"depth": 1, "projector_width": 16},
+        },
+        "sampler": {"steps": 2},
+    },
 }
 NETWORKS: dict[str, dict[str, Any]] = {
     "SiT": {},

@@ -78,6 +78,13 @@ TOKENIZERS = {
     "raev2": {"decoder": 415_647_616},
     "reglue": {"coder": 16_595_472},
     "semvae": {"coder": 57_924_896},
+    # SiT-XL/1's, with its table of positions, and REPA's projector.
+    "repae": {
+        "autoencoder": 69_836_067,
+        "discriminator": 2_765_633,
+        "network": 674_853_152 + 256 * 1152,
+        "projector": 8_131_328,
+    },
     "reg": {},
     "reg_invae": {},
     "redi": {},
@@ -138,10 +145,11 @@ def width_of(recipe: DiffusionRecipe) -> int:
 def networks_of(recipe: TokenizerRecipe) -> dict[str, nn.Module]:
     """What a tokenizer's recipe trains."""
     method, found = recipe.method, {}
-    if method.name in ("vae", "send_vae", "va_vae"):
-        preset = IMPORTED.get(method.vae, method.vae)
+    if method.name in ("vae", "send_vae", "va_vae", "repae"):
+        own = method.tokenizer if method.name == "repae" else method
+        preset = IMPORTED.get(own.vae, own.vae)
         found["autoencoder"] = build_autoencoder(PRESETS[preset])
-        made = method.adversarial.model_dump(include={"width", "num_layers", "norm"})
+        made = own.adversarial.model_dump(include={"width", "num_layers", "norm"})
         found["discriminator"] = PatchDiscriminator(**made)
     if method.name == "rae":
         channels = {"b": 768, "l": 1024}[recipe.teacher.name.removeprefix("vit_")[0]]
@@ -149,6 +157,13 @@ def networks_of(recipe: TokenizerRecipe) -> dict[str, nn.Module]:
     if method.name == "send_vae":
         channels = PRESETS[preset].latent_channels
         found["mapper"] = Mapper(method.mapper, channels=channels, teacher_width=TEACHER_WIDTH)
+    if method.name == "repae":
+        leads = {"leads": {"texture": 0.0}}
+        diffusion = method.diffusion.model_copy(update=leads)
+        found["network"] = build_network(diffusion, spec_of(own.vae), num_classes=1000)
+        width = architecture(diffusion.network).width
+        hidden = diffusion.repa.projector_width_for(width)
+        found["projector"] = silu_mlp(width, hidden, TEACHER_WIDTH)
     if method.name == "reglue" and method.compressor is not None:
         features = TEACHER_WIDTH * len(recipe.teacher.layers)
         shape = CompressorShape(feature_channels=features, **dict(method.compressor))

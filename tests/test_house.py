@@ -120,7 +120,9 @@ def test_no_function_is_long():
     assert not long
 
 
-@pytest.mark.parametrize("method", ["vae", "send_vae", "va_vae", "rae", "semvae", "reglue", "redi"])
+@pytest.mark.parametrize(
+    "method", ["vae", "send_vae", "va_vae", "rae", "semvae", "reglue", "redi", "repae"]
+)
 def test_a_method_says_in_one_short_function_what_is_minimised(method):
     own = [
         (name, node)

@@ -183,6 +183,22 @@ def test_networks_that_are_others_are_refused_by_name():
         import_dit(narrow, place="x.pt")
 
 
+def test_positions_that_repa_e_has_trained_are_read_and_used():
+    state = official(network(SIT, 5), 2)
+    trained = state | {
+        "pos_embed": state["pos_embed"] + 0.1 * torch.randn(1, 4, 384),
+        "bn.running_mean": torch.zeros(5),
+        "bn.running_var": torch.ones(5),
+    }
+    before, after = (import_dit(s, place="x.pt", family="sit").network for s in (state, trained))
+    assert before.positions is None and after.config.learned_positions == (2, 2)
+    assert torch.equal(after.positions, trained["pos_embed"][0]) and after.positions.requires_grad
+    x, t = torch.randn(2, 5, 8, 8), torch.tensor([0.1, 0.8])
+    assert not torch.allclose(velocity(after, x, t), velocity(before, x, t), atol=1e-3)
+    after.positions.data = sincos_positions((2, 2), 384)
+    assert torch.equal(velocity(after, x, t), velocity(before, x, t))
+
+
 def test_damaged_coders_are_one_line():
     statistics = torch.zeros(2), torch.ones(2)
     for state in (

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parity import Kit, kits, load_kit
-from semtok import Generator
+from semtok import Generator, Tokenizer
 from semtok.diffusion.training import squared_error
+from semtok.hub.checkpoints import read_checkpoint
 from semtok.hub.formats import open_checkpoint, read_statistics
 from semtok.hub.import_dit import ImportedDiT, import_dit, our_name
 from semtok.hub.import_vae import our_name as our_vae_name
@@ -87,6 +88,22 @@ def test_parity_repae_latent_statistics(kit, generator):
     posterior = tokenizer.standardise_posterior(Posterior(*parts))
     drawn = posterior.sample_with({"texture": kit["posterior/noise"]}).texture
     torch.testing.assert_close(drawn, kit["posterior/latents"], **TENSOR)
+
+
+def test_positions_that_training_has_moved_come_with_the_generator(kit, tmp_path):
+    """As those of every published run, after whose first step they are no codes any more."""
+    content = dict(read_checkpoint(kit.folder / kit.case["files"]["checkpoint"]))
+    moved = content["ema"]["pos_embed"] + 0.1
+    content["ema"] = {**content["ema"], "pos_embed": moved}
+    torch.save(content, tmp_path / "0400000.pt")
+    imported = import_checkpoint(tmp_path / "0400000.pt", "auto", ImportOptions(heads=kit.heads))
+    assert imported.became["pos_embed"] == "network"
+    imported.save(tmp_path / "export")
+    again = Generator.from_pretrained(str(tmp_path / "export"))
+    assert torch.equal(again.network.positions, moved[0])
+    assert again.sample([0], num_inference_steps=2, seed=0).isfinite().all()
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "export" / "tokenizer")
+    torch.testing.assert_close(tokenizer.texture_mean, content["ema"]["bn.running_mean"])
 
 
 @pytest.mark.parametrize("case", ["ode_euler_cfg", "sde_cfg"])

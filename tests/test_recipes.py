@@ -64,25 +64,31 @@ def test_a_recipe_says_how_to_run_it_on_what_and_what_comes_out(name):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tokenizer_recipe_builds_and_trains_at_toy_size(name, tmp_path):
     content = at_toy_size(read_yaml(ROOT / name))
-    if "vae" in content["method"]:
-        content["method"]["vae"] = tiny.AUTOENCODER
+    vae = content["method"].get("tokenizer", content["method"])
+    if "diffusion" in content["method"]:
+        shape = {"depth": 2, "width": 32, "heads": 2, "patch_size": 1}
+        content["method"]["diffusion"] |= {"network": shape}
+        content["method"]["diffusion"]["repa"] |= {"depth": 1, "projector_width": 16}
+        content["method"]["sampler"]["steps"] = 2
+    if "vae" in vae:
+        vae["vae"] = tiny.AUTOENCODER
     if "texture" in content["method"]:
         content["method"]["texture"] = "demo"
     if content["method"]["name"] == "semvae":
         content["method"] |= {"heads": 2, "blocks": 1}
-    if content["method"].get("perceptual") == "lpips":
-        content["method"]["perceptual"] = "teacher"  # LPIPS' backbone is not to be had in tests
-    if "decoder" in content["method"]:
-        content["method"]["decoder"] = tiny.DECODER
-    adversarial = content["method"].get("adversarial", {})
+    if vae.get("perceptual") == "lpips":
+        vae["perceptual"] = "teacher"  # LPIPS' backbone is not to be had in tests
+    if "decoder" in vae:
+        vae["decoder"] = tiny.DECODER
+    adversarial = vae.get("adversarial", {})
     if "features" in adversarial:
         judged = {"name": "demo", "input_size": 16, "layers": [0, 1]}
         adversarial |= {"features": judged, "start_step": 0, "discriminator_start_step": None}
     elif adversarial:
         small = {"width": 8, "num_layers": 1, "start_step": 0, "discriminator_start_step": None}
-        content["method"]["adversarial"] |= small
-    if "equivariance" in content["method"]:
-        content["method"]["equivariance"]["scales"] = [0.5, 0.75]  # the others leave nothing of 4x4
+        vae["adversarial"] |= small
+    if "equivariance" in vae:
+        vae["equivariance"]["scales"] = [0.5, 0.75]  # the others leave nothing of 4x4
     if "mapper" in content["method"]:
         content["method"]["mapper"]["projector_width"] = 16
     train_tokenizer(parse_recipe(content, name), tmp_path / "run")

@@ -24,6 +24,7 @@ from rehearsal.plan import (
     plan_run,
     same_output,
     small_settings,
+    transformer_of,
 )
 from rehearsal.sizes import Size
 from semtok import teachers
@@ -125,10 +126,10 @@ def test_every_recipes_rehearsal_has_settings_that_parse_and_names_what_it_needs
     planned = plan_run(file)
     settings = small_settings(planned)
     if planned.is_generator:
-        settings += depth_settings(planned.recipe, 1)
+        settings += depth_settings(*transformer_of(planned.recipe), 1)
         small = load_diffusion_recipe(file, settings)
         shape = architecture(small.diffusion.network)
-        assert shape.depth == least_depth(planned.recipe)
+        assert shape.depth == least_depth(planned.recipe.diffusion)
         assert (small.diffusion.routing is None) == (planned.recipe.diffusion.routing is None)
         full = architecture(planned.recipe.diffusion.network)
         assert shape.model_copy(update={"depth": full.depth}) == full
@@ -289,19 +290,29 @@ def test_depth_is_what_memory_allows():
 def test_repa_moves_to_the_last_block_of_a_shallow_transformer():
     recipe = plan_run(next(f for f in RECIPES if f.stem == "sit_xl2_repa")).recipe
     assert isinstance(recipe, DiffusionRecipe)
-    assert depth_settings(recipe, 28) == []
-    assert "diffusion.repa.depth=3" in depth_settings(recipe, 3)
-    assert len(depth_settings(recipe, 8)) == 1
+    assert depth_settings(*transformer_of(recipe), 28) == []
+    assert "diffusion.repa.depth=3" in depth_settings(*transformer_of(recipe), 3)
+    assert len(depth_settings(*transformer_of(recipe), 8)) == 1
+
+
+def test_a_joint_training_is_made_small_in_both_its_parts():
+    planned = plan_run(next(f for f in RECIPES if f.stem == "repae"))
+    settings = small_settings(planned)
+    assert {"method.sampler.steps=2"} <= set(settings)
+    shallow = depth_settings(*transformer_of(planned.recipe), 1)
+    assert shallow == ["method.diffusion.network.depth=1", "method.diffusion.repa.depth=1"]
+    assert "runs/imagenet256/va_vae" in planned.references and planned.samplings
+    load_recipe(planned.file, [*settings, *shallow])
 
 
 def test_a_shallow_transformer_still_routes_its_tokens():
     recipe = plan_run(next(f for f in RECIPES if f.stem == "srdit_b1")).recipe
     assert isinstance(recipe, DiffusionRecipe)
-    settings = depth_settings(recipe, 1)
+    settings = depth_settings(*transformer_of(recipe), 1)
     assert settings[0] == "diffusion.network.depth=3"
     assert {"diffusion.routing.first=1", "diffusion.routing.last=1"} <= set(settings)
-    assert depth_settings(recipe, 5) == ["diffusion.network.depth=5"]
-    assert depth_settings(recipe, 12) == []
+    assert depth_settings(*transformer_of(recipe), 5) == ["diffusion.network.depth=5"]
+    assert depth_settings(*transformer_of(recipe), 12) == []
 
 
 def test_what_fails_is_told_with_its_last_lines_and_fails_what_is_built_on_it(tmp_path, capsys):

@@ -11,9 +11,9 @@ from semtok.methods.send_vae import (
     AlignmentConfig,
     Mapper,
     MapperConfig,
-    RunningStandardiser,
     noise_latents,
 )
+from semtok.methods.standardiser import RunningStandardiser
 from semtok.methods.vae import kl_loss
 from semtok.recipe import parse_recipe
 from semtok.sampler.draws import Draws
@@ -86,7 +86,7 @@ def test_running_statistics_of_two_processes_are_those_of_one_on_both_batches(tm
     script = (
         "import sys, torch\n"
         "import torch.distributed as dist\n"
-        "from semtok.methods.send_vae import RunningStandardiser\n"
+        "from semtok.methods.standardiser import RunningStandardiser\n"
         "dist.init_process_group('gloo')\n"
         "z = torch.load(sys.argv[1], weights_only=True)\n"
         "own = RunningStandardiser(2)\n"
@@ -189,6 +189,36 @@ def test_hinge_loss_by_hand():
         torch.tensor([-3.0, 0.5]).view(2, 1, 1, 1),
     )
     torch.testing.assert_close(hinge_loss(real, fake), torch.tensor([0.0, 0.5 * (1 + 1.5)]))
+
+
+def test_lecam_holds_logits_to_the_running_means_of_the_other_kind(monkeypatch):
+    made = tiny.build({"name": "vae", "adversarial": {**tiny.ADVERSARIAL, "lecam_weight": 0.5}})
+    learner, logits = made.learners["discriminator"], iter((3.0, -1.0, 5.0, 2.0))
+    monkeypatch.setattr(
+        learner.discriminator, "forward", lambda x: torch.full((4, 1, 1, 1), next(logits))
+    )
+    inputs, carry = {"pixels": torch.zeros(4)}, {"reconstruction": torch.zeros(4)}
+    first = learner(inputs, tiny.draws(), 0, {**carry}).terms["lecam"]
+    assert first.weight == 0.5 and first.value == pytest.approx(3.0**2 + 1.0**2)
+    torch.testing.assert_close(learner.ema_logits, torch.tensor([3e-3, -1e-3]))
+    second = learner(inputs, tiny.draws(), 1, {**carry}).terms["lecam"]
+    assert second.value == pytest.approx(5.001**2), "2 is above the running mean of the real ones"
+    assert "ema_logits" not in dict(
+        tiny.build({"name": "vae", "adversarial": tiny.ADVERSARIAL}).learners.named_buffers()
+    )
+
+
+def test_running_statistics_by_the_batch_are_those_of_a_batch_norm():
+    ours, theirs = RunningStandardiser(2), torch.nn.BatchNorm2d(2, eps=1e-4, affine=False)
+    ours.start(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0]))
+    theirs.running_mean.copy_(torch.tensor([1.0, -2.0]))
+    theirs.running_var.copy_(torch.tensor([0.25, 9.0]))
+    for seed in range(3):
+        z = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(seed)) * 2 + 1
+        torch.testing.assert_close(ours.by_batch(z), theirs(z))
+    torch.testing.assert_close(ours.mean, theirs.running_mean)
+    torch.testing.assert_close(ours.var, theirs.running_var)
+    torch.testing.assert_close(ours.by_running(z), theirs.eval()(z))
 
 
 def test_the_generator_is_not_paid_for_fooling_a_network_that_learns_later():

@@ -47,7 +47,7 @@ def content(method: dict[str, Any] | None = None, **train: Any) -> dict[str, Any
     method = {"name": "send_vae"} | (method or {})
     if method["name"] == "rae":
         method.setdefault("decoder", deepcopy(DECODER))
-    elif method["name"] not in COMPOSITES:
+    elif method["name"] not in (*COMPOSITES, "repae"):
         method.setdefault("vae", deepcopy(AUTOENCODER))
     if method["name"] == "send_vae":
         method.setdefault("mapper", {"projector_width": 16, "heads": 2})
@@ -105,7 +105,7 @@ def trainer(
     if scaler is not None:
         accelerator.scaler = scaler
     return Trainer(
-        build_objective(recipe, texture, place="tiny"),
+        build_objective(recipe, texture, place="tiny", class_names=train.class_names),
         recipe.train,
         accelerator=accelerator,
         folder=folder,

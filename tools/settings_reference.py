@@ -9,7 +9,7 @@ import types
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -27,7 +27,7 @@ from semtok.training.scoring import ScoreConfig
 from semtok.training.train_config import TrainConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
-METHODS = ("vae", "send_vae", "va_vae", "rae", "reglue", "semvae", "redi")
+METHODS = ("vae", "send_vae", "va_vae", "repae", "rae", "reglue", "semvae", "redi")
 KINDS = ("shapes", "folder", "tars", "parquet")
 HEAD = """# Settings
 
@@ -41,6 +41,8 @@ loaded. Options of commands (`--output`, `--resume`, …) are no settings: `semt
 
 A dash in the column of defaults means that a recipe must give the setting. `null` means "none".
 """
+_ELSEWHERE: Mapping[Any, str] = {DiffusionConfig: "diffusion", SamplerConfig: "sampler"}
+"""Settings that have sections of their own, by these titles."""
 _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
@@ -65,6 +67,10 @@ def _type(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     if annotation is type(None):
         return "null"
+    if isinstance(annotation, TypeVar):
+        return "settings of another method"
+    if annotation in _ELSEWHERE:
+        return f"settings, as [`{_ELSEWHERE[annotation]}`](#{_ELSEWHERE[annotation]})"
     if origin is Annotated:
         return _bounded(_type(args[0]), ", ".join(filter(None, map(_bounds, args[1:]))))
     if origin is Literal:
@@ -114,6 +120,8 @@ def _cell(text: str) -> str:
 
 
 def _nested(annotation: Any) -> list[type[Config]]:
+    if annotation in _ELSEWHERE:
+        return []
     if inspect.isclass(annotation) and issubclass(annotation, Config):
         return [annotation]
     return [each for part in get_args(annotation) for each in _nested(part)]

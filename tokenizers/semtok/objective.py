@@ -159,6 +159,7 @@ class MethodContext:
         image_size: (height, width) of the training images.
         texture: the tokenizer that ``MethodConfig.texture_reference`` names.
         resumes: a checkpoint's weights will take the place of the first ones, so that files of these need not be there.
+        class_names: of the training images, in the order of their labels.
     """
 
     image_size: tuple[int, int]
@@ -166,10 +167,14 @@ class MethodContext:
     steps: int
     texture: Tokenizer | None = None
     resumes: bool = False
+    class_names: tuple[str, ...] = ()
 
 
 class TokenizerObjective(Objective):
     """A stage that makes a tokenizer."""
+
+    measures = "the teacher's features"
+    """What ``measure`` takes in, for a line of progress."""
 
     def training_source(self, source: ImageSource, accelerator: Accelerator) -> ImageSource:
         """What training reads, given the images: a cache of them where the settings ask for one."""
@@ -178,6 +183,10 @@ class TokenizerObjective(Objective):
     @abstractmethod
     def tokenizer(self, averaged: nn.Module) -> Tokenizer:
         """The tokenizer to export, on the given weights of ``averaged_module``."""
+
+    def generator(self, averaged: nn.Module) -> Any:
+        """The ``Generator`` that was trained with it, on those weights; None: there is none."""
+        return None
 
 
 class Unregistered:

@@ -156,7 +156,8 @@ def parse_recipe(content: dict[str, Any], place: str) -> TokenizerRecipe[Any, An
     content = _load_plugins(content, place)
     method = get_method(_choice(content, "method", "name", place), place=f"{place}: method.name")
     data = data_config_class(_choice(content, "data", "kind", place), place=f"{place}: data.kind")
-    return parse(TokenizerRecipe[method.config, data], content, place)
+    config = method.config.of(content["method"], place=place)
+    return parse(TokenizerRecipe[config, data], content, place)
 
 
 def load_diffusion_recipe(

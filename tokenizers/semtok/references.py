@@ -43,8 +43,11 @@ def locate_export(
     Raises:
         UserError: none of these; where an embedded recipe has that name, the message says how to train it.
     """
+    exports = ["", "export"]
+    if kind == "model":  # of a joint training
+        exports.insert(1, generator_beside(Path("export")).name)
     for folder in (Path(reference), RUNS / reference):
-        for candidate in (folder, folder / "export"):
+        for candidate in (folder / name for name in exports):
             if (candidate / "config.json").is_file():
                 return candidate
         if (folder / "model_index.json").is_file():
@@ -80,6 +83,11 @@ def locate_export(
     raise UserError(
         f"tokenizer '{reference}': no such folder, run (runs/{reference}) or recipe; {way}"
     )
+
+
+def generator_beside(export: Path) -> Path:
+    """Where the generator is that was trained together with an exported tokenizer."""
+    return export.with_name(f"{export.name}_generator")
 
 
 def demo_folder() -> Path:

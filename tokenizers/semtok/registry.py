@@ -18,6 +18,19 @@ class MethodConfig(Config):
     name: str
     """The method."""
 
+    @classmethod
+    def of(cls, content: Mapping[str, Any], *, place: str) -> type["MethodConfig"]:
+        """The class of these settings: of a method that holds another one's, the one for that.
+
+        Args:
+            content: the settings, not yet checked.
+            place: starts messages.
+
+        Raises:
+            UserError: they don't say which.
+        """
+        return cls
+
     def needs_teacher(self) -> bool:
         """Whether training reads a teacher's features."""
         return False

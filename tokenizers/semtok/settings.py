@@ -18,7 +18,7 @@ from semtok.sampler.config import Config
 ConfigType = TypeVar("ConfigType", bound=Config)
 
 
-_PRESETS = ("diffusion.network",)
+_PRESETS = ("diffusion.network", "method.diffusion.network")
 """Settings that name a preset, or change one: ``SiT-B/2``, or ``{preset: SiT-B/2, qk_norm: true}``."""
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from semtok.data.source import ImageBatch, ImageSource
 from semtok.perceptual import backbone_file
 from semtok.recipe import TokenizerRecipe
+from semtok.registry import MethodConfig
 from semtok.storage import write_tensors
 from semtok.teachers import TeacherConfig, name_in_timm
 
@@ -69,6 +70,12 @@ def random_teacher(config: TeacherConfig, folder: Path) -> TeacherConfig:
     return config.model_copy(update={"checkpoint": str(weights)})
 
 
+def vae_of(method: MethodConfig) -> tuple[str, MethodConfig]:
+    """Where the settings of a method's image autoencoder stand in a recipe, and those: a joint training holds them."""
+    inner = getattr(method, "tokenizer", None)
+    return ("method", method) if inner is None else ("method.tokenizer", inner)
+
+
 @contextmanager
 def random_weights(
     recipe: TokenizerRecipe[Any, Any], folder: Path
@@ -79,16 +86,17 @@ def random_weights(
         folder: for the random ones.
     """
     teacher = recipe.teacher and random_teacher(recipe.teacher, folder)
-    method = recipe.method
-    adversarial = getattr(method, "adversarial", None)
+    method, (place, vae) = recipe.method, vae_of(recipe.method)
+    adversarial = getattr(vae, "adversarial", None)
     if adversarial is not None and adversarial.features is not None:
         features = random_teacher(adversarial.features, folder)
         adversarial = adversarial.model_copy(update={"features": features})
-        method = method.model_copy(update={"adversarial": adversarial})
+        vae = vae.model_copy(update={"adversarial": adversarial})
+        method = vae if place == "method" else method.model_copy(update={"tokenizer": vae})
     hub = torch.hub.get_dir()
-    if getattr(recipe.method, "perceptual", None) == "lpips":
+    if getattr(vae, "perceptual", None) == "lpips":
         torch.hub.set_dir(str(folder / "hub"))
-        net = recipe.method.lpips_net
+        net = vae.lpips_net
         file = backbone_file(net)
         file.parent.mkdir(parents=True, exist_ok=True)
         backbone = getattr(torchvision.models, _BACKBONES[net])(weights=None)

@@ -105,8 +105,10 @@ def tokenizer_step(
     composite = recipe.method.texture_reference() is not None
     texture = Tokenizer.from_pretrained(DEMO) if composite else None
     with random_weights(recipe, folder) if random else nullcontext(recipe) as built:
-        objective = build_objective(built, texture, place=str(recipe_file))
-    source = RandomImages(recipe.data.image_size) if random else open_sources(recipe.data)[0]
+        source = RandomImages(recipe.data.image_size) if random else open_sources(recipe.data)[0]
+        objective = build_objective(
+            built, texture, place=str(recipe_file), class_names=source.class_names
+        )
     settings = recipe.train.model_copy(update={"steps": 1_000_000})
     step = TrainerStep(make_trainer(objective, settings, source, folder))
     return step, counted_flops(step)

@@ -7,8 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.random_inputs import vae_of
 from rehearsal.headers import Header, Sampling, read_header
 from rehearsal.inputs import IMAGES
+from semtok.diffusion.diffusion_config import DiffusionConfig
 from semtok.errors import UserError
 from semtok.methods.vae import PRESETS
 from semtok.recipe import (
@@ -24,6 +26,7 @@ from semtok.recipe import (
 from semtok.references import DEMO, RUNS
 from semtok.registry import MethodConfig
 from semtok.sampler.architecture import architecture
+from semtok.sampler.sampling import SamplerConfig
 from semtok.settings import read_yaml
 from semtok.training.train_config import TrainConfig
 
@@ -65,9 +68,17 @@ class Run:
         if isinstance(self.recipe, DiffusionRecipe):
             return (self.recipe.tokenizer,)
         method = self.recipe.method
-        vae = getattr(method, "vae", None)
+        vae = getattr(vae_of(method)[1], "vae", None)
         named = [method.texture_reference(), vae if isinstance(vae, str) else None]
         return tuple(name for name in named if name is not None and name not in (DEMO, *PRESETS))
+
+
+def transformer_of(recipe: Recipe) -> tuple[str, DiffusionConfig] | None:
+    """Where the settings of the transformer that a recipe trains stand, and those; None: it trains none."""
+    if isinstance(recipe, DiffusionRecipe):
+        return "diffusion", recipe.diffusion
+    diffusion = getattr(recipe.method, "diffusion", None)
+    return ("method.diffusion", diffusion) if diffusion is not None else None
 
 
 def find_recipes(names: Iterable[str]) -> list[Path]:
@@ -111,7 +122,8 @@ def plan_run(file: Path) -> Run:
     words = header.words + images
     recipe = _load(file, words, is_generator="diffusion" in content)
     tokenizer = recipe.tokenizer if isinstance(recipe, DiffusionRecipe) else None
-    samplings = (header.samplings or (Sampling(),)) if tokenizer is not None else ()
+    draws = transformer_of(recipe) is not None
+    samplings = (header.samplings or (Sampling(),)) if draws else ()
     output = header.output or str(default_run(file, tokenizer))
     return Run(file, recipe, words, output, header.output is None, samplings)
 
@@ -208,11 +220,10 @@ def small_settings(run: Run) -> list[str]:
             default = TrainConfig.model_fields[name].default
             wanted[f"train.{name}"] = list(default) if isinstance(default, tuple) else default
     if isinstance(recipe, DiffusionRecipe):
-        if recipe.sampler.method == "dopri5":
-            wanted |= {"sampler.rtol": 0.5, "sampler.atol": 0.5}
-        else:
-            wanted["sampler.steps"] = min(2, recipe.sampler.steps)
+        wanted |= _few_steps("sampler", recipe.sampler)
     else:
+        if transformer_of(recipe) is not None:
+            wanted |= _few_steps("method.sampler", recipe.method.sampler)
         wanted |= _all_losses(recipe.method)
         decoder = getattr(recipe.method, "decoder", None)
         if decoder is not None:  # of RAE, whose blocks are alike
@@ -224,41 +235,52 @@ def small_settings(run: Run) -> list[str]:
     return [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in changed.items()]
 
 
+def _few_steps(place: str, sampler: SamplerConfig) -> dict[str, Any]:
+    if sampler.method == "dopri5":
+        return {f"{place}.rtol": 0.5, f"{place}.atol": 0.5}
+    return {f"{place}.steps": min(2, sampler.steps)}
+
+
 def _all_losses(method: MethodConfig) -> dict[str, Any]:
     """Settings by which the first step has the losses of an adversary too, from random weights."""
-    adversarial = getattr(method, "adversarial", None)
+    place, vae = vae_of(method)
+    adversarial = getattr(vae, "adversarial", None)
     if adversarial is None:
         return {}
     given = {name for name, value in adversarial if value is not None}
     starts = {name: 0 for name in given if name.endswith("start_step")}
     weights: dict[str, Any] = {"weights": None} if "weights" in given else {}
-    return {f"method.adversarial.{name}": value for name, value in (starts | weights).items()}
+    return {f"{place}.adversarial.{name}": value for name, value in (starts | weights).items()}
 
 
-def least_depth(recipe: DiffusionRecipe[Any]) -> int:
+def least_depth(diffusion: DiffusionConfig) -> int:
     """The fewest blocks with which a transformer still has all that its recipe names: token routing needs one at the
     start, one at the end and one between, a value residual a second one."""
-    if recipe.diffusion.routing is not None:
+    if diffusion.routing is not None:
         return 3
-    return 2 if architecture(recipe.diffusion.network).value_residual else 1
+    return 2 if architecture(diffusion.network).value_residual else 1
 
 
-def depth_settings(recipe: DiffusionRecipe[Any], depth: int) -> list[str]:
-    """The settings that make a transformer of fewer blocks, at least ``least_depth``; none where it has no more."""
-    shape, depth = architecture(recipe.diffusion.network), max(depth, least_depth(recipe))
+def depth_settings(place: str, diffusion: DiffusionConfig, depth: int) -> list[str]:
+    """The settings that make a transformer of fewer blocks, at least ``least_depth``; none where it has no more.
+
+    Args:
+        place: where its settings stand, see ``transformer_of``.
+    """
+    shape, depth = architecture(diffusion.network), max(depth, least_depth(diffusion))
     if depth >= shape.depth:
         return []
-    if isinstance(recipe.diffusion.network, str):
+    if isinstance(diffusion.network, str):
         shallow = shape.model_dump(mode="json") | {"depth": depth}
-        settings = [f"diffusion.network={json.dumps(shallow)}"]
+        settings = [f"{place}.network={json.dumps(shallow)}"]
     else:
-        settings = [f"diffusion.network.depth={depth}"]
-    repa = recipe.diffusion.repa
+        settings = [f"{place}.network.depth={depth}"]
+    repa = diffusion.repa
     if repa and repa.depth is not None and repa.depth > depth:
-        settings.append(f"diffusion.repa.depth={depth}")
-    routing = recipe.diffusion.routing
+        settings.append(f"{place}.repa.depth={depth}")
+    routing = diffusion.routing
     if routing is not None and routing.first + routing.last >= depth:
-        settings += ["diffusion.routing.first=1", "diffusion.routing.last=1"]
+        settings += [f"{place}.routing.first=1", f"{place}.routing.last=1"]
     return settings
 
 

@@ -17,10 +17,10 @@ from rehearsal.plan import (
     plan_run,
     same_output,
     small_settings,
+    transformer_of,
 )
 from rehearsal.sizes import WEIGHTS, check_at_full_size
 from semtok.errors import UserError
-from semtok.recipe import DiffusionRecipe
 
 _LOGS = Path("logs")
 # torch.hub looks for LPIPS' backbone there; and nothing is fetched: what is not at hand is an error.
@@ -142,13 +142,15 @@ class Rehearsal:
         size, files = check_at_full_size(run)
         result.parameters = result.parameters_here = size.parameters
         settings = [*small_settings(run), *files]
-        if isinstance(run.recipe, DiffusionRecipe):
+        transformer = transformer_of(run.recipe)
+        if transformer is not None:
+            place, diffusion = transformer
             most = size.depth if self._depth is None else self._depth
             result.depth = size.depth
             within = min(most, size.depth_within(self._memory))
-            result.depth_here = min(size.depth, max(within, least_depth(run.recipe)))
+            result.depth_here = min(size.depth, max(within, least_depth(diffusion)))
             result.parameters_here = size.parameters_at(result.depth_here)
-            settings += depth_settings(run.recipe, result.depth_here)
+            settings += depth_settings(place, diffusion, result.depth_here)
         replaced = {setting.partition("=")[0] for setting in settings}
         kept = [word for word in full if word.partition("=")[0] not in replaced]
         self._command(command, [*kept, *settings], result)

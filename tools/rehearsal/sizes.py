@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.random_inputs import RandomImages, random_teacher, random_weights
-from rehearsal.plan import Run
+from benchmarks.random_inputs import RandomImages, random_teacher, random_weights, vae_of
+from rehearsal.plan import Run, transformer_of
 from semtok.commands.train_dit import build_diffusion_objective, needs_teacher
 from semtok.commands.train_tokenizer import check_tokenizer
 from semtok.recipe import DiffusionRecipe, TokenizerRecipe
@@ -72,7 +72,11 @@ def _check_tokenizer(recipe: TokenizerRecipe[Any, Any], run: Run) -> tuple[Size,
     plan = check_tokenizer(
         recipe.model_copy(update={"train": train}), Path(run.output), place=str(run.file)
     )
-    return Size(_trained(plan.objective.learners.values())), _files(recipe)
+    trained, transformer = _trained(plan.objective.learners.values()), transformer_of(recipe)
+    if transformer is None:
+        return Size(trained), _files(recipe)
+    blocks = plan.objective.averaged_module().network.blocks
+    return Size(trained, _trained([blocks[0]]), len(blocks)), _files(recipe)
 
 
 def _check_generator(recipe: DiffusionRecipe[Any], place: str) -> tuple[Size, list[str]]:
@@ -98,9 +102,10 @@ def _check_generator(recipe: DiffusionRecipe[Any], place: str) -> tuple[Size, li
 
 def _files(recipe: TokenizerRecipe[Any, Any] | DiffusionRecipe[Any]) -> list[str]:
     networks = {"teacher": recipe.teacher}
-    adversarial = getattr(getattr(recipe, "method", None), "adversarial", None)
+    place, vae = vae_of(recipe.method) if isinstance(recipe, TokenizerRecipe) else ("", None)
+    adversarial = getattr(vae, "adversarial", None)
     if adversarial is not None:
-        networks["method.adversarial.features"] = adversarial.features
+        networks[f"{place}.adversarial.features"] = adversarial.features
     named = {name: network.checkpoint for name, network in networks.items() if network is not None}
     return [f"{name}.checkpoint={file}" for name, file in named.items() if file is not None]
 

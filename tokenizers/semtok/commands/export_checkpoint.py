@@ -12,7 +12,12 @@ from torch import nn
 from semtok.commands.around_training import kept_weights
 from semtok.commands.run_folder import RECIPE_FILE
 from semtok.commands.train_dit import GeneratorPlan, plan_dit, training_info
-from semtok.commands.train_tokenizer import TokenizerPlan, export_tokenizer, plan_tokenizer
+from semtok.commands.train_tokenizer import (
+    TokenizerPlan,
+    export_generator,
+    export_tokenizer,
+    plan_tokenizer,
+)
 from semtok.data.source import ImageBatch
 from semtok.errors import UserError, did_you_mean
 from semtok.objective import Batch
@@ -84,8 +89,9 @@ class Kept:
         plan, (averaged, weights) = self.plan, self.averaged(average)
         pictures = _pictures(plan.folder, self.checkpoint) if average is None else {}
         if isinstance(plan, TokenizerPlan):
+            tokenizer = plan.objective.tokenizer(averaged).to(_device())
             export_tokenizer(
-                plan.objective.tokenizer(averaged).to(_device()),
+                tokenizer,
                 plan.recipe,
                 plan.sources[0],
                 output,
@@ -94,6 +100,7 @@ class Kept:
                 pictures=pictures,
                 weights=weights,
             )
+            export_generator(plan.objective, averaged, tokenizer, output)
             return
         generator = plan.objective.generator(averaged)
         source = (plan.latents or plan.images)[0]

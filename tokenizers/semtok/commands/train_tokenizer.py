@@ -34,7 +34,7 @@ from semtok.recipe import (
     parse_recipe,
     recipe_text,
 )
-from semtok.references import RUNS, find_recipe
+from semtok.references import RUNS, find_recipe, generator_beside
 from semtok.registry import get_method
 from semtok.settings import read_yaml
 from semtok.teachers import Teacher
@@ -175,7 +175,8 @@ def plan_tokenizer(
         )
     built_on = texture.stand_in if isinstance(texture, TokenizerPlan) else texture
     resumes = resume and _has_checkpoints(folder)
-    objective = build_objective(recipe, built_on, place=place, resumes=resumes)
+    names = sources[0].class_names
+    objective = build_objective(recipe, built_on, place=place, resumes=resumes, class_names=names)
     with around_training.errors_at(place):
         check_optimisers(objective, recipe.train)
     return TokenizerPlan(recipe, folder, place, resume, sources, texture, objective)
@@ -197,7 +198,13 @@ def _run(plan: TokenizerPlan) -> Tokenizer:
     if isinstance(texture, TokenizerPlan):
         texture = run_first(texture)
         resumes = plan.resume and _has_checkpoints(folder)
-        objective = build_objective(plan.recipe, texture, place=plan.place, resumes=resumes)
+        objective = build_objective(
+            plan.recipe,
+            texture,
+            place=plan.place,
+            resumes=resumes,
+            class_names=plan.sources[0].class_names,
+        )
     recipe = around_training.with_precision(plan.recipe, resume=plan.resume)
     accelerator = make_accelerator(recipe.train, folder)
     if accelerator.is_main_process and recipe.train.optimiser is not None:
@@ -224,7 +231,7 @@ def _run(plan: TokenizerPlan) -> Tokenizer:
             record(quality, folder)
     if not trainer.step:
         with together():
-            what = "measuring the teacher's features"
+            what = f"measuring {objective.measures}"
             batches = statistics_batches(read, recipe, accelerator.device, what=what)
             objective.measure(batch for _, batch in batches)
         if recipe.method.starts_from_weights():
@@ -243,6 +250,7 @@ def _run(plan: TokenizerPlan) -> Tokenizer:
             metrics=metrics,
             pictures=around_training.card_pictures(folder),
         )
+        export_generator(objective, averaged, tokenizer, folder / "export")
         if accelerator.is_main_process:
             seconds = time.perf_counter() - start
             around_training.summarise(
@@ -366,12 +374,13 @@ def build_objective(
     *,
     place: str,
     resumes: bool = False,
+    class_names: Sequence[str] = (),
 ) -> TokenizerObjective:
     """Builds the networks that a recipe describes, on the CPU, from its seed.
 
     Args:
         texture: the tokenizer that the method is built on, where it is on one.
-        resumes: see ``MethodContext``.
+        resumes, class_names: see ``MethodContext``.
 
     Raises:
         UserError: a teacher or weights that can't be had, or settings that don't fit each other.
@@ -387,7 +396,14 @@ def build_objective(
     with around_training.errors_at(place):
         return method.objective(
             recipe.method,
-            MethodContext(recipe.data.image_size, teacher, recipe.train.steps, texture, resumes),
+            MethodContext(
+                recipe.data.image_size,
+                teacher,
+                recipe.train.steps,
+                texture,
+                resumes,
+                tuple(class_names),
+            ),
         )
 
 
@@ -437,6 +453,26 @@ def _export_on_the_way(
             metrics={},
             pictures=around_training.card_pictures(plan.folder),
         )
+        export_generator(objective, averaged, tokenizer, target)
+
+
+def export_generator(
+    objective: TokenizerObjective, averaged: nn.Module, tokenizer: Tokenizer, target: Path
+) -> None:
+    """Writes the generator that was trained with a tokenizer, where there is one, beside its export.
+
+    Args:
+        tokenizer: as it was exported.
+        target: the tokenizer's export.
+    """
+    generator = objective.generator(averaged)
+    if generator is None or process_index():
+        return
+    generator.tokenizer = tokenizer
+    generator.training_info = tokenizer.training_info
+    place = generator_beside(target)
+    generator.save_pretrained(place)
+    print(f"the generator of these latents: {place}", flush=True)
 
 
 def export_tokenizer(

@@ -15,6 +15,7 @@ from semtok.sampler.draws import Draws
 from semtok.sampler.latents import Latents, Posterior, on_texture_grid
 from semtok.sampler.routing import DENSE
 from semtok.sampler.transport import interpolate
+from semtok.teachers import TeacherFeatures
 
 BINS = 4  # of time, in which the loss is told apart
 BIN_NAMES = [f"velocity_at_{(i + 0.5) / BINS:.3f}" for i in range(BINS)]
@@ -143,6 +144,25 @@ class DiTLearner(nn.Module):
             )
             terms["alignment"] = Term(value, config.repa.weight)
         return StepOutput(terms, metrics=_by_time(noised.t, terms["velocity/texture"].value))
+
+    def alignment(self, noised: Noised, labels: Tensor, features: TeacherFeatures) -> Tensor:
+        """REPA's loss (B,) alone, on all tokens and with all labels; nothing behind the aligned block is computed.
+        Activations are kept: whoever freezes the network for this call can't freeze what is recomputed later."""
+        network = self.network
+        recomputes, network.checkpointing = network.checkpointing, False
+        try:
+            hidden = network.hidden(noised.x, noised.times, labels, after=self._depth)
+        finally:
+            network.checkpointing = recomputes
+        return repa_loss(
+            self.config.repa,
+            self.projector,
+            hidden,
+            features,
+            grid=self._grid(noised.data["texture"]),
+            vectors=list(self.network.vectors),
+            kept=None,
+        )
 
     def noised(self, posterior: Posterior, draws: Draws) -> Noised:
         """Latents of these posteriors at the times and with the noise of these places in the batch."""

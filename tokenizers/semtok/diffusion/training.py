@@ -1,5 +1,6 @@
 """What the diffusion transformer learns: the velocity of every part of the latents."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,6 +111,12 @@ class DiffusionObjective(Objective):
     @property
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer.module
+
+    def on(self, tokenizer: Tokenizer) -> "DiffusionObjective":
+        """The same stage, with the same learners, on another tokenizer of such latents."""
+        other = copy.copy(self)
+        other._tokenizer = Unregistered(tokenizer)
+        return other
 
     def compares_neighbours(self) -> bool:
         return self.config.is_contrastive

@@ -155,8 +155,11 @@ def import_dit(
         config = _architecture(state, heads, split)
         spec = _checked(spec or spec_of(state), state)
         num_classes = sizes(state, "y_embedder.embedding_table.weight", 2)[0] - null_label
-        side = _check_positions(state, config)
+        side = _side(state)
+        config = _with_positions(state, config, side)
         ours = {our_name(n): v for n, v in state.items() if what_became_of(n) == "network"}
+        if config.learned_positions is not None:
+            ours["positions"] = state["pos_embed"][0]
         statistics = _statistics(state)
         ours |= _velocity_rows(state) | _shift_rows(ours, config.width) | _flat_mask(ours)
         if not null_label:
@@ -306,13 +309,20 @@ def swiglu_ratio(hidden: int, width: int) -> float:
     return next(fits, math.ceil(hidden * 1.5) / width)
 
 
-def _check_positions(state: Mapping[str, Tensor], config: DiTArchitecture) -> int:
-    """Our position codes are computed; a checkpoint with others would mean something else. Gives the
-    number of tokens along a side."""
+def _side(state: Mapping[str, Tensor]) -> int:
+    """The number of tokens along a side of the grid that a checkpoint was trained on."""
     num_tokens = sizes(state, "pos_embed", 3)[1] - (_VECTOR in state)
     side = round(num_tokens**0.5)
     if side**2 != num_tokens or not side:
         raise ValueError(f"pos_embed of {num_tokens} tokens is not a square grid")
+    return side
+
+
+def _with_positions(
+    state: Mapping[str, Tensor], config: DiTArchitecture, side: int
+) -> DiTArchitecture:
+    """The shape, with learned positions where the checkpoint's are: REPA-E trains them. Others' are fixed; those that
+    are not the codes that we compute would mean something else."""
     positions = sincos_positions((side, side), config.width)
     if _VECTOR in state:  # the class token, first, has no place
         positions = torch.cat([torch.zeros(1, config.width), positions])
@@ -320,8 +330,21 @@ def _check_positions(state: Mapping[str, Tensor], config: DiTArchitecture) -> in
     if config.rope:
         table = rotary_table((side, side), config.width // config.heads, 0, torch.device("cpu"))
         expected |= {"feat_rope.freqs_cos": table[0], "feat_rope.freqs_sin": table[1]}
+    if (
+        _STATISTICS[0] in state
+        and _VECTOR not in state
+        and _has_moved(state, expected["pos_embed"])
+    ):
+        del expected["pos_embed"]
+        config = config.model_copy(update={"learned_positions": (side, side)})
     check_fixed(state, expected, side)
-    return side
+    return config
+
+
+def _has_moved(state: Mapping[str, Tensor], code: Tensor) -> bool:
+    own = state["pos_embed"].float()
+    fits = own.shape == code.shape and not own.is_meta
+    return fits and not torch.allclose(own, code, atol=1e-6)
 
 
 def check_fixed(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], side: int) -> None:

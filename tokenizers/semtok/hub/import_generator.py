@@ -50,6 +50,8 @@ def import_generator(job: ImportJob) -> Generator | DiT:
         job.refuse("semantic_channels")
         check_latents(job.settings, trained, tokenizer.spec)
     imported = _network(job, trained, tokenizer.spec if tokenizer is not None else None)
+    if imported.network.config.learned_positions is not None:
+        job.fates["pos_embed"] = "network"
     stride = tokenizer.spec["texture"].stride if tokenizer is not None else trained.stride
     side = imported.grid[0] * stride if stride is not None else None
     check_network(job.settings, imported, side, trained.lead)

@@ -58,6 +58,9 @@ class AdversarialConfig(Config):
     """Layers of the patch discriminator that halve the resolution."""
     norm: Literal["batch", "group", "none"] = "group"
     """Normalisation in the patch discriminator."""
+    lecam_weight: float = Field(0.0, ge=0)
+    """Weight of the discriminator's LeCam regularisation (Tseng et al. 2021, arXiv 2104.03310): its mean logit of real
+    images stays below the running mean of that of reconstructions, and the other way round (decay 0.999)."""
     weights: str | None = None
     """A file (``.safetensors``, ``.pt``, ``.pth``, ``.ckpt``) with a discriminator of this shape to start from: one of
     taming-transformers' layout (``main.0.weight`` …), alone or within the loss of a checkpoint, or a checkpoint's
@@ -268,10 +271,27 @@ _GRADIENT_SCALE = 2.0**10
 keeps its value, and the last layer's gradients may still be 64 before float16 overflows."""
 
 
+_LECAM_DECAY = 0.999
+
+
 def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """The discriminator's hinge loss (Lim and Ye 2017), (B,)."""
     real, fake = F.relu(1 - real_logits.float()), F.relu(1 + fake_logits.float())
     return 0.5 * (real.mean(dim=(1, 2, 3)) + fake.mean(dim=(1, 2, 3)))
+
+
+def lecam_loss(real: Tensor, fake: Tensor, ema_real: Tensor, ema_fake: Tensor) -> Tensor:
+    """How far mean logits, all scalars, are beyond the running means of the other kind's: of squares the sum."""
+    return F.relu(real - ema_fake).square() + F.relu(ema_real - fake).square()
+
+
+def _over_processes(values: Tensor) -> Tensor:
+    """Their mean over all processes."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
 
 
 def adaptive_ratio(
@@ -292,11 +312,7 @@ def adaptive_ratio(
     for term in (wanted, other):
         scale = torch.full_like(term, _GRADIENT_SCALE)
         (gradient,) = torch.autograd.grad(term, last_layer, scale, retain_graph=True)
-        gradients.append(gradient.float() / _GRADIENT_SCALE)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        for gradient in gradients:
-            dist.all_reduce(gradient)
-            gradient /= dist.get_world_size()
+        gradients.append(_over_processes(gradient.float() / _GRADIENT_SCALE))
     above, below = (gradient.norm() for gradient in gradients)
     return (above / (below + eps)).clamp(0, cap).detach()
 
@@ -376,6 +392,8 @@ class DiscriminatorLearner(nn.Module):
         if config.weights is not None and not resumes:
             load = load_discriminator if config.features is None else load_heads
             load(self.discriminator, Path(config.weights))
+        if config.lecam_weight:
+            self.register_buffer("ema_logits", torch.zeros(2))  # real, fake
 
     @torch.no_grad()
     def check_image_size(self, image_size: tuple[int, int]) -> None:
@@ -393,7 +411,17 @@ class DiscriminatorLearner(nn.Module):
 
     def forward(self, inputs: Inputs, draws: Draws, step: int, carry: Carry) -> StepOutput:
         """What is minimised: the hinge loss of ``inputs['pixels']`` against ``carry['reconstruction']``, both as
-        ``target`` says, or of the images as they are against a fresh reconstruction."""
+        ``target`` says, or of the images as they are against a fresh reconstruction; and LeCam's."""
+        real, fake = self._judged(inputs, draws, carry)
+        terms = {"discriminator": Term(hinge_loss(real, fake), 1.0)}
+        means = torch.stack([real.float().mean(), fake.float().mean()])
+        if self.config.lecam_weight:
+            terms["lecam"] = Term(self._lecam(means), self.config.lecam_weight)
+        logits = {"logits_real": means[0].detach(), "logits_fake": means[1].detach()}
+        return StepOutput(terms, metrics=logits)
+
+    def _judged(self, inputs: Inputs, draws: Draws, carry: Carry) -> tuple[Tensor, Tensor]:
+        """Logits of real images and of reconstructions."""
         if self.config.fresh:
             real, fake = inputs["pixels"], self._rounded(inputs)
         else:
@@ -401,21 +429,22 @@ class DiscriminatorLearner(nn.Module):
         if self.config.augment is not None:
             fake = augment(fake, self.config.augment, draws, "augment_fake")
             real = augment(real, self.config.augment, draws, "augment_real")
-        if (
-            self.config.features is not None
-        ):  # whose spectral norm moves with each call, and RAE's begins here
+        if self.config.features is not None:
+            # Its spectral norm moves with each call, and RAE's begins here.
             fake = self.discriminator(fake)
-            real = self.discriminator(real)
-        else:
-            real = self.discriminator(real)
-            fake = self.discriminator(fake)
-        return StepOutput(
-            {"discriminator": Term(hinge_loss(real, fake), 1.0)},
-            metrics={
-                "logits_real": real.detach().float().mean(),
-                "logits_fake": fake.detach().float().mean(),
-            },
-        )
+            return self.discriminator(real), fake
+        real = self.discriminator(real)
+        return real, self.discriminator(fake)
+
+    def _lecam(self, means: Tensor) -> Tensor:
+        """LeCam's loss of the mean logits (real, fake), which the running ones then follow."""
+        everyones = _over_processes(means.detach())
+        # The value of all processes, whose gradients are averaged: each has its own share of it.
+        shared = means + (everyones - means.detach())
+        value = lecam_loss(*shared, *self.ema_logits.clone())
+        with torch.no_grad():
+            self.ema_logits.lerp_(everyones, 1 - _LECAM_DECAY)
+        return value
 
     @torch.no_grad()
     def _rounded(self, inputs: Inputs) -> Tensor:

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from pydantic import Field, model_validator
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from semtok.methods.standardiser import RunningStandardiser
 from semtok.methods.vae import (
     AutoencoderLearner,
     KLTokenizer,
@@ -108,43 +108,6 @@ class SendVAEConfig(AlignedVAEConfig):
 
 
 # Noise -------------------------------------------------------------------------------------------
-
-
-class RunningStandardiser(nn.Module):
-    """Standardises latents per channel by running statistics (momentum 0.1, eps 1e-4).
-
-    The statistics carry no gradient. In training each batch updates them first, over all
-    processes, so that several agree with one on the whole batch; the first batch sets them.
-    """
-
-    def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-4) -> None:
-        super().__init__()
-        self.momentum, self.eps = momentum, eps
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("var", torch.ones(channels))
-        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Raw latents (B, C, h, w) to about zero mean and unit variance."""
-        if self.training:
-            self._update(z.detach())
-        return (z - self.mean[:, None, None]) * (self.var[:, None, None] + self.eps).rsqrt()
-
-    @torch.no_grad()
-    def _update(self, z: Tensor) -> None:
-        # Each process centres by its own mean: E[z²] - E[z]² would leave rounding of a large mean alone.
-        own = torch.stack([z.mean(dim=(0, 2, 3)), z.var(dim=(0, 2, 3), correction=0)])
-        every = [own]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-            dist.all_gather(every, own)
-        means, variances = torch.stack(every, dim=1)
-        mean, var = means.mean(dim=0), variances.mean(dim=0) + means.var(dim=0, correction=0)
-        # Decided on the device: reading the counter here would make the host wait.
-        momentum = torch.where(self.num_updates == 0, 1.0, self.momentum)
-        self.mean.lerp_(mean, momentum)
-        self.var.lerp_(var, momentum)
-        self.num_updates += 1
 
 
 def noise_latents(z: Tensor, alignment: LatentNoiseConfig, draws: Draws) -> Tensor:

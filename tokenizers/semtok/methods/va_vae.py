@@ -23,10 +23,10 @@ from semtok.methods.adversarial import adaptive_ratio, read_part
 from semtok.methods.send_vae import (
     AlignedVAEConfig,
     LatentNoiseConfig,
-    RunningStandardiser,
     check_layers,
     noise_latents,
 )
+from semtok.methods.standardiser import RunningStandardiser
 from semtok.methods.vae import (
     AutoencoderLearner,
     KLTokenizer,
@@ -114,7 +114,7 @@ def direction_loss(z: Tensor, f: Tensor, margin: float) -> Tensor:
 # The projection ----------------------------------------------------------------------------------
 
 _PROJECTION = re.compile(
-    r"(?:(?:module|_orig_mod|learners|autoencoder)\.)*(?:linear_proj|projection)\.(weight|bias)"
+    r"(?:(?:module|_orig_mod|learners|autoencoder|vae)\.)*(?:linear_proj|projection)\.(weight|bias)"
 )
 
 
@@ -187,7 +187,7 @@ class VAVAELearner(AutoencoderLearner):
         direction = direction_loss(z_t, f, alignment.cosine_margin)
         value = alignment.distance_weight * distance + alignment.cosine_weight * direction
         terms["alignment"] = Term(value, self._weight(value, terms))
-        terms |= self.adversarial_terms(x_hat, terms, step)
+        terms |= self.adversarial_terms(x_hat, terms, step, draws)
         return StepOutput(
             terms,
             metrics={

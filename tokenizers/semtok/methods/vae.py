@@ -7,7 +7,7 @@ losses are means over pixels, so that weights keep their meaning across image si
 weight can ramp and is capped.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -239,6 +239,9 @@ class AutoencoderLearner(ImageLossLearner):
     encoder gave them.
     """
 
+    on_draw: Callable[[Tensor], None] | None = None
+    """Is told the draw z of each ``autoencode``, with its gradient, by a stage that adds terms on it: see ``repae``."""
+
     def __init__(
         self, config: VAEConfig, context: MethodContext, discriminator: nn.Module | None
     ) -> None:
@@ -297,6 +300,8 @@ class AutoencoderLearner(ImageLossLearner):
         view = self.views(tuple(x.shape[-2:]), draws)
         q = self.autoencoder.encode(view.encoded(x)).latent_dist
         z = q.mean.float() + q.std.float() * draws.normal("posterior", tuple(q.mean.shape[1:]))
+        if self.on_draw is not None:
+            self.on_draw(z)
         decoded = view.decoded(z)
         if self.config.decoder_noise is not None:
             decoded = noise_for_decoder(decoded, self.config.decoder_noise, draws)

@@ -41,8 +41,8 @@ class DiTArchitecture(Config):
     position_codes: bool = True
     """Sine-cosine codes added to the patch tokens. Without them and without ``rope`` a token knows no place."""
     learned_positions: tuple[int, int] | None = None
-    """The codes are learned, one for each token of this grid (rows, columns), from sine-cosine ones on (DiT^DH); on
-    another grid they are resampled bilinearly. None: computed."""
+    """The codes are learned, one for each token of this grid (rows, columns), from sine-cosine ones on (DiT^DH,
+    REPA-E); on another grid they are resampled bilinearly. None: computed."""
     time_embedding: Literal["sinusoidal", "fourier"] = "sinusoidal"
     """``fourier``: of the noise's time 1 - t, by 256 learned frequencies that start normal (DiT^DH)."""
     time_period: float = Field(10_000.0, gt=1)

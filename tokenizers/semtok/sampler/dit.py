@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
+from itertools import islice
 from keyword import iskeyword
 from typing import Any
 
@@ -180,6 +181,20 @@ class DiT(nn.Module):
         half = weight.dtype in (torch.float16, torch.bfloat16)
         return torch.autocast(weight.device.type, weight.dtype) if half else nullcontext()
 
+    def hidden(
+        self, x: Mapping[str, Tensor], times: Mapping[str, Tensor], labels: Tensor, *, after: int
+    ) -> Tensor:
+        """The tokens (B, vectors + patches, D) after so many blocks, all of them, and nothing behind those blocks is
+        computed; arguments as of ``forward``."""
+        with self._computing():
+            tokens, grid = self._embed(x)
+            condition = self._condition(self._embed_times(times), labels)
+            return self._run_blocks(tokens, condition, grid, DENSE, {after}, until=after)[0]
+
+    def _condition(self, embedded: Tensor, labels: Tensor) -> Tensor:
+        """What modulates the blocks, of embedded times and of labels."""
+        return activated(F.silu(embedded + self.label_embed(labels)), self.config)
+
     def _forward(
         self,
         x: Mapping[str, Tensor],
@@ -191,7 +206,7 @@ class DiT(nn.Module):
     ) -> DiTOutput:
         tokens, grid = self._embed(x)
         embedded = self._embed_times(times)
-        condition = activated(F.silu(embedded + self.label_embed(labels)), self.config)
+        condition = self._condition(embedded, labels)
         wanted = {number for number in (hidden_after, self.config.inner_head) if number}
         tokens, seen = self._run_blocks(tokens, condition, grid, route, wanted)
         state = None
@@ -234,14 +249,15 @@ class DiT(nn.Module):
         grid: tuple[int, int],
         route: Route,
         wanted: set[int],
+        until: int | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The tokens after the last block, and after those that are wanted."""
+        """The tokens after the last block, or after so many, and after those that are wanted."""
         config, values, seen = self.config, None, {}
         rotary = rotary_of(config, grid, len(self.vectors), tokens.device)
         first, last = config.split or (config.depth, 0)
         middle = range(first + 1, config.depth - last + 1)
         whole = (tokens, condition, rotary, values)
-        for number, block in enumerate(self.blocks, start=1):
+        for number, block in enumerate(islice(self.blocks, until), start=1):
             if number == middle.start:
                 whole = (tokens, condition, rotary, values)
                 tokens, condition, rotary, values = _entering(*whole, route)

@@ -7,7 +7,8 @@ from torch import nn
 
 
 class ModelEMA(nn.Module):
-    """A copy of a module that follows it: parameters averaged, buffers copied.
+    """A copy of a module that follows it: parameters averaged, buffers copied. Where a module inside has a true
+    ``averages_buffers``, its floating-point buffers are averaged like parameters.
 
     Args:
         module: is followed; its parameters stay the same objects from now on.
@@ -23,8 +24,13 @@ class ModelEMA(nn.Module):
         self.num_updates = 0
         # Looked up once: to walk through a large network takes milliseconds, and each step would.
         self._mine, self._theirs = list(self.module.parameters()), list(module.parameters())
-        pairs = zip(self.module.modules(), module.modules(), strict=True)
-        self._buffers_of = [(a._buffers, b._buffers) for a, b in pairs if b._buffers]
+        self._averaged, self._copied = [], []  # buffers, by where both stand
+        for mine, theirs in zip(self.module.modules(), module.modules(), strict=True):
+            follows = getattr(theirs, "averages_buffers", False)
+            for name, buffer in theirs._buffers.items():
+                if buffer is not None:
+                    of = self._averaged if follows and buffer.is_floating_point() else self._copied
+                    of.append((mine._buffers, theirs._buffers, name))
 
     def train(self, mode: bool = True) -> "ModelEMA":
         return super().train(False)
@@ -34,13 +40,16 @@ class ModelEMA(nn.Module):
         """Begins anew from the module as it is: for what was measured into it after this copy was made."""
         for mine, theirs in zip(self._mine, self._theirs, strict=True):
             mine.copy_(theirs)
-        self._copy_buffers()
+        self._copy([*self._averaged, *self._copied])
 
     @torch.no_grad()
     def update(self) -> None:
         """Moves towards the module's present weights; a few fused kernels, no host synchronisation."""
-        torch._foreach_lerp_(self._mine, self._theirs, 1 - self._next_decay())
-        self._copy_buffers()
+        share = 1 - self._next_decay()
+        torch._foreach_lerp_(self._mine, self._theirs, share)
+        for mine, theirs, name in self._averaged:
+            mine[name].lerp_(theirs[name], share)
+        self._copy(self._copied)
         self.num_updates += 1
 
     def _next_decay(self) -> float:
@@ -49,8 +58,6 @@ class ModelEMA(nn.Module):
             return min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         return self.decay
 
-    def _copy_buffers(self) -> None:
-        for mine, theirs in self._buffers_of:
-            for name, buffer in theirs.items():
-                if buffer is not None:
-                    mine[name].copy_(buffer, non_blocking=True)
+    def _copy(self, buffers: list[tuple[dict, dict, str]]) -> None:
+        for mine, theirs, name in buffers:
+            mine[name].copy_(theirs[name], non_blocking=True)
