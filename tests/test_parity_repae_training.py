@@ -22,7 +22,7 @@ from semtok.hub.import_dit import import_dit, our_name
 from semtok.hub.import_vae import import_autoencoder
 from semtok.hub.import_vae import our_name as our_vae_name
 from semtok.images import to_pixels
-from semtok.methods import vae as vae_method
+from semtok.methods import image_losses
 from semtok.methods.adversarial import PatchDiscriminator
 from semtok.methods.repae import REPAEObjective
 from semtok.methods.repae_config import REPAEConfig
@@ -178,7 +178,7 @@ class Trained:
     """A joint training of the kit's networks, before its first step."""
 
     def __init__(self, kit: Kit, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(vae_method, "LPIPS", lambda net: StandIn(kit))
+        monkeypatch.setattr(image_losses, "LPIPS", lambda net: StandIn(kit))
         self.kit, steps = kit, kit.settings("two_steps")
         content = read_checkpoint(kit.folder / kit.case["files"]["checkpoint"])
         kwargs = kit.case["constructor"]["kwargs"]
@@ -369,7 +369,7 @@ def norm_of(grads: Any) -> Tensor:
 
 
 def test_parity_repae_statistics_begin_from_the_published_ones(kit, tmp_path, monkeypatch):
-    monkeypatch.setattr(vae_method, "LPIPS", lambda net: StandIn(kit))
+    monkeypatch.setattr(image_losses, "LPIPS", lambda net: StandIn(kit))
     config = settings_of(kit, standardised_by(kit, tmp_path / "vae"))
     context = MethodContext((32, 32), SimpleNamespace(widths=(8,)), 1, class_names=("a",))
     standardiser = REPAEObjective(config, context).learners["dit"].standardiser

@@ -25,6 +25,18 @@ ADVERSARY = {**tiny.ADVERSARIAL, "adaptive": False, "weight": 0.1, "norm": "batc
 VAES: dict[str, dict[str, Any]] = {
     "vae": {"name": "vae", "adversarial": ADVERSARY},
     "send_vae": {"name": "send_vae", "mapper": {"projector_width": 16, "heads": 2}},
+    "va_vae": {"name": "va_vae", "adversarial": ADVERSARY},
+    "transformed": {
+        "name": "send_vae",
+        "mapper": {"projector_width": 16, "heads": 2},
+        "equivariance": {
+            "probability": 1.0,
+            "low_resolution_probability": 0.0,
+            "scales": [0.3, 0.5, 0.75],
+        },
+        "decoder_noise": {"law": "mixed", "strength": 1.0},
+        "adversarial": {**ADVERSARY, "fresh": True, "lecam_weight": 0.1},
+    },
     "edge_vae": {"name": "edge_vae"},
 }
 PLUGIN = Path(__file__).parent / "examples" / "edge_vae.py"
@@ -90,7 +102,8 @@ def test_each_player_learns_from_its_own_losses_alone(vae):
     transformer = touched(objective, outputs["dit"], *outputs["dit"].terms)
     assert transformer and all(name.startswith("dit.dit.") for name in transformer)
     assert any("projector" in name for name in transformer)
-    if vae == "vae":
+    assert outputs["autoencoder"].carry["latents"].shape == (4, 4, 4, 4)  # as the encoder gave them
+    if "adversarial" in VAES[vae]:
         judged = touched(objective, outputs["discriminator"], "discriminator")
         assert judged and all(name.startswith("discriminator.") for name in judged)
     assert all(not t.requires_grad for o in outputs.values() for t in o.carry.values())
@@ -244,6 +257,13 @@ def test_the_transformer_has_an_optimiser_of_its_own():
     assert build().optimiser_config("dit", default) is default
 
 
+def test_what_the_methods_of_the_vae_say_before_the_first_step_names_its_settings_here():
+    made = build("transformed")
+    (line,) = made.notes()
+    assert line.startswith("method.tokenizer.equivariance.scales: ")
+    assert made.steps_in_turn() and not build().steps_in_turn()
+
+
 # Settings ----------------------------------------------------------------------------------------
 
 
@@ -253,6 +273,14 @@ def test_the_transformer_has_an_optimiser_of_its_own():
         ({"diffusion": {"repa": False}}, "method.diffusion.repa: false leaves the VAE nothing"),
         ({"diffusion": {"contrastive_weight": 0.1}}, "method.diffusion.contrastive_weight: "),
         ({"tokenizer": {"train": "decoder", "vae": "demo"}}, "method.tokenizer.train: decoder"),
+        (
+            {"tokenizer": {"equivariance": {}}},
+            "method.tokenizer.equivariance.low_resolution_probability: the transformer would learn",
+        ),
+        (
+            {"tokenizer": {"equivariance": {"scales": [0.3], "low_resolution_probability": 0.0}}},
+            "method.tokenizer.equivariance.scales: none leaves images of 16x16 whole",
+        ),
         ({"tokenizer": {"reconstructoin": "l1"}}, "'method.tokenizer.reconstructoin'; did you"),
         ({"tokenizer": {"name": "reglue"}}, "method.tokenizer.name: 'reglue' trains no VAE"),
         ({"tokenizer": {"name": "repae"}}, "method.tokenizer.name: 'repae' trains no VAE"),

@@ -197,14 +197,7 @@ def _run(plan: TokenizerPlan) -> Tokenizer:
     folder, objective, texture = plan.folder, plan.objective, plan.texture
     if isinstance(texture, TokenizerPlan):
         texture = run_first(texture)
-        resumes = plan.resume and _has_checkpoints(folder)
-        objective = build_objective(
-            plan.recipe,
-            texture,
-            place=plan.place,
-            resumes=resumes,
-            class_names=plan.sources[0].class_names,
-        )
+        objective = _objective_on(texture, plan)
     recipe = around_training.with_precision(plan.recipe, resume=plan.resume)
     accelerator = make_accelerator(recipe.train, folder)
     if accelerator.is_main_process and recipe.train.optimiser is not None:
@@ -257,6 +250,16 @@ def _run(plan: TokenizerPlan) -> Tokenizer:
                 trainer, metrics, folder, "tokenizer", total_seconds=seconds, texture=quality
             )
     return tokenizer
+
+
+def _objective_on(texture: Tokenizer, plan: TokenizerPlan) -> TokenizerObjective:
+    return build_objective(
+        plan.recipe,
+        texture,
+        place=plan.place,
+        resumes=plan.resume and _has_checkpoints(plan.folder),
+        class_names=plan.sources[0].class_names,
+    )
 
 
 def _texture_quality(
