@@ -15,6 +15,7 @@ from semtok.methods.reglue import Compressor, CompressorShape
 from semtok.methods.semvae import SemVAE, SemVAEShape
 from semtok.methods.send_vae import Mapper
 from semtok.methods.vae import PRESETS, build_autoencoder
+from semtok.methods.vit_decoder import ViTDecoder
 from semtok.recipe import (
     PUBLISHED,
     DiffusionRecipe,
@@ -72,7 +73,9 @@ TOKENIZERS = {
     "vae_f16d32": {"autoencoder": 69_836_067, "discriminator": 2_765_633},
     "vae_f8d4": {"autoencoder": 83_653_863, "discriminator": 2_765_633},
     "send_vae": {"autoencoder": 69_836_067, "discriminator": 2_765_633, "mapper": 14_458_112},
-    "va_vae": {"autoencoder": 69_836_067, "discriminator": 2_765_633},
+    "va_vae_f16d32": {"autoencoder": 69_836_067, "discriminator": 2_765_633},
+    "rae": {"decoder": 415_352_704},
+    "raev2": {"decoder": 415_647_616},
     "reglue": {"coder": 16_595_472},
     "semvae": {"coder": 57_924_896},
     # SiT-XL/1's, with its table of positions, and REPA's projector.
@@ -148,6 +151,9 @@ def networks_of(recipe: TokenizerRecipe) -> dict[str, nn.Module]:
         found["autoencoder"] = build_autoencoder(PRESETS[preset])
         made = own.adversarial.model_dump(include={"width", "num_layers", "norm"})
         found["discriminator"] = PatchDiscriminator(**made)
+    if method.name == "rae":
+        channels = {"b": 768, "l": 1024}[recipe.teacher.name.removeprefix("vit_")[0]]
+        found["decoder"] = ViTDecoder(method.decoder, channels=channels, grid=(16, 16))
     if method.name == "send_vae":
         channels = PRESETS[preset].latent_channels
         found["mapper"] = Mapper(method.mapper, channels=channels, teacher_width=TEACHER_WIDTH)

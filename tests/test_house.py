@@ -121,7 +121,7 @@ def test_no_function_is_long():
 
 
 @pytest.mark.parametrize(
-    "method", ["vae", "send_vae", "va_vae", "semvae", "reglue", "redi", "repae"]
+    "method", ["vae", "send_vae", "va_vae", "rae", "semvae", "reglue", "redi", "repae"]
 )
 def test_a_method_says_in_one_short_function_what_is_minimised(method):
     own = [

@@ -341,7 +341,7 @@ DIFFERENCES = {
     "lightningdit_1p0b1_sfd": _SFD,
     "lightningdit_xl1": {"data.cache", "latents", "images", "seed"},
     "vae_f16d32": _VAE,
-    "va_vae": _VAE | {"before the start"},
+    "va_vae_f16d32": _VAE | {"before the start"},
     "vae_f8d4": _VAE | {"data.crop", "train.steps", "train.batch_size", "length", "counter"},
     "eq_vae": {"draws", "discriminator", "batch norm", "optimiser", "train.batch_size", "GPUs"},
     "send_vae": {
@@ -402,8 +402,12 @@ _SUMS = {
 @pytest.mark.parametrize(
     ("name", "setting", "value"),
     [
-        *((name, *one) for name in ("vae_f16d32", "vae_f8d4", "va_vae") for one in _SUMS.items()),
-        ("va_vae", "method.alignment.max_adaptive", 1e8 / (256 * 256 * 3)),
+        *(
+            (name, *one)
+            for name in ("vae_f16d32", "vae_f8d4", "va_vae_f16d32")
+            for one in _SUMS.items()
+        ),
+        ("va_vae_f16d32", "method.alignment.max_adaptive", 1e8 / (256 * 256 * 3)),
     ],
 )
 def test_weights_beside_sums_are_divided_beside_means(name, setting, value):
@@ -414,7 +418,7 @@ def test_weights_beside_sums_are_divided_beside_means(name, setting, value):
     assert found == pytest.approx(value, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["vae_f16d32", "va_vae"])
+@pytest.mark.parametrize("name", ["vae_f16d32", "va_vae_f16d32"])
 def test_the_discriminator_starts_where_a_counter_of_two_optimisers_reaches_5001(name):
     adversarial = load_recipe(embedded_recipes()[f"{PUBLISHED}/{name}"], []).method.adversarial
     # As counted there: 2 n before the autoencoder's step of batch n, 2 n + 1 before the discriminator's.

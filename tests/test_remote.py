@@ -15,7 +15,7 @@ pytest.importorskip("webdataset")
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-NUM = 12
+NUM = 8
 READ = """
 import atexit, gc, multiprocessing, os, sys, threading, time
 from torch.utils.data import DataLoader, Dataset
@@ -26,7 +26,7 @@ from semtok.data.images.parquet import Parquet, ParquetConfig
 from semtok.data.images.tars import Tars, TarsConfig
 from semtok.data.source import Key
 
-NUM = 12
+NUM = 8
 keys = [Key(i) for i in range(NUM)]
 
 class Sources(Dataset):

@@ -29,9 +29,10 @@ class EdgeVAELearner(AutoencoderLearner):
     ) -> StepOutput:
         q, _, x_hat = self.autoencode(inputs["pixels"], draws)
         terms = self.vae_terms(q, x_hat, inputs)
-        edges = (x_hat - inputs["pixels"]).diff(dim=2).square().mean(dim=(1, 2, 3))
+        x = self.target(inputs["pixels"], draws)
+        edges = (x_hat - x).diff(dim=2).square().mean(dim=(1, 2, 3))
         terms["edges"] = Term(edges, self.config.edge_weight)
-        terms |= self.adversarial_terms(x_hat, terms, step)
+        terms |= self.adversarial_terms(x_hat, terms, step, draws)
         return StepOutput(terms, carry={"reconstruction": x_hat.detach()})
 
 

@@ -394,19 +394,16 @@ def _about(comparison: Comparison, at_once: int) -> list[str]:
     settings = comparison.settings
     data = " ".join(settings.data) or "the embedded shapes at 32x32"
     teacher = " ".join(settings.teacher) or "the embedded teacher"
-    seen, partial = (
-        "of the teacher",
-        "A teacher that tokenizers or transformers were aligned to is no impartial judge.",
-    )
+    seen = "of the teacher"
+    partial = "A teacher that tokenizers or transformers were aligned to is no impartial judge."
     if settings.judge == TRAINED:
         seen = "of a judge that was trained on the real images alone, which also reads the classes"
         partial = "No tokenizer and no transformer was aligned to it."
     return [
         f"Data: {data}. Teacher: {teacher}. Tokenizers are trained for {settings.recipe_share:.0%} of their recipes' "
         f"steps, and those with several parts, or with weights to start from, are built on the '{TEXTURE}' of the same "
-        "seed; one that was trained "
-        f"before is the same for every seed. On each the transformer of the recipe {settings.recipe} is trained for "
-        f"{settings.steps} steps at a constant rate and sampled without guidance.",
+        "seed; one that was trained before is the same for every seed. On each the transformer of the recipe "
+        f"{settings.recipe} is trained for {settings.steps} steps at a constant rate and sampled without guidance.",
         f"Generated images: {settings.num_images}, the classes in turn, by averaged weights, compared with "
         f"{settings.num_reference} training images in the features {seen}. {partial}",
         f"Seconds are of {at_once} processes at a time on this machine; they depend on both.",

@@ -174,7 +174,7 @@ class RAELearner(ImageLossLearner):
             return self.decoder(inputs["tokens"])
 
     def forward(self, inputs: Inputs, draws: Draws, step: int, carry: Carry) -> StepOutput:
-        """Losses of one micro-batch: L = λ_r L_rec(x, x̂) + λ_p d(x, x̂) + λ_a w L_adv(x̂), x̂ = decode(z + noise).
+        """What is minimised: L = λ_r L_rec(x, x̂) + λ_p d(x, x̂) + λ_a w L_adv(x̂), with x̂ = decode(z + noise).
 
         Args:
             inputs: ``pixels`` (B, 3, H, W), the encoder's ``tokens`` (B, C, h, w) and all its ``features``.
