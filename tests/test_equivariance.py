@@ -235,7 +235,7 @@ def test_images_that_can_not_be_transformed_are_refused_by_name(method, size, wo
     ],
 )
 def test_images_too_small_for_lpips_are_refused_before_the_first_step(settings, words, monkeypatch):
-    monkeypatch.setattr("semtok.methods.vae.LPIPS", lambda net: torch.nn.Identity())
+    monkeypatch.setattr("semtok.methods.image_losses.LPIPS", lambda net: torch.nn.Identity())
     tiny.build({"name": "vae", "perceptual": "lpips"})
     with pytest.raises(UserError, match=words):
         tiny.build({"name": "vae", "perceptual": "lpips"} | settings)

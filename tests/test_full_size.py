@@ -36,6 +36,7 @@ IMPORTED = {
     "runs/imagenet256/va_vae": "f16d32",
     "runs/imagenet256/ldm_f16d32": "f16d32",
     "runs/imagenet256/invae": "f16d32",
+    "runs/imagenet256/kl_f8": "f8d4",
 }
 """Shapes of autoencoders that are not trained here."""
 RAE = {"runs/imagenet256/rae": LatentSpec((PartSpec("texture", 768, 16),))}
@@ -74,6 +75,7 @@ TOKENIZERS = {
     "vae_f8d4": {"autoencoder": 83_653_863, "discriminator": 2_765_633},
     "send_vae": {"autoencoder": 69_836_067, "discriminator": 2_765_633, "mapper": 14_458_112},
     "va_vae_f16d32": {"autoencoder": 69_836_067, "discriminator": 2_765_633},
+    "eq_vae": {"autoencoder": 83_653_863, "discriminator": 2_765_633},
     "rae": {"decoder": 415_352_704},
     "raev2": {"decoder": 415_647_616},
     "reglue": {"coder": 16_595_472},

@@ -197,7 +197,8 @@ def test_lecam_holds_logits_to_the_running_means_of_the_other_kind(monkeypatch):
     monkeypatch.setattr(
         learner.discriminator, "forward", lambda x: torch.full((4, 1, 1, 1), next(logits))
     )
-    inputs, carry = {"pixels": torch.zeros(4)}, {"reconstruction": torch.zeros(4)}
+    images = torch.zeros(4, 3, 16, 16)
+    inputs, carry = {"pixels": images}, {"reconstruction": images}
     first = learner(inputs, tiny.draws(), 0, {**carry}).terms["lecam"]
     assert first.weight == 0.5 and first.value == pytest.approx(3.0**2 + 1.0**2)
     torch.testing.assert_close(learner.ema_logits, torch.tensor([3e-3, -1e-3]))

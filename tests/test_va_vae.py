@@ -186,6 +186,11 @@ def test_the_projection_starts_from_a_published_file_or_from_a_run(tmp_path):
     second = check_tokenizer(again, tmp_path / "next").objective.learners["autoencoder"]
     assert torch.equal(second.projection.weight, trained)
 
+    joint = tmp_path / "joint.safetensors"  # of REPA-E, which has the VAE's learner in its own
+    save_file({"learners.autoencoder.vae.projection.weight": published}, joint)
+    third = check_tokenizer(parse_recipe(content(joint), "tiny"), tmp_path / "third").objective
+    assert torch.equal(third.learners["autoencoder"].projection.weight, published)
+
     (tmp_path / "last.ckpt").unlink()
     resumed = check_tokenizer(recipe, tmp_path / "run", resume=True)
     assert resumed.objective.learners["autoencoder"].projection.weight.shape == published.shape

@@ -44,8 +44,10 @@ def measure_steps(comparison: Comparison) -> None:
                 continue
             recipe = load_recipe(path, comparison.tokenizer_overrides(name, 0, vae=DEMO))
             texture = Tokenizer.from_pretrained(DEMO) if is_composite(name) else None
-            objective = build_objective(recipe, texture, place=str(path))
             images = open_sources(recipe.data)[0]
+            objective = build_objective(
+                recipe, texture, place=str(path), class_names=images.class_names
+            )
             seconds["tokenizer"][name] = _seconds_a_step(objective, recipe, images, Path(place))
         for row in comparison.rows:
             words = comparison.generator_overrides(row, 0)

@@ -264,7 +264,7 @@ class Comparison:
             else:
                 texture = Tokenizer.from_pretrained(DEMO) if is_composite(reference) else None
                 parsed = load_recipe(recipe, self.tokenizer_overrides(reference, 0, vae=DEMO))
-                build_objective(parsed, texture, place=str(recipe))
+                build_objective(parsed, texture, place=str(recipe), class_names=train.class_names)
         for row in self.rows:
             load_diffusion_recipe(
                 self.recipe, self.generator_overrides(row, 0), tokenizer=row.tokenizer
