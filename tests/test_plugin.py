@@ -93,7 +93,9 @@ def test_a_name_like_one_of_ours_is_not_taken_for_a_slip():
     with pytest.raises(UserError) as error:
         get_method("gan_vae", place="recipe.yaml")
     assert "did you mean 'send_vae'" not in str(error.value)
-    assert "redi, reglue, semvae, send_vae" in str(error.value) and ". A method" in str(error.value)
+    assert "redi, reglue, repae, semvae, send_vae" in str(error.value) and ". A method" in str(
+        error.value
+    )
     with pytest.raises(UserError, match="did you mean 'send_vae'\\? A method of your own"):
         get_method("sendvae", place="recipe.yaml")
 
