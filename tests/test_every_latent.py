@@ -17,6 +17,7 @@ from semtok.commands.train_dit import build_diffusion_objective
 from semtok.data.images.kinds import open_sources
 from semtok.methods.vae import KLTokenizer
 from semtok.recipe import parse_diffusion_recipe
+from semtok.registry import _METHODS
 from semtok.training.loop import Trainer
 from textures import texture
 
@@ -153,3 +154,9 @@ def test_ten_steps_are_finite_and_what_is_drawn_decodes(case, textures, tmp_path
     assert ("global" in made.spec.names) == with_token
     drawn = generator.sample([0, 1], seed=0)
     assert drawn.shape == (2, 3, 16, 16) and drawn.isfinite().all() and drawn.std() > 0
+
+
+def test_every_registered_method_is_tried_here():
+    own = {n for n, m in _METHODS.items() if m.config.__module__.startswith("semtok.methods.")}
+    semantics = {settings["name"] for settings in tiny.SEMANTICS.values()}
+    assert own == {settings["name"] for settings in METHODS.values()} | semantics

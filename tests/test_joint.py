@@ -29,7 +29,6 @@ from semtok.diffusion.repa import repa_loss
 from semtok.diffusion.training import DiffusionObjective
 from semtok.objective import Batch
 from semtok.recipe import parse_recipe
-from semtok.registry import get_method
 from semtok.sampler.architecture import DiTArchitecture
 from semtok.sampler.guidance import GuidanceConfig
 from semtok.sampler.sampling import Method, SamplerConfig, integrate, velocity_function
@@ -543,11 +542,3 @@ def test_other_image_sizes_than_the_tokenizers_are_told(model, tmp_path, capsys)
     arguments += ["--output", str(tmp_path / "run"), "data.size=24", "train.steps=2"]
     assert run(train_dit.main, arguments) == 0
     assert "was trained on images of 16x16, these are 24x24" in capsys.readouterr().out
-
-
-def test_every_registered_method_is_tried_here():
-    get_method("vae", place="")
-    from semtok.registry import _METHODS
-
-    own = {n for n, m in _METHODS.items() if m.config.__module__.startswith("semtok.methods.")}
-    assert own == {"vae", "send_vae", "va_vae"} | {m["name"] for m in SEMANTICS.values()}
