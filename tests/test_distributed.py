@@ -30,11 +30,10 @@ METHODS = {
         "equivariance": {"probability": 0.8, "scales": [0.5, 0.75], "turned": "each"},
         "decoder_noise": {"law": "mixed", "strength": 1.0},
     },
-    "va_vae_gan": {"name": "va_vae", "adversarial": {**tiny.ADVERSARIAL, "norm": "group"}},
     "repae": {
         "name": "repae",
         "tokenizer": {
-            "name": "vae",
+            "name": "va_vae",
             "vae": tiny.AUTOENCODER,
             "adversarial": {**tiny.ADVERSARIAL, "norm": "group", "lecam_weight": 0.1},
         },
@@ -52,7 +51,6 @@ METHODS = {
     ("name", "optimiser"),
     [
         ("send_vae_gan", "adamw"),
-        ("va_vae_gan", "adamw"),
         ("semvae", "adamw"),
         ("send_vae_gan", "muon"),
         ("repae", "adamw"),
