@@ -343,9 +343,14 @@ def test_the_rate_is_an_option_of_sampling_and_refused_where_it_can_take_no_effe
     words[-1] = str(tmp_path / "b.png")
     assert run(sample.main, [*words, "--state-refresh-rate", "2", "--method", "heun"]) == 2
     assert "state_refresh_rate goes with euler and sde" in capsys.readouterr().err
+    assert run(sample.main, [*words, "--method", "heun"]) == 0, "the model's own rate is 2"
+    told = "note: sampler.state_refresh_rate of this model does not go with heun"
+    assert told in capsys.readouterr().err
+    words[-1] = str(tmp_path / "c.png")
+    assert run(sample.main, [*words, "--method", "heun", "--state-refresh-rate", "1"]) == 0
     plain = made({"depth": 1, "width": 16, "heads": 1}, SamplerConfig(steps=2))
     plain.save_pretrained(tmp_path / "plain")
-    words[0] = str(tmp_path / "plain")
+    words[0], words[-1] = str(tmp_path / "plain"), str(tmp_path / "d.png")
     assert run(sample.main, [*words, "--state-refresh-rate", "2"]) == 2
     assert "--state-refresh-rate: this model has no head" in capsys.readouterr().err
 

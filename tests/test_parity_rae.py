@@ -1,5 +1,7 @@
 """RAE against kits of its official code: the tokenizer of its files, its statistics, and a step of its first stage."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from parity import Kit, kits, load_kit
+from semtok.errors import UserError
 from semtok.hub.formats import open_checkpoint
 from semtok.hub.import_rae import EPS
 from semtok.hub.imports import Imported, import_checkpoint
@@ -374,3 +377,23 @@ def test_a_file_of_stage_one_is_read_whole(kit):
         "encoder.encoder.embeddings.mask_token"
     }
     assert imported.became["disc"] == "left out, other weights"
+
+
+@pytest.mark.parametrize(
+    ("file", "beside", "key"),
+    [
+        ("checkpoint", "decoder_config/config.json", "decoder_num_attention_heads"),
+        ("diffusers", "diffusers/config.json", "decoder_num_attention_heads"),
+        ("checkpoint", "encoder/preprocessor_config.json", "image_mean"),
+    ],
+)
+def test_what_json_beside_a_file_has_to_say_is_named(kit, file, beside, key, tmp_path):
+    folder = tmp_path / "kit"
+    shutil.copytree(kit.folder, folder, copy_function=shutil.copyfile)
+    for place in (folder, *folder.rglob("*")):
+        place.chmod(0o755)
+    content = json.loads((folder / beside).read_text())
+    del content[key]
+    (folder / beside).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{beside}.*: says no {key}"):
+        import_checkpoint(folder / kit.case["files"][file], "auto", ImportOptions())

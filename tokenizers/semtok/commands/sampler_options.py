@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -127,9 +128,28 @@ def sampler_from(args: argparse.Namespace, generator: Generator) -> SamplerConfi
         "guidance": _guidance(args, generator),
     }
     given = {k: v for k, v in changes.items() if v is not None}
-    sampler = parse(SamplerConfig, own.model_dump() | given, "--method, --steps")
+    settings = own.model_dump() | _without_those_of(own, args.method or own.method) | given
+    sampler = parse(SamplerConfig, settings, "--method, --steps")
     _check_use(args, sampler, generator)
     return sampler
+
+
+def _without_those_of(own: SamplerConfig, method: str) -> dict[str, Any]:
+    """Defaults in the place of settings that the model's own method takes and another one does not; a line says so."""
+    without_noise = set(get_args(Method)) - {"sde"}
+    belongs = {
+        "state_refresh_rate": {"euler", "sde"},
+        "euler_last_step": {"euler"},
+        "end": without_noise,
+        "split_at_borders": without_noise,
+    }
+    left = {}
+    for name, methods in belongs.items():
+        default = SamplerConfig.model_fields[name].default
+        if method != own.method and method not in methods and getattr(own, name) != default:
+            left[name] = default
+            print(f"note: sampler.{name} of this model does not go with {method}", file=sys.stderr)
+    return left
 
 
 def _guidance(args: argparse.Namespace, generator: Generator) -> Mapping[str, Any]:
@@ -162,7 +182,7 @@ def _check_use(args: argparse.Namespace, sampler: SamplerConfig, generator: Gene
     if args.error_over is not None and method != "dopri5":
         raise UserError(f"--error-over: goes with --method dopri5, not {method}")
     if args.state_refresh_rate is not None:
-        if method not in ("euler", "sde"):
+        if method not in ("euler", "sde") and args.state_refresh_rate > 1:
             raise UserError(f"--state-refresh-rate: goes with --method euler and sde, not {method}")
         if generator.network.config.head is None:
             raise UserError(

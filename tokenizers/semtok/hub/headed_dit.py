@@ -161,7 +161,8 @@ def _ddt(
     patch = round((inputs / channels) ** 0.5)
     if channels * patch**2 != inputs:
         raise ValueError(
-            f"its tokens hold {inputs} numbers, which are no squares of {channels} channels"
+            f"its tokens hold {inputs} numbers, which are no squares of {channels} channels; "
+            "is it of the latents of --tokenizer?"
         )
     spec = _checked(spec or LatentSpec((PartSpec("texture", channels, 8),)), channels)
     blocks = count_numbered(state, "blocks.")

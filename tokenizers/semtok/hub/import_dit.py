@@ -169,7 +169,9 @@ def import_dit(
             ours |= _reversed_time(ours)
     except ValueError as error:
         reason = first_line(error)
-        raise UserError(f"{place}: not a SiT, REPA or LightningDiT checkpoint ({reason})") from None
+        raise UserError(
+            f"{place}: can't be read as a transformer of SiT, REPA, REPA-E or LightningDiT ({reason})"
+        ) from None
     timed_parts = ("semantic", "texture") if _LEADS in state else ()
     network = built(
         lambda: DiT(config, spec, num_classes=num_classes, timed_parts=timed_parts), ours, place
@@ -285,7 +287,7 @@ def _architecture(state: Mapping[str, Tensor], heads: int | None, split: Split) 
         heads = width // sizes(state, "blocks.0.attn.q_norm.weight", 1)[0]
     heads = heads or _PUBLISHED_HEADS.get(width)
     if heads is None:
-        raise ValueError(f"width {width} is no published size; give the number of heads")
+        raise ValueError(f"width {width} is no published size; give --heads N")
     last = "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight"
     hidden = sizes(state, last, 2)[1]
     shape = {

@@ -91,7 +91,13 @@ def import_diffusers_rae(job: ImportJob) -> RAETokenizer:
     job.refuse("tokenizer", "teacher", "heads", "image_size", "semantic_channels", "statistics")
     folder = job.checkpoint.path
     config, place = read_json(folder / "config.json"), str(folder / "config.json")
-    state = read_tensors(folder / "diffusion_pytorch_model.safetensors")
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    if not weights.is_file():
+        raise UserError(
+            f"{folder}: holds no {weights.name}; a RAE's variants and shards are not read here, so save it whole, by "
+            "diffusers' save_pretrained"
+        )
+    state = read_tensors(weights)
     job.fates |= dict.fromkeys(state, "network")
     kind = config.get("encoder_type", "dinov2")
     if kind != "dinov2":
@@ -100,13 +106,14 @@ def import_diffusers_rae(job: ImportJob) -> RAETokenizer:
     _check_scale(state["encoder_mean"], state["encoder_std"], teacher, place)
     decoder = _under(state, "decoder.")
     if "decoder_pos_embed" not in decoder:
-        side = config["encoder_input_size"] // config["encoder_patch_size"]
+        size, patch = (_said(config, f"encoder_{n}_size", place) for n in ("input", "patch"))
+        side = size // patch
         decoder = decoder | {"decoder_pos_embed": diffusers_positions(state, side)}
         job.notes.append(
             f"its position table for {side}x{side} tokens is computed as diffusers does, which ignores a trained one: "
             "images are diffusers', not those of RAE's own file"
         )
-    heads = config["decoder_num_attention_heads"]
+    heads = _said(config, "decoder_num_attention_heads", place)
     tokenizer = RAETokenizer(import_decoder(decoder, heads, job.place, teacher), teacher)
     # diffusers adds eps to the deviation, and multiplies by its factor.
     std = (state["_latents_std"] + EPS) / config.get("scaling_factor", 1.0)
@@ -181,9 +188,12 @@ def _encoder(state: Mapping[str, Tensor], job: ImportJob, folder: Path | None) -
     )
     teacher = Teacher(config, weights)
     if folder is not None and (folder / "preprocessor_config.json").is_file():
-        said = read_json(folder / "preprocessor_config.json")
-        mean, std = (torch.tensor(said[key]) for key in ("image_mean", "image_std"))
-        _check_scale(mean, std, teacher, str(folder / "preprocessor_config.json"))
+        said, place = (
+            read_json(folder / "preprocessor_config.json"),
+            str(folder / "preprocessor_config.json"),
+        )
+        mean, std = (torch.tensor(_said(said, key, place)) for key in ("image_mean", "image_std"))
+        _check_scale(mean, std, teacher, place)
     for name in job.fates:
         if name.endswith(_UNREAD):
             job.fates[name] = "left out, RAE does not read it"
@@ -267,13 +277,20 @@ def _heads(job: ImportJob, decoder: Mapping[str, Tensor]) -> int:
     said = job.checkpoint.path.parent / "decoder_config" / "config.json"
     if said.is_file():
         job.notes.append(f"the decoder's heads are taken from {said}, which lies beside it")
-        return read_json(said)["decoder_num_attention_heads"]
+        return _said(read_json(said), "decoder_num_attention_heads", f"{said} (or give --heads)")
     width = len(decoder["decoder_embed.weight"])
     if width not in _DECODER_HEADS:
         raise UserError(
             f"{job.place}: does not say how many heads its decoder of width {width} has; give --heads"
         )
     return _DECODER_HEADS[width]
+
+
+def _said(config: Any, key: str, place: str) -> Any:
+    """What JSON beside a file says under a key that has to be there."""
+    if not isinstance(config, dict) or key not in config:
+        raise UserError(f"{place}: says no {key}; fetch the file again")
+    return config[key]
 
 
 # Names and statistics ----------------------------------------------------------------------------

@@ -117,7 +117,7 @@ class SamplerConfig(Config):
             raise ValueError("sampler.end: sde ends by a step without noise; leave it out")
         if self.state_refresh_rate > 1:
             if self.method not in ("euler", "sde"):
-                raise ValueError("sampler.state_refresh_rate goes with euler and sde")
+                raise ValueError("sampler.state_refresh_rate goes with euler and sde; pass 1")
             if self.guidance.base == "inner_head":
                 raise ValueError(
                     "sampler.state_refresh_rate: guidance.base: inner_head is read off the blocks that it leaves out; "
