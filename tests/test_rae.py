@@ -20,6 +20,7 @@ from semtok.hub.imports import import_checkpoint
 from semtok.hub.job import ImportOptions
 from semtok.images import to_pixels
 from semtok.methods.augment import AugmentConfig, augment
+from semtok.methods.feature_discriminator import FeatureDiscriminator, FeaturesConfig
 from semtok.methods.rae import RAETokenizer, encoder_tokens
 from semtok.methods.vit_decoder import DecoderShape, ViTDecoder
 from semtok.recipe import parse_recipe
@@ -258,8 +259,6 @@ def test_changes_of_images_belong_to_images_and_let_gradients_through():
 
 def test_each_change_can_be_left_out():
     images = pixels(6)
-    nothing = AugmentConfig(translation=0, colour=False)
-    assert torch.equal(augment(images, nothing, draws(6), "a"), images)
     shifted = augment(images, AugmentConfig(colour=False, translation=0.25), draws(6), "a")
     for before, after in zip(images, shifted, strict=True):
         shifts = [(y, x) for y in range(-4, 5) for x in range(-4, 5)]
@@ -284,12 +283,63 @@ def moved(image: Tensor, y: int, x: int) -> Tensor:
     [
         ({"adversarial": ADVERSARIAL | {"width": 32}}, "width: of the patch discriminator"),
         ({"adversarial": ADVERSARIAL | {"features": FEATURES | {"kernel": 2}}}, "2 is even"),
+        (
+            {"adversarial": ADVERSARIAL | {"augment": {"translation": 0, "colour": False}}},
+            "method.adversarial.augment: translation 0, colour false and cutout 0 change nothing",
+        ),
         ({"decoder": tiny.DECODER | {"heads": 3}}, "width 16 is no multiple of heads 3"),
     ],
 )
 def test_settings_that_can_not_take_effect_are_refused(method, message):
     with pytest.raises(UserError, match=message):
         parse_recipe(content(method), "tiny")
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({"input_size": 3}, r"input_size: 3 gives 'demo' no tokens, .* pass at least 8"),
+        ({"input_size": 7}, r"input_size: 7 gives 'demo' 1 token, .* pass at least 8"),
+        ({"input_size": 8, "kernel": 11}, r"kernel: 11 is too large for the 4 tokens .* at most 9"),
+        ({"layers": [99]}, r"layers: \[99\] out of range"),
+        ({"name": "vit_none"}, r"name: timm knows no model 'vit_none'"),
+        (
+            {"checkpoint": "teacher.checkpoint"},
+            r"checkpoint: no such file 'teacher.checkpoint'; pass method.adversarial.features.checkpoint=",
+        ),
+    ],
+)
+def test_features_that_can_not_be_judged_are_refused_before_training(features, message):
+    adversarial = ADVERSARIAL | {"features": FEATURES | features}
+    recipe = parse_recipe(content({"adversarial": adversarial}), "tiny")
+    with pytest.raises(UserError, match=rf"method\.adversarial\.features\.{message}"):
+        build_objective(recipe, place="tiny")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("features", [{"input_size": 8, "kernel": 9}, {"input_size": 11}])
+def test_the_fewest_tokens_are_judged(features):
+    config = FeaturesConfig(name="demo", layers=(0, 1), **features)
+    discriminator = FeatureDiscriminator(config).eval()
+    assert discriminator(pixels(2)).shape == (2, 3, 1, 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("resize", ["bilinear", "bicubic"])
+def test_images_are_judged_as_normalise_and_resize_say(normalise, resize):
+    config = FeaturesConfig(
+        input_size=16, name="demo", layers=(0, 1), normalise=normalise, resize=resize
+    )
+    discriminator, seen = FeatureDiscriminator(config), []
+    (network,) = discriminator.frozen_modules()
+    network.mean += 0.1  # demo's own normalisation leaves [-1, 1] as it is
+    given = network.features_of_input
+    network.features_of_input = lambda x: seen.append(x) or given(x)
+    images = torch.rand(2, 3, 24, 24) * 2 - 1
+    discriminator(images)
+    torch.testing.assert_close(seen[0], network.preprocess(images))
+    assert FeaturesConfig().resize == "bilinear"
 
 
 def test_a_network_without_patch_tokens_is_refused(tmp_path):

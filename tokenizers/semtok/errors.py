@@ -1,8 +1,10 @@
 """What commands turn into a one-line message instead of a traceback."""
 
+import contextlib
 import difflib
+import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -54,3 +56,12 @@ def did_you_mean(
     plain = {other.casefold(): other for other in known}
     near = difflib.get_close_matches(word.casefold(), plain, n=1, cutoff=cutoff)
     return f"did you mean '{plain[near[0]]}'?" if near else otherwise
+
+
+@contextlib.contextmanager
+def named_here(pattern: str, prefix: str) -> Iterator[None]:
+    """Within this context messages name settings by where they stand in these: what matches the pattern is replaced."""
+    try:
+        yield
+    except ValueError as error:
+        raise type(error)(re.sub(pattern, prefix, str(error))) from None

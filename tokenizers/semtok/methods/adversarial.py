@@ -398,7 +398,7 @@ class DiscriminatorLearner(nn.Module):
     @torch.no_grad()
     def check_image_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError where images of (height, width) are too small for its kernels: it may start late."""
-        if self.config.features is not None:  # which resizes images
+        if self.config.features is not None:  # which resizes images, and was built for that size
             return
         self.discriminator.eval()
         try:

@@ -6,7 +6,7 @@ learn the training images by heart and the decoder does not learn the change.
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from semtok.sampler.draws import Draws
@@ -24,6 +24,14 @@ class AugmentConfig(Config):
     """Whether brightness changes by up to 0.5, saturation from 0 to 2 times, contrast from half to 1.5 times."""
     cutout: float = Field(0.0, ge=0, lt=1)
     """Side of the grey square that is cut out, as a share of the image's; RAE has none. 0: none."""
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> "AugmentConfig":
+        if not (self.translation or self.colour or self.cutout):
+            raise ValueError(
+                "translation 0, colour false and cutout 0 change nothing; give one of them, or leave augment out"
+            )
+        return self
 
 
 def augment(pixels: Tensor, config: AugmentConfig, draws: Draws, name: str) -> Tensor:

@@ -11,12 +11,14 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm  # RAE's: the newer one updates u and v in the other order
 
-from semtok.errors import UserError
+from semtok.errors import UserError, named_here
 from semtok.objective import Unregistered
 from semtok.storage import read_weights
 from semtok.teachers import Teacher, TeacherConfig
 
 _SIZE = 224
+_PLACE = "method.adversarial.features"
+_TEACHER = rf"(?<![\w./'-])teacher(?=\.(?:{'|'.join(TeacherConfig.model_fields)})\b| ')"  # and no file's name
 
 
 class FeaturesConfig(TeacherConfig):
@@ -25,16 +27,19 @@ class FeaturesConfig(TeacherConfig):
     name: str = "vit_small_patch8_224.dino"
     """``demo``, or any vision transformer that timm knows; DINO-S/8 as in RAE."""
     input_size: int | None = Field(_SIZE, gt=0)
-    """Side, in pixels, to which images are resized bilinearly, whatever their aspect; None: the one it was trained
-    at."""
+    """Side, in pixels, to which images are resized, whatever their aspect: two patches or more; None: the one it was
+    trained at."""
     layers: tuple[int, ...] = (2, 5, 8, 11)
     """Blocks whose patch tokens are judged; negative counts from the last."""
+    resize: Literal["bicubic", "bilinear"] = "bilinear"
+    """How images get to ``input_size``, without antialiasing; bilinear in RAE's code."""
     final_norm: Literal["affine", "plain", "none"] = "none"
     """As ``teacher.final_norm``; RAE judges tokens without a norm."""
     gelu: Literal["exact", "tanh"] = "tanh"
     """How the network's GELU is computed: as it was trained (timm's), or by the approximation that RAE's code has."""
     kernel: int = Field(9, ge=1)
-    """Tokens that a head's convolution sees at once, along the rows of the image joined to a ring; an odd number."""
+    """Tokens that a head's convolution sees at once, along the rows of the image joined to a ring; an odd number, at
+    most 1 more than twice the tokens of an image."""
 
     @field_validator("kernel")
     @classmethod
@@ -73,16 +78,17 @@ class FeatureDiscriminator(nn.Module):
     mode. The network stays out of the state.
 
     Raises:
-        UserError: an unknown network, or one that is no vision transformer.
+        UserError: an unknown network, one that is no vision transformer, or one with too few tokens for the heads.
     """
 
     def __init__(self, config: FeaturesConfig) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):  # the heads do not depend on how it is loaded
+        # The heads do not depend on how it is loaded.
+        with torch.random.fork_rng(devices=[]), named_here(_TEACHER, _PLACE):
             network = Teacher(config)
         if not network.is_transformer:
             raise UserError(
-                f"method.adversarial.features: '{config.name}' is no vision transformer; choose one, as demo"
+                f"{_PLACE}: '{config.name}' is no vision transformer; choose one, as demo"
             )
         for layer in network.modules():
             if isinstance(layer, nn.GELU):
@@ -90,6 +96,7 @@ class FeatureDiscriminator(nn.Module):
         self._network = Unregistered(network)
         side = network.input_size // network.patch_size * network.patch_size
         self._input_size = (side, side)
+        _check_tokens(config, network, (side // network.patch_size) ** 2)
         widths = (network.widths[-1], *network.widths)
         self.heads = nn.ModuleList(
             nn.Sequential(
@@ -108,11 +115,27 @@ class FeatureDiscriminator(nn.Module):
         """Logits (B, heads, 1, tokens), above 0 for real, of pixels (B, 3, H, W) in [-1, 1]."""
         network = self._network.module
         if tuple(pixels.shape[-2:]) != self._input_size:
-            pixels = F.interpolate(pixels, size=self._input_size, mode="bilinear")
-        features = network.features_of_input(network.normalise(pixels))
+            pixels = F.interpolate(pixels, size=self._input_size, mode=network.config.resize)
+        if network.config.normalise:
+            pixels = network.normalise(pixels)
+        features = network.features_of_input(pixels)
         tokens = [rearrange(patch, "b d h w -> b d (h w)") for patch in features.patches]
         judged = zip(self.heads, (tokens[-1], *tokens), strict=True)
         return torch.stack([head(x) for head, x in judged], dim=1)
+
+
+def _check_tokens(config: FeaturesConfig, network: Teacher, tokens: int) -> None:
+    """Raises UserError where images have too few tokens for the heads: they may judge the first ones late."""
+    if tokens < 2:  # of which the norm takes the deviation
+        raise UserError(
+            f"{_PLACE}.input_size: {network.input_size} gives '{config.name}' {tokens or 'no'} token"
+            f"{'' if tokens else 's'}, and heads judge at least 2; pass at least {2 * network.patch_size}"
+        )
+    if config.kernel // 2 > tokens:
+        raise UserError(
+            f"{_PLACE}.kernel: {config.kernel} is too large for the {tokens} tokens of images of "
+            f"{_PLACE}.input_size {network.input_size}; pass at most {2 * tokens + 1}, or a larger input_size"
+        )
 
 
 def load_heads(discriminator: FeatureDiscriminator, path: Path) -> None:

@@ -23,7 +23,8 @@ from semtok.diffusion.generator import Generator
 from semtok.diffusion.learner import DiTLearner
 from semtok.diffusion.repa import REPAConfig
 from semtok.diffusion.training import DiffusionObjective
-from semtok.methods.repae_config import REPAEConfig, named_here
+from semtok.errors import named_here
+from semtok.methods.repae_config import REPAEConfig
 from semtok.methods.standardiser import RunningStandardiser
 from semtok.methods.texture_classes import stated_statistics
 from semtok.methods.vae import AutoencoderLearner, KLTokenizer, VAEObjective

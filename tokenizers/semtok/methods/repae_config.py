@@ -1,8 +1,6 @@
 """Settings of REPA-E, which hold those of a VAE's method and those of a diffusion transformer."""
 
-import contextlib
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import Field, model_validator
@@ -85,12 +83,3 @@ class REPAEConfig(MethodConfig, Generic[VAEType]):
 
     def check_references(self) -> None:
         self.tokenizer.check_references()
-
-
-@contextlib.contextmanager
-def named_here(pattern: str, prefix: str) -> Iterator[None]:
-    """Within this context messages name settings by where they stand in these: what matches the pattern is replaced."""
-    try:
-        yield
-    except ValueError as error:
-        raise type(error)(re.sub(pattern, prefix, str(error))) from None
