@@ -169,7 +169,7 @@ def test_the_guide_is_trained_first_and_named_by_its_run_folder(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rehearsal, "run_command", pretended)
     monkeypatch.setattr(rehearsal, "lay_autoencoder", lambda _: None)
-    monkeypatch.setattr(rehearsal, "check_at_full_size", lambda _: (Size(100, 10, 6), None))
+    monkeypatch.setattr(rehearsal, "check_at_full_size", lambda _: (Size(100, 10, 6), []))
     done = rehearsal.Rehearsal(memory=1e12, depth=3)
     assert done.run(find_recipes(["lightningdit_xl1_sfd"])[0]).error is None
     names = [result.name.partition("/")[2] for result in done.results.values()]

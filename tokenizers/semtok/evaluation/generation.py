@@ -78,7 +78,7 @@ def teacher_network(teacher: Teacher) -> FeatureNetwork:
         return {"pooled": teacher.features(to_pixels(images, device=device)).pooled.float()}
 
     # The weights' digest tells how images are prepared.
-    settings = teacher.config.model_dump_json(exclude={"checkpoint", "normalise", "resize"})
+    settings = teacher.config.model_dump_json(include={"name", "input_size", "layers"})
     identity = f"{settings} {teacher.fingerprint()}"
     return FeatureNetwork(teacher.config.name, identity, see, teacher_protocol(teacher))
 

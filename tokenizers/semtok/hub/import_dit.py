@@ -121,6 +121,9 @@ def learns_sigma(state: Mapping[str, Tensor]) -> bool:
     return sizes(state, "final_layer.linear.weight", 2)[0] == 2 * patch**2 * channels
 
 
+_UNFIT = "can't be read as a transformer of SiT, REPA, REPA-E or LightningDiT"
+
+
 def import_dit(
     state: Mapping[str, Tensor],
     *,
@@ -168,10 +171,7 @@ def import_dit(
         if family == "repa":
             ours |= _reversed_time(ours)
     except ValueError as error:
-        reason = first_line(error)
-        raise UserError(
-            f"{place}: can't be read as a transformer of SiT, REPA, REPA-E or LightningDiT ({reason})"
-        ) from None
+        raise UserError(f"{place}: {_UNFIT} ({first_line(error)})") from None
     timed_parts = ("semantic", "texture") if _LEADS in state else ()
     network = built(
         lambda: DiT(config, spec, num_classes=num_classes, timed_parts=timed_parts), ours, place
