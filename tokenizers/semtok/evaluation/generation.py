@@ -77,8 +77,9 @@ def teacher_network(teacher: Teacher) -> FeatureNetwork:
     def see(images: Tensor) -> dict[str, Tensor]:
         return {"pooled": teacher.features(to_pixels(images, device=device)).pooled.float()}
 
-    # The weights' digest tells how images are prepared.
-    settings = teacher.config.model_dump_json(exclude={"checkpoint", "normalise", "resize"})
+    # The weights' digest tells these apart.
+    told = {"checkpoint", "normalise", "resize", "final_norm", "shape"}
+    settings = teacher.config.model_dump_json(exclude=told)
     identity = f"{settings} {teacher.fingerprint()}"
     return FeatureNetwork(teacher.config.name, identity, see, teacher_protocol(teacher))
 
