@@ -429,6 +429,21 @@ def test_what_diffusers_has_no_place_for_is_refused(run, tmp_path):
     assert not (tmp_path / "diffusers").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"normalise": False}, "teacher.normalise false; it has true"),
+        ({"resize": "bilinear"}, "teacher.resize bilinear; it has bicubic"),
+    ],
+)
+def test_images_prepared_as_diffusers_does_not_are_refused(small, tmp_path, change, message):
+    other = copy.deepcopy(small)
+    other.teacher.config = other.teacher.config.model_copy(update=change)
+    with pytest.raises(UserError, match=f"AutoencoderRAE has no {message}"):
+        export_autoencoder(other, tmp_path / "diffusers")
+    assert not (tmp_path / "diffusers").exists()
+
+
 def test_a_decoder_alone_asks_for_its_encoder(small, tmp_path):
     state = {n: v.clone() for n, v in _decoder(small).items()}
     rules = (("to_q", "attention.query"), ("to_k", "attention.key"), ("to_v", "attention.value"))

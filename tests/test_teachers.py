@@ -118,6 +118,14 @@ def test_a_teacher_sees_pixels_unnormalised_and_resized_bilinearly_where_setting
     assert teacher_network(plain).identity != teacher_network(other).identity
 
 
+def test_a_fingerprint_tells_settings_apart_that_leave_the_weights_as_they_are(checkpoints):
+    same = {"name": VIT, "checkpoint": checkpoints[VIT]}
+    settings = [{"final_norm": n} for n in ("plain", "none")]
+    settings += [{"shape": {"width": 192, "depth": 12, "heads": n}} for n in (1, 2)]
+    prints = [Teacher(TeacherConfig.model_validate(same | each)).fingerprint() for each in settings]
+    assert len(set(prints)) == len(prints)
+
+
 def test_settings_of_preparation_leave_the_names_of_older_caches(checkpoints):
     """What was kept before they were there is still found."""
     teacher = Teacher(TeacherConfig(name=VIT, checkpoint=checkpoints[VIT], input_size=48))

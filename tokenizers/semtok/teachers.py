@@ -34,6 +34,7 @@ DEMO = "demo"
 DEMO_FILE = "demo_teacher.safetensors"
 DEMO_WIDTH = 128
 _DEMO_SIZE = 32
+_HEAD_WIDTH = 64  # of nearly every vision transformer
 
 _TRANSFORMERS = VisionTransformer | Eva | Beit | VisionTransformerRelPos
 # Their relative positions are a table for one grid, so these take images of input_size alone.
@@ -226,10 +227,16 @@ class Teacher(nn.Module):
         nn.init.zeros_(norm.bias)
 
     def fingerprint(self) -> str:
-        """A digest of the weights, and of how images are prepared where that is not the default: tokenizers that
-        encode by a teacher know theirs by it, and caches too."""
+        """A digest of the weights, and of the settings that change features at the same weights (how images are
+        prepared, the last norm, heads) where they are not the default: tokenizers that encode by a teacher know
+        theirs by it, and caches too."""
         digest = hashlib.blake2b(digest_size=16)
         prepared = self.config.model_dump(include={"normalise", "resize"}, exclude_defaults=True)
+        if self.config.final_norm == "none":  # the weights tell plain from affine
+            prepared["final_norm"] = "none"
+        shape = self.config.shape
+        if shape is not None and shape.heads * _HEAD_WIDTH != shape.width:
+            prepared["heads"] = shape.heads
         digest.update(str(prepared or "").encode())
         for name, _, content in tensor_bytes(self.network):
             digest.update(name.encode())

@@ -92,6 +92,10 @@ def _check(tokenizer: RAETokenizer) -> None:
         wrong = "tokens of other layers than the last one"
     elif config.final_norm != "plain":
         wrong = f"teacher.final_norm {config.final_norm}; it has plain"
+    elif not config.normalise:
+        wrong = "teacher.normalise false; it has true"
+    elif config.resize != "bicubic":
+        wrong = f"teacher.resize {config.resize}; it has bicubic"
     elif network.blocks[0].attn.head_dim != 64 or network.pos_embed.shape[1] != _POSITIONS:
         wrong = (
             "an encoder whose heads are not 64 wide, or whose positions are not those of 518 pixels"
