@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,9 @@ from file_server import file_server
 from semtok import Tokenizer, UserError
 from semtok.commands import cache_latents, train_dit
 from semtok.commands.cli import run
-from semtok.commands.when_to_cache import pays, warn_of_other_images
+from semtok.commands.when_to_cache import _digest, pays, warn_of_other_images
 from semtok.data.caches import shards
-from semtok.data.caches.latent_cache import CachedLatents, open_latent_cache
+from semtok.data.caches.latent_cache import CachedLatents, ensure_latent_cache, open_latent_cache
 from semtok.data.caches.remote_shards import RemoteShards
 from semtok.data.caches.shards import Shards, open_shard, shard_checksum
 from semtok.data.images.kinds import open_sources
@@ -35,7 +36,7 @@ from semtok.data.source import Key
 from semtok.images import to_pixels
 from semtok.lock import InUse, only_one_in
 from semtok.recipe import parse_data, parse_diffusion_recipe
-from semtok.teachers import Teacher
+from semtok.teachers import Teacher, TeacherConfig
 
 REGLUE = {"name": "reglue", "compressor": {"hidden": [8], "channels": 4}}
 NUM = 10  # images, in shards of 4
@@ -140,6 +141,8 @@ def recipe(place: Path, **changes: Any) -> Any:
     del content["method"], content["teacher"]
     shape = {"depth": 2, "width": 24, "heads": 2, "patch_size": 2}
     content["diffusion"] = {"network": shape} | changes.pop("diffusion", {})
+    if "teacher" in changes:
+        content["teacher"] = changes.pop("teacher")
     content["data"] = data(place) | changes
     content["tokenizer"], content["sampler"] = str(place / "tokenizer"), {"steps": 2}
     return parse_diffusion_recipe(content, "tiny")
@@ -254,6 +257,31 @@ def test_caches_of_something_else_are_refused(place, cache, tmp_path):
     (taken / "train").mkdir()
     (taken / "train" / "thesis.txt").write_text("mine")
     refused(place, taken, "data.cache: .*train holds other files; choose another folder")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"), [({"layers": (-2,)}, "layer=-2"), ({"input_size": 64}, "input_size=64")]
+)
+def test_targets_of_a_teacher_that_was_asked_otherwise_are_others(place, cache, change, told):
+    asked = {"name": "demo"} | change
+    written = {k: list(v) if isinstance(v, tuple) else v for k, v in asked.items()}
+    refused(place, cache, f"those of 'demo' with default settings, here {told}; ", teacher=written)
+    tokenizer, settings = (
+        Tokenizer.from_pretrained(place / "tokenizer"),
+        parse_data(words(place), place="test"),
+    )
+    images = open_sources(settings)
+    teachers = [Teacher(TeacherConfig(**each)) for each in ({"name": "demo"}, asked)]
+    with pytest.raises(UserError, match="of something else .*choose another folder"):
+        ensure_latent_cache(
+            images, tokenizer, cache, data=settings, targets=teachers[1], shard_size=4
+        )
+    ensure_latent_cache(images, tokenizer, cache, data=settings, targets=teachers[0], shard_size=4)
+    names = [
+        _digest(recipe(place), images[0], SimpleNamespace(tokenizer=tokenizer, target_teacher=each))
+        for each in teachers
+    ]
+    assert names[0] != names[1], "folders of their own"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -94,6 +94,14 @@ class TeacherConfig(Config):
                 "shape: of a vision transformer (vit_…) with weights of its own; give checkpoint, or leave shape out"
             )
         return self
+
+    def asked(self) -> dict[str, Any]:
+        """What decides, beside the weights, the features of the last of its layers: settings other than the default."""
+        names = {"input_size", "normalise", "resize", "final_norm"}
+        settings = self.model_dump(mode="json", include=names, exclude_defaults=True)
+        if self.layers[-1] != -1:
+            settings["layer"] = self.layers[-1]
+        return settings
 
     @field_validator("layers")
     @classmethod

@@ -56,12 +56,19 @@ def check_targets(
     if not repa or repa.targets == "decoded":
         return
     asked = recipe.teacher or objective.tokenizer.teacher_config
-    if cached.target_teacher is None or (asked is not None and asked.name != cached.target_teacher):
-        has = f"those of '{cached.target_teacher}'" if cached.target_teacher else "none"
+    kept = (cached.target_teacher, cached.targets_asked)
+    if kept[0] is None or (asked is not None and (asked.name, asked.asked()) != kept):
+        has = f"those of '{kept[0]}'" if kept[0] else "none"
+        if asked is not None and asked.name == kept[0]:
+            has += f" with {_written(kept[1])}, here {_written(asked.asked())}"
         raise UserError(
             f"data.cache: {recipe.data.cache} keeps REPA's targets of a teacher: {has}; pass "
             "diffusion.repa.targets=decoded, diffusion.repa=false, or another folder"
         )
+
+
+def _written(asked: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in asked.items()) or "default settings"
 
 
 def cached_latents(
@@ -127,4 +134,6 @@ def _digest(
         recipe.data.model_dump(mode="json", exclude={"cache", "num_workers", "crop"}),
         teacher.fingerprint() if teacher is not None else None,
     ]
+    if teacher is not None and (asked := teacher.config.asked()):
+        content.append(asked)
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()

@@ -122,6 +122,12 @@ class CachedLatents(ImageSource):
         """Name of the teacher whose features those are."""
         return self.kept.targets["teacher"] if self.kept.targets is not None else None
 
+    @property
+    def targets_asked(self) -> dict[str, Any]:
+        """How that teacher was asked, see ``TeacherConfig.asked``."""
+        own = {"teacher", "weights"}
+        return {k: v for k, v in (self.kept.targets or {}).items() if k not in own}
+
 
 def ensure_latent_cache(
     sources: tuple[ImageSource, ImageSource],
@@ -153,7 +159,7 @@ def ensure_latent_cache(
     about = {
         "tokenizer": fingerprint(tokenizer),
         "parts": list(tokenizer.spec.names),
-        "targets": targets and {"teacher": targets.config.name, "weights": targets.fingerprint()},
+        "targets": targets and _targets_about(targets),
         "dtype": dtype,
         "image_size": list(train.image_size),
     }
@@ -306,6 +312,12 @@ def _pack_features(features: TeacherFeatures | None) -> dict[str, Tensor]:
         "targets/scale": scale.float(),
         "targets/pooled": features.pooled.float(),
     }
+
+
+def _targets_about(teacher: Teacher) -> dict[str, Any]:
+    """Which features REPA's targets are."""
+    names = {"teacher": teacher.config.name, "weights": teacher.fingerprint()}
+    return names | teacher.config.asked()
 
 
 def _data_about(data: DataConfig) -> dict[str, Any]:
