@@ -413,7 +413,10 @@ def with_(state: dict[str, Tensor], name: str, value: Tensor) -> dict[str, Tenso
             "15 outputs for 5 channels",
         ),
         (lambda s: with_(s, "y_embedder.embedding_table.weight", torch.zeros(0, 384)), "is empty"),
-        (lambda s: with_(s, "y_embedder.embedding_table.weight", torch.tensor(1.0)), "x.pt: not a"),
+        (
+            lambda s: with_(s, "y_embedder.embedding_table.weight", torch.tensor(1.0)),
+            "x.pt: can't be",
+        ),
         (lambda s: with_(s, "x_embedder.proj.weight", torch.tensor(1.0)), "of no known format"),
     ],
 )

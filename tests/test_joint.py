@@ -526,8 +526,10 @@ def test_what_the_recipe_refuses_sampling_refuses_too(model, tmp_path, capsys):
         config.replace('"split_at_borders": true', '"split_at_borders": false')
     )
     output = ["--num", "1", "--output", str(tmp_path / "x.png")]
-    assert run(sample.main, [str(copy), "--method", "sde", *output]) == 2
-    assert "split_at_borders=false goes with euler" in capsys.readouterr().err
+    words = [str(copy), "--method", "sde", "--num", "1", "--output", str(tmp_path / "sde.png")]
+    assert run(sample.main, words) == 0, "no option could change it"
+    told = "note: sampler.split_at_borders of this model does not go with sde"
+    assert told in capsys.readouterr().err
     (copy / "config.json").write_text(
         config.replace('"class_dropout": 0.1', '"class_dropout": 0.0')
     )

@@ -357,6 +357,7 @@ DIFFERENCES = {
         "mapper",
         "batch norm",
     },
+    "repae": {"batch norm", "statistics", "sampler's state", "images", "seed"},
     "rae": _RAE,
     "raev2": _RAE,
     "reg_invae": {"data.crop", "data.flip", "teacher.input_size", "images", "flips and crops"},
