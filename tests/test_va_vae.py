@@ -245,6 +245,14 @@ def test_settings_that_align_nothing_are_refused(method, message):
 
 
 @pytest.mark.parametrize("name", ["va_vae", "send_vae"])
+def test_an_alignment_of_no_weight_is_refused(name):
+    message = "method.alignment.weight: 0 aligns nothing; .* pass method.name=vae and leave"
+    with pytest.raises(UserError, match=message) as told:
+        parse_recipe(tiny.content({"name": name, "alignment": {"weight": 0}}), "tiny")
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["va_vae", "send_vae"])
 def test_layers_of_the_teacher_that_nothing_reads_are_refused(name, tmp_path):
     recipe = tiny.content({"name": name}) | {"teacher": {"name": "demo", "layers": [0, -1]}}
     with pytest.raises(UserError, match=r"teacher.layers: \[0, -1\] .*pass teacher.layers=\[-1\]"):

@@ -90,6 +90,16 @@ class AlignedVAEConfig(VAEConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _aligns(self) -> "AlignedVAEConfig":
+        alignment = getattr(self, "alignment", None)
+        if alignment is not None and not alignment.weight:
+            raise ValueError(
+                "method.alignment.weight: 0 aligns nothing; give more, or pass method.name=vae and leave "
+                "method.alignment out"
+            )
+        return self
+
     def needs_teacher(self) -> bool:
         return True
 
