@@ -10,7 +10,7 @@ from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
 from semtok.sampler.guidance import Base, GuidanceConfig
 from semtok.sampler.request import NEEDED
-from semtok.sampler.sampling import ErrorOver, Method, SamplerConfig
+from semtok.sampler.sampling import METHODS_OF, ErrorOver, Method, SamplerConfig
 from semtok.sampler.transport import Diffusion
 from semtok.settings import parse
 from semtok.speed import Compiler
@@ -136,15 +136,8 @@ def sampler_from(args: argparse.Namespace, generator: Generator) -> SamplerConfi
 
 def _without_those_of(own: SamplerConfig, method: str) -> dict[str, Any]:
     """Defaults in the place of settings that the model's own method takes and another one does not; a line says so."""
-    without_noise = set(get_args(Method)) - {"sde"}
-    belongs = {
-        "state_refresh_rate": {"euler", "sde"},
-        "euler_last_step": {"euler"},
-        "end": without_noise,
-        "split_at_borders": without_noise,
-    }
     left = {}
-    for name, methods in belongs.items():
+    for name, methods in METHODS_OF.items():
         default = SamplerConfig.model_fields[name].default
         if method != own.method and method not in methods and getattr(own, name) != default:
             left[name] = default
@@ -182,7 +175,7 @@ def _check_use(args: argparse.Namespace, sampler: SamplerConfig, generator: Gene
     if args.error_over is not None and method != "dopri5":
         raise UserError(f"--error-over: goes with --method dopri5, not {method}")
     if args.state_refresh_rate is not None:
-        if method not in ("euler", "sde") and args.state_refresh_rate > 1:
+        if method not in METHODS_OF["state_refresh_rate"] and args.state_refresh_rate > 1:
             raise UserError(f"--state-refresh-rate: goes with --method euler and sde, not {method}")
         if generator.network.config.head is None:
             raise UserError(

@@ -1,7 +1,7 @@
 """The adversarial part of a decoder's training: the patch discriminator, the losses, any discriminator's learner."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from semtok.errors import UserError
 from semtok.methods.augment import AugmentConfig, augment
 from semtok.methods.feature_discriminator import FeatureDiscriminator, FeaturesConfig, load_heads
+from semtok.methods.part_weights import read_part, take_part, unfit
 from semtok.objective import Carry, Inputs, StepOutput, Term, without_gradients
 from semtok.optimiser import OptimiserConfig
 from semtok.sampler.draws import Draws
 from semtok.settings import Config
-from semtok.storage import read_weights
 
 # Settings ----------------------------------------------------------------------------------------
 
@@ -180,39 +180,6 @@ _LAYER = re.compile(
 )
 
 
-def read_part(
-    path: Path, names: re.Pattern[str], place: str, nests: Sequence[str] = ("state_dict",)
-) -> dict[str, Tensor]:
-    """The tensors of a part of a network in a file: of those whose whole names match, by the pattern's first group.
-    Empty where there are none.
-
-    Args:
-        place: the setting that names the file.
-        nests: entries in which they may stand; the first that is there goes before the rest of the file.
-
-    Raises:
-        UserError: the file can't be read.
-    """
-    try:
-        content = read_weights(path)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
-    while isinstance(content, Mapping):
-        nested = (content[nest] for nest in nests if isinstance(content.get(nest), Mapping))
-        inner = next(nested, None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping):
-        return {}
-    found = {name: names.fullmatch(name) for name in content if isinstance(name, str)}
-    return {
-        match[1]: content[name]
-        for name, match in found.items()
-        if match is not None and isinstance(content[name], Tensor)
-    }
-
-
 def load_discriminator(discriminator: PatchDiscriminator, path: Path) -> None:
     """Reads a discriminator's weights: taming-transformers' layout, or this library's.
 
@@ -232,19 +199,13 @@ def load_discriminator(discriminator: PatchDiscriminator, path: Path) -> None:
     own = discriminator.state_dict()
     counters = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
     found = counters | found  # which some files leave out
-    wrong = sorted(
-        name
-        for name in own.keys() | found.keys()
-        if name not in own or name not in found or own[name].shape != found[name].shape
-    )
+    wrong = unfit(own, found)
     if wrong:
         raise UserError(
             f"{place}: its discriminator is of another shape ({wrong[0].replace('layers.', 'main.')}"
             f"{f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''}); pass {_shape(found)}, or another file"
         )
-    if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
-        raise UserError(f"{place}: holds numbers that are not finite; choose another file")
-    discriminator.load_state_dict(found)
+    take_part(discriminator, found, place)
 
 
 def _shape(found: Mapping[str, Tensor]) -> str:

@@ -1,8 +1,8 @@
 """A discriminator on a frozen network's features (StyleGAN-T, Sauer et al. 2023; VAR and RAE judge by the same)."""
 
-from collections.abc import Mapping
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm  # RAE's: the newer one updates u and v in the other order
 
 from semtok.errors import UserError, named_here
+from semtok.methods.part_weights import read_part, take_part, unfit
 from semtok.objective import Unregistered
-from semtok.storage import read_weights
 from semtok.teachers import Teacher, TeacherConfig
 
 _SIZE = 224
@@ -138,31 +138,22 @@ def _check_tokens(config: FeaturesConfig, network: Teacher, tokens: int) -> None
         )
 
 
+_HEAD = re.compile(r".*?heads\.(.+)")
+
+
 def load_heads(discriminator: FeatureDiscriminator, path: Path) -> None:
     """Reads the heads of a checkpoint of RAE's, under ``disc`` or alone, or of this library's.
 
     Raises:
         UserError: the file can't be read, or holds no such heads, or ones of another shape.
     """
-    place = f"method.adversarial.weights: {path}"
-    try:
-        content: Any = read_weights(path)
-    except UserError as error:
-        raise UserError(f"method.adversarial.weights: {error}") from None
-    content = content.get("disc", content) if isinstance(content, Mapping) else {}
-    marked = {str(name).partition("heads."): value for name, value in content.items()}
-    found = {"heads." + n: v for (_, heads, n), v in marked.items() if heads}
-    own = discriminator.state_dict()
-    wrong = sorted(
-        name
-        for name in own.keys() | found.keys()
-        if name not in own or name not in found or own[name].shape != found[name].shape
-    )
+    setting = "method.adversarial.weights"
+    place = f"{setting}: {path}"
+    found = {f"heads.{name}": t for name, t in read_part(path, _HEAD, setting, ("disc",)).items()}
+    wrong = unfit(discriminator.state_dict(), found)
     if wrong:
         raise UserError(
             f"{place}: holds no heads of this shape ({wrong[0]} and {len(wrong) - 1} more); choose another file, or "
             "other method.adversarial.features"
         )
-    if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
-        raise UserError(f"{place}: holds numbers that are not finite; choose another file")
-    discriminator.load_state_dict(found)
+    take_part(discriminator, found, place)

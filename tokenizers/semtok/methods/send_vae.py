@@ -31,7 +31,7 @@ from semtok.registry import register_method
 from semtok.sampler.blocks import init_xavier
 from semtok.sampler.draws import Draws
 from semtok.sampler.embeddings import sincos_positions
-from semtok.sampler.roles import hidden_matrix
+from semtok.sampler.roles import tagged_timm_block
 from semtok.settings import Config
 from semtok.teachers import alignment_loss, silu_mlp
 
@@ -136,14 +136,6 @@ def noise_latents(z: Tensor, alignment: LatentNoiseConfig, draws: Draws) -> Tens
 # The mapper --------------------------------------------------------------------------------------
 
 
-def _block(width: int, heads: int) -> Block:
-    block = Block(width, heads, mlp_ratio=4, qkv_bias=True)
-    hidden_matrix(block.attn.qkv, slices=3)
-    for layer in (block.attn.proj, block.mlp.fc1, block.mlp.fc2):
-        hidden_matrix(layer)
-    return block
-
-
 class Mapper(nn.Module):
     """Noised latents to the teacher's patch tokens. Used in training only, left out of exports.
 
@@ -161,7 +153,8 @@ class Mapper(nn.Module):
                 f"method.mapper: width {width} must be a multiple of 4 and of heads {heads}"
             )
         self.embed = nn.Conv2d(channels, width, config.patch_size, stride=config.patch_size)
-        self.blocks = nn.Sequential(*(_block(width, heads) for _ in range(config.depth)))
+        blocks = (Block(width, heads, mlp_ratio=4, qkv_bias=True) for _ in range(config.depth))
+        self.blocks = nn.Sequential(*map(tagged_timm_block, blocks))
         self.projector = silu_mlp(width, config.projector_width, teacher_width)
         self.apply(init_xavier)
         nn.init.xavier_uniform_(self.embed.weight.view(width, -1))

@@ -19,7 +19,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from semtok.errors import UserError
-from semtok.methods.adversarial import adaptive_ratio, read_part
+from semtok.methods.adversarial import adaptive_ratio
+from semtok.methods.part_weights import read_part, take_part, unfit
 from semtok.methods.send_vae import (
     AlignedVAEConfig,
     LatentNoiseConfig,
@@ -126,21 +127,19 @@ def load_projection(projection: nn.Conv2d, path: Path) -> None:
             finite.
     """
     setting = "method.alignment.weights"
-    found = read_part(path, _PROJECTION, setting)
+    place = f"{setting}: {path}"
+    found, own = read_part(path, _PROJECTION, setting), projection.state_dict()
     if not found:
-        raise UserError(f"{setting}: {path}: holds no projection (linear_proj.weight)")
-    theirs, ours = (
-        {name: tuple(t.shape) for name, t in sorted(state.items())}
-        for state in (found, projection.state_dict())
-    )
-    if theirs != ours:
+        raise UserError(f"{place}: holds no projection (linear_proj.weight)")
+    if unfit(own, found):
+        theirs, ours = (
+            {name: tuple(t.shape) for name, t in sorted(state.items())} for state in (found, own)
+        )
         raise UserError(
-            f"{setting}: {path}: its projection is of another shape ({theirs} instead of {ours}); choose the teacher, "
+            f"{place}: its projection is of another shape ({theirs} instead of {ours}); choose the teacher, "
             "the latents and method.alignment.projection that it was trained with, or another file"
         )
-    if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
-        raise UserError(f"{setting}: {path}: is not finite; choose another file")
-    projection.load_state_dict(found)
+    take_part(projection, found, place)
 
 
 # The objective -----------------------------------------------------------------------------------

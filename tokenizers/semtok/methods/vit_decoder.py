@@ -3,7 +3,6 @@
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field, model_validator
 from timm.models.vision_transformer import Block
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from semtok.sampler.embeddings import sincos_positions
-from semtok.sampler.roles import hidden_matrix
+from semtok.sampler.roles import tagged_timm_block
+from semtok.sampler.tokens import positions_on
 from semtok.settings import Config
 
 _EPS = 1e-12  # of its norms, as published
@@ -42,11 +42,9 @@ def _block(shape: DecoderShape) -> Block:
     norm = partial(nn.LayerNorm, eps=_EPS)
     # timm cuts the product of width and ratio off; half a channel keeps rounding harmless.
     ratio = (shape.mlp_width + 0.5) / shape.width
-    block = Block(shape.width, shape.heads, mlp_ratio=ratio, qkv_bias=True, norm_layer=norm)
-    hidden_matrix(block.attn.qkv, slices=3)
-    for layer in (block.attn.proj, block.mlp.fc1, block.mlp.fc2):
-        hidden_matrix(layer)
-    return block
+    return tagged_timm_block(
+        Block(shape.width, shape.heads, mlp_ratio=ratio, qkv_bias=True, norm_layer=norm)
+    )
 
 
 class ViTDecoder(nn.Module):
@@ -99,6 +97,5 @@ class ViTDecoder(nn.Module):
         """The table (1, 1 + h * w, width) for tokens of (h, w); the class token has its first row."""
         if grid == self.grid:
             return self.positions
-        table = rearrange(self.positions[:, 1:], "b (h w) d -> b d h w", h=self.grid[0])
-        table = F.interpolate(table, size=grid, mode="bilinear")
-        return torch.cat([self.positions[:, :1], rearrange(table, "b d h w -> b (h w) d")], dim=1)
+        own, patches = self.positions[0, :1], self.positions[0, 1:]
+        return torch.cat([own, positions_on(patches, self.grid, grid)])[None]

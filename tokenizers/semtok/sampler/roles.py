@@ -59,6 +59,14 @@ def hidden_matrix(
     return layer
 
 
+def tagged_timm_block(block: _Layer) -> _Layer:
+    """Says which weights of timm's transformer block are hidden matrices; gives the block back."""
+    hidden_matrix(block.attn.qkv, slices=3)
+    for layer in (block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+        hidden_matrix(layer)
+    return block
+
+
 def find_hidden_matrices(network: nn.Module) -> Iterator[HiddenMatrix]:
     """Those of a network that train, in the order of its modules, each once."""
     seen = set()

@@ -32,6 +32,13 @@ State = dict[str, Tensor]
 Clock = float | Tensor
 """A reading for all samples, or one for each of them: (R,), on the CPU."""
 Method = Literal["euler", "heun", "heun2", "midpoint", "dopri5", "sde"]
+METHODS_OF: Mapping[str, tuple[Method, ...]] = {
+    "split_at_borders": ("euler", "heun", "heun2", "midpoint", "dopri5"),
+    "end": ("euler", "heun", "heun2", "midpoint", "dopri5"),
+    "euler_last_step": ("euler",),
+    "state_refresh_rate": ("euler", "sde"),
+}
+"""Which methods take a setting of ``SamplerConfig`` other than its default, where not all do."""
 ErrorOver = Literal["image", "batch"]
 
 
@@ -105,18 +112,19 @@ class SamplerConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "SamplerConfig":
-        if self.method == "sde" and not self.split_at_borders:
+        others = {name for name, methods in METHODS_OF.items() if self.method not in methods}
+        if not self.split_at_borders and "split_at_borders" in others:
             raise ValueError(
                 "sampler.split_at_borders=false goes with euler, heun, heun2, midpoint and dopri5"
             )
-        if self.euler_last_step is not None and (self.method != "euler" or self.end != 1):
+        if self.euler_last_step is not None and ("euler_last_step" in others or self.end != 1):
             raise ValueError(
                 "sampler.euler_last_step goes with method: euler and without sampler.end"
             )
-        if self.method == "sde" and self.end != 1:
+        if self.end != 1 and "end" in others:
             raise ValueError("sampler.end: sde ends by a step without noise; leave it out")
         if self.state_refresh_rate > 1:
-            if self.method not in ("euler", "sde"):
+            if "state_refresh_rate" in others:
                 raise ValueError("sampler.state_refresh_rate goes with euler and sde; pass 1")
             if self.guidance.base == "inner_head":
                 raise ValueError(
