@@ -18,6 +18,7 @@ from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -88,6 +89,46 @@ def test_a_recipe_that_starts_from_a_vae_starts_from_that_of_its_seed(tmp_path):
     jobs = {job.name: job for job in compare._jobs(planned)}
     assert jobs["tokenizer eq_vae, seed 0"].after == ("tokenizer vae, seed 0",)
     assert not jobs["tokenizer vae, seed 0"].after
+
+
+def test_a_recipe_is_built_on_the_base_that_its_reference_names(tmp_path):
+    on_send = Row(name="reglue+send_vae", tokenizer="reglue@send_vae")
+    planned = comparison(tmp_path, REGLUE, on_send)
+    planned.check()
+    assert planned.tokenizers == ["send_vae", "vae", "reglue", "reglue@send_vae"]
+    base = tmp_path / "tokenizers" / "send_vae-1"
+    assert f"method.texture={base}" in planned.tokenizer_overrides("reglue@send_vae", 1)
+    jobs = {job.name: job for job in compare._jobs(planned)}
+    assert jobs["tokenizer reglue@send_vae, seed 0"].after == ("tokenizer send_vae, seed 0",)
+    trained = comparison(tmp_path, Row(name="on_demo", tokenizer="reglue@demo"))
+    assert trained.tokenizers == ["demo", "reglue@demo"]
+    assert "method.texture=demo" in trained.tokenizer_overrides("reglue@demo", 1)
+    jobs = {job.name: job for job in compare._jobs(trained)}
+    assert not jobs["tokenizer reglue@demo, seed 0"].after, "it was trained before"
+    files = {planned.tokenizer_scores(name, 0) for name in planned.tokenizers}
+    assert len(files) == 4 and {file.parent for file in files} == {tmp_path / "scores"}
+    with pytest.raises(UserError, match="'vae@demo': the recipe vae is built on no other; leave"):
+        comparison(tmp_path, Row(name="x", tokenizer="vae@demo")).check()
+    [named] = read_rows("reglue@send_vae", (), None)
+    assert named == on_send
+
+
+def test_transformers_learn_from_cached_latents_where_images_are_stored(tmp_path, monkeypatch):
+    """Encoding would be most of a step then; a comparison goes on as it began."""
+    begun = compare._with_cache(comparison(tmp_path / "scenes", VAE))
+    assert "data.cache=none" in begun.generator_overrides(VAE, 0)
+    begun.claim()
+    colours = np.random.default_rng(0).integers(0, 256, (6, 3), dtype=np.uint8)
+    for number, colour in enumerate(colours):
+        file = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), tuple(map(int, colour))).save(file)
+    data = ("kind=folder", f"path={tmp_path / 'images'}", "size=16")
+    stored = compare._with_cache(comparison(tmp_path / "stored", VAE, data=data))
+    assert "data.cache=auto" in stored.generator_overrides(VAE, 0)
+    assert "computed once, before, and not in them" in " ".join(compare._about(stored, 1))
+    again = compare._with_cache(comparison(tmp_path / "scenes", VAE, data=data))
+    assert again.settings.cache == "none"
 
 
 def test_data_and_teacher_reach_every_recipe_that_has_one(tmp_path):

@@ -1,5 +1,6 @@
 """Cached latents: what they hold, that training on them is the same, and what happens to a bad one."""
 
+import contextlib
 import functools
 import json
 import os
@@ -26,7 +27,12 @@ from semtok.commands import cache_latents, train_dit
 from semtok.commands.cli import run
 from semtok.commands.when_to_cache import _digest, pays, warn_of_other_images
 from semtok.data.caches import shards
-from semtok.data.caches.latent_cache import CachedLatents, ensure_latent_cache, open_latent_cache
+from semtok.data.caches.latent_cache import (
+    CachedLatents,
+    ensure_latent_cache,
+    is_latent_cache,
+    open_latent_cache,
+)
 from semtok.data.caches.remote_shards import RemoteShards
 from semtok.data.caches.shards import Shards, open_shard, shard_checksum
 from semtok.data.images.kinds import open_sources
@@ -597,17 +603,27 @@ def test_a_cache_that_is_being_written_is_left_alone_and_one_that_was_stopped_go
     assert "No space left on device" in capsys.readouterr().err
 
 
-def test_a_training_does_not_go_on_without_the_cache_that_another_is_writing(
-    place, tmp_path, monkeypatch
+def test_a_training_waits_for_the_cache_that_another_is_writing(
+    place, tmp_path, monkeypatch, capsys
 ):
-    """Latents that are computed in each step differ from cached ones by rounding, and a run would not repeat."""
+    """Latents that are computed in each step differ from cached ones by rounding, and a run would not repeat. Of
+    several processes all but the first would wait in vain."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("semtok.commands.when_to_cache.pays", lambda *_: True)
     monkeypatch.setattr("semtok.commands.when_to_cache._digest", lambda *_: "name")
     folder = tmp_path / "runs" / "cache" / "name" / "train"
-    told = pytest.raises(InUse, match="a command that writes a cache is at work there")
-    with only_one_in(folder, "a command"), told:
+    told = pytest.raises(
+        InUse, match="a command that writes a cache is at work there .*; wait, or stop it"
+    )
+    with only_one_in(folder, "a command"), monkeypatch.context() as several, told:
+        several.setattr(shards, "num_processes", lambda: 2)
         train_dit.train_dit(recipe(place), tmp_path / "run")
+    other = contextlib.ExitStack()
+    other.enter_context(only_one_in(folder, "a command"))
+    monkeypatch.setattr(shards.time, "sleep", lambda seconds: other.close())
+    train_dit.train_dit(recipe(place), tmp_path / "run")
+    assert "a command that writes a cache is at work there" in capsys.readouterr().out
+    assert is_latent_cache(str(folder.parent))
 
 
 def test_what_writes_a_cache_ends_with_the_command_that_trains_on_it(tmp_path, monkeypatch, capsys):

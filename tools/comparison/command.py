@@ -28,7 +28,7 @@ from comparison.plan import (
     Row,
     read_comparison,
 )
-from comparison.recipes import TEXTURE, base_setting
+from comparison.recipes import base_of, recipe_of
 from comparison.report import generation_table, shown_classes, tokenizer_table, write_report
 from comparison.results import RowScores, collect, compared
 from comparison.rows import read_rows
@@ -37,10 +37,11 @@ from comparison.stored import Told, read_results
 from comparison.time_left import TimeLeft
 from semtok.commands.cli import Parser
 from semtok.commands.table import print_table
+from semtok.data.images.shapes import ShapesConfig
 from semtok.errors import UserError
 from semtok.evaluation.judge import TRAINED
 from semtok.progress import duration
-from semtok.references import RUNS, find_recipe
+from semtok.references import RUNS
 from semtok.settings import parse
 from semtok.storage import read_json
 from semtok.training.precision import chosen, found_here
@@ -79,7 +80,8 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizers",
         metavar="REF,REF",
-        help="recipes of embedded tokenizers, runs, folders, Hub ids, or NAME=REF; "
+        help="recipes of embedded tokenizers, also RECIPE@BASE, built on that tokenizer instead of the VAE; runs, "
+        "folders, Hub ids; or NAME=REF of any; "
         f"default: {_DEFAULT}, and none beside --variants",
     )
     parser.add_argument(
@@ -130,6 +132,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         choices=("teacher", TRAINED),
         help="who sees images for distances and classes: the teacher (the default), or trained, a small network that "
         "learns the classes from the real images alone, so that no row was aligned to it",
+    )
+    parser.add_argument(
+        "--cache",
+        choices=("auto", "none"),
+        help="auto (the default for stored images): transformers learn from latents that are computed once, where that "
+        "pays; none (the default for the embedded scenes): images are encoded in each step, and seconds hold that",
     )
     parser.add_argument(
         "--set",
@@ -188,6 +196,7 @@ def _asked(args: argparse.Namespace) -> Comparison:
         "data": args.data,
         "teacher": args.teacher,
         "judge": args.judge,
+        "cache": args.cache,
         "settings": [*kept, *args.set],
         "steps": args.steps,
         "num_checkpoints": args.num_checkpoints,
@@ -202,7 +211,19 @@ def _asked(args: argparse.Namespace) -> Comparison:
     if not rows or num_seeds < 1 or (args.jobs is not None and args.jobs < 1):
         raise UserError("compare needs at least one tokenizer, one seed and one job")
     _baseline(args, rows)
-    return _with_precision(Comparison(args.output, settings, rows, num_seeds))
+    comparison = Comparison(args.output, settings, rows, num_seeds)
+    return _with_precision(comparison if args.cache is not None else _with_cache(comparison))
+
+
+def _with_cache(comparison: Comparison) -> Comparison:
+    """With cached latents as the comparison began, or where images are stored: the embedded scenes cost next to
+    nothing to draw and to encode."""
+    if (comparison.folder / SETTINGS_FILE).is_file():
+        cache = read_comparison(comparison.folder, 1).settings.cache
+    else:
+        cache = "none" if isinstance(comparison.data(), ShapesConfig) else "auto"
+    settings = comparison.settings.model_copy(update={"cache": cache})
+    return replace(comparison, settings=settings)
 
 
 def _with_precision(comparison: Comparison) -> Comparison:
@@ -306,11 +327,11 @@ def _jobs(comparison: Comparison) -> list[Job]:
     for seed in comparison.seeds:
         scores = []
         for reference in comparison.tokenizers:
-            if find_recipe(reference) is not None:
+            if recipe_of(reference) is not None:
                 jobs.append(_tokenizer_job(comparison, reference, seed))
             after = (f"tokenizer {reference}, seed {seed}",)
             is_row = any(row.tokenizer == reference for row in comparison.rows)
-            if is_row and (seed == 0 or find_recipe(reference) is not None):
+            if is_row and (seed == 0 or recipe_of(reference) is not None):
                 scores.append(_score_job(comparison, "tokenizer", reference, seed, after))
         for row in comparison.rows:
             name = f"transformer on {row.name}, seed {seed}"
@@ -331,14 +352,15 @@ def _measuring_job(comparison: Comparison) -> Job:
 
 
 def _tokenizer_job(comparison: Comparison, reference: str, seed: int) -> Job:
-    folder, recipe = comparison.tokenizer_folder(reference, seed), find_recipe(reference)
+    folder, recipe = comparison.tokenizer_folder(reference, seed), recipe_of(reference)
+    base = base_of(reference)
     overrides = comparison.tokenizer_overrides(reference, seed)
     return Job(
         f"tokenizer {reference}, seed {seed}",
         lambda: _training("train_tokenizer", [str(recipe), *overrides], folder),
         (folder / "export" / "config.json").is_file,
         comparison.folder / _LOGS / f"tokenizer_{reference}-{seed}.log",
-        (f"tokenizer {TEXTURE}, seed {seed}",) if base_setting(reference) is not None else (),
+        (f"tokenizer {base}, seed {seed}",) if base is not None and recipe_of(base) else (),
         kind="tokenizer",
         of=reference,
     )
@@ -399,12 +421,19 @@ def _about(comparison: Comparison, at_once: int) -> list[str]:
     if settings.judge == TRAINED:
         seen = "of a judge that was trained on the real images alone, which also reads the classes"
         partial = "No tokenizer and no transformer was aligned to it."
+    bases = " and ".join(f"'{name}'" for name in comparison.bases) or "of which there is none"
+    seconds = f"Seconds are of {at_once} processes at a time on this machine; they depend on both."
+    if settings.cache != "none":
+        seconds += (
+            " Latents that transformers learn from are computed once, before, and not in them."
+        )
     return [
         f"Data: {data}. Teacher: {teacher}. Tokenizers are trained for {settings.recipe_share:.0%} of their recipes' "
-        f"steps, and those with several parts, or with weights to start from, are built on the '{TEXTURE}' of the same "
-        "seed; one that was trained before is the same for every seed. On each the transformer of the recipe "
-        f"{settings.recipe} is trained for {settings.steps} steps at a constant rate and sampled without guidance.",
+        "steps. Those with several parts, or with weights to start from, are built on the tokenizer of the same seed "
+        f"that each names, {bases}. One that was trained before is the same for every seed. On each the transformer of "
+        f"the recipe {settings.recipe} is trained for {settings.steps} steps at a constant rate and sampled without "
+        "guidance.",
         f"Generated images: {settings.num_images}, the classes in turn, by averaged weights, compared with "
         f"{settings.num_reference} training images in the features {seen}. {partial}",
-        f"Seconds are of {at_once} processes at a time on this machine; they depend on both.",
+        seconds,
     ]

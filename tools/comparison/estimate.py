@@ -9,13 +9,16 @@ from typing import Any
 from benchmarks.timing import TrainerStep
 from benchmarks.training import make_trainer
 from comparison.plan import Comparison
-from comparison.recipes import is_composite
+from comparison.recipes import is_composite, recipe_of
 from semtok.commands.train_dit import build_diffusion_objective, needs_teacher
 from semtok.commands.train_tokenizer import build_objective
+from semtok.commands.when_to_cache import pays
 from semtok.data.images.kinds import open_sources
-from semtok.objective import Objective
+from semtok.data.source import ImageSource
+from semtok.images import to_pixels
+from semtok.objective import Batch, Objective
 from semtok.recipe import load_diffusion_recipe, load_recipe
-from semtok.references import DEMO, find_recipe
+from semtok.references import DEMO
 from semtok.storage import read_json, write_json
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
@@ -35,11 +38,13 @@ def measure_steps(comparison: Comparison) -> None:
     What is not trained yet is measured on the embedded tokenizer, a row's transformer and a recipe that starts from a
     VAE: what a step takes hardly depends on it.
     """
-    seconds: dict[str, dict[str, float]] = {"tokenizer": {}, "generator": {}}
+    kinds = ("tokenizer", "generator", "encoding", "encoded once")
+    seconds: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
+    encoded: set[tuple[str, bool]] = set()
     train, _ = open_sources(comparison.data())
     with tempfile.TemporaryDirectory() as place:
         for name in comparison.tokenizers:
-            path = find_recipe(name)
+            path = recipe_of(name)
             if path is None:
                 continue
             recipe = load_recipe(path, comparison.tokenizer_overrides(name, 0, vae=DEMO))
@@ -52,7 +57,7 @@ def measure_steps(comparison: Comparison) -> None:
         for row in comparison.rows:
             words = comparison.generator_overrides(row, 0)
             recipe = load_diffusion_recipe(comparison.recipe, words, tokenizer=row.tokenizer)
-            trained = find_recipe(row.tokenizer) is None
+            trained = recipe_of(row.tokenizer) is None
             tokenizer = Tokenizer.from_pretrained(row.tokenizer if trained else DEMO)
             objective = build_diffusion_objective(
                 recipe,
@@ -62,6 +67,13 @@ def measure_steps(comparison: Comparison) -> None:
                 place=row.name,
             )
             seconds["generator"][row.name] = _seconds_a_step(objective, recipe, train, Path(place))
+            if recipe.data.cache != "auto" or not pays(recipe, train):
+                continue
+            seconds["encoding"][row.name] = _seconds_to_encode(objective, recipe, train)
+            latents = (row.tokenizer, bool(recipe.diffusion.repa))  # which later rows find
+            num = 0 if latents in encoded else len(train) * (2 if train.flip else 1)
+            seconds["encoded once"][row.name] = num
+            encoded.add(latents)
     write_json(steps_file(comparison), seconds)
 
 
@@ -76,6 +88,16 @@ def _seconds_a_step(objective: Objective, recipe: Any, images: Any, folder: Path
     return (time.perf_counter() - start) / _STEPS
 
 
+def _seconds_to_encode(objective: Objective, recipe: Any, images: ImageSource) -> float:
+    """Of the batch of a step, by the second: what cached latents save."""
+    batch = images.load(images.chosen(recipe.train.batch_size))
+    for _ in range(2):
+        start = time.perf_counter()
+        objective.prepare(Batch(to_pixels(batch.images), batch.labels))
+        seconds = time.perf_counter() - start
+    return seconds
+
+
 def steps_file(comparison: Comparison) -> Path:
     """Where what was measured is kept."""
     return comparison.folder / "seconds_a_step.json"
@@ -86,7 +108,7 @@ def is_measured(comparison: Comparison) -> bool:
     if not steps_file(comparison).is_file():
         return False
     known = read_json(steps_file(comparison))
-    recipes = {name for name in comparison.tokenizers if find_recipe(name) is not None}
+    recipes = {name for name in comparison.tokenizers if recipe_of(name) is not None}
     return recipes <= set(known["tokenizer"]) and {r.name for r in comparison.rows} <= set(
         known["generator"]
     )
@@ -104,7 +126,7 @@ def expected_seconds(comparison: Comparison, kind: str, name: str) -> float:
     if kind == "tokenizer scores":
         return _START + _TOKENIZER_SCORES
     if kind == "tokenizer":
-        path = find_recipe(name)
+        path = recipe_of(name)
         assert path is not None
         train = load_recipe(path, comparison.tokenizer_overrides(name, 0, vae=DEMO)).train
         passes = 2 * train.num_statistics_images / train.batch_size * _FORWARD
@@ -112,9 +134,11 @@ def expected_seconds(comparison: Comparison, kind: str, name: str) -> float:
     row = next(row for row in comparison.rows if row.name == name)
     words = comparison.generator_overrides(row, 0)
     recipe = load_diffusion_recipe(comparison.recipe, words, tokenizer=row.tokenizer)
-    step = known["generator"][name]
+    encoding = known.get("encoding", {}).get(name, 0.0)
+    once = known.get("encoded once", {}).get(name, 0) * encoding / recipe.train.batch_size
+    step = max(0.0, known["generator"][name] - encoding)
     if kind == "generator":
-        return _START + step * recipe.train.steps
+        return _START + once + step * recipe.train.steps
     forward = step / recipe.train.batch_size * _FORWARD
     drawn = settings.num_images * settings.num_checkpoints * recipe.sampler.steps
     return _START + forward * drawn

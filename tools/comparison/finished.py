@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from comparison.plan import SETTINGS_FILE, Comparison, read_comparison
-from comparison.recipes import TEXTURE, is_composite
+from comparison.recipes import base_of, is_composite, recipe_of
 from semtok.commands.run_data import check_data
 from semtok.commands.run_folder import RECIPE_FILE, differing
 from semtok.data.images.kinds import open_sources
 from semtok.errors import UserError
 from semtok.evaluation.protocol import weights_digest
 from semtok.recipe import load_recipe
-from semtok.references import RUNS, find_recipe
+from semtok.references import RUNS
 from semtok.storage import new_folder
 from semtok.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ def with_whole_runs(comparison: Comparison) -> Comparison:
     if (comparison.folder / SETTINGS_FILE).is_file():  # goes on as it began
         begun = read_comparison(comparison.folder, comparison.num_seeds)
         return whole if begun.settings == whole.settings else comparison
-    recipes = [name for name in comparison.tokenizers if find_recipe(name) is not None]
+    recipes = [name for name in comparison.tokenizers if recipe_of(name) is not None]
     alike = all(why_not(whole, name, seed) is None for name in recipes for seed in whole.seeds)
     return whole if recipes and alike else comparison
 
@@ -62,7 +62,7 @@ def _to_train(comparison: Comparison) -> Iterator[tuple[int, str]]:
     """Those that others are built on first."""
     for seed in comparison.seeds:
         for name in comparison.tokenizers:
-            if find_recipe(name) and not comparison.tokenizer_folder(name, seed).exists():
+            if recipe_of(name) and not comparison.tokenizer_folder(name, seed).exists():
                 yield seed, name
 
 
@@ -73,7 +73,7 @@ def _is_finished(run: Path) -> bool:
 
 def why_not(comparison: Comparison, name: str, seed: int) -> str | None:
     """Why the run of a recipe is not what the comparison would train; None: it is."""
-    run, recipe = RUNS / name, find_recipe(name)
+    run, recipe = RUNS / name, recipe_of(name)
     assert recipe is not None
     if not _is_finished(run):
         return "it is not finished"
@@ -85,20 +85,25 @@ def why_not(comparison: Comparison, name: str, seed: int) -> str | None:
     try:
         check_data(run, open_sources(wanted.data))
         same = not is_composite(name) or _digest(run / _TEXTURE_OF_RUN) == _digest(
-            _texture(comparison, seed)
+            _texture(comparison, name, seed)
         )
     except UserError:
         return "its images, or what it is built on, are no longer there as they were"
-    return None if same else f"it is built on another image tokenizer than the '{TEXTURE}' here"
+    return (
+        None if same else f"it is built on another image tokenizer than the '{base_of(name)}' here"
+    )
 
 
-def _texture(comparison: Comparison, seed: int) -> Path:
-    """What composites are built on here, where it is known before it is trained."""
-    own = comparison.tokenizer_folder(TEXTURE, seed)
-    if own.exists() or why_not(comparison, TEXTURE, seed) is not None:
-        return own
-    return RUNS / TEXTURE
+def _texture(comparison: Comparison, name: str, seed: int) -> str:
+    """What a composite is built on here, where it is known before it is trained."""
+    base = base_of(name)
+    assert base is not None
+    if recipe_of(base) is None:
+        return base
+    own = comparison.tokenizer_folder(base, seed)
+    is_own = own.exists() or why_not(comparison, base, seed) is not None
+    return str(own if is_own else RUNS / base)
 
 
-def _digest(folder: Path) -> str:
-    return weights_digest(Tokenizer.from_pretrained(folder))
+def _digest(reference: str | Path) -> str:
+    return weights_digest(Tokenizer.from_pretrained(reference))

@@ -8,7 +8,15 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from comparison.jobs import LOCK
-from comparison.recipes import TEXTURE, base_setting, has_teacher, is_composite
+from comparison.recipes import (
+    TEXTURE,
+    base_of,
+    base_setting,
+    file_name,
+    has_teacher,
+    is_composite,
+    recipe_of,
+)
 from semtok.commands.around_training import errors_at
 from semtok.commands.train_tokenizer import build_objective
 from semtok.data.images.kinds import open_sources
@@ -17,7 +25,7 @@ from semtok.errors import UserError
 from semtok.evaluation.inception import check_torch_fidelity
 from semtok.evaluation.judge import TRAINED
 from semtok.recipe import load_diffusion_recipe, load_recipe, locate_recipe, write_recipe
-from semtok.references import DEMO, find_recipe, locate_export
+from semtok.references import DEMO, locate_export
 from semtok.settings import Config, apply_overrides, parse, read_yaml
 from semtok.teachers import Teacher, TeacherConfig
 from semtok.tokenizer import Tokenizer
@@ -51,6 +59,9 @@ class ComparisonSettings(Config):
     """Data settings, as ``kind=folder``; none: each recipe's own, the embedded shapes."""
     teacher: tuple[str, ...] = ()
     """Teacher settings, as ``name=…``; none: each recipe's own, the embedded teacher."""
+    cache: Literal["auto", "none"] = "none"
+    """Whether transformers learn from latents that are computed once, where that pays, or from images, so that the
+    seconds of every row hold the same work."""
     judge: Literal["teacher", "trained"] = "teacher"
     """Who sees images, for Fréchet distances and shares of classes: that teacher, or a network that was trained on the
     real images alone."""
@@ -101,7 +112,7 @@ class Row(Config):
     """A tokenizer with the settings of the transformer on it.
 
     Attributes:
-        tokenizer: an embedded recipe's name, or a reference to a trained tokenizer.
+        tokenizer: an embedded recipe's name, also ``RECIPE@BASE``, or a reference to a trained tokenizer.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")
@@ -125,9 +136,18 @@ class Comparison:
     @property
     def tokenizers(self) -> list[str]:
         """References of all rows, each once, those that others are built on first."""
-        names = list(dict.fromkeys(row.tokenizer for row in self.rows))
-        needed = any(base_setting(name) is not None for name in names)
-        return [TEXTURE, *(n for n in names if n != TEXTURE)] if needed else names
+        return list(dict.fromkeys([*self.bases, *(row.tokenizer for row in self.rows)]))
+
+    @property
+    def bases(self) -> list[str]:
+        """References of what others are built on or start from, each after its own."""
+        found: list[str] = []
+        for row in self.rows:
+            name = base_of(row.tokenizer)
+            while name is not None:
+                found.insert(0, name)
+                name = base_of(name)
+        return list(dict.fromkeys(found))
 
     @property
     def steps(self) -> list[int]:
@@ -137,11 +157,11 @@ class Comparison:
 
     def tokenizer_folder(self, reference: str, seed: int) -> Path:
         """Of a tokenizer that the comparison trains."""
-        return self.folder / "tokenizers" / f"{reference}-{seed}"
+        return self.folder / "tokenizers" / f"{file_name(reference)}-{seed}"
 
     def tokenizer_reference(self, reference: str, seed: int) -> str:
         """What to load: one that was trained before is the same for each seed."""
-        if find_recipe(reference) is None:
+        if recipe_of(reference) is None:
             return reference
         return str(self.tokenizer_folder(reference, seed))
 
@@ -150,8 +170,8 @@ class Comparison:
 
     def tokenizer_scores(self, reference: str, seed: int) -> Path:
         """One file for all seeds of a tokenizer that was trained before."""
-        if find_recipe(reference) is not None:
-            return self.folder / "scores" / f"tokenizer_{reference}-{seed}.json"
+        if recipe_of(reference) is not None:
+            return self.folder / "scores" / f"tokenizer_{file_name(reference)}-{seed}.json"
         digest = hashlib.blake2b(reference.encode(), digest_size=4).hexdigest()
         return self.folder / "scores" / f"tokenizer_{Path(reference).name}-{digest}.json"
 
@@ -164,18 +184,18 @@ class Comparison:
         """Settings beside the recipe's own.
 
         Args:
-            vae: in the place of the VAE of that seed, which may not be trained yet.
+            vae: in the place of what it is built on, which may not be trained yet.
         """
-        path = find_recipe(reference)
+        path = recipe_of(reference)
         assert path is not None
         content = read_yaml(path)
         words = [f"train.seed={seed}", *_prefixed("data", self.settings.data)]
         if "teacher" in content:
             words += _prefixed("teacher", self.settings.teacher)
-        base = base_setting(reference)
+        base, setting = base_of(reference), base_setting(reference)
         if base is not None:
-            words.append(f"{base}={vae or self.tokenizer_folder(TEXTURE, seed)}")
-        if base == "method.texture":
+            words.append(f"{setting}={vae or self.tokenizer_reference(base, seed)}")
+        if setting == "method.texture":
             # It is trained on the same images, for as long as the comparison says.
             words.append("method.min_texture_psnr=0")
         train = content["train"]
@@ -201,7 +221,7 @@ class Comparison:
             f"train.sample_every={self.settings.steps}",
             f"train.log_every={_divisor_near(steps[0], 50)}",
             "sampler.guidance.scale=1",
-            "data.cache=none",  # seconds are to hold the same work in every row
+            f"data.cache={self.settings.cache}",
             *self.settings.settings,
             *row.settings,
         ]
@@ -256,7 +276,7 @@ class Comparison:
             )
         self.teacher()
         for reference in self.tokenizers:
-            recipe = find_recipe(reference)
+            recipe = recipe_of(reference)
             if recipe is None:
                 tokenizer = Tokenizer.from_pretrained(reference)
                 with errors_at(f"--data with {reference}"):
@@ -354,7 +374,7 @@ def read_comparison(folder: Path, num_seeds: int) -> Comparison:
 
 def _fingerprint(reference: str) -> str:
     """A digest of what a reference means: a recipe's text, or the files of a trained tokenizer."""
-    recipe = find_recipe(reference)
+    recipe = recipe_of(reference)
     if recipe is not None:
         return _digest(recipe)
     digest = hashlib.blake2b(digest_size=8)

@@ -42,10 +42,15 @@ def _row(word: str) -> Row:
     """The row of REF, or of NAME=REF."""
     name, equals, reference = word.partition("=")
     if not equals:
-        path = Path(word)
-        name, reference = (path.parent if path.name == "export" else path).name, word
+        name, reference = "+".join(map(_name, word.split("@"))), word
     content = {"name": name, "tokenizer": reference}
     return parse(Row, content, f"--tokenizers {word} (or NAME=REF)")
+
+
+def _name(reference: str) -> str:
+    """What a reference is called: the last part of a path, an export by its run."""
+    path = Path(reference)
+    return (path.parent if path.name == "export" else path).name
 
 
 def _variant(words: Sequence[str], named: dict[str, str]) -> Row:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from comparison.plan import Comparison, Row, read_comparison
-from comparison.recipes import TEXTURE, base_setting
+from comparison.recipes import base_of
 from comparison.results import CLASS_SHARE
 from semtok.commands.evaluate_options import device
 from semtok.data.images.kinds import open_sources
@@ -84,10 +84,15 @@ def score_tokenizer(comparison: Comparison, reference: str, seed: int) -> None:
     mean = probed(tokenizer, train, held_out, settings.num_train, settings.num_held_out)
     if mean is not None:
         scores |= {PROBE: mean.f1, "probe_accuracy": mean.balanced_accuracy}
-    trained = [reference, TEXTURE] if base_setting(reference) is not None else [reference]
+    trained = [reference]
+    while (base := base_of(trained[-1])) is not None:
+        trained.append(base)
     summaries = [comparison.tokenizer_folder(name, seed) / "summary.json" for name in trained]
     if summaries[0].is_file():
-        scores["seconds"] = sum(read_json(file)["training_seconds"] for file in summaries)
+        known = [
+            file for file in summaries if file.is_file()
+        ]  # of a base that was trained before nobody knows
+        scores["seconds"] = sum(read_json(file)["training_seconds"] for file in known)
     shown = held_out.load(held_out.chosen(NUM_SHOWN)).images
     pixels = to_pixels(shown, device=device())
     file = comparison.tokenizer_scores(reference, seed)

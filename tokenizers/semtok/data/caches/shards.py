@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import math
 import shutil
+import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from torch import Tensor
 from semtok.data.passes import read_images
 from semtok.data.source import ImageBatch, ImageSource, Key, Skipped
 from semtok.errors import UserError, printable
-from semtok.lock import LOCK_FILE, only_one_in
+from semtok.lock import LOCK_FILE, InUse, only_one_in
 from semtok.processes import gather, num_processes, process_index, together
 from semtok.progress import progress
 from semtok.settings import Config, parse
@@ -39,6 +40,9 @@ _HASHED_ON_OPENING = 1 << 30
 """Bytes: caches up to this size are compared with their checksums whenever they are opened."""
 
 
+_WAIT_SECONDS = 1.0
+_WAYS_OUT = ("wait, or stop it", "waiting for it")
+"""Of several processes, and of one."""
 _NAME = "shard-{:06d}.safetensors"
 Shard = dict[str, tuple[Tensor, np.ndarray]]
 """Tensors by name, and as arrays that they share memory with."""
@@ -216,7 +220,7 @@ def ensure_shards(
     with together(), _disk_told_of(place, folder), contextlib.ExitStack() as stack:
         is_there = gather((folder / INDEX).is_file())[0]
         if not is_there and not process_index():
-            stack.enter_context(only_one_in(folder, "a command that writes a cache"))
+            _enter(stack, folder)
         # Nor was it written by who was there before.
         if not is_there and not gather((folder / INDEX).is_file())[0]:
             writer = _Writer(source, folder, compute, wanted, batch_size, shard_size)
@@ -230,6 +234,27 @@ def ensure_shards(
                     f"here {value}); choose another folder"
                 )
     return shards
+
+
+def _enter(stack: contextlib.ExitStack, folder: Path) -> None:
+    """Has the folder for itself, alone or after another command has written the same: runs that need one cache may be
+    started together. Of several processes the others would wait for the first in vain, so these are refused."""
+    told = False
+    while True:
+        try:
+            stack.enter_context(
+                only_one_in(
+                    folder, "a command that writes a cache", way_out=_WAYS_OUT[num_processes() == 1]
+                )
+            )
+            return
+        except InUse as error:
+            if num_processes() > 1:
+                raise
+            if not told:
+                print(error, flush=True)
+            told = True
+            time.sleep(_WAIT_SECONDS)
 
 
 @contextlib.contextmanager
