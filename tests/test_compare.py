@@ -654,7 +654,7 @@ def test_rows_are_compared_seed_by_seed_in_steps_seconds_and_by_how_much():
     told = dict(zip(header, second, strict=True))
     assert told["steps to plain's FD-demo"] == "≤ 12.5 ± 3.5"
     assert told["seconds to plain's FD-demo"] == "≤ 6 ± 0"
-    assert told["FD-demo less plain's"] == "-5 ± 21"
+    assert told["FD-demo less plain's"] == "-5 [-196, +186]"
     assert first[header.index("FD-demo less plain's")] == "-"
     others = {row.baseline for row in compared(rows, "fast")}
     assert others == {"fast"} and compared(rows, "fast")[0].steps_to_baseline == {
@@ -665,6 +665,10 @@ def test_rows_are_compared_seed_by_seed_in_steps_seconds_and_by_how_much():
 def test_a_spread_is_the_sample_standard_deviation():
     spread = Spread((1.0, 2.0, 3.0))
     assert (spread.mean, spread.std, str(spread)) == (2.0, 1.0, "2 ± 1")
+    low, high = spread.interval()
+    assert (round(low, 3), round(high, 3)) == (-0.484, 4.484), (
+        "2 ± 4.303 / √3, Student's t of two degrees"
+    )
     assert str(Spread((2.0,))) == "2"
 
 

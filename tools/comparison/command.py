@@ -259,10 +259,10 @@ def _redraw(args: argparse.Namespace) -> int:
         raise UserError(
             f"--redraw: draws what {args.output} holds; --{others[0].replace('_', '-')} takes no effect, leave it out"
         )
-    comparison, scores, told, baseline = read_results(args.output)
-    rows = [one.row for one in scores]
-    baseline = _baseline(args, rows) if args.baseline is not None else baseline
-    print(f"report: {_report(comparison, scores, told, baseline)}")
+    comparison, stored = read_results(args.output)
+    rows = [one.row for one in stored.scores]
+    baseline = _baseline(args, rows) if args.baseline is not None else stored.baseline
+    print(f"report: {_report(comparison, stored.scores, stored.told, baseline)}")
     return 0
 
 

@@ -42,6 +42,7 @@ table.strips thead th { background: none; vertical-align: bottom }
 p.note, ul.note { color: var(--quiet) } code { background: var(--shade); padding: .1em .3em; overflow-wrap: anywhere }
 """
 
+_INTERVALS = ". In brackets: the 95 % interval of the mean difference, by Student's t"
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -78,7 +79,7 @@ def page(
             f"<p class='note'>Made by <code>{html.escape(told.command)}</code></p>",
             "<h2>Generation</h2>",
             f"<p class='note'>{spread}; {html.escape(reference)} is the baseline, with which each seed "
-            "is compared by the same seed.</p>",
+            f"is compared by the same seed{_INTERVALS if num > 1 else ''}.</p>",
             _table(*generation),
             f"<p class='figure'><img alt='scores against steps and seconds' src='{_data(figure)}'></p>",
             "<h2>Samples</h2>",

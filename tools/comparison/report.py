@@ -67,7 +67,7 @@ def _generation_row(result: RowResult, names: list[str], followed: list[str]) ->
         *(str(scores.generation[name][-1]) for name in names if name not in followed),
         *(_signed(result, name) for name in followed),
         *(
-            _reached(reached[name], first)
+            reached_text(reached[name], first)
             for name in followed
             for reached, first in (
                 (result.steps_to_baseline, steps),
@@ -81,8 +81,14 @@ def _generation_row(result: RowResult, names: list[str], followed: list[str]) ->
 def _signed(result: RowResult, name: str) -> str:
     if result.scores.row.name == result.baseline:
         return "-"
-    spread = result.differences[name]
-    return f"+{spread}" if spread.mean > 0 else str(spread)
+    return interval_text(result.differences[name])
+
+
+def interval_text(differences: Spread) -> str:
+    """The mean of differences by seed, and where there are several its 95 % interval."""
+    bounds = differences.interval()
+    within = f" [{bounds[0]:+.3g}, {bounds[1]:+.3g}]" if bounds is not None else ""
+    return f"{differences.mean:+.3g}{within}"
 
 
 def tokenizer_table(results: list[RowResult]) -> tuple[list[str], list[list[str]]]:
@@ -96,7 +102,7 @@ def tokenizer_table(results: list[RowResult]) -> tuple[list[str], list[list[str]
     return ["tokenizer", *(TOKENIZER_COLUMNS[c] for c in columns)], rows
 
 
-def _reached(reached: Sequence[float], first: Spread) -> str:
+def reached_text(reached: Sequence[float], first: Spread) -> str:
     """Means over the seeds that get there; where one is there at the first checkpoint, nobody knows since when.
 
     Args:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from comparison.plan import Comparison, Row
 from semtok.evaluation.predictors import PREDICTORS
@@ -46,6 +47,14 @@ class Spread:
     def std(self) -> float:
         """Of the seeds, n - 1 in the denominator; 0 of a single one."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
+
+    def interval(self, level: float = 0.95) -> tuple[float, float] | None:
+        """Where the mean over all seeds lies, by Student's t; None: of one seed nobody can say."""
+        num = len(self.values)
+        if num < 2:
+            return None
+        half = float(stats.t.ppf((1 + level) / 2, num - 1)) * self.std / math.sqrt(num)
+        return self.mean - half, self.mean + half
 
     def less(self, other: "Spread") -> "Spread":
         """Seed by seed."""

@@ -58,8 +58,23 @@ def _row(result: RowResult) -> dict[str, Any]:
     }
 
 
-def read_results(folder: Path) -> tuple[Comparison, list[RowScores], Told, str]:
-    """What ``write_results`` wrote, and the baseline's name.
+@dataclass(frozen=True)
+class Stored:
+    """What a file of results holds.
+
+    Attributes:
+        baseline: the name of the row that others are compared with.
+        num_seeds: whose scores are there.
+    """
+
+    scores: list[RowScores]
+    told: Told
+    baseline: str
+    num_seeds: int
+
+
+def read_results(folder: Path) -> tuple[Comparison, Stored]:
+    """What ``write_results`` wrote.
 
     Raises:
         UserError: nothing was reported there, or by an earlier version, which kept less.
@@ -69,6 +84,12 @@ def read_results(folder: Path) -> tuple[Comparison, list[RowScores], Told, str]:
         raise UserError(
             f"{folder}: no {RESULTS_FILE}, nothing was reported there yet; compare first"
         )
+    stored = read_stored(file)
+    return read_comparison(folder, stored.num_seeds), stored
+
+
+def read_stored(file: Path) -> Stored:
+    """A file of results, wherever it lies now."""
     content = read_json(file)
     if not isinstance(content, dict) or not {"classes", "baseline"} <= content.keys():
         raise UserError(
@@ -76,7 +97,7 @@ def read_results(folder: Path) -> tuple[Comparison, list[RowScores], Told, str]:
         )
     rows = [_scores(row, str(file)) for row in content["rows"]]
     told = Told(content["command"], content["about"], content["classes"])
-    return read_comparison(folder, content["num_seeds"]), rows, told, content["baseline"]
+    return Stored(rows, told, content["baseline"], content["num_seeds"])
 
 
 def _scores(content: dict[str, Any], place: str) -> RowScores:

@@ -1,0 +1,95 @@
+"""What the pages show of results, as Markdown."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from comparison.report import interval_text, reached_text
+from comparison.results import CLASS_SHARE, RowResult, Spread, compared, main_scores
+from comparison.stored import read_stored
+
+Table = tuple[list[str], list[list[str]]]
+_SHARES = (CLASS_SHARE, "precision", "recall", "probe_accuracy")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _results(file: Path) -> list[RowResult]:
+    stored = read_stored(file)
+    return compared(stored.scores, stored.baseline)
+
+
+def _text(name: str, spread: Spread) -> str:
+    """A score with its spread; shares in percent."""
+    if not name.startswith(_SHARES):
+        return str(spread)
+    percent = Spread(tuple(100 * value for value in spread.values))
+    return (
+        f"{percent.mean:.1f}" + (f" ± {percent.std:.1f}" if len(percent.values) > 1 else "") + " %"
+    )
+
+
+def scores(file: Path) -> Table:
+    """The last scores of each row, and its seconds of training."""
+    results = _results(file)
+    names = list(results[0].scores.generation)
+    rows = [
+        [
+            one.scores.row.name,
+            *(_text(name, one.scores.generation[name][-1]) for name in names),
+            str(one.scores.seconds[-1]),
+        ]
+        for one in results
+    ]
+    return ["row", *names, "training, s"], rows
+
+
+def differences(file: Path) -> Table:
+    """How far the main scores are from the baseline's, seed by seed, and how soon each row is as good."""
+    results = _results(file)
+    followed, baseline = main_scores(results[0].scores.generation), results[0].baseline
+    header = ["row"]
+    for name in followed:
+        header += [
+            f"{name} less {baseline}'s",
+            f"steps to {baseline}'s {name}",
+            f"seconds to {baseline}'s {name}",
+        ]
+    rows = []
+    for one in results:
+        if one.scores.row.name == baseline:
+            continue
+        cells = [one.scores.row.name]
+        for name in followed:
+            percent = 100 if name.startswith(_SHARES) else 1
+            spread = Spread(tuple(percent * value for value in one.differences[name].values))
+            first = Spread((one.scores.steps[0],) * len(one.scores.seconds[0].values))
+            cells += [
+                interval_text(spread) + (" %" if percent == 100 else ""),
+                reached_text(one.steps_to_baseline[name], first),
+                reached_text(one.seconds_to_baseline[name], one.scores.seconds[0]),
+            ]
+        rows.append(cells)
+    return header, rows
+
+
+def short(file: Path) -> Table:
+    """The main scores alone."""
+    results = _results(file)
+    followed = main_scores(results[0].scores.generation)
+    rows = [
+        [r.scores.row.name, *(_text(n, r.scores.generation[n][-1]) for n in followed)]
+        for r in results
+    ]
+    return ["", *followed], rows
+
+
+TABLES: dict[str, Callable[[Path], Table]] = {
+    "scores": scores,
+    "differences": differences,
+    "short": short,
+}
+"""By the word that a page asks with."""
