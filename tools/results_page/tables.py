@@ -6,6 +6,8 @@ from pathlib import Path
 from comparison.report import interval_text, reached_text
 from comparison.results import CLASS_SHARE, RowResult, Spread, compared, main_scores
 from comparison.stored import read_stored
+from semtok.commands.evaluate_transfer import SCORE_LABELS, score_text
+from semtok.storage import read_json
 
 Table = tuple[list[str], list[list[str]]]
 _SHARES = (CLASS_SHARE, "precision", "recall", "probe_accuracy")
@@ -87,9 +89,29 @@ def short(file: Path) -> Table:
     return ["", *followed], rows
 
 
+def transfer(file: Path) -> Table:
+    """Each tokenizer on each set of images, as ``evaluate transfer`` wrote it."""
+    sets = read_json(file)["sets"]
+    columns = [
+        (name, score)
+        for name, by_tokenizer in sets.items()
+        for score in dict.fromkeys(score for own in by_tokenizer.values() for score in own)
+    ]
+    tokenizers = next(iter(sets.values()))
+    rows = [
+        [name, *(score_text(score, sets[images][name].get(score)) for images, score in columns)]
+        for name in tokenizers
+    ]
+    return [
+        "tokenizer",
+        *(f"{images}: {SCORE_LABELS.get(score, score)}" for images, score in columns),
+    ], rows
+
+
 TABLES: dict[str, Callable[[Path], Table]] = {
     "scores": scores,
     "differences": differences,
     "short": short,
+    "transfer": transfer,
 }
 """By the word that a page asks with."""

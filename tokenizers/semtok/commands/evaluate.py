@@ -1,5 +1,5 @@
-"""``evaluate reconstruction …``, ``latents …``, ``components …``, ``probe …``, ``generation …``, ``classes …``: how
-good tokenizers and generators are."""
+"""``evaluate reconstruction …``, ``transfer …``, ``latents …``, ``components …``, ``probe …``, ``generation …``,
+``classes …``: how good tokenizers and generators are."""
 
 from collections.abc import Sequence
 
@@ -10,6 +10,7 @@ from semtok.commands import evaluate_generation as generation
 from semtok.commands import evaluate_predictors as predictors
 from semtok.commands import evaluate_probe as probe
 from semtok.commands import evaluate_reconstruction as reconstruction
+from semtok.commands import evaluate_transfer as transfer
 from semtok.commands.cli import Parser
 from semtok.commands.evaluate_options import check_one_process, device
 from semtok.registry import load_plugins
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     parser = Parser(prog="evaluate", description=__doc__)
     tasks = parser.add_subparsers(dest="task", required=True)
-    for task in (reconstruction, predictors, components, probe, generation, classes):
+    for task in (reconstruction, transfer, predictors, components, probe, generation, classes):
         task.add_task(tasks)
     args = parser.parse_args(arguments)
     check_one_process()

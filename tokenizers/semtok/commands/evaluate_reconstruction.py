@@ -41,7 +41,8 @@ from semtok.tokenizer import Tokenizer
 
 _DEFAULT_NUMS = {"adm": 2000, "lightningdit": PUBLISHED_NUM_IMAGES}
 _RESIZES: dict[str, Resize] = {"adm": "tensorflow", "lightningdit": "pytorch"}
-_LABELS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
+LABELS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
+"""What scores are called in tables."""
 
 
 def add_task(tasks: argparse._SubParsersAction) -> None:
@@ -86,10 +87,10 @@ def _reconstruction(args: argparse.Namespace) -> dict[str, Any]:
         with errors_at("--data with --protocol lightningdit"):
             held_out = ResizedImages(held_out)
     missing: dict[str, str] = {}
-    perceptual = _perceptual(args, missing)
-    extractors, networks = _extractors(args, missing)
+    perceptual = perceptual_distance(args, missing)
+    extractors, networks = feature_extractors(args, missing)
     if perceptual is not None:
-        networks["lpips"] = _lpips_protocol(args.lpips_net)
+        networks["lpips"] = lpips_protocol(args.lpips_net)
     reports: dict[str, ReconstructionReport] = {}
     models: dict[str, str] = {}
     names = shown_names(args.tokenizer)
@@ -149,7 +150,9 @@ def _protocol(args: argparse.Namespace) -> ReconstructionProtocol:
     return replace(protocol, sample=protocol.sample or args.sample)
 
 
-def _perceptual(args: argparse.Namespace, missing: dict[str, str]) -> nn.Module | None:
+def perceptual_distance(args: argparse.Namespace, missing: dict[str, str]) -> nn.Module | None:
+    """LPIPS with the backbone that the options name; None, and why not in ``missing``, where its weights are not at
+    hand."""
     file = backbone_file(args.lpips_net)
     if not file.is_file() and not args.download:
         missing["lpips"] = (
@@ -163,11 +166,12 @@ def _perceptual(args: argparse.Namespace, missing: dict[str, str]) -> nn.Module 
         return None
 
 
-def _lpips_protocol(net: str) -> Network:
+def lpips_protocol(net: str) -> Network:
+    """What to record of LPIPS."""
     return Network(with_version("lpips"), net, AS_STORED, file_digest(backbone_file(net)))
 
 
-def _extractors(
+def feature_extractors(
     args: argparse.Namespace, missing: dict[str, str]
 ) -> tuple[dict[str, FeatureExtractor], dict[str, Network]]:
     """Networks for Fréchet distances, by the score's name; and what to record of them, by their own."""
@@ -211,7 +215,7 @@ def _print(
 ) -> None:
     names = [*next(iter(reports.values())).scores, *missing]
     rows = [
-        (_LABELS.get(name, name), *(_number(r.scores.get(name)) for r in reports.values()))
+        (LABELS.get(name, name), *(_number(r.scores.get(name)) for r in reports.values()))
         for name in names
     ]
     parts = dict.fromkeys(part for report in reports.values() for part in report.parts)
@@ -229,7 +233,7 @@ def _print(
     print_table(title, rows, ("score", *map(str, reports)))
     print("\n".join(told.lines()))
     for name, reason in missing.items():
-        print(f"{_LABELS.get(name, name)} is missing: {reason}")
+        print(f"{LABELS.get(name, name)} is missing: {reason}")
 
 
 def _number(value: float | None) -> str:

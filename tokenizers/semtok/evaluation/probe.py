@@ -32,6 +32,8 @@ from semtok.progress import progress
 from semtok.tokenizer import Tokenizer
 
 _STRENGTHS = (0.001, 0.01, 0.1)
+CLASS = "(class)"
+"""The images' class among their attributes."""
 _NUM_RESAMPLES = 1000
 _SEED = 0
 MEASURES = (
@@ -83,16 +85,25 @@ class AttributeScore:
 
 @torch.no_grad()
 def latent_table(
-    tokenizer: Tokenizer, source: ImageSource, num_images: int, batch_size: int = 64
+    tokenizer: Tokenizer,
+    source: ImageSource,
+    num_images: int,
+    batch_size: int = 64,
+    *,
+    classes: bool = False,
 ) -> LatentTable:
     """Encodes ``num_images`` images of a source, or all there are.
+
+    Args:
+        classes: the class is an attribute too, by the name ``CLASS``.
 
     Raises:
         ValueError: the source knows no attributes of its images.
     """
-    if not source.attributes:
+    known = dict(source.attributes) | ({CLASS: source.class_names} if classes else {})
+    if not known:
         raise ValueError(f"{source.name} has no attributes to probe for")
-    features, attributes = [], {name: [] for name in source.attributes}
+    features, attributes = [], {name: [] for name in known}
     digest = PixelDigest()
     what = f"encoding {source.name}"
     for batch in chosen_images(source, num_images, batch_size=batch_size, what=what):
@@ -101,12 +112,13 @@ def latent_table(
         features.append(
             torch.cat([part.flatten(1) for part in latents.values()], dim=1).cpu().numpy()
         )
-        for name, values in batch.attributes.items():
+        shown = dict(batch.attributes) | ({CLASS: batch.labels} if classes else {})
+        for name, values in shown.items():
             attributes[name].append(values.numpy())
     return LatentTable(
         np.concatenate(features),
         {name: np.concatenate(v) for name, v in attributes.items()},
-        {name: len(categories) for name, categories in source.attributes.items()},
+        {name: len(categories) for name, categories in known.items()},
         str(digest),
     )
 
