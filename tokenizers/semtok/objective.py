@@ -176,8 +176,14 @@ class TokenizerObjective(Objective):
     measures = "the teacher's features"
     """What ``measure`` takes in, for a line of progress."""
 
-    def training_source(self, source: ImageSource, accelerator: Accelerator) -> ImageSource:
-        """What training reads, given the images: a cache of them where the settings ask for one."""
+    def training_source(
+        self, source: ImageSource, accelerator: Accelerator, *, pays: bool
+    ) -> ImageSource:
+        """What training reads, given the images: a cache of them where the settings ask for one.
+
+        Args:
+            pays: whether training sees each image often enough for a cache that is made by itself.
+        """
         return source
 
     @abstractmethod

@@ -143,6 +143,11 @@ class Tokenizer(PushToHub, nn.Module, ABC):
         """What that teacher sees in pixels, or None."""
         return None
 
+    def feature_grid(self, image_size: tuple[int, int]) -> tuple[int, int] | None:
+        """(rows, columns) of the patch tokens that it asks that teacher for, of images of (height, width); None: no
+        cache of features serves it."""
+        return None
+
     @property
     def measured_parts(self) -> tuple[str, ...]:
         """The parts whose statistics ``measure_statistics`` measures."""
@@ -263,7 +268,13 @@ class Tokenizer(PushToHub, nn.Module, ABC):
 
     @torch.no_grad()
     def measure_statistics(
-        self, batches: Iterable[Tensor | tuple[Sequence[int], Tensor]], seed: int = 0
+        self,
+        batches: Iterable[
+            Tensor
+            | tuple[Sequence[int], Tensor]
+            | tuple[Sequence[int], Tensor, TeacherFeatures | None]
+        ],
+        seed: int = 0,
     ) -> None:
         """Measures every part's mean and standard deviation, per channel or also per position, in one pass, in float64.
 
@@ -273,7 +284,8 @@ class Tokenizer(PushToHub, nn.Module, ABC):
 
         Args:
             batches: pixels (B, 3, H, W) of training images; or with the images' indices before them, to which
-                the draws belong, whatever batch and process an image is in. Without, images are counted.
+                the draws belong, whatever batch and process an image is in. Without, images are counted. Behind
+                indices and pixels there may be what ``features`` gives for them, where the caller has it already.
             seed: of the draws.
 
         Raises:
@@ -286,8 +298,8 @@ class Tokenizer(PushToHub, nn.Module, ABC):
         with together():
             for batch in batches:
                 counted = range(num_images, num_images + len(batch))
-                indices, pixels = (counted, batch) if isinstance(batch, Tensor) else batch
-                posterior = self.posterior_raw(pixels.to(device))
+                indices, pixels, *known = (counted, batch) if isinstance(batch, Tensor) else batch
+                posterior = self.posterior_raw(pixels.to(device), *known)
                 noise = SampleNoise(seed, indices, device)
                 shapes = {name: tuple(part.shape[1:]) for name, part in posterior.mean.items()}
                 raw = posterior.sample_with({name: noise(shape) for name, shape in shapes.items()})

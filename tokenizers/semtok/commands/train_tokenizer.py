@@ -17,6 +17,8 @@ from semtok.commands.run_data import check_data
 from semtok.commands.run_folder import check_run_folder
 from semtok.commands.run_recipe import Resume, resolve, resumes, split_recipe
 from semtok.commands.texture_quality import TextureQuality, record, texture_quality
+from semtok.commands.when_to_cache import pays
+from semtok.data.caches.feature_cache import CachedFeatures
 from semtok.data.images.kinds import open_sources
 from semtok.data.images.shapes import ShapesConfig
 from semtok.data.order import DataOrder
@@ -207,7 +209,8 @@ def _run(plan: TokenizerPlan) -> Tokenizer:
             print(f"note: {line}", flush=True)
     with around_training.errors_at(plan.place):
         quality = _texture_quality(plan, texture, accelerator.device)
-        read = objective.training_source(plan.sources[0], accelerator)
+        worth = pays(recipe, plan.sources[0])
+        read = objective.training_source(plan.sources[0], accelerator, pays=worth)
     trainer = around_training.start_trainer(
         objective,
         recipe,
@@ -229,7 +232,10 @@ def _run(plan: TokenizerPlan) -> Tokenizer:
             objective.measure(batch for _, batch in batches)
         if recipe.method.starts_from_weights():
             around_training.measure_start(trainer)
-    averaged = trainer.run(lambda module, step: _export_on_the_way(plan, objective, module, step))
+    kept = read if isinstance(read, CachedFeatures) else None
+    averaged = trainer.run(
+        lambda module, step: _export_on_the_way(plan, objective, module, step, kept)
+    )
     metrics = trainer.validate()
     # Its statistics are new, and not yet where its networks are.
     tokenizer = objective.tokenizer(averaged).to(accelerator.device)
@@ -242,6 +248,7 @@ def _run(plan: TokenizerPlan) -> Tokenizer:
             step=trainer.step,
             metrics=metrics,
             pictures=around_training.card_pictures(folder),
+            features=kept,
         )
         export_generator(objective, averaged, tokenizer, folder / "export")
         if accelerator.is_main_process:
@@ -416,12 +423,14 @@ def statistics_batches(
     device: torch.device,
     *,
     what: str = "measuring the statistics of the latents",
+    features: CachedFeatures | None = None,
 ) -> Iterator[tuple[list[int], Batch]]:
     """This process's share of the first training images in the order of the first epoch, unmirrored and cropped at the
     centre.
 
     Args:
         what: is done with them, for a line of progress.
+        features: a teacher's of these images, which then come with them.
 
     Yields:
         The images' numbers in that order, and the images.
@@ -429,17 +438,19 @@ def statistics_batches(
     train = recipe.train
     num_images = min(train.num_statistics_images, len(source))
     order = DataOrder(len(source), num_images, train.seed, False, source.block_size)
-    for places, batch in read_images(
-        source,
-        order.keys(0),
-        batch_size=min(64, train.batch_size),
-        what=what,
-    ):
+    keys = order.keys(0)
+    for places, batch in read_images(source, keys, batch_size=min(64, train.batch_size), what=what):
+        if features is not None:
+            batch = replace(batch, features=features.features([keys[i] for i in places]))
         yield places, on_device(batch, device)
 
 
 def _export_on_the_way(
-    plan: TokenizerPlan, objective: TokenizerObjective, averaged: nn.Module, step: int
+    plan: TokenizerPlan,
+    objective: TokenizerObjective,
+    averaged: nn.Module,
+    step: int,
+    features: CachedFeatures | None,
 ) -> None:
     """In the middle of a run; an export that is there already stays."""
     target = around_training.export_at(plan.folder, step)
@@ -455,6 +466,7 @@ def _export_on_the_way(
             step=step,
             metrics={},
             pictures=around_training.card_pictures(plan.folder),
+            features=features,
         )
         export_generator(objective, averaged, tokenizer, target)
 
@@ -488,6 +500,7 @@ def export_tokenizer(
     metrics: dict[str, float],
     pictures: dict[str, Path],
     weights: str | None = None,
+    features: CachedFeatures | None = None,
 ) -> None:
     """Measures the latents' statistics, in all processes; the first writes the export and checks what a reader
     of it gets.
@@ -499,6 +512,7 @@ def export_tokenizer(
         metrics: held-out, as far as they were measured.
         pictures: for the card.
         weights: which it holds; None: those that the run exports.
+        features: of its teacher, of these images, where they are kept.
 
     Raises:
         UserError: latents that do not vary.
@@ -506,9 +520,9 @@ def export_tokenizer(
     tokenizer.eval()
     device = tokenizer.texture_mean.device
     with around_training.errors_at(str(target)):
-        batches = statistics_batches(train, recipe, device)
-        pixels = ((places, batch.pixels) for places, batch in batches)
-        tokenizer.measure_statistics(pixels, recipe.train.seed)
+        batches = statistics_batches(train, recipe, device, features=features)
+        seen = ((places, batch.pixels, batch.features) for places, batch in batches)
+        tokenizer.measure_statistics(seen, recipe.train.seed)
     tokenizer.training_info = {
         "data": train.name,
         "licence": recipe.data.licence,

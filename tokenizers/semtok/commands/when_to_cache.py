@@ -1,4 +1,4 @@
-"""When a diffusion transformer is trained from cached latents, and where they lie."""
+"""When a cache pays, when a diffusion transformer is trained from cached latents, and where they lie."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from semtok.data.source import DataConfig, ImageSource
 from semtok.diffusion.training import DiffusionObjective
 from semtok.errors import UserError
 from semtok.lock import InUse
-from semtok.recipe import DiffusionRecipe
+from semtok.recipe import DiffusionRecipe, TokenizerRecipe
 from semtok.references import RUNS
 
 _TIMES, _SAVED = 2, 10_000
@@ -116,7 +116,7 @@ def cached_latents(
         return None
 
 
-def pays(recipe: DiffusionRecipe[Any], images: ImageSource) -> bool:
+def pays(recipe: DiffusionRecipe[Any] | TokenizerRecipe[Any, Any], images: ImageSource) -> bool:
     """Whether training sees each image, and its mirror image, often enough."""
     seen = recipe.train.steps * recipe.train.batch_size
     computed = len(images) * (2 if images.flip else 1)

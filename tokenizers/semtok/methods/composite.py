@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from semtok.data.caches.feature_cache import ensure_feature_cache
+from semtok.data.caches.feature_cache import features_as_asked
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
 from semtok.methods.teacher_tokenizer import HeldTeacher, TeacherTokenizer, saved_teacher
@@ -58,20 +58,32 @@ class CompositeConfig(MethodConfig):
     """``none`` leaves the semantic and global parts unscaled, as REGLUE, REG and ReDi publish; their
     variance then sets how much noise hides them."""
     feature_cache: str | None = None
-    """A folder where the teacher's features are kept in float16 once they were computed; None
-    computes them in each step."""
+    """Of the teacher's features of the training images, kept in float16 once they were computed. ``auto``: in a folder
+    under ``runs/cache`` that every run with this teacher and these images reads, also for latents; it is made where
+    training sees each image often. A folder: for this training alone. None or ``none``: they are computed each time."""
+
+    @field_validator("feature_cache")
+    @classmethod
+    def _none_by_name(cls, cache: str | None) -> str | None:
+        return None if cache == "none" else cache
 
     @model_validator(mode="after")
     def _cache_pays(self) -> "CompositeConfig":
-        if self.feature_cache is not None and not self.has_steps():
-            raise ValueError("feature_cache: nothing is read twice here; leave it out")
+        if self._names_cache and not self.has_steps():
+            raise ValueError(
+                "feature_cache: nothing is read twice here; leave it out, or pass auto, which reads what is there"
+            )
         return self
+
+    @property
+    def _names_cache(self) -> bool:
+        return self.feature_cache not in (None, "auto")
 
     def needs_teacher(self) -> bool:
         return True
 
     def needs_same_images(self) -> bool:
-        return self.feature_cache is not None
+        return self._names_cache
 
     def texture_reference(self) -> str | None:
         return self.texture
@@ -201,9 +213,11 @@ class CompositeTokenizer(TeacherTokenizer):
         num_layers = len(self.teacher_config.layers)
         return (self.coder.shape.feature_channels // num_layers,) * num_layers
 
+    def feature_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        return token_grid(image_size, self.feature_stride)
+
     def features(self, pixels: Tensor) -> TeacherFeatures:
-        grid = token_grid(tuple(pixels.shape[-2:]), self.feature_stride)
-        return self.teacher.features(pixels, grid=grid)
+        return self.teacher.features(pixels, grid=self.feature_grid(tuple(pixels.shape[-2:])))
 
     def with_decoder_of(self, other: Tokenizer) -> Tokenizer:
         self.texture = self.texture.with_decoder_of(other)
@@ -380,17 +394,18 @@ class CompositeObjective(TokenizerObjective):
             moments.add(self.prepare(batch)["features"].joined)
         return moments.over_processes()
 
-    def training_source(self, source: ImageSource, accelerator: Accelerator) -> ImageSource:
-        if self.config.feature_cache is None:
-            return source
-        return ensure_feature_cache(
+    def training_source(
+        self, source: ImageSource, accelerator: Accelerator, *, pays: bool
+    ) -> ImageSource:
+        kept = features_as_asked(
             source,
             self.teacher.module,
             token_grid(self.context.image_size, self.feature_stride),
-            Path(self.config.feature_cache),
-            batch_size=64,
+            self.config.feature_cache,
+            pays=pays,
             accelerator=accelerator,
         )
+        return kept if kept is not None else source
 
     def prepare(self, batch: Batch) -> dict[str, Any]:
         features = batch.features

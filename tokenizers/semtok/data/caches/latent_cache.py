@@ -4,12 +4,15 @@ Kept per image: mean and, where the part is sampled, standard deviation of every
 standardised, so that each step still draws anew; labels; and, where REPA is to see exactly what the
 teacher saw, its tokens in eight bits. Mirrored images have rows of their own. A second folder holds the
 held-out images' latents, so that a finished cache trains without any image at hand.
+
+Where a run has kept by itself what the tokenizer's teacher saw in the training images, that is read. The latents then
+differ by float16's rounding from those whose features are computed.
 """
 
 import glob
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +20,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
+from semtok.data.caches.feature_cache import features_found
 from semtok.data.caches.remote_shards import RemoteShards
 from semtok.data.caches.shards import INDEX, Compute, Shards, ensure_shards
 from semtok.data.remote import protocol, read_remote_json
@@ -183,16 +187,21 @@ def ensure_latent_cache(
                 about={**about, "source": images.identity},
                 what=f"latents of the {'training' if name == _TRAIN else 'held-out'} images",
                 place=_PLACE,
+                features=_kept_features(train, tokenizer, folder) if source is train else None,
                 batch_size=batch_size,
                 shard_size=shard_size,
             )
             cached.append(CachedLatents(shards, seen, held_out=images is validation))
         if not process_index() and not (folder / _ABOUT).is_file():
-            try:
-                write_json(folder / _ABOUT, seen.model_dump(mode="json"))
-            except OSError as error:
-                raise UserError(f"{_PLACE}: {folder}: {first_line(error)}") from None
+            _write_about(folder, seen)
     return cached[0], cached[1]
+
+
+def _write_about(folder: Path, seen: CachedImages) -> None:
+    try:
+        write_json(folder / _ABOUT, seen.model_dump(mode="json"))
+    except OSError as error:
+        raise UserError(f"{_PLACE}: {folder}: {first_line(error)}") from None
 
 
 def _check_folder(folder: Path) -> None:
@@ -277,6 +286,17 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 # What is kept ------------------------------------------------------------------------------------
 
 
+def _kept_features(
+    train: ImageSource, tokenizer: Tokenizer, folder: Path
+) -> Callable[[Sequence[Key]], StoredFeatures] | None:
+    """What the tokenizer's teacher saw in training images, where a run has kept it and there is need of it."""
+    grid = tokenizer.feature_grid(train.image_size)
+    if grid is None or tokenizer.teacher is None or (folder / _TRAIN / INDEX).is_file():
+        return None
+    kept = features_found(train, tokenizer.teacher, grid)
+    return kept.features if kept is not None else None
+
+
 def _latents_of(
     tokenizer: Tokenizer, targets: Teacher | None, dtype: torch.dtype, device: torch.device
 ) -> Compute:
@@ -288,7 +308,10 @@ def _latents_of(
     def compute(batch: ImageBatch) -> dict[str, Tensor]:
         assert batch.images is not None
         pixels = to_pixels(batch.images.to(device))
-        features = tokenizer.features(pixels)
+        if batch.features is not None:
+            features = batch.features.map(lambda part: part.to(device)).restored()
+        else:
+            features = tokenizer.features(pixels)
         posterior = tokenizer.posterior(pixels, features)
         columns = {f"{name}/mean": part for name, part in posterior.mean.items()}
         columns |= {

@@ -32,6 +32,7 @@ from semtok.processes import gather, num_processes, process_index, together
 from semtok.progress import progress
 from semtok.settings import Config, parse
 from semtok.storage import first_line, new_file, read_json, write_json, write_tensors
+from semtok.teachers import StoredFeatures
 
 INDEX, _PLAN = "index.json", "plan.json"
 _LABELS, _MIRRORED = "labels", "mirrored."
@@ -195,6 +196,7 @@ def ensure_shards(
     about: Mapping[str, Any],
     what: str,
     place: str,
+    features: Callable[[Sequence[Key]], StoredFeatures] | None = None,
     batch_size: int = 64,
     shard_size: int = 1024,
 ) -> Shards:
@@ -205,6 +207,7 @@ def ensure_shards(
         about: what has to agree for these rows to be those that would be computed.
         what: is computed, in a few words, for people.
         place: starts every message.
+        features: of images of the source, by their keys, for ``compute`` to find in the batch; None: there are none.
         batch_size: images per call of ``compute``.
 
     Raises:
@@ -223,7 +226,7 @@ def ensure_shards(
             _enter(stack, folder)
         # Nor was it written by who was there before.
         if not is_there and not gather((folder / INDEX).is_file())[0]:
-            writer = _Writer(source, folder, compute, wanted, batch_size, shard_size)
+            writer = _Writer(source, folder, compute, features, wanted, batch_size, shard_size)
             writer.claim(what, place)
             writer.write(what)
         shards = Shards(folder, place)
@@ -273,6 +276,7 @@ class _Writer:
     source: ImageSource
     folder: Path
     compute: Compute
+    features: Callable[[Sequence[Key]], StoredFeatures] | None
     about: dict[str, Any]
     batch_size: int
     shard_size: int
@@ -280,7 +284,7 @@ class _Writer:
     def __post_init__(self) -> None:
         # Computed ahead, so that what can't work is found before the folder is there.
         source = self.source
-        first = self.compute(source.load([0]))
+        first = self._computed(source.load([0]), [Key(0)])
         self.bytes = len(source) * sum(t[0].numel() * t.element_size() for t in first.values())
         self.bytes *= 2 if source.flip else 1
 
@@ -342,7 +346,7 @@ class _Writer:
         ):
             first = keys[places[0]].index
             number = first // self.shard_size
-            begun[number].append(self._rows(batch))
+            begun[number].append(self._rows(batch, [keys[place] for place in places]))
             for position, name, _ in batch.skipped:  # first at a position is whose place it is
                 skipped[number].setdefault(str(first + position), printable(name))
             if sum(len(rows[_LABELS]) for rows in begun[number]) == len(self._images(number)):
@@ -368,14 +372,20 @@ class _Writer:
         about = {"bytes": file.stat().st_size, "checksum": shard_checksum(file)}
         return {"file": file.name} | about, read_json(self._notes(shard))["skipped"]
 
-    def _rows(self, batch: ImageBatch) -> dict[str, Tensor]:
-        rows = {name: value.cpu() for name, value in self.compute(batch).items()}
-        rows[_LABELS] = batch.labels
+    def _rows(self, batch: ImageBatch, keys: Sequence[Key]) -> dict[str, Tensor]:
+        rows = self._computed(batch, keys)
         if self.source.flip:
             assert batch.images is not None
-            mirrored = self.compute(replace(batch, images=batch.images.flip(-1)))
-            rows |= {_MIRRORED + name: value.cpu() for name, value in mirrored.items()}
+            flipped = replace(batch, images=batch.images.flip(-1))
+            mirrored = self._computed(flipped, [key._replace(mirrored=True) for key in keys])
+            rows |= {_MIRRORED + name: value for name, value in mirrored.items()}
+        rows[_LABELS] = batch.labels
         return rows
+
+    def _computed(self, batch: ImageBatch, keys: Sequence[Key]) -> dict[str, Tensor]:
+        if self.features is not None:
+            batch = replace(batch, features=self.features(keys))
+        return {name: value.cpu() for name, value in self.compute(batch).items()}
 
 
 def open_shard(file: Path, num_rows: int) -> Shard:

@@ -31,6 +31,9 @@ class StoredConfig(DataConfig):
     """Share of the images that is held out where there is no part of its own for that."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Chooses the held-out images where there is no part of its own for that."""
+    num_images: int | None = Field(None, ge=1)
+    """So many of the training images are used, a fixed random choice, the same for every ``train.seed``. A smaller
+    choice is part of a larger one. The held-out images and the classes stay as they are. None: all."""
 
     @property
     def draws_crops(self) -> bool:
@@ -59,6 +62,7 @@ class StoredImages(ImageSource):
         title: the store in a few words, for logs and cards.
         crop: of these images in training.
         attributes: of these images, in their order; None where nothing is known.
+        chosen_of: of how many images these were chosen; None: they are all of their part.
     """
 
     expected: str
@@ -78,13 +82,15 @@ class StoredImages(ImageSource):
         flip: bool,
         crop: Crop = "center",
         attributes: ImageAttributes | None = None,
+        chosen_of: int | None = None,
     ) -> None:
         self.rows, self.labels, self.place = rows, labels, place
         self.class_names, self.image_size = class_names, image_size
         self.flip, self.crop = flip, crop
         known = attributes or ImageAttributes({}, torch.zeros(len(labels), 0, dtype=torch.int64))
         self.attributes, self._values = known.categories, known.values
-        self.name = f"{title} ({len(labels)} images)"
+        count = str(len(labels)) if chosen_of is None else f"{len(labels)} of {chosen_of}"
+        self.name = f"{title} ({count} images)"
         self._unreadable: dict[int, str] = {}  # and why
 
     @classmethod
@@ -108,10 +114,11 @@ class StoredImages(ImageSource):
             left_out: what the store holds beside them.
 
         Raises:
-            UserError: no image of a part can be read.
+            UserError: no image of a part can be read, or ``config.num_images`` are more than there are.
         """
-        train, held_out = (
-            cls(
+
+        def part(rows: np.ndarray, crop: Crop, chosen_of: int | None = None) -> Self:
+            return cls(
                 *store,
                 rows,
                 labels[rows],
@@ -120,14 +127,35 @@ class StoredImages(ImageSource):
                 flip=config.flip,
                 crop=crop,
                 attributes=attributes.rows(rows) if attributes is not None else None,
+                chosen_of=chosen_of,
             )
-            for rows, crop in zip(parts, (config.crop, "center"), strict=True)
-        )
+
+        train, held_out = part(parts[0], config.crop), part(parts[1], "center")
+        if config.num_images is not None:
+            rows = train.chosen_rows(config.num_images)
+            if len(rows) < len(train):
+                whole, train = train, part(rows, config.crop, chosen_of=len(train))
+                unseen = set(whole.labels.tolist()) - set(train.labels.tolist())
+                for label in sorted(unseen) if left_out is not None else ():
+                    left_out.add("classes without an image in data.num_images", class_names[label])
         train.left_out = held_out.left_out = left_out
         train.part, held_out.part = "training", "held-out"
         train.check_readable()
         held_out.check_readable()
         return train, held_out
+
+    def chosen_rows(self, num_images: int) -> np.ndarray:
+        """Of the store, the rows of ``chosen(num_images)``, sorted.
+
+        Raises:
+            UserError: there are fewer images.
+        """
+        if num_images > len(self):
+            raise UserError(
+                f"data.num_images: {num_images} is more than the {len(self)} training images in '{self.place}'; pass "
+                f"{len(self)} or fewer, or leave it out to take all"
+            )
+        return np.sort(self.rows[self.chosen(num_images)])
 
     @abstractmethod
     def contents(self, indices: Sequence[int]) -> Sequence[Path | bytes]:
