@@ -313,7 +313,8 @@ def check_reference(
     finished run.
 
     Args:
-        data: images that it is for. Where these are not drawn scenes, a recipe is trained on them instead of its own.
+        data: images that it is for. Where these are neither drawn scenes nor the recipe's own images, the recipe is
+            trained on them instead of its own.
         run: the folder of the run that needs it; beside it stands what is trained on such images.
 
     Raises:
@@ -324,10 +325,9 @@ def check_reference(
     recipe = None if finished or Path(reference).is_dir() else find_recipe(reference)
     if recipe is None:
         return Tokenizer.from_pretrained(reference)
-    if run is not None and data is not None and not isinstance(data, ShapesConfig):
+    if run is not None and data is not None and not _is_of(recipe, data):
         folder = run.with_name(f"{run.name}_{reference.replace('/', '_')}")
-        images = data.model_dump(mode="json", exclude={"cache"})  # a cache is of latents
-        own = read_yaml(recipe) | {"data": images}
+        own = read_yaml(recipe) | {"data": _images(data)}
         content, place, overrides = parse_recipe(own, str(recipe)), str(recipe), ()
     else:
         found = resolve(load_recipe, recipe, [], folder=folder, resume="auto")
@@ -338,6 +338,15 @@ def check_reference(
         return plan
     check_data(folder, plan.sources)
     return Tokenizer.from_pretrained(folder)
+
+
+def _is_of(recipe: Path, data: DataConfig) -> bool:
+    """Whether a recipe, as it stands, is for images as these; any drawn scenes are as good as a recipe's own."""
+    return isinstance(data, ShapesConfig) or _images(load_recipe(recipe, []).data) == _images(data)
+
+
+def _images(data: DataConfig) -> dict[str, Any]:
+    return data.model_dump(mode="json", exclude={"cache"})  # a cache is of latents
 
 
 def check_tokenizer_of_run(
