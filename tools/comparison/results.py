@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from comparison.plan import Comparison, Row
+from semtok.evaluation.classes import CLASS_SHARE
 from semtok.evaluation.predictors import PREDICTORS
 from semtok.storage import read_json
 
-CLASS_SHARE = "shown class"
-"""Share of generated images that the judge reads as their class."""
 TOKENIZER_COLUMNS = {
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
