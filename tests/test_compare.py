@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import semtok_cli
@@ -333,6 +333,8 @@ def test_rows_and_seeds_may_be_added_but_nothing_else_changed(tmp_path):
         (["--set", "diffusion.leads=3"], "diffusion.leads"),
         (["--steps", "-3"], "steps"),
         (["--data", "kind=fodler"], "unknown kind 'fodler'"),
+        (["--judge", "demo", "--judge", "teacher"], "--judge: two judges are called 'demo'"),
+        (["--judge", "layers=[-9]"], "--judge demo: teacher.layers: [-9] out of range"),
     ],
 )
 def test_what_can_t_be_is_said_before_anything_is_trained(tmp_path, capsys, words, message):
@@ -349,6 +351,20 @@ def test_a_judge_of_classes_is_refused_where_images_have_none(tmp_path, capsys):
     words = ["--tokenizers", "demo", *data, "--judge", "trained", "--output", str(tmp_path / "c")]
     assert run(compare.main, words) == 2
     assert "--judge trained: learns to tell classes apart" in capsys.readouterr().err
+
+
+def test_a_comparison_of_an_earlier_version_keeps_its_judge(tmp_path):
+    folder = tmp_path / "c"
+    comparison(folder, VAE).claim()
+    written = (folder / "comparison.yaml").read_text()
+    settings = yaml.safe_load(written)
+    assert settings["settings"]["judge"] == [["teacher"]]
+    settings["settings"]["judge"] = "teacher"
+    (folder / "comparison.yaml").write_text(yaml.safe_dump(settings))
+    comparison(folder, VAE).claim()
+    assert (folder / "comparison.yaml").read_text() == written
+    told = compare._about(comparison(folder, VAE), 1)[2]
+    assert "the network of --teacher" in told and "An earlier version scored" in told
 
 
 def test_a_comparison_that_began_with_another_budget_says_which(tmp_path):
@@ -858,10 +874,12 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(finished, in_this_pr
 def test_a_judge_that_nothing_was_aligned_to_sees_all_that_rows_are_scored_by(
     finished, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(scores, "trained_judge", partial(trained_judge, steps=2))
-    monkeypatch.setattr(scores, "cache_folder", lambda name: tmp_path / name)
+    quickly = lambda *given, **named: trained_judge(*given, **named | {"steps": 2})  # noqa: E731
+    monkeypatch.setattr("semtok.evaluation.judges.trained_judge", quickly)
+    monkeypatch.setenv("SEMTOK_CACHE", str(tmp_path))
     before = plan.read_comparison(finished, 1)
-    words = ["--judge", "trained", "--output", str(tmp_path)]
+    words = ["--judge", "trained", "--judge", "name=demo", "layers=[-2]"]
+    words += ["--output", str(tmp_path)]
     judge = compare._asked(compare._parser().parse_args(words)).settings.judge
     settings = before.settings.model_copy(update={"judge": judge})
     planned = replace(before, folder=tmp_path, settings=settings)
@@ -871,14 +889,34 @@ def test_a_judge_that_nothing_was_aligned_to_sees_all_that_rows_are_scored_by(
     write_json(file, json.loads(before.generator_scores(row, 0).read_text())[:1])
     scores.score_generator(planned, row, 0)
     by_teacher, judged = json.loads(file.read_text())
-    renamed = {name.replace("demo", "trained") for name in by_teacher}
-    assert judged.keys() == renamed and CLASS_SHARE in judged
+    own = {name.replace("demo", "trained") for name in by_teacher}
+    others = {name for name in by_teacher if name.endswith("-demo")} | {f"{CLASS_SHARE} (demo)"}
+    assert CLASS_SHARE in own and "FDr" not in by_teacher
+    assert judged.keys() == own | others | {"FDr", "FDr-trained", "FDr-demo"}
+    held_out = {
+        name: told["held_out"]
+        for name, told in json.loads((tmp_path / "scores" / "judges.json").read_text()).items()
+    }
+    ratios = [judged[f"FD-{name}"] / held_out[name]["distance"] for name in held_out]
+    assert judged["FDr"] == pytest.approx(sum(ratios) / 2) and len(ratios) == 2
+    curves = {name: [Spread((judged[name],))] for name in judged if name not in ("step", "seconds")}
+    scored = RowScores(row, {}, [4], curves, [Spread((1.0,))])
+    header, _ = generation_table(compared([scored], "demo"))
+    assert {"FD-trained at 4", f"{CLASS_SHARE} at 4", "FD-demo", "FDr"} <= set(header)
+    assert "FD-demo less demo's" not in header, "rows are followed by the first judge"
     scores.score_tokenizer(planned, "demo", 0)
     judged = json.loads(planned.tokenizer_scores("demo", 0).read_text())
     assert "FD-trained" in judged and "FD-demo" not in judged
     assert len(list((tmp_path / "judges").iterdir())) == 1, "trained once"
-    assert "of a judge that was trained on the real images" in compare._about(planned, 1)[1]
-    with pytest.raises(UserError, match="begun with judge=teacher, now trained"):
+    first, second, relative = compare._about(planned, 1)[2:-1]
+    assert "Judge trained, by which rows are followed: a network that was trained on" in first
+    assert "learned the classes from 60 real training images" in first
+    assert "Judge demo: the network of --teacher" in second and "layer -2" in second
+    for told, name in ((first, "trained"), (second, "demo")):
+        right = 100 * held_out[name]["read_right"]
+        assert f"Of 10 held-out real images it reads {right:.1f} % right" in told
+    assert "FDr is the mean over the judges" in relative and "10 held-out images." in relative
+    with pytest.raises(UserError, match="begun with judge=teacher, now trained --judge name=demo"):
         replace(planned, folder=finished).claim()
 
 

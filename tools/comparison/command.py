@@ -19,6 +19,7 @@ import torch
 from comparison.estimate import expected_seconds, is_measured, measure_steps, steps_file
 from comparison.finished import take_finished_runs, with_whole_runs
 from comparison.jobs import Job, Stopped, only_one_in, run_jobs
+from comparison.judges import judges_told
 from comparison.plan import (
     BUDGETS,
     SEEDS,
@@ -39,7 +40,7 @@ from semtok.commands.cli import Parser
 from semtok.commands.table import print_table
 from semtok.data.images.shapes import ShapesConfig
 from semtok.errors import UserError
-from semtok.evaluation.judge import TRAINED
+from semtok.evaluation.judges import WORDS
 from semtok.progress import duration
 from semtok.references import RUNS
 from semtok.settings import parse
@@ -129,9 +130,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--judge",
-        choices=("teacher", TRAINED),
-        help="who sees images for distances and classes: the teacher (the default), or trained, a small network that "
-        "learns the classes from the real images alone, so that no row was aligned to it",
+        nargs="+",
+        action="append",
+        metavar="WORD",
+        help="who sees images for distances and classes, by default teacher; may be given several times, rows are "
+        f"followed by the first: {WORDS}",
     )
     parser.add_argument(
         "--cache",
@@ -416,11 +419,6 @@ def _about(comparison: Comparison, at_once: int) -> list[str]:
     settings = comparison.settings
     data = " ".join(settings.data) or "the embedded shapes at 32x32"
     teacher = " ".join(settings.teacher) or "the embedded teacher"
-    seen = "of the teacher"
-    partial = "A teacher that tokenizers or transformers were aligned to is no impartial judge."
-    if settings.judge == TRAINED:
-        seen = "of a judge that was trained on the real images alone, which also reads the classes"
-        partial = "No tokenizer and no transformer was aligned to it."
     bases = " and ".join(f"'{name}'" for name in comparison.bases) or "of which there is none"
     seconds = f"Seconds are of {at_once} processes at a time on this machine; they depend on both."
     if settings.cache != "none":
@@ -434,6 +432,7 @@ def _about(comparison: Comparison, at_once: int) -> list[str]:
         f"the recipe {settings.recipe} is trained for {settings.steps} steps at a constant rate and sampled without "
         "guidance.",
         f"Generated images: {settings.num_images}, the classes in turn, by averaged weights, compared with "
-        f"{settings.num_reference} training images in the features {seen}. {partial}",
+        f"{settings.num_reference} training images in the features of {_counted(len(settings.judge), 'judge')}.",
+        *judges_told(comparison),
         seconds,
     ]

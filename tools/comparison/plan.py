@@ -3,9 +3,9 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from comparison.jobs import LOCK
 from comparison.recipes import (
@@ -23,7 +23,7 @@ from semtok.data.images.kinds import open_sources
 from semtok.data.source import DataConfig
 from semtok.errors import UserError
 from semtok.evaluation.inception import check_torch_fidelity
-from semtok.evaluation.judge import TRAINED
+from semtok.evaluation.judges import JudgeChoice, check_judges, judge_choices
 from semtok.recipe import load_diffusion_recipe, load_recipe, locate_recipe, write_recipe
 from semtok.references import DEMO, locate_export
 from semtok.settings import Config, apply_overrides, parse, read_yaml
@@ -62,9 +62,9 @@ class ComparisonSettings(Config):
     cache: Literal["auto", "none"] = "none"
     """Whether transformers learn from latents that are computed once, where that pays, or from images, so that the
     seconds of every row hold the same work."""
-    judge: Literal["teacher", "trained"] = "teacher"
-    """Who sees images, for Fréchet distances and shares of classes: that teacher, or a network that was trained on the
-    real images alone."""
+    judge: tuple[tuple[str, ...], ...] = Field((("teacher",),), min_length=1)
+    """Who sees images, for Fréchet distances and shares of classes, each by its words (``evaluation/judges``); rows are
+    followed by the first."""
     recipe_share: float = Field(gt=0, le=1)
     """Tokenizers are trained for this share of their recipes' steps."""
     steps: int = Field(ge=1)
@@ -81,6 +81,16 @@ class ComparisonSettings(Config):
     """Real images that the probe is fitted on."""
     num_reference: int = Field(5000, ge=10, le=10_000)
     """Real training images that generated ones are compared with."""
+
+    @field_validator("judge", mode="before")
+    @classmethod
+    def _each_by_its_words(cls, judge: Any) -> Any:
+        """Lists may stand for tuples; an earlier version had one judge, by its word."""
+        each = [judge] if isinstance(judge, str) else judge
+        if not isinstance(each, list | tuple):
+            return judge
+        each = [(words,) if isinstance(words, str) else words for words in each]
+        return tuple(tuple(words) if isinstance(words, list) else words for words in each)
 
     @model_validator(mode="after")
     def _even(self) -> "ComparisonSettings":
@@ -250,8 +260,15 @@ class Comparison:
 
     def teacher(self) -> Teacher:
         """The teacher that predictors, and scores where it is the judge, see by: its last layer."""
+        return Teacher(self.teacher_config())
+
+    def teacher_config(self) -> TeacherConfig:
         content = apply_overrides({}, list(self.settings.teacher))
-        return Teacher(parse(TeacherConfig, content, "--teacher"))
+        return parse(TeacherConfig, content, "--teacher")
+
+    def judges(self) -> tuple[JudgeChoice, ...]:
+        """Who sees images; rows are followed by the first."""
+        return judge_choices(self.settings.judge, self.teacher_config())
 
     def check(self) -> None:
         """Reads every recipe with its settings, the data and the teacher, so that nothing is found wrong
@@ -270,11 +287,8 @@ class Comparison:
         for row in self.rows:
             _check_words(f"--variant {row.name}", row.settings, _SHARED)
         train, _ = open_sources(self.data())
-        if self.settings.judge == TRAINED and train.num_classes < 2:
-            raise UserError(
-                "--judge trained: learns to tell classes apart, and the images have one class; leave it out"
-            )
         self.teacher()
+        check_judges(self.judges(), train)
         for reference in self.tokenizers:
             recipe = recipe_of(reference)
             if recipe is None:
@@ -337,9 +351,9 @@ class Comparison:
                     f"{self.settings.recipe_share:.0%}; go on with --budget {budget}, or choose another --output"
                 )
             if value != getattr(self.settings, key):
+                before_told, now = _in_words(value), _in_words(getattr(self.settings, key))
                 raise UserError(
-                    f"{self.folder}: begun with {key}={value}, now {getattr(self.settings, key)}; "
-                    "choose another --output"
+                    f"{self.folder}: begun with {key}={before_told}, now {now}; choose another --output"
                 )
         rows = {row.name: row for row in before.rows}
         for row in mine.rows:
@@ -395,6 +409,12 @@ def _check_words(place: str, words: tuple[str, ...], reserved: tuple[str, ...]) 
             raise UserError(
                 f"{place}: {word.split('=')[0]} is the same for every row, as the comparison's own options say"
             )
+
+
+def _in_words(value: Any) -> Any:
+    """A setting's value for a message: the words of judges as they are given."""
+    is_words = isinstance(value, tuple) and value and isinstance(value[0], tuple)
+    return " --judge ".join(" ".join(words) for words in value) if is_words else value
 
 
 def _prefixed(section: str, words: tuple[str, ...]) -> list[str]:

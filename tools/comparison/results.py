@@ -8,11 +8,10 @@ import numpy as np
 from scipy import stats
 
 from comparison.plan import Comparison, Row
+from semtok.evaluation.classes import CLASS_SHARE
 from semtok.evaluation.predictors import PREDICTORS
 from semtok.storage import read_json
 
-CLASS_SHARE = "shown class"
-"""Share of generated images that the judge reads as their class."""
 TOKENIZER_COLUMNS = {
     "psnr": "PSNR, dB",
     "ssim": "SSIM",

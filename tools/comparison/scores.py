@@ -4,39 +4,25 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from comparison.judges import seated
 from comparison.plan import Comparison, Row, read_comparison
 from comparison.recipes import base_of
-from comparison.results import CLASS_SHARE
 from semtok.commands.evaluate_options import device
 from semtok.data.images.kinds import open_sources
-from semtok.data.passes import chosen_images
-from semtok.data.source import ImageSource
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
-from semtok.evaluation.classes import MEASURES, ClassReader, Judge, accuracy, class_reader
-from semtok.evaluation.generation import (
-    SetFeatures,
-    generation_scores,
-    see,
-    see_reference,
-    teacher_network,
-)
-from semtok.evaluation.image_sets import (
-    ImageSet,
-    images_of_generator,
-    images_of_source,
-    labels_for,
-)
-from semtok.evaluation.judge import TRAINED, trained_judge
+from semtok.evaluation.classes import CLASS_SHARE
+from semtok.evaluation.generation import see
+from semtok.evaluation.image_sets import images_of_generator, labels_for
+from semtok.evaluation.judges import class_share, judged, load_judge, relative_scores
 from semtok.evaluation.predictors import PROBE, evaluate_latents
 from semtok.evaluation.probe import probed
 from semtok.evaluation.reconstruction import evaluate_reconstruction
 from semtok.images import to_pixels, to_uint8
 from semtok.pictures import write_png
-from semtok.storage import cache_folder, read_json, read_tensors, write_json
+from semtok.storage import read_json, read_tensors, write_json
 from semtok.tokenizer import Tokenizer
 from semtok.training.checkpoint import MODEL_FILE, checkpoint_path, list_checkpoints
 
@@ -71,7 +57,7 @@ def score_tokenizer(comparison: Comparison, reference: str, seed: int) -> None:
     train, held_out = open_sources(comparison.data())
     tokenizer = Tokenizer.from_pretrained(comparison.tokenizer_reference(reference, seed))
     tokenizer.to(device())
-    network = _judge(comparison, train).network
+    network = load_judge(comparison.judges()[0], train, device=device()).network
     report = evaluate_reconstruction(
         tokenizer,
         held_out,
@@ -112,26 +98,23 @@ def score_generator(comparison: Comparison, row: Row, seed: int) -> None:
     scores: list[dict[str, float]] = read_json(file) if file.is_file() else []
     run_folder = comparison.generator_folder(row, seed)
     generator = Generator.from_pretrained(run_folder).to(device())
-    train, _ = open_sources(comparison.data())
-    judge = _judge(comparison, train)
-    network = judge.network
-    real = images_of_source(train, comparison.settings.num_reference)
-    reference = see_reference(real, network, comparison.folder / "references")
+    seats = seated(comparison)
     num_classes = generator.network.num_classes
     labels = labels_for(comparison.settings.num_images, max(1, num_classes), balanced=True, seed=0)
-    reader = None
-    if num_classes > 1:
-        reader = judge.read or _class_reader(train, real, reference)
     seconds = training_seconds(run_folder)
     for step in comparison.steps[len(scores) :]:
         generator.network.load_state_dict(averaged_weights(run_folder, step))
         # The same noise for each row of a seed.
         images = images_of_generator(generator, labels, seed=seed)
-        seen = see(images, [network])[network.name]
-        entry = {"step": step, "seconds": seconds[step], **generation_scores(seen, reference)}
-        if reader is not None:
-            entry[CLASS_SHARE], _ = accuracy(reader(seen.features.numpy()), np.array(labels))
-        scores.append(entry)
+        seen = see(images, [seat.judge.network for seat in seats])
+        by_judges: dict[str, float] = {}
+        for seat in seats:
+            by_judges |= judged(seen[seat.name], seat, labels if num_classes > 1 else None)
+        by_judges |= relative_scores(by_judges, seats)
+        # The share that rows are followed by has no judge's name.
+        main = {class_share(seats[0].name): CLASS_SHARE}
+        entry = {main.get(name, name): value for name, value in by_judges.items()}
+        scores.append({"step": step, "seconds": seconds[step], **entry})
         write_json(file, scores)
     shown = shown_labels(num_classes)
     _write_pictures(file.with_suffix(".png"), generator.sample(shown, seed=seed))
@@ -139,27 +122,9 @@ def score_generator(comparison: Comparison, row: Row, seed: int) -> None:
         shutil.rmtree(checkpoint)  # scored, and large; the run can go on from the last
 
 
-def _judge(comparison: Comparison, train: ImageSource) -> Judge:
-    """Who sees the images. A teacher's reader of classes is fitted later, on the features of the reference."""
-    if comparison.settings.judge == TRAINED:
-        cache = cache_folder("judges")
-        return trained_judge(train, num_images=len(train), cache=cache, device=device())
-    return Judge(teacher_network(comparison.teacher().to(device())), None, MEASURES)
-
-
 def shown_labels(num_classes: int) -> list[int]:
     """Labels of the images that a report shows of each row, evenly spaced over the classes."""
     return [i * max(1, num_classes) // NUM_SHOWN for i in range(NUM_SHOWN)]
-
-
-def _class_reader(
-    source: ImageSource, real: ImageSet, reference: SetFeatures
-) -> ClassReader | None:
-    """Fitted on the reference's own features, which are of ``source.chosen`` in that order."""
-    labels = np.concatenate(
-        [batch.labels.numpy() for batch in chosen_images(source, real.num_images, batch_size=64)]
-    )
-    return class_reader(reference.features.numpy(), labels) if len(set(labels)) > 1 else None
 
 
 def averaged_weights(run_folder: Path, step: int) -> dict[str, torch.Tensor]:

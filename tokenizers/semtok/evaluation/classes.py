@@ -15,10 +15,11 @@ from semtok.evaluation.probe import fit
 from semtok.progress import waiting
 
 MEASURES = (
-    "multinomial logistic regression (scikit-learn, L-BFGS, at most 1000 iterations) on the teacher's pooled "
+    "multinomial logistic regression (scikit-learn, L-BFGS, at most 1000 iterations) on a frozen network's pooled "
     "features, standardised, fitted on real training images"
 )
-
+CLASS_SHARE = "shown class"
+"""Share of generated images that a judge reads as their class."""
 
 ClassReader = Callable[[np.ndarray], np.ndarray]
 """A classifier of a frozen network's pooled features: (B, D) to labels int64 (B,)."""
@@ -32,11 +33,13 @@ class Judge:
         network: sees the images.
         read: their classes, in what it sees; None: there are none, and it serves for distances alone.
         measures: how it came to know them, in words.
+        num_fitted: real images that it learned them from.
     """
 
     network: FeatureNetwork
     read: ClassReader | None
     measures: str
+    num_fitted: int = 0
 
 
 @waiting("fitting the reader of classes")

@@ -5,6 +5,7 @@ features it is called by the teacher's name (FD-DINOv2, Stein et al. 2023; FD-de
 one), never FID.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,3 +52,30 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     product = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp_min(0).sqrt().sum()
     gap = (a.mean - b.mean).square().sum()
     return max(0.0, float(gap + a.covariance.trace() + b.covariance.trace() - 2 * product))
+
+
+def relative_frechet(distances: Mapping[str, float], real: Mapping[str, float]) -> dict[str, float]:
+    """FDr: Fréchet distances in the features of several networks as one score, and its parts.
+
+    FDr = mean over networks of FD(generated, reference) / FD(held-out real images, reference). It is 1 where generated
+    images are as far from the reference as real ones that the generator never saw. A distance of few images is biased
+    upwards, so both are of equally many. After FDr^k of "Representation Fréchet Loss" (arXiv 2604.28190); the networks,
+    the images and their number are ours, so the numbers are not the paper's.
+
+    Args:
+        distances: FD(generated, reference), by the network's name.
+        real: FD(held-out real images, reference), of the same networks.
+
+    Returns:
+        ``FDr``, and the ratio of each network as ``FDr-NAME``.
+
+    Raises:
+        ValueError: fewer than two networks, or a held-out distance of 0.
+    """
+    if len(distances) < 2 or distances.keys() != real.keys():
+        raise ValueError(f"FDr is over two networks or more, got {', '.join(distances)}")
+    equal = [name for name in distances if real[name] <= 0]
+    if equal:
+        raise ValueError(f"FDr: held-out images and the reference are the same to {equal[0]}")
+    parts = {f"FDr-{name}": distances[name] / real[name] for name in distances}
+    return {"FDr": sum(parts.values()) / len(parts)} | parts

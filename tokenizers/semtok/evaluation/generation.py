@@ -32,13 +32,13 @@ from semtok.storage import DAMAGE, first_line, new_file
 from semtok.teachers import Teacher
 
 PUBLISHED_NUM_IMAGES = 50_000
-_MAX_REFERENCE_FEATURES = 10_000
+MAX_REFERENCE_FEATURES = 10_000
 _SPLIT = 5_000
 _SUBSETS, _SUBSET_SIZE = 100, 1_000
 _NEIGHBOURS = 3
 MEASURES = (
     "Fréchet distances of unbiased moments in float64; by torch-fidelity: precision and recall of the "
-    f"{_NEIGHBOURS}-nearest-neighbour balls against at most {_MAX_REFERENCE_FEATURES} references, kernel distance "
+    f"{_NEIGHBOURS}-nearest-neighbour balls against at most {MAX_REFERENCE_FEATURES} references, kernel distance "
     f"(cubic kernel) over {_SUBSETS} subsets of {_SUBSET_SIZE} or as many as there are, Inception Score over shuffled "
     f"splits of {_SPLIT} (one split of fewer than {2 * _SPLIT}); images of 8 bits"
 )
@@ -141,9 +141,7 @@ def see(
     Raises:
         ValueError: fewer than two images, or features that are not finite.
     """
-    order = torch.randperm(images.num_images, generator=torch.Generator().manual_seed(0))
-    is_kept = torch.zeros(images.num_images, dtype=torch.bool)
-    is_kept[order[:max_features]] = True
+    is_kept = features_kept(images.num_images, max_features)
     collectors = [_Collector(network) for network in networks]
     digest, first = PixelDigest(), 0
     with progress(f"features ({images.name})", images.num_images) as advance:
@@ -153,6 +151,14 @@ def see(
             first += len(batch)
             advance(len(batch))
     return {c.network.name: replace(c.result(images), digest=str(digest)) for c in collectors}
+
+
+def features_kept(num_images: int, max_features: int | None) -> Tensor:
+    """Of which images of a set ``see`` keeps the features: bool (num_images,)."""
+    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
+    is_kept = torch.zeros(num_images, dtype=torch.bool)
+    is_kept[order[:max_features]] = True
+    return is_kept
 
 
 class _Collector:
@@ -195,7 +201,7 @@ def see_reference(images: ImageSet, network: FeatureNetwork, cache: Path) -> Set
     Args:
         cache: a folder; a file in it is of one set of images and one network.
     """
-    key = f"{images.identity} {network.name} {network.identity} {_MAX_REFERENCE_FEATURES}"
+    key = f"{images.identity} {network.name} {network.identity} {MAX_REFERENCE_FEATURES}"
     file = cache / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.npz"
     if file.is_file():
         try:
@@ -204,7 +210,7 @@ def see_reference(images: ImageSet, network: FeatureNetwork, cache: Path) -> Set
                 return stored
         except UserError:
             file.unlink(missing_ok=True)  # damaged: made anew
-    seen = see(images, [network], max_features=_MAX_REFERENCE_FEATURES)[network.name]
+    seen = see(images, [network], max_features=MAX_REFERENCE_FEATURES)[network.name]
     seen = replace(seen, logits=None)
     write_statistics(file, seen)
     return seen
@@ -334,7 +340,7 @@ def generation_scores(generated: SetFeatures, reference: SetFeatures) -> dict[st
         ours,
         real,
         prc_neighborhood=_NEIGHBOURS,
-        prc_batch_size=_MAX_REFERENCE_FEATURES,
+        prc_batch_size=MAX_REFERENCE_FEATURES,
         save_cpu_ram=True,
         verbose=False,
     )

@@ -138,7 +138,8 @@ def trained_judge(
     model = f"judge trained on {num_images} images, seed {seed}, {steps} steps"
     told = Network(f"semtok {library_version()}", model, f"{size}, bilinear", weights)
     measures = _MEASURES.format(steps=steps, batch=_BATCH_SIZE, seed=seed)
-    return Judge(FeatureNetwork(TRAINED, weights, torch.no_grad()(see), told), read, measures)
+    seen_by = FeatureNetwork(TRAINED, weights, torch.no_grad()(see), told)
+    return Judge(seen_by, read, measures, num_images)
 
 
 def _fresh(train: ImageSource, seed: int) -> JudgeNetwork:

@@ -217,11 +217,15 @@ def data_protocol(
 
 
 def teacher_protocol(teacher: Teacher) -> Network:
-    """Of a teacher."""
+    """Of a teacher, by the last of its layers."""
     config = teacher.config
     model = (
         config.name if config.name == teacher.timm_name else f"{config.name} ({teacher.timm_name})"
     )
+    if config.layers[-1] != -1:
+        model += f", layer {config.layers[-1]}"
+    if config.final_norm != "affine":
+        model += f", final norm {config.final_norm}"
     return Network(
         with_version("timm"),
         model,
