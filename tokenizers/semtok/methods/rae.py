@@ -18,13 +18,13 @@ from semtok.methods.composite import token_grid
 from semtok.methods.decoder_noise import DecoderNoiseConfig, noise_for_decoder
 from semtok.methods.image_losses import ImageLossConfig, ImageLossLearner, ImageLossObjective
 from semtok.methods.teacher_tokenizer import HeldTeacher, TeacherTokenizer, saved_teacher
-from semtok.methods.vit_decoder import DecoderShape, ViTDecoder
 from semtok.metrics import psnr, ssim
 from semtok.objective import Batch, Carry, Inputs, MethodContext, StepOutput
 from semtok.pictures import Row, principal_components, rows_of_images
 from semtok.registry import register_method
 from semtok.sampler.draws import Draws
 from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
+from semtok.sampler.vit_decoder import DecoderShape, ViTDecoder
 from semtok.settings import Config, parse
 from semtok.storage import load_weights, write_tensors
 from semtok.teachers import TeacherConfig, TeacherFeatures
