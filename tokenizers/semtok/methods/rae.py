@@ -192,7 +192,7 @@ class RAEObjective(ImageLossObjective):
 
     Raises:
         ValueError: images that the decoder's patches do not divide.
-        UserError: an encoder that is no vision transformer.
+        UserError: an encoder that is no vision transformer, or whose tokens are of another grid alone.
     """
 
     def __init__(self, config: RAEConfig, context: MethodContext) -> None:
@@ -202,6 +202,7 @@ class RAEObjective(ImageLossObjective):
             raise UserError(
                 f"teacher.name: RAE's encoder is a vision transformer, and '{name}' is not; choose one, as demo"
             )
+        teacher.check_grid(token_grid(context.image_size, config.decoder.patch_size))
         super().__init__(config, context, "decoder", RAELearner)
 
     def averaged_module(self) -> nn.Module:
