@@ -15,7 +15,6 @@ from semtok.methods.reglue import Compressor, CompressorShape
 from semtok.methods.semvae import SemVAE, SemVAEShape
 from semtok.methods.send_vae import Mapper
 from semtok.methods.vae import PRESETS, build_autoencoder
-from semtok.methods.vit_decoder import ViTDecoder
 from semtok.recipe import (
     PUBLISHED,
     DiffusionRecipe,
@@ -26,6 +25,7 @@ from semtok.recipe import (
 )
 from semtok.sampler.architecture import architecture
 from semtok.sampler.latents import LatentSpec, PartSpec
+from semtok.sampler.vit_decoder import ViTDecoder
 from semtok.settings import read_yaml
 from semtok.teachers import silu_mlp
 from semtok.tokenizer import DiffusionDefaults

@@ -14,11 +14,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from huggingface_hub import ModelCard, ModelCardData, constants
+from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny
 from hub_server import TOKEN, hub_server
-from semtok import Generator, Tokenizer
+from semtok import Generator, Tokenizer, UserError
 from semtok.commands import hub
 from semtok.commands.cli import run
 from semtok.diffusion.diffusion_config import (
@@ -38,7 +39,7 @@ from semtok.methods.vae import KLTokenizer
 from semtok.pictures import write_png
 from semtok.recipe import load_diffusion_recipe, parse_diffusion_recipe
 from semtok.sampler import latents
-from semtok.sampler.architecture import DiTArchitecture
+from semtok.sampler.architecture import DiTArchitecture, HeadArchitecture
 from semtok.sampler.draws import SampleNoise
 from semtok.sampler.guidance import GuidanceConfig
 from semtok.sampler.latents import Latents
@@ -58,6 +59,7 @@ def generator(
     sampler: dict[str, Any],
     *,
     guidance: dict[str, Any] | None = None,
+    image_size: tuple[int, int] = (16, 24),
     **settings: Any,
 ) -> Generator:
     """One with random weights, whose images depend on every input."""
@@ -67,7 +69,7 @@ def generator(
     names = () if config.unconditional else NAMES
     network = tiny.awake(build_network(config, tokenizer.spec, num_classes=len(names))).eval()
     chosen = SamplerConfig(**sampler, guidance=GuidanceConfig(**(guidance or {})))
-    return Generator(network, tokenizer, config, chosen, class_names=names, image_size=(16, 24))
+    return Generator(network, tokenizer, config, chosen, class_names=names, image_size=image_size)
 
 
 def rescaled(tokenizer: Tokenizer) -> Tokenizer:
@@ -154,8 +156,41 @@ def routed() -> Generator:
     )
 
 
+def rae() -> Generator:
+    """On a RAE's tokens, with statistics of each position and so of one grid, by a network with a wide head."""
+    head = HeadArchitecture(depth=1, width=48, heads=3)
+    return generator(
+        tiny.tokenizer("rae", "none", False),
+        LIGHTNING.model_copy(update={"head": head}),
+        {"method": "euler", "steps": 4},
+        guidance={"scale": 1.5, "interval": (0.0, 0.9)},
+        image_size=(16, 16),
+    )
+
+
+def reglue_on_rae() -> Generator:
+    """On another grid than the decoder's, with statistics of each channel."""
+    texture = tiny.measured({"name": "rae", "statistics": "channel"})
+    composite = tiny.measured(tiny.SEMANTICS["reglue"] | {"global_token": True}, texture)
+    return generator(
+        rescaled(composite),
+        LIGHTNING,
+        {"method": "heun", "steps": 2},
+        guidance={"scale": {"texture": 2.0, "global": 1.5}},
+    )
+
+
+SAVED_AGAIN = """
+from diffusers import DiffusionPipeline
+load = lambda folder: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+load("{folder}").save_pretrained("{again}")
+images = load("{again}")([0, "7", None, "blue square"], seed=5, output_type="pt").images
+"""
+RAES = ("rae", "reglue_on_rae")
 MODELS: dict[str, Callable[[], Generator]] = {
-    f.__name__: f for f in (plain, frozen, reglue, sfd, published, adaptive, routed, unconditional)
+    f.__name__: f
+    for f in (plain, frozen, reglue, sfd, published, adaptive, routed, unconditional)
+    + (rae, reglue_on_rae)
 }
 
 
@@ -203,6 +238,12 @@ def calls(exports: Exports) -> dict[str, dict[str, Any]]:
     ask("one", "sfd", class_labels="blue square", seed=5, first=3)
     image = exports.images_to_start_from
     ask("from images", "frozen", class_labels=[1, 1], image=image, strength=0.5)
+    for name in RAES:
+        ask(f"{name} from images", name, class_labels=[1, 1], image=image, strength=0.5)
+        asked[f"{name} in half"] = asked[name] | {"options": {"torch_dtype": torch.bfloat16}}
+    asked["rae saved again"] = {
+        "code": SAVED_AGAIN.format(folder=folders["rae"], again=exports.root / "again")
+    }
     ask("each twice", "plain", class_labels=[2, 0], num_images_per_class=2, seed=5)
     ask("guided otherwise", "reglue", class_labels=[1], guidance_scale=3.0, num_inference_steps=2)
     ask("guided by part", "reglue", class_labels=[1], guidance_scale={"semantic": 2.0})
@@ -285,7 +326,7 @@ def test_a_pipeline_draws_its_generators_images(exports, name):
     model = exports.models[name]
     labels = [0, 0] if name == "unconditional" else [0, "7", 3, 1]
     wanted = model.sample(labels, seed=5)
-    assert wanted.shape == (len(labels), 3, 16, 24) and wanted.std() > 0.05
+    assert wanted.shape == (len(labels), 3, *model.image_size) and wanted.std() > 0.05
     assert same(exports.images(name), wanted)
 
 
@@ -294,6 +335,21 @@ def test_a_pipeline_starts_from_images_that_an_encoder_without_posterior_has_cod
     wanted = model.sample([1, 1], seed=0, image=exports.images_to_start_from, strength=0.5)
     assert same(exports.images("from images"), wanted)
     assert not same(wanted, model.sample([1, 1], seed=0))
+
+
+def test_a_raes_pipeline_has_its_decoder_to_the_bit_and_no_encoder(exports):
+    for name in RAES:
+        wanted = exports.models[name].sample([0, "7", 3, 1], seed=5)
+        difference = (exports.images(name) - wanted).abs().max()
+        assert difference < 1e-5
+        half = (exports.images(f"{name} in half") - wanted).abs().max()
+        assert difference < half < 0.1
+        weights = load_file(exports.root / name / "vae/diffusion_pytorch_model.safetensors")
+        assert {key.split(".")[0] for key in weights} == {"decoder", "latents_mean", "latents_std"}
+    assert torch.equal(exports.images("rae saved again"), exports.images("rae"))
+    told = "image: this model's latents are a vision model's tokens"
+    assert exports.results["rae from images"].startswith(told)
+    assert exports.results["reglue_on_rae from images"].startswith("image: this model also draws")
 
 
 def test_an_image_belongs_to_its_seed_and_place(exports):
@@ -498,7 +554,7 @@ def test_a_texture_of_another_kind_is_refused_before_anything_is_written(tmp_pat
     model.tokenizer = copy.deepcopy(model.tokenizer)
     model.tokenizer.__class__, model.tokenizer.method = Darker, "darker"
     with pytest.raises(
-        ValueError, match="method 'darker': its texture is not decoded by an autoencoder"
+        ValueError, match="method 'darker': its texture is decoded neither by an autoencoder"
     ):
         export_pipeline(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -522,6 +578,13 @@ def test_foreign_folders_are_left_alone_and_own_ones_replaced(exports, tmp_path)
     ).read_text()
 
 
+def test_a_raes_card_says_what_it_has_not(exports):
+    cards = {name: ModelCard.load(exports.root / name / "README.md").text for name in MODELS}
+    without = {name for name, text in cards.items() if "takes no `image` to start from" in text}
+    assert without == set(RAES)
+    assert cards["rae"].count("- RAE, arXiv 2510.11690") == 1
+
+
 def test_a_pipeline_is_no_tokenizer_and_no_generator(exports):
     with pytest.raises(
         ValueError, match="is a diffusers pipeline; its image autoencoder is .*plain/vae"
@@ -531,6 +594,9 @@ def test_a_pipeline_is_no_tokenizer_and_no_generator(exports):
         ValueError, match="is a diffusers pipeline; give the model that it was exported"
     ):
         Generator.from_pretrained(exports.root / "plain")
+    for folder in (exports.root / "rae", exports.root / "rae/vae"):
+        with pytest.raises(UserError, match="alone; give the tokenizer of the model that it was"):
+            Tokenizer.from_pretrained(folder)
     vae = Tokenizer.from_pretrained(exports.root / "reglue" / "vae")
     assert torch.allclose(vae.texture_mean, exports.models["reglue"].tokenizer.texture_mean)
 

@@ -22,9 +22,9 @@ from semtok.images import to_pixels
 from semtok.methods.augment import AugmentConfig, augment
 from semtok.methods.feature_discriminator import FeatureDiscriminator, FeaturesConfig
 from semtok.methods.rae import RAETokenizer, encoder_tokens
-from semtok.methods.vit_decoder import DecoderShape, ViTDecoder
 from semtok.recipe import parse_recipe
 from semtok.sampler.draws import Draws
+from semtok.sampler.vit_decoder import DecoderShape, ViTDecoder
 from semtok.teachers import Teacher, TeacherConfig, TeacherFeatures, TransformerShape
 
 FEATURES = {"name": "demo", "input_size": 16, "layers": [0, 1], "gelu": "exact"}

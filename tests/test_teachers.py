@@ -16,13 +16,20 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from timm.models import VisionTransformer
 
+import tiny
 from semtok import UserError
+from semtok.commands.train_tokenizer import build_objective
 from semtok.data.images.shapes import Shapes, ShapesConfig
+from semtok.diffusion.diffusion_config import DiffusionConfig
+from semtok.diffusion.training import DiffusionObjective
 from semtok.evaluation.generation import teacher_network
 from semtok.images import to_pil, to_pixels, to_uint8
+from semtok.methods.feature_discriminator import FeatureDiscriminator, FeaturesConfig
 from semtok.metrics import psnr, ssim
 from semtok.perceptual import LPIPS, teacher_distance
 from semtok.pictures import principal_components
+from semtok.recipe import parse_recipe
+from semtok.sampler.sampling import SamplerConfig
 from semtok.storage import tensor_bytes
 from semtok.teachers import _SHORT_NAMES, Teacher, TeacherConfig
 
@@ -138,15 +145,59 @@ def test_settings_of_preparation_leave_the_names_of_older_caches(checkpoints):
     assert teacher.fingerprint() == digest.hexdigest()
 
 
-def test_a_vit_with_relative_positions_for_one_grid(tmp_path):
+@pytest.fixture(scope="module")
+def relative(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A network for images of one size, as BEiT is too."""
     name = "vit_relpos_small_patch16_224"
-    model = timm.create_model(name, img_size=32)
-    safetensors.torch.save_file(model.state_dict(), tmp_path / "relpos.safetensors")
-    config = TeacherConfig(
-        name=name, checkpoint=str(tmp_path / "relpos.safetensors"), input_size=32
-    )
-    features = Teacher(config).features(torch.rand(1, 3, 64, 64) * 2 - 1)
+    file = tmp_path_factory.mktemp("fixed") / "relpos.safetensors"
+    safetensors.torch.save_file(timm.create_model(name, img_size=32).state_dict(), file)
+    return {"name": name, "checkpoint": str(file)}
+
+
+def test_a_vit_with_relative_positions_for_one_grid(relative):
+    teacher = Teacher(TeacherConfig(**relative, input_size=32))
+    features = teacher.features(torch.rand(1, 3, 64, 64) * 2 - 1)
     assert features.patches[0].shape == (1, 384, 2, 2) and features.pooled.shape == (1, 384)
+    message = (
+        "teacher.input_size: 'vit_relpos_small_patch16_224' takes images of 32x32 pixels alone, and 2x3 tokens are of "
+        "32x48; choose a network for any size, as dinov2_vits14"
+    )
+    with pytest.raises(UserError, match=f"^{message}$"):
+        teacher.features(torch.zeros(1, 3, 16, 24))
+
+
+def test_networks_of_one_size_are_refused_in_their_place_before_training(relative):
+    judge = relative | {"input_size": 40, "layers": (0, 1), "kernel": 3, "final_norm": "affine"}
+    told = "takes images of 40x40 pixels alone, and 2x2 tokens are of 32x32; pass {}=32, or"
+    with pytest.raises(UserError, match=told.format("teacher.input_size")):
+        Teacher(TeacherConfig(**relative, input_size=40))
+    place = "method.adversarial.features.input_size"
+    with pytest.raises(UserError, match=f"^{place}: .*{told.format(place)}"):
+        FeatureDiscriminator(FeaturesConfig(**judge))
+    for size, given, message in (
+        (16, {"name": "rae"}, "4x4 tokens are of 64x64; pass teacher.input_size=64, or"),
+        ([16, 24], {"name": "rae"}, "4x6 tokens are of 64x96; choose"),
+        ([16, 24], {"name": "send_vae"}, "2x3 tokens are of 32x48; choose"),
+        ([16, 24], {"name": "vae", "perceptual": "teacher"}, "2x3 tokens are of 32x48; choose"),
+        ([16, 24], {"name": "reglue"}, "2x3 tokens are of 32x48; choose"),
+    ):
+        content = tiny.content(given)
+        content["data"]["size"] = size
+        content["teacher"] = relative | {"input_size": 32}
+        recipe = parse_recipe(content, "tiny")
+        texture = tiny.tokenizer("vae", "none", False) if given["name"] == "reglue" else None
+        with pytest.raises(UserError, match=f"^tiny: teacher.input_size: .*{message}"):
+            build_objective(recipe, texture, place="tiny")
+    diffusion = DiffusionConfig(network={"depth": 2, "width": 32, "heads": 2}, repa={})
+    with pytest.raises(UserError, match=r"2x3 tokens are of 32x48; choose"):
+        DiffusionObjective(
+            diffusion,
+            tiny.tokenizer("vae", "none", False),
+            class_names=("a",),
+            image_size=(16, 24),
+            sampler=SamplerConfig(),
+            teacher=Teacher(TeacherConfig(**relative, input_size=32)),
+        )
 
 
 def test_weights_without_a_classifier_load_and_are_the_files(checkpoints, tmp_path):

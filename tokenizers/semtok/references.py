@@ -51,11 +51,11 @@ def locate_export(
             if (candidate / "config.json").is_file():
                 return candidate
         if (folder / "model_index.json").is_file():
-            way_on = (
-                f"its image autoencoder is {folder / 'vae'}"
-                if kind == "tokenizer"
-                else "give the model that it was exported from"
-            )
+            way_on = "give the model that it was exported from"
+            if kind == "tokenizer" and any((folder / "vae").glob("*.py")):  # code of a decoder
+                way_on = "it has a decoder alone; give the tokenizer of the model that it was exported from"
+            elif kind == "tokenizer":
+                way_on = f"its image autoencoder is {folder / 'vae'}"
             raise UserError(f"{folder}: is a diffusers pipeline; {way_on}")
         if (folder / "recipe.yaml").is_file():
             raise UserError(f"{folder}: this run has no export yet; let it finish with --resume")

@@ -173,8 +173,8 @@ class Teacher(nn.Module):
         weights: in timm's naming, in the place of the file that ``config.checkpoint`` names; None: that file is read.
 
     Raises:
-        UserError: an unknown name, a missing or unfitting checkpoint, a layer out of range, or a ``final_norm`` of a
-            network without one.
+        UserError: an unknown name, a missing or unfitting checkpoint, a layer out of range, a ``final_norm`` of a
+            network without one, or an ``input_size`` that a network of one size can't take.
     """
 
     widths: tuple[int, ...]
@@ -220,6 +220,24 @@ class Teacher(nn.Module):
             max(1, round(side * self.input_size / short / self.patch_size)) for side in image_size
         )
         return rows, columns
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Raises UserError where the network takes images of one size alone, whose patch tokens are another grid than
+        (rows, columns)."""
+        embed = getattr(self.network, "patch_embed", None)
+        if not getattr(embed, "strict_img_size", False):
+            return
+        height, width = (n * self.patch_size for n in grid)
+        if tuple(embed.img_size) == (height, width):
+            return
+        size = height if _takes_input_size(self.timm_name) else embed.img_size[0]
+        helps = height == width and size != self.config.input_size
+        raise UserError(
+            f"teacher.input_size: '{self.timm_name}' takes images of {embed.img_size[0]}x{embed.img_size[1]} pixels "
+            f"alone, and {grid[0]}x{grid[1]} tokens are of {height}x{width}; "
+            + (f"pass teacher.input_size={size}, or " if helps else "")
+            + "choose a network for any size, as dinov2_vits14"
+        )
 
     def _take_final_norm(self) -> None:
         """Drops what ``final_norm`` leaves out."""
@@ -283,7 +301,12 @@ class Teacher(nn.Module):
             pixels: (B, 3, H, W) in [-1, 1], any size.
             grid: (rows, columns) of the patch tokens; None: what ``grid`` says.
             differentiable: let gradients flow to ``pixels``; the teacher itself never has any.
+
+        Raises:
+            UserError: see ``check_grid``.
         """
+        grid = grid or self.grid(tuple(pixels.shape[-2:]))
+        self.check_grid(grid)
         with contextlib.nullcontext() if differentiable else torch.no_grad():
             return self.features_of_input(self.preprocess(pixels, grid))
 
@@ -417,6 +440,11 @@ def name_in_timm(name: str) -> str:
     return name
 
 
+def _takes_input_size(name: str) -> bool:
+    """Whether the network of this name in timm is built for the input size that is asked for."""
+    return name.startswith(("vit_", "deit", "beit", "eva"))
+
+
 def _create(config: TeacherConfig, name: str, weights: Mapping[str, Tensor] | None) -> nn.Module:
     options: dict[str, object] = {}
     missing = config.checkpoint is not None and not Path(config.checkpoint).is_file()
@@ -424,7 +452,7 @@ def _create(config: TeacherConfig, name: str, weights: Mapping[str, Tensor] | No
         raise UserError(
             f"teacher.checkpoint: no such file '{config.checkpoint}'; pass teacher.checkpoint=…"
         )
-    if name.startswith(("vit_", "deit", "beit", "eva")):
+    if _takes_input_size(name):
         if not name.startswith(_FIXED_GRID):
             options["dynamic_img_size"] = True
         if config.input_size is not None:

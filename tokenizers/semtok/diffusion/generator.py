@@ -426,10 +426,8 @@ class Generator(PushToHub, nn.Module):
             "RAEv2, arXiv 2605.18324": config.internal_guidance is not None
             or config.prediction == "data",
         }
-        return (
-            *(paper for paper, is_used in used.items() if is_used),
-            *papers_of(self.tokenizer.method),
-        )
+        own = [paper for paper, is_used in used.items() if is_used]
+        return tuple(dict.fromkeys([*own, *papers_of(self.tokenizer.method)]))
 
     @classmethod
     def from_pretrained(

@@ -38,7 +38,7 @@ class DiffusionObjective(Objective):
 
     Raises:
         ValueError: settings that fit neither the tokenizer's parts nor its grid.
-        UserError: an unknown preset.
+        UserError: an unknown preset, or a teacher that does not take images of this shape.
     """
 
     def __init__(
@@ -100,6 +100,8 @@ class DiffusionObjective(Objective):
         teacher = tokenizer.teacher if shared else teacher
         if teacher is None:
             raise ValueError("diffusion.repa needs a teacher; give teacher.name=…")
+        if not shared:
+            teacher.check_grid(teacher.grid(self.image_size))
         self._teacher, self._shared_teacher = Unregistered(teacher), shared
         return teacher.widths[-1]
 

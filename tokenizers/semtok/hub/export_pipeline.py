@@ -18,10 +18,12 @@ import torch
 from semtok.card import PICTURES, README, write_readme
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
+from semtok.hub.diffusers.decoder import SemtokDecoder
 from semtok.hub.diffusers.pipeline import SemtokPipeline
 from semtok.hub.diffusers.scheduler import SemtokScheduler
 from semtok.hub.diffusers.transformer import SemtokTransformer
 from semtok.methods.composite import CompositeTokenizer
+from semtok.methods.rae import RAETokenizer
 from semtok.methods.vae import KLTokenizer
 from semtok.publish import PIPELINE_FILE, is_pipeline
 from semtok.storage import new_folder, read_json, write_json, write_text
@@ -45,29 +47,32 @@ def export_pipeline(
         pictures: for the card, files by the names that they get.
 
     Raises:
-        UserError: the texture is not coded by an autoencoder of diffusers, or the folder holds something else.
+        UserError: the texture is decoded neither by an autoencoder of diffusers nor by a RAE's decoder, or the folder
+            holds something else.
     """
     folder = Path(folder)
-    vae = _autoencoder(generator.tokenizer)
+    texture = _texture(generator.tokenizer)
     if (folder / PIPELINE_FILE).is_file() and not is_pipeline(folder):
         raise UserError(f"{folder}: holds somebody else's pipeline; choose another folder")
     foreign = sorted({p.name for p in folder.glob("*")} - _WRITTEN)
     if foreign:
         raise UserError(f"{folder}: holds other files too ({foreign[0]}); choose another folder")
     components = {"transformer": _transformer(generator), "scheduler": _scheduler(generator)}
+    if isinstance(texture, RAETokenizer):
+        components["vae"] = _decoder(texture, generator.tokenizer)
     with new_folder(folder, replaces=PIPELINE_FILE) as temporary:
         for name, component in components.items():
             component.save_pretrained(temporary / name)
-        _write_vae(vae, generator.tokenizer, temporary)
         classes = {"": SemtokPipeline} | {name: type(c) for name, c in components.items()}
         modules = {name: _write_code(temporary, name, kind) for name, kind in classes.items()}
+        if isinstance(texture, KLTokenizer):
+            modules["vae"] = _write_vae(texture, generator.tokenizer, temporary)
         index = {
             "_class_name": modules.pop(""),
             "_diffusers_version": diffusers.__version__,
             "_library": "semtok",
             "_library_version": library_version(),
             **modules,
-            "vae": ["diffusers", type(vae.autoencoder).__name__],
             # diffusers takes a list for a component; a mapping is a setting.
             "id2label": {str(i): name for i, name in enumerate(generator.class_names)},
             "height": generator.image_size[0],
@@ -105,17 +110,17 @@ def _scheduler(generator: Generator) -> SemtokScheduler:
     )
 
 
-def _autoencoder(tokenizer: Tokenizer) -> KLTokenizer:
+def _texture(tokenizer: Tokenizer) -> KLTokenizer | RAETokenizer:
     """The tokenizer that decodes the texture part.
 
     Raises:
-        UserError: it decodes in a way that diffusers does not know.
+        UserError: it decodes in a way of its own.
     """
     inner = tokenizer.texture if _decodes_as(tokenizer, CompositeTokenizer) else tokenizer
-    if not _decodes_as(inner, KLTokenizer):
+    if not any(_decodes_as(inner, kind) for kind in (KLTokenizer, RAETokenizer)):
         raise UserError(
-            f"method '{inner.method}': its texture is not decoded by an autoencoder of diffusers alone, so that "
-            "no pipeline can do without its code; share the generator itself by hub push"
+            f"method '{inner.method}': its texture is decoded neither by an autoencoder of diffusers alone nor by a "
+            "RAE's decoder, so that no pipeline can do without its code; share the generator itself by hub push"
         )
     return inner
 
@@ -128,8 +133,9 @@ def _decodes_as(tokenizer: Tokenizer, kind: type[Tokenizer]) -> bool:
     )
 
 
-def _write_vae(vae: KLTokenizer, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes ``vae/``, whose statistics are those of the latents that are generated."""
+def _write_vae(vae: KLTokenizer, tokenizer: Tokenizer, folder: Path) -> list[str]:
+    """Writes ``vae/``, whose statistics are those of the latents that are generated, and returns the names of
+    library and class as model_index.json has them."""
     vae.save_networks(folder)
     place = folder / "vae" / "config.json"
     statistics = {
@@ -137,6 +143,27 @@ def _write_vae(vae: KLTokenizer, tokenizer: Tokenizer, folder: Path) -> None:
         "latents_std": tokenizer.texture_std.tolist(),
     }
     write_json(place, read_json(place) | statistics)
+    return ["diffusers", type(vae.autoencoder).__name__]
+
+
+def _decoder(rae: RAETokenizer, tokenizer: Tokenizer) -> SemtokDecoder:
+    """A RAE's decoder, with the statistics of the latents that are generated.
+
+    diffusers' AutoencoderRAE is none for all: it knows three encoders, which it needs in memory, square images alone,
+    and no trained position codes.
+    """
+    ours = rae.decoder
+    with torch.device("meta"):  # it is given the tokenizer's weights, not a copy
+        decoder = SemtokDecoder(
+            ours.shape.model_dump(mode="json"),
+            ours.channels,
+            list(ours.grid),
+            "position" if "texture" in tokenizer.positions else "channel",
+        )
+    state = {f"decoder.{name}": value for name, value in ours.state_dict().items()}
+    state |= {"latents_mean": tokenizer.texture_mean, "latents_std": tokenizer.texture_std}
+    decoder.load_state_dict(state, assign=True)
+    return decoder
 
 
 # Code --------------------------------------------------------------------------------------------

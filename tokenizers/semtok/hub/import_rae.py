@@ -14,7 +14,7 @@ from semtok.hub.checkpoints import built, count_numbered, read_checkpoint, sizes
 from semtok.hub.formats import statistics_beside
 from semtok.hub.job import ImportJob
 from semtok.methods.rae import RAETokenizer
-from semtok.methods.vit_decoder import DecoderShape, ViTDecoder
+from semtok.sampler.vit_decoder import DecoderShape, ViTDecoder
 from semtok.storage import first_line, read_json, read_tensors
 from semtok.teachers import Teacher, TeacherConfig, TransformerShape
 

@@ -147,6 +147,7 @@ class ImageLossObjective(TokenizerObjective):
 
     Raises:
         ValueError: images that the networks do not fit.
+        UserError: a teacher that does not take images of this shape.
     """
 
     def __init__(
@@ -159,6 +160,8 @@ class ImageLossObjective(TokenizerObjective):
         super().__init__()
         self.config, self.context = config, context
         self.teacher = Unregistered(context.teacher) if context.teacher is not None else None
+        if context.teacher is not None:
+            context.teacher.check_grid(context.teacher.grid(context.image_size))
         adversary = None
         if config.adversarial is not None:
             adversary = DiscriminatorLearner(config.adversarial, resumes=context.resumes)

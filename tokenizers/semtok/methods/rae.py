@@ -18,13 +18,13 @@ from semtok.methods.composite import token_grid
 from semtok.methods.decoder_noise import DecoderNoiseConfig, noise_for_decoder
 from semtok.methods.image_losses import ImageLossConfig, ImageLossLearner, ImageLossObjective
 from semtok.methods.teacher_tokenizer import HeldTeacher, TeacherTokenizer, saved_teacher
-from semtok.methods.vit_decoder import DecoderShape, ViTDecoder
 from semtok.metrics import psnr, ssim
 from semtok.objective import Batch, Carry, Inputs, MethodContext, StepOutput
 from semtok.pictures import Row, principal_components, rows_of_images
 from semtok.registry import register_method
 from semtok.sampler.draws import Draws
 from semtok.sampler.latents import Latents, LatentSpec, PartSpec, Posterior
+from semtok.sampler.vit_decoder import DecoderShape, ViTDecoder
 from semtok.settings import Config, parse
 from semtok.storage import load_weights, write_tensors
 from semtok.teachers import TeacherConfig, TeacherFeatures
@@ -192,7 +192,7 @@ class RAEObjective(ImageLossObjective):
 
     Raises:
         ValueError: images that the decoder's patches do not divide.
-        UserError: an encoder that is no vision transformer.
+        UserError: an encoder that is no vision transformer, or whose tokens are of another grid alone.
     """
 
     def __init__(self, config: RAEConfig, context: MethodContext) -> None:
@@ -202,6 +202,7 @@ class RAEObjective(ImageLossObjective):
             raise UserError(
                 f"teacher.name: RAE's encoder is a vision transformer, and '{name}' is not; choose one, as demo"
             )
+        teacher.check_grid(token_grid(context.image_size, config.decoder.patch_size))
         super().__init__(config, context, "decoder", RAELearner)
 
     def averaged_module(self) -> nn.Module:

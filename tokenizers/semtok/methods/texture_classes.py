@@ -42,6 +42,10 @@ def texture_class(config: Mapping[str, Any], place: str) -> type[nn.Module]:
         way_out = f"can be loaded: {', '.join(TEXTURE_CLASSES)}"
         if name == "AutoencoderRAE":
             way_out = "semtok hub import auto FOLDER --output DIR makes a tokenizer of it"
+        elif name == "SemtokDecoder":  # of a pipeline exported from here
+            raise UserError(
+                f"{place}: is a pipeline's decoder alone; give the tokenizer of the model that it was exported from"
+            )
         raise UserError(f"{place}: is of diffusers' {name}; {way_out}")
     if not hasattr(diffusers, name):
         raise UserError(

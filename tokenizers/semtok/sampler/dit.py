@@ -20,7 +20,12 @@ from torch import Tensor, nn
 
 from semtok.sampler.architecture import DiTArchitecture
 from semtok.sampler.blocks import Block, FinalLayer, Rotary, init_xavier
-from semtok.sampler.embeddings import FourierTimeEmbedding, TimeEmbedding, sincos_positions
+from semtok.sampler.embeddings import (
+    FourierTimeEmbedding,
+    TimeEmbedding,
+    positions_on,
+    sincos_positions,
+)
 from semtok.sampler.head import Head, activated, rotary_of, run_block
 from semtok.sampler.latents import Latents, LatentSpec, as_pytree
 from semtok.sampler.routing import DENSE, Fusion, Route, taken, taken_rotary, taken_values
@@ -28,7 +33,6 @@ from semtok.sampler.tokens import (
     initialise_patches,
     patch_layer,
     patch_tokens,
-    positions_on,
     vector_layers,
     with_vectors,
 )

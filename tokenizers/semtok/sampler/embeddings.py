@@ -1,4 +1,4 @@
-"""Embeddings of a diffusion transformer: positions, added and rotary, and times. All are computed, for any grid."""
+"""Embeddings of a diffusion transformer: positions, added and rotary, and times. Positions are for any grid."""
 
 import math
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 _FREQUENCIES = 256  # sines and cosines of the time embedding
@@ -63,6 +64,14 @@ def sincos_positions(
     row, column = torch.meshgrid(*(count(n) for n in grid), indexing="ij")
     angle = torch.stack([column.flatten(), row.flatten()], dim=1)[:, :, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1).float().to(device)
+
+
+def positions_on(table: Tensor, of: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Learned position codes (rows * columns, D) of one grid on another, resampled bilinearly."""
+    if of == grid:
+        return table
+    maps = rearrange(table, "(h w) d -> 1 d h w", h=of[0])
+    return rearrange(F.interpolate(maps, size=grid, mode="bilinear"), "1 d h w -> (h w) d")
 
 
 class _TimeMLP(nn.Module):

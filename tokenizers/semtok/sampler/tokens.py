@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -57,11 +56,3 @@ def with_vectors(
     embeds = zip(vectors, vector_embed.values(), strict=True)
     extra = [embed(x[name].to(dtype))[:, None] for name, embed in embeds]
     return torch.cat([*extra, patches], dim=1)
-
-
-def positions_on(table: Tensor, of: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Learned position codes (rows * columns, D) of one grid on another, resampled bilinearly."""
-    if of == grid:
-        return table
-    maps = rearrange(table, "(h w) d -> 1 d h w", h=of[0])
-    return rearrange(F.interpolate(maps, size=grid, mode="bilinear"), "1 d h w -> (h w) d")

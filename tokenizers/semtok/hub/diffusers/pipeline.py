@@ -28,8 +28,8 @@ class SemtokPipeline(DiffusionPipeline):
     Args:
         transformer: a ``SemtokTransformer``.
         scheduler: a ``SemtokScheduler``.
-        vae: an autoencoder of diffusers, which decodes the texture part. Its ``latents_mean`` and ``latents_std``
-            restore the scale.
+        vae: decodes the texture part: an autoencoder of diffusers, or a ``SemtokDecoder``. ``latents_mean`` and
+            ``latents_std`` of its config, or its buffers of these names, restore the scale.
         id2label: the classes' names by their numbers (as text); empty: an unconditional model.
         height, width: of the images, in pixels.
         can_be_guided: for each base of guidance whether training has prepared for it; None: for a null label alone.
@@ -164,6 +164,11 @@ class SemtokPipeline(DiffusionPipeline):
                 f"image: this model also draws {', '.join(parts)}, for which an image needs the teacher, and a "
                 "pipeline has none; semtok's Generator takes image"
             )
+        if not hasattr(self.vae, "encode"):
+            raise ValueError(
+                "image: this model's latents are a vision model's tokens, and a pipeline has its decoder alone; "
+                "semtok's Generator takes image"
+            )
         pixels = self._pixels(image, value_range).to(self._execution_device, self.vae.dtype)
         mean, std = self._statistics(pixels.device)
         coded = self.vae.encode(pixels)[0]
@@ -221,12 +226,16 @@ class SemtokPipeline(DiffusionPipeline):
         return (image - black) / (white - black)
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the raw latents per channel, (1, C, 1, 1)."""
+        """Mean and standard deviation of the raw latents: per channel, (1, C, 1, 1), or also per position,
+        (1, C, h, w)."""
+        config = self.vae.config
+        held = config if "latents_mean" in config else dict(self.vae.named_buffers())
         mean, std = (
-            torch.tensor(self.vae.config[key], device=device).view(1, -1, 1, 1)
+            torch.as_tensor(held[key], dtype=torch.float32, device=device)
             for key in ("latents_mean", "latents_std")
         )
-        return mean, std
+        shape = (1, *mean.shape) if mean.ndim == 3 else (1, -1, 1, 1)
+        return mean.view(shape), std.view(shape)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> None:
         """Writes the pipeline with its code, so that it loads again with ``trust_remote_code=True``.
@@ -246,8 +255,10 @@ class SemtokPipeline(DiffusionPipeline):
         folder = Path(save_directory)
         place = folder / "model_index.json"
         index = json.loads(place.read_text(encoding="utf-8"))
-        for name in ("", "transformer", "scheduler"):
+        for name in ("", "transformer", "scheduler", "vae"):
             kind = type(getattr(self, name) if name else self)
+            if kind.__module__.startswith("diffusers."):  # an autoencoder, whose code is there
+                continue
             module = kind.__module__.rpartition(".")[2]
             (folder / name / f"{module}.py").write_bytes(Path(inspect.getfile(kind)).read_bytes())
             index[name or "_class_name"] = [module, kind.__name__]

@@ -5,16 +5,15 @@ from functools import partial
 import torch
 from einops import rearrange
 from pydantic import Field, model_validator
-from timm.models.vision_transformer import Block
+from timm.models import vision_transformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from semtok.sampler.embeddings import sincos_positions
+from semtok.sampler.config import Config
+from semtok.sampler.embeddings import positions_on, sincos_positions
 from semtok.sampler.roles import tagged_timm_block
-from semtok.sampler.tokens import positions_on
-from semtok.settings import Config
 
-_EPS = 1e-12  # of its norms, as published
+_DECODER_EPS = 1e-12  # of its norms, as published
 
 
 class DecoderShape(Config):
@@ -38,12 +37,14 @@ class DecoderShape(Config):
         return self
 
 
-def _block(shape: DecoderShape) -> Block:
-    norm = partial(nn.LayerNorm, eps=_EPS)
+def _decoder_block(shape: DecoderShape) -> nn.Module:
+    norm = partial(nn.LayerNorm, eps=_DECODER_EPS)
     # timm cuts the product of width and ratio off; half a channel keeps rounding harmless.
     ratio = (shape.mlp_width + 0.5) / shape.width
     return tagged_timm_block(
-        Block(shape.width, shape.heads, mlp_ratio=ratio, qkv_bias=True, norm_layer=norm)
+        vision_transformer.Block(
+            shape.width, shape.heads, mlp_ratio=ratio, qkv_bias=True, norm_layer=norm
+        )
     )
 
 
@@ -63,8 +64,8 @@ class ViTDecoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         patches = sincos_positions(grid, width)[None]
         self.positions = nn.Parameter(torch.cat([torch.zeros_like(patches[:, :1]), patches], dim=1))
-        self.blocks = nn.ModuleList(_block(shape) for _ in range(shape.depth))
-        self.norm = nn.LayerNorm(width, eps=_EPS)
+        self.blocks = nn.ModuleList(_decoder_block(shape) for _ in range(shape.depth))
+        self.norm = nn.LayerNorm(width, eps=_DECODER_EPS)
         self.head = nn.Linear(width, shape.patch_size**2 * 3)
         self.register_buffer("image_mean", torch.zeros(3, 1, 1))
         self.register_buffer("image_std", torch.ones(3, 1, 1))
