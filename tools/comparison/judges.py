@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from comparison.plan import Comparison
+from comparison.recipes import recipe_of
 from semtok.commands.evaluate_options import device
 from semtok.data.images.kinds import open_sources
 from semtok.evaluation.generation import see_reference
 from semtok.evaluation.image_sets import images_of_source
 from semtok.evaluation.judges import JudgeChoice, Seat, load_judge, with_held_out, with_reader
-from semtok.references import find_recipe
 from semtok.storage import read_json, write_json
 
 
@@ -64,7 +64,7 @@ def _alignment(comparison: Comparison, choice: JudgeChoice) -> str:
     outside = [
         row.name
         for row in comparison.rows
-        if find_recipe(row.tokenizer) is None
+        if recipe_of(row.tokenizer) is None
         or any(w.startswith("teacher.") for w in (*comparison.settings.settings, *row.settings))
     ]
     told = "a frozen network, not that of --teacher. Rows that learn by --teacher were not aligned to it."
