@@ -143,6 +143,19 @@ def test_data_and_teacher_reach_every_recipe_that_has_one(tmp_path):
     assert not any(w.startswith("teacher") for w in planned.generator_overrides(REGLUE, 0))
 
 
+def test_the_teacher_is_that_of_the_recipes_where_none_is_given(tmp_path):
+    aligned = Row(name="repa", tokenizer="vae", settings=("diffusion.repa={weight: 0.5}",))
+    scenes = comparison(tmp_path, VAE, aligned, REGLUE)
+    assert scenes.teacher_words == ("name=demo",)
+    photos = comparison(tmp_path, aligned, Row(name="reglue", tokenizer="photos/reglue"))
+    assert photos.teacher_words == ("name=tf_efficientnet_lite0", "input_size=128")
+    assert "teacher.input_size=128" in photos.generator_overrides(aligned, 0)
+    told = " ".join(compare._about(photos, 1))
+    assert "Teacher: name=tf_efficientnet_lite0 input_size=128." in told
+    given = comparison(tmp_path, Row(name="r", tokenizer="photos/reglue"), teacher=("name=demo",))
+    assert given.teacher_config().name == "demo"
+
+
 def test_checkpoints_are_evenly_spaced_and_logged(tmp_path):
     planned = comparison(tmp_path, VAE, steps=600, num_checkpoints=4)
     assert planned.steps == [150, 300, 450, 600]

@@ -418,7 +418,8 @@ def _score_job(
 def _about(comparison: Comparison, at_once: int) -> list[str]:
     settings = comparison.settings
     data = " ".join(settings.data) or "the embedded shapes at 32x32"
-    teacher = " ".join(settings.teacher) or "the embedded teacher"
+    words = comparison.teacher_words
+    teacher = " ".join(words) if words != ("name=demo",) else "the embedded teacher"
     bases = " and ".join(f"'{name}'" for name in comparison.bases) or "of which there is none"
     seconds = f"Seconds are of {at_once} processes at a time on this machine; they depend on both."
     if settings.cache != "none":

@@ -58,7 +58,7 @@ class ComparisonSettings(Config):
     data: tuple[str, ...] = ()
     """Data settings, as ``kind=folder``; none: each recipe's own, the embedded shapes."""
     teacher: tuple[str, ...] = ()
-    """Teacher settings, as ``name=…``; none: each recipe's own, the embedded teacher."""
+    """Teacher settings, as ``name=…``; none: each recipe's own."""
     cache: Literal["auto", "none"] = "none"
     """Whether transformers learn from latents that are computed once, where that pays, or from images, so that the
     seconds of every row hold the same work."""
@@ -239,7 +239,7 @@ class Comparison:
         aligned = any(word.startswith("diffusion.repa") for word in own)
         named = any(word.startswith("teacher.") for word in own)
         if aligned and not named and not has_teacher(row.tokenizer):
-            words += _prefixed("teacher", self.settings.teacher or ("name=demo",))
+            words += _prefixed("teacher", self.teacher_words)
         return words
 
     @property
@@ -262,8 +262,21 @@ class Comparison:
         """The teacher that predictors, and scores where it is the judge, see by: its last layer."""
         return Teacher(self.teacher_config())
 
+    @property
+    def teacher_words(self) -> tuple[str, ...]:
+        """The settings of ``teacher``: as given, or the network of the first recipe that learns by one; where none
+        does, the embedded one."""
+        if self.settings.teacher:
+            return self.settings.teacher
+        for recipe in filter(None, (recipe_of(row.tokenizer) for row in self.rows)):
+            own = read_yaml(recipe).get("teacher", {})
+            if own:
+                known = ("name", "checkpoint", "input_size")
+                return tuple(f"{key}={own[key]}" for key in known if own.get(key) is not None)
+        return ("name=demo",)
+
     def teacher_config(self) -> TeacherConfig:
-        content = apply_overrides({}, list(self.settings.teacher))
+        content = apply_overrides({}, list(self.teacher_words))
         return parse(TeacherConfig, content, "--teacher")
 
     def judges(self) -> tuple[JudgeChoice, ...]:
