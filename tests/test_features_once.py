@@ -74,7 +74,8 @@ def latents(
     tokenizer: CompositeTokenizer, sources: tuple[ImageSource, ImageSource], name: str
 ) -> CachedLatents:
     data = recipe(COMPRESSOR).data
-    return ensure_latent_cache(sources, tokenizer.eval(), Path(name), data=data)[0]
+    settings = {"data": data, "targets": tokenizer.teacher}
+    return ensure_latent_cache(sources, tokenizer.eval(), Path(name), **settings)[0]
 
 
 def test_each_image_goes_through_the_teacher_once_for_all_that_need_it(monkeypatch, capsys):
@@ -96,7 +97,10 @@ def test_each_image_goes_through_the_teacher_once_for_all_that_need_it(monkeypat
 
     with torch.no_grad():
         for tokenizer, cache in zip((coded, fitted), caches, strict=True):
-            check_rounding(tokenizer, pixels, cache.load_keys(keys).latents.mean)
+            batch = cache.load_keys(keys)
+            check_rounding(tokenizer, pixels, batch.latents.mean)
+            targets, pooled = batch.features.restored(), tokenizer.features(pixels).pooled
+            torch.testing.assert_close(targets.pooled, pooled, rtol=2 * ROUNDING, atol=1e-4)
 
 
 def check_rounding(tokenizer: CompositeTokenizer, pixels: Tensor, read: Latents) -> None:

@@ -42,6 +42,8 @@ class CachedFeatures(ImageSource):
         self.image_size, self.class_names = source.image_size, source.class_names
         self.attributes, self.flip, self.name = source.attributes, source.flip, source.name
         self.left_out = source.left_out
+        # A run that is resumed when a cache has come, or has gone, keeps its order.
+        self.block_size = source.block_size
 
     @property
     def identity(self) -> str:
