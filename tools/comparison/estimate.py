@@ -35,12 +35,13 @@ _FORWARD = 1 / 3
 def measure_steps(comparison: Comparison) -> None:
     """Writes seconds of a training step of each recipe and row into the comparison's folder.
 
-    What is not trained yet is measured on the embedded tokenizer, a row's transformer and a recipe that starts from a
-    VAE: what a step takes hardly depends on it.
+    A tokenizer that is not trained yet is taken as its recipe begins, and what it is built on or starts from is the
+    embedded one: what a step takes hardly depends on it.
     """
     kinds = ("tokenizer", "generator", "encoding", "encoded once")
     seconds: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
     encoded: set[tuple[str, bool]] = set()
+    untrained: dict[str, Tokenizer] = {}
     train, _ = open_sources(comparison.data())
     with tempfile.TemporaryDirectory() as place:
         for name in comparison.tokenizers:
@@ -54,11 +55,13 @@ def measure_steps(comparison: Comparison) -> None:
                 recipe, texture, place=str(path), class_names=images.class_names
             )
             seconds["tokenizer"][name] = _seconds_a_step(objective, recipe, images, Path(place))
+            untrained[name] = objective.tokenizer(objective.averaged_module())
         for row in comparison.rows:
             words = comparison.generator_overrides(row, 0)
             recipe = load_diffusion_recipe(comparison.recipe, words, tokenizer=row.tokenizer)
-            trained = recipe_of(row.tokenizer) is None
-            tokenizer = Tokenizer.from_pretrained(row.tokenizer if trained else DEMO)
+            tokenizer = untrained.get(row.tokenizer)
+            if tokenizer is None:
+                tokenizer = Tokenizer.from_pretrained(row.tokenizer)
             objective = build_diffusion_objective(
                 recipe,
                 tokenizer,
