@@ -16,6 +16,7 @@ from semtok.commands import evaluate, sample
 from semtok.commands.cli import run
 from semtok.data.images.folder import Folder, FolderConfig
 from semtok.data.images.shapes import Shapes, ShapesConfig
+from semtok.evaluation.classes import Judge
 from semtok.evaluation.frechet import Gaussian
 from semtok.evaluation.generation import (
     FeatureNetwork,
@@ -35,6 +36,7 @@ from semtok.evaluation.image_sets import (
     labels_for,
 )
 from semtok.evaluation.inception import Inception
+from semtok.evaluation.judge import trained_judge
 from semtok.statistics import StreamingMoments
 from semtok.teachers import Teacher, TeacherConfig
 
@@ -312,6 +314,44 @@ def test_a_model_is_scored_against_what_it_was_trained_on(model, tmp_path, capsy
         assert again["FD-demo"] == pytest.approx(written["scores"]["FD-demo"], rel=1e-4)
 
 
+def test_judges_add_their_scores_and_fdr_over_them(model, tmp_path, monkeypatch, capsys):
+    def quickly(*given: object, **named: object) -> Judge:
+        return trained_judge(*given, **named | {"steps": 2})
+
+    monkeypatch.setattr("semtok.evaluation.judges.trained_judge", quickly)
+    output, judges = tmp_path / "scores.json", ["--judge", "trained", "--judge", "demo"]
+    assert score("--model", model, "--num", 40, *judges, "--output", output) == 0
+    printed, written = capsys.readouterr().out, json.loads(output.read_text())
+    scores, told = written["scores"], written["judges"]
+    for name in ("trained", "demo"):
+        assert {f"{s}-{name}" for s in ("FD", "precision", "recall", "KD", "FDr")} <= set(scores)
+        assert 0 <= scores[f"shown class ({name})"] <= 1
+        assert told[name]["num_fitted"] == 24 and told[name]["held_out"]["num_images"] == 8
+        ratio = scores[f"FD-{name}"] / told[name]["held_out"]["distance"]
+        assert scores[f"FDr-{name}"] == pytest.approx(ratio)
+        network = written["protocol"]["networks"][name]
+        assert network == told[name]["network"] and network["weights"] in printed
+        assert f"judge {name}; classes learned from 24 real training images; 8 held-out" in printed
+    assert scores["FDr"] == pytest.approx((scores["FDr-trained"] + scores["FDr-demo"]) / 2)
+    assert "of 8 held-out images, fewer than those generated" in written["protocol"]["measures"]
+    data = ["--reference", "kind=shapes", "size=16", "num_images=24", "num_validation_images=8"]
+    data += ["classes=[shape,hue]"]
+    for name in ("x.npz", "folder"):
+        words = [str(model), "--num", "40", "--output", str(tmp_path / name)]
+        assert run(sample.main, words) == 0
+        assert score("--images", tmp_path / name, *data, *judges, "--output", output) == 0
+        again = json.loads(output.read_text())["scores"]
+        for key in (s for s in scores if not s.startswith("KD")):  # of random subsets
+            assert again[key] == pytest.approx(scores[key], rel=1e-4), "labels are read with them"
+    capsys.readouterr()
+    files = ["--images", tmp_path / "folder", "--reference", tmp_path / "folder"]
+    assert score(*files, "--judge", "teacher", "--output", output) == 0
+    assert "shown class (demo)" in json.loads(output.read_text())["unavailable"]
+    assert "give it as data settings" in capsys.readouterr().out
+    assert score(*files, "--judge", "trained") == 2
+    assert "--judge trained: learns from training images" in capsys.readouterr().err
+
+
 def test_a_set_of_files_is_perfect_against_itself_and_its_statistics(tmp_path, capsys):
     for i, image in enumerate(SOURCE.load(range(30)).images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i:02}.png")
@@ -344,6 +384,11 @@ def test_a_set_of_files_is_perfect_against_itself_and_its_statistics(tmp_path, c
         (["--images", "two", "--save-reference", "x.txt"], "x.txt: expected FILE.npz"),
         (["--images", "two", "--num-reference", "1"], "must be at least 2"),
         (["--model", "nobody"], "model 'nobody': no such folder or run"),
+        (["--images", "two", "--judge", "nobody"], "--judge nobody: expected trained, teacher"),
+        (
+            ["--images", "two", "--judge", "layers=[-2]"],
+            "'demo' is --teacher's network with other settings; give --judge teacher",
+        ),
     ],
 )
 def test_wrong_words_are_one_line(tmp_path, monkeypatch, capsys, words, message):

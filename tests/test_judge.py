@@ -67,6 +67,10 @@ def test_images_of_one_class_have_no_judge(tmp_path):
         (["--judge", "trained", "--teacher", "demo"], "--teacher: goes with --judge teacher"),
         (["--judge-steps", "5"], "--judge-steps: goes with --judge trained"),
         (["--judge", "trained", "--judge-steps", "0"], "--judge-steps must be at least 1"),
+        (["--judge", "demo", "--judge-seed", "1"], "--judge-seed: goes with --judge trained, and"),
+        (["--judge", "demo", "--teacher", "demo"], "--teacher: goes with --judge teacher, and the"),
+        (["--judge", "demo", "--judge", "trained"], "--judge: one reads the classes here"),
+        (["--judge", "nobody"], "--judge nobody: expected trained, teacher, demo"),
     ],
 )
 def test_words_without_effect_on_the_judge_are_refused(capsys, words, message):

@@ -108,6 +108,14 @@ def test_classes_name_their_trained_judge_with_everything_it_follows_from(root, 
     assert network["weights"] in capsys.readouterr().out
 
 
+def test_classes_are_read_by_any_frozen_network_that_words_name(root, tmp_path, capsys):
+    words = ["--model", root / "dit", "--num", 36, *SIZES, "--judge", "name=demo", "layers=[-2]"]
+    scores = evaluated(tmp_path, "classes", *words)
+    network = scores["protocol"]["networks"]["demo"]
+    assert scores["judge"] == "demo" and network["model"] == "demo, layer -2"
+    assert "demo, layer -2" in capsys.readouterr().out
+
+
 def test_a_digest_of_images_is_the_same_wherever_they_come_from(root, tmp_path):
     pytest.importorskip("torch_fidelity")
     draws = ["--num", "24", "--labels", "random", "--seed", "3", "--uint8", "truncate"]

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,14 +31,14 @@ from semtok.evaluation.classes import (
     features_and_labels,
     real_batches,
 )
-from semtok.evaluation.generation import teacher_network
 from semtok.evaluation.image_sets import (
     DRAWN_AT_ONCE,
     ImageSet,
     images_of_generator,
     labels_for,
 )
-from semtok.evaluation.judge import STEPS, TRAINED, trained_judge
+from semtok.evaluation.judge import STEPS, TRAINED
+from semtok.evaluation.judges import TEACHER, WORDS, judge_choices, load_judge
 from semtok.evaluation.protocol import (
     PixelDigest,
     Protocol,
@@ -46,10 +47,8 @@ from semtok.evaluation.protocol import (
     shown_names,
 )
 from semtok.progress import progress
-from semtok.storage import cache_folder
 from semtok.teachers import DEMO
 
-_TEACHER = "teacher"
 _NUM_TRAIN = 4000
 _OF_TEACHER = ("teacher", "teacher_checkpoint", "teacher_input_size")
 _OF_TRAINED = ("judge_steps", "judge_seed")
@@ -61,7 +60,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
         "classes",
         help="share of generated images that show their class, read by a judge: a "
         + MEASURES
-        + "; or --judge trained",
+        + "; or another, see --judge",
     )
     task.add_argument("--model", required=True, metavar="REF", help="folder, run or Hub id")
     task.add_argument("--num", type=int, help="generated images; default: 20 of each class")
@@ -70,10 +69,10 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     add_weak_option(task)
     task.add_argument(
         "--judge",
-        choices=(_TEACHER, TRAINED),
-        default=_TEACHER,
-        help="teacher (the default): a classifier of a teacher's features; trained: a small network that learns the "
-        "classes from the real images alone, once, so that nothing was aligned to it",
+        nargs="+",
+        action="append",
+        metavar="WORD",
+        help=f"who reads the classes, by default {TEACHER}: {WORDS}",
     )
     task.add_argument(
         "--judge-steps",
@@ -105,39 +104,35 @@ def _check_data(generator: Generator, train: ImageSource) -> None:
 
 def _check_judge(args: argparse.Namespace) -> None:
     """Refuses what would have no effect, and fills in what the judge's kind decides."""
-    is_trained = args.judge == TRAINED
-    other, own = (_TEACHER, TRAINED) if is_trained else (TRAINED, _TEACHER)
-    for name in _OF_TEACHER if is_trained else _OF_TRAINED:
-        if getattr(args, name) is not None:
+    judges = args.judge or [[TEACHER]]
+    if len(judges) > 1:
+        raise UserError("--judge: one reads the classes here; evaluate generation takes several")
+    own = " ".join(judges[0])
+    for word, names in ((TEACHER, _OF_TEACHER), (TRAINED, _OF_TRAINED)):
+        given = [name for name in names if getattr(args, name) is not None]
+        if given and own != word:
             raise UserError(
-                f"--{name.replace('_', '-')}: goes with --judge {other}, and the judge is {own}; leave it out"
+                f"--{given[0].replace('_', '-')}: goes with --judge {word}, and the judge is {own}; leave it out"
             )
+    is_trained = own == TRAINED
     args.judge_steps = STEPS if args.judge_steps is None else args.judge_steps
     args.judge_seed = 0 if args.judge_seed is None else args.judge_seed
     if args.judge_steps < 1 or not 0 <= args.judge_seed < 2**32:
         raise UserError("--judge-steps must be at least 1 and --judge-seed from 0 to 4294967295")
     args.teacher = args.teacher or DEMO
+    (args.judge,) = judge_choices(judges, options.teacher_config(args))
     if args.num_train is None:
         args.num_train = sys.maxsize if is_trained else _NUM_TRAIN
 
 
-def _judge(args: argparse.Namespace, train: ImageSource, digest: PixelDigest) -> Judge:
-    """Who reads the images, fitted on training images, which the digest takes in."""
-    batches = _seen(real_batches(train, args.num_train), digest)
-    if args.judge == TRAINED:
-        judge = trained_judge(
-            train,
-            num_images=args.num_train,
-            cache=cache_folder("judges"),
-            device=options.device(),
-            seed=args.judge_seed,
-            steps=args.judge_steps,
-        )
-        for _ in batches:  # a judge out of the cache saw them then
-            pass
-        return judge
-    network = teacher_network(options.load_teacher(args))
-    return Judge(network, class_reader(*features_and_labels(network, batches)), MEASURES)
+def _fitted(judge: Judge, batches: Iterable[tuple[Tensor, Tensor]]) -> Judge:
+    """The judge with a reader of classes, fitted on these training images."""
+    if judge.read is None:
+        reader = class_reader(*features_and_labels(judge.network, batches))
+        return replace(judge, read=reader)
+    for _ in batches:  # a judge out of the cache saw them then
+        pass
+    return judge
 
 
 def _classes(args: argparse.Namespace) -> dict[str, Any]:
@@ -154,8 +149,10 @@ def _classes(args: argparse.Namespace) -> dict[str, Any]:
     weak = sped_up(weak.to(options.device()), args) if weak is not None else None
     digests = {name: PixelDigest() for name in ("train", "held out", "drawn")}
 
+    words = {"num_images": args.num_train, "seed": args.judge_seed, "steps": args.judge_steps}
+    judge = load_judge(args.judge, train, device=options.device(), **words)
     with errors_at("--data"):
-        judge = _judge(args, train, digests["train"])
+        judge = _fitted(judge, _seen(real_batches(train, args.num_train), digests["train"]))
 
     def read(batches: Iterable[tuple[Tensor, Tensor]], name: str) -> tuple[float, dict[int, float]]:
         assert judge.read is not None

@@ -8,6 +8,15 @@ from typing import Any, get_args
 
 from semtok.commands import evaluate_options as options
 from semtok.commands.around_training import errors_at
+from semtok.commands.generation_judges import (
+    Sources,
+    chosen_judges,
+    labels_to_show,
+    load_judges,
+    measures,
+    print_judges,
+    seated,
+)
 from semtok.commands.sample_set import Drawing, protocol_of
 from semtok.commands.sampler_options import (
     SAMPLER_OPTIONS,
@@ -20,8 +29,8 @@ from semtok.commands.sampler_options import (
 from semtok.commands.table import print_table
 from semtok.diffusion.generator import Generator
 from semtok.errors import UserError
+from semtok.evaluation.classes import CLASS_SHARE
 from semtok.evaluation.generation import (
-    MEASURES,
     PUBLISHED_NUM_IMAGES,
     FeatureNetwork,
     SetFeatures,
@@ -41,8 +50,10 @@ from semtok.evaluation.image_sets import (
     images_of_npz,
     images_of_source,
     labels_for,
+    labels_of_set,
 )
 from semtok.evaluation.inception import check_torch_fidelity, load_inception
+from semtok.evaluation.judges import WORDS, relative_scores, shares
 from semtok.evaluation.protocol import (
     AS_STORED,
     ImagesProtocol,
@@ -99,6 +110,15 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
     add_weak_option(task)
     options.add_teacher_options(task, "whose features FD-<teacher> compares")
     task.add_argument(
+        "--judge",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="one more network, which reads classes too; may be given several times, for FDr over them where the "
+        f"reference is of data: {WORDS}",
+    )
+    task.add_argument(
         "--download", action="store_true", help="fetch Inception's weights if not cached"
     )
     task.add_argument(
@@ -115,8 +135,8 @@ def _generation(args: argparse.Namespace) -> dict[str, Any]:
     check_torch_fidelity()
     _check_options(args)
     options.check_output(args)
-    teacher = options.load_teacher(args)
-    networks = [teacher_network(teacher)]
+    choices = chosen_judges(args)
+    networks = [teacher_network(options.load_teacher(args))]
     missing: dict[str, str] = {}
     try:
         networks.insert(
@@ -126,35 +146,38 @@ def _generation(args: argparse.Namespace) -> dict[str, Any]:
         missing["Inception's scores (FID, sFID, IS, precision, recall, KID)"] = str(error)
     drawn = _generated(args)
     reference = _reference(args, drawn)
+    judges = load_judges(choices, networks, reference.sources)
+    networks += [j.network for j in judges if j.network not in networks]
 
-    references: dict[str, SetFeatures] = {}
-    for network in networks:
-        features = _reference_features(network, reference)
-        if features is None:
-            missing[f"FD-{network.name}"] = "the reference's file is of another network"
-        else:
-            references[network.name] = features
-    if not references:
-        raise UserError("--reference: nothing there that can be compared with; give images")
+    references = _references(networks, reference, missing)
     if args.save_reference is not None:
         write_statistics(args.save_reference, next(iter(references.values())))
     networks = [network for network in networks if network.name in references]
     generated = drawn.images
+    judges = [judge for judge in judges if judge.network.name in references]
+    with errors_at("--reference"):
+        seats = seated(judges, references, reference.sources, generated.num_images)
+    labels = labels_to_show(seats, drawn.labels, drawn.class_names, reference.sources, missing)
     with errors_at(args.model or "--images"):
         seen = see(generated, networks)
     with errors_at("--reference"):
         scores = {
             name: generation_scores(seen[name], features) for name, features in references.items()
         }
+        for seat in seats:
+            scores[seat.name] |= shares(seen[seat.name], seat, labels)
+        flat = {name: value for own in scores.values() for name, value in own.items()}
+        relative = relative_scores(flat, seats)
     told = Protocol(
         "generation",
-        MEASURES,
+        measures(seats, generated.num_images),
         {network.name: network.protocol for network in networks if network.protocol},
         drawn.models,
         replace(drawn.protocol, digest=next(iter(seen.values())).digest),
         references={name: reference.of(features) for name, features in references.items()},
     )
-    _print(args, scores, told, references)
+    _print(args, scores, relative, told, references)
+    print_judges(seats)
     for name, reason in missing.items():
         print(f"{name}: missing; {reason}")
     return {
@@ -163,13 +186,15 @@ def _generation(args: argparse.Namespace) -> dict[str, Any]:
         "num_images": generated.num_images,
         "references": {name: features.sources for name, features in references.items()},
         "unavailable": options.without_places(missing),
-        "scores": {name: value for own in scores.values() for name, value in own.items()},
+        "judges": {seat.name: seat.told() for seat in seats},
+        "scores": flat | relative,
     }
 
 
 def _print(
     args: argparse.Namespace,
     scores: dict[str, dict[str, float]],
+    relative: dict[str, float],
     told: Protocol,
     references: dict[str, SetFeatures],
 ) -> None:
@@ -179,10 +204,15 @@ def _print(
     for network, own in scores.items():
         name = shown["references"][network]["name"]
         for score, value in own.items():
-            against = "" if score == "IS" else f"against {name}"
+            alone = score == "IS" or score.startswith(CLASS_SHARE)
+            against = "" if alone else f"against {name}"
             if score.startswith(("precision", "recall", "K")):
                 against = f"against {references[network].features_source or name}"
             rows.append((score, f"{value:<8.4g}", against))
+    rows += [
+        (score, f"{value:<8.4g}", "FD by that of held-out images")
+        for score, value in relative.items()
+    ]
     number = told.images.num_images
     note = "" if number == PUBLISHED_NUM_IMAGES else "; published scores use 50,000"
     print_table(f"{number} images of {shown['images']['name']}{note}", rows)
@@ -216,6 +246,8 @@ class _Drawn:
     Attributes:
         protocol: what to record of them, but for their digest.
         about: the same in few keys, as files of scores have always had it.
+        labels: that they were asked to show; None: nobody says, or of one class.
+        class_names: of these; empty: not known.
         models: digests of what drew them, by name.
         trained_on: data settings of the model; None where the images were drawn before.
     """
@@ -223,13 +255,15 @@ class _Drawn:
     images: ImageSet
     protocol: ImagesProtocol
     about: dict[str, Any]
+    labels: list[int] | None = None
+    class_names: tuple[str, ...] = ()
     models: dict[str, str] = field(default_factory=dict)
     trained_on: dict[str, Any] | None = None
 
 
 def _generated(args: argparse.Namespace) -> _Drawn:
     if args.images is not None:
-        return _drawn_before(args.images)
+        return _drawn_before(args.images, with_labels=bool(args.judge))
     generator = sped_up(Generator.from_pretrained(args.model).to(options.device()), args)
     sampler = sampler_from(args, generator)
     weak = load_weak(args, generator, sampler)
@@ -254,10 +288,12 @@ def _generated(args: argparse.Namespace) -> _Drawn:
         generator, labels, seed=args.seed, sampler=sampler, weak=weak, uint8=args.uint8
     )
     about = {"images": name} | {key: written[key] for key in _ABOUT}
-    return _Drawn(images, protocol, about, models, options.data_trained_on(args.model, generator))
+    trained_on = options.data_trained_on(args.model, generator)
+    shown = labels if len(generator.class_names) > 1 else None
+    return _Drawn(images, protocol, about, shown, generator.class_names, models, trained_on)
 
 
-def _drawn_before(path: Path) -> _Drawn:
+def _drawn_before(path: Path, *, with_labels: bool) -> _Drawn:
     kind = "archive" if _is_archive(path) else "folder"
     if kind == "folder" and not path.is_dir():
         raise UserError(f"--images {path}: no such folder or .npz file")
@@ -266,7 +302,8 @@ def _drawn_before(path: Path) -> _Drawn:
         raise UserError(f"--images {path}: one image; scores are of sets")
     name = str(fit_to_show(str(path)))
     protocol = drawn_protocol(name, kind, images.num_images, images.protocol)
-    return _Drawn(images, protocol, {"images": name})
+    labels = labels_of_set(path, images) if with_labels else None
+    return _Drawn(images, protocol, {"images": name}, labels)
 
 
 @dataclass(frozen=True)
@@ -275,12 +312,14 @@ class _Reference:
 
     Attributes:
         images_protocol, stored_protocol: what to record of each.
+        sources: training and held-out images of the data; None: it is files.
     """
 
     images: ImageSet | None = None
     images_protocol: ImagesProtocol | None = None
     stored: SetFeatures | None = None
     stored_protocol: ImagesProtocol | None = None
+    sources: Sources | None = None
 
     def of(self, features: SetFeatures) -> ImagesProtocol:
         """What to record of the moments that ``features`` holds."""
@@ -297,13 +336,15 @@ def _reference(args: argparse.Namespace, drawn: _Drawn) -> _Reference:
         return _reference_of_files(Path(words[0]), drawn.images)
     if words is None and drawn.trained_on is None:
         raise UserError("--reference is missing; give a folder, an .npz, or data settings")
-    train, _ = options.data_of(words, drawn.trained_on, place="--reference")
+    sources = options.data_of(words, drawn.trained_on, place="--reference")
+    train, _ = sources
     real = images_of_source(train, args.num_reference)
     _check_size(real, drawn.images, train.name)
     name = f"{real.num_images} of {train.name}"
     if words is None:
         name = f"the model's own training images, {name}"
-    return _Reference(real, data_protocol(train, real.num_images, None, name=name))
+    told = data_protocol(train, real.num_images, None, name=name)
+    return _Reference(real, told, sources=sources)
 
 
 def _reference_of_files(path: Path, generated: ImageSet) -> _Reference:
@@ -342,6 +383,26 @@ def _check_size(images: ImageSet | None, generated: ImageSet, place: object) -> 
 
 def _is_archive(path: Path) -> bool:
     return path.is_file() and zipfile.is_zipfile(path)
+
+
+def _references(
+    networks: list[FeatureNetwork], reference: _Reference, missing: dict[str, str]
+) -> dict[str, SetFeatures]:
+    """What each network sees of the reference; notes those that see nothing of it.
+
+    Raises:
+        UserError: there is none that does.
+    """
+    references: dict[str, SetFeatures] = {}
+    for network in networks:
+        features = _reference_features(network, reference)
+        if features is None:
+            missing[f"FD-{network.name}"] = "the reference's file is of another network"
+        else:
+            references[network.name] = features
+    if not references:
+        raise UserError("--reference: nothing there that can be compared with; give images")
+    return references
 
 
 def _reference_features(network: FeatureNetwork, reference: _Reference) -> SetFeatures | None:

@@ -76,11 +76,19 @@ def add_teacher_options(task: argparse.ArgumentParser, purpose: str) -> None:
 
 def load_teacher(args: argparse.Namespace) -> Teacher:
     """The teacher that the options name, on the device."""
+    return Teacher(teacher_config(args)).to(device())
+
+
+def teacher_config(args: argparse.Namespace) -> TeacherConfig:
+    """Which teacher the options name.
+
+    Raises:
+        UserError: a size of less than a pixel.
+    """
     size = args.teacher_input_size
     if size is not None and size < 1:
         raise UserError(f"--teacher-input-size: expected at least 1 pixel, got {size}")
-    config = TeacherConfig(name=args.teacher, checkpoint=args.teacher_checkpoint, input_size=size)
-    return Teacher(config).to(device())
+    return TeacherConfig(name=args.teacher, checkpoint=args.teacher_checkpoint, input_size=size)
 
 
 def load_tokenizer(reference: str, source: ImageSource) -> Tokenizer:

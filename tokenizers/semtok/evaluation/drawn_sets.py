@@ -57,16 +57,27 @@ def protocol_text(protocol: dict[str, Any]) -> str:
     return json.dumps(protocol, indent=2) + "\n"
 
 
-def read_labels(folder: Path, num_images: int) -> list[int] | None:
-    """The class of each image of a folder, in the order of ``image_files``; None: it does not say.
+def read_labels(path: Path, num_images: int) -> list[int] | None:
+    """The class of each image of a set, in the order of ``image_files`` or of an archive; None: it does not say.
+
+    Args:
+        path: a folder, or an ``.npz``.
 
     Raises:
         UserError: other than so many numbers.
     """
-    place = folder / LABELS_FILE
-    if not place.is_file():
+    place: object = path / LABELS_FILE
+    if path.is_dir():
+        labels = read_json(path / LABELS_FILE) if (path / LABELS_FILE).is_file() else None
+    else:
+        place = f"{path}: {LABELS_KEY}"
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                labels = archive[LABELS_KEY].tolist() if LABELS_KEY in archive else None
+        except (*DAMAGE, zipfile.BadZipFile) as error:
+            raise UserError(f"{place}: can't be read ({first_line(error)})") from None
+    if labels is None:
         return None
-    labels = read_json(place)
     if not isinstance(labels, list) or not all(type(label) is int for label in labels):
         raise UserError(f"{place}: expected a list of class numbers")
     if len(labels) != num_images:

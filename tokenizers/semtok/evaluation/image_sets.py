@@ -22,6 +22,7 @@ from semtok.evaluation.drawn_sets import (
     check_complete,
     image_files,
     image_size_of,
+    read_labels,
     read_protocol,
 )
 from semtok.images import Uint8Rule, to_uint8
@@ -41,6 +42,7 @@ class ImageSet:
         identity: what they are, for caches.
         open: begins a pass: uint8 batches (B, 3, H, W).
         protocol: how ``sample`` drew them, where the set says so.
+        places: of each image in the folder's ``image_files``; None: the order is that of the archive or source.
     """
 
     name: str
@@ -49,6 +51,7 @@ class ImageSet:
     image_size: tuple[int, int]
     open: Callable[[], Iterator[Tensor]]
     protocol: dict[str, Any] | None = None
+    places: Sequence[int] | None = None
 
 
 def images_of_source(source: ImageSource, num_images: int, *, batch_size: int = 64) -> ImageSet:
@@ -93,7 +96,20 @@ def images_of_folder(path: Path, image_size: tuple[int, int] | None = None) -> I
         image_size=size,
         flip=False,
     )
-    return replace(images_of_source(source, len(source)), protocol=protocol)
+    images = images_of_source(source, len(source))
+    return replace(images, protocol=protocol, places=source.chosen(len(source)))
+
+
+def labels_of_set(path: Path, images: ImageSet) -> list[int] | None:
+    """The classes that files say images were drawn for, in the order of ``images``; None: they do not say.
+
+    Raises:
+        UserError: other than a number for each image.
+    """
+    labels = read_labels(path, images.num_images)
+    if labels is None or images.places is None:
+        return labels
+    return [labels[place] for place in images.places]
 
 
 def _common_size(folder: Path, names: Sequence[str]) -> tuple[int, int]:
