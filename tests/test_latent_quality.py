@@ -1,6 +1,7 @@
 """Predictors of how well latents will be generated: closed forms, invariances, and the command."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import tiny
 from semtok import Tokenizer
 from semtok.commands import evaluate
 from semtok.commands.cli import run
+from semtok.commands.evaluate_predictors import _print
 from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.evaluation.equivariance import equivariance_errors, transforms
@@ -397,6 +399,20 @@ def test_the_command_compares_tokenizers_and_says_what_numbers_mean(reglue, tmp_
     assert plain.keys() == semantic.keys() == PREDICTORS.keys()
     assert all(np.isfinite([*plain.values(), *semantic.values()]))
     assert semantic["cknna"] > plain["cknna"], "it holds the teacher's pooled token"
+
+
+def test_what_is_not_measured_of_one_tokenizer_is_shown_of_others(tmp_path, capsys):
+    rae = tmp_path / "rae"
+    tiny.tokenizer("rae", "none", False).save_pretrained(rae)
+    arguments = ["--num-held-out", "12", "--num-train", "30", "--data", "kind=shapes", "size=16"]
+    assert run(evaluate.main, ["latents", "--tokenizer", "demo", str(rae), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "-: not measured, as these latents can't be scaled" in printed
+    assert re.search(r"encoder's error under scaling +lower +\d\.\d{4} +-$", printed, re.MULTILINE)
+    first_without = {"rae": {"cknna": 0.5}, "demo": {"cknna": 0.1, "encoder_scaling_error": 0.25}}
+    _print(first_without, "latents")
+    printed = capsys.readouterr().out
+    assert re.search(r"encoder's error under scaling +lower +- +0\.2500$", printed, re.MULTILINE)
 
 
 def test_wrong_options_are_one_line(tmp_path, capsys):

@@ -84,15 +84,22 @@ def _latents(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print(scores: dict[str, dict[str, float]], title: str) -> None:
+    measured = {name for own in scores.values() for name in own}
     rows = [
-        (predictor.label, predictor.better, *(f"{own[name]:.4f}" for own in scores.values()))
+        (predictor.label, predictor.better, *(_shown(own.get(name)) for own in scores.values()))
         for name, predictor in PREDICTORS.items()
-        if name in next(iter(scores.values()))
+        if name in measured
     ]
     print_table(title, rows, ("predictor", "better", *scores))
-    if PROBE not in next(iter(scores.values())):
+    if any(measured - own.keys() for own in scores.values()):
+        print("-: not measured, as these latents can't be scaled or turned")
+    if PROBE not in measured:
         print(
             "attribute probe: missing; the images have no attributes (--attributes of evaluate probe)"
         )
     for predictor in PREDICTORS.values():
         print(f"{predictor.label}: {predictor.meaning} ({predictor.source})")
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
