@@ -16,7 +16,7 @@ from semtok.commands.when_to_cache import pays
 from semtok.data.images.kinds import open_sources
 from semtok.data.source import ImageSource
 from semtok.images import to_pixels
-from semtok.objective import Batch, Objective
+from semtok.objective import Batch, Objective, TokenizerObjective
 from semtok.recipe import load_diffusion_recipe, load_recipe
 from semtok.references import DEMO
 from semtok.storage import read_json, write_json
@@ -24,6 +24,7 @@ from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 
 _STEPS = 2
+_STATISTICS_IMAGES = 64
 _START = 10.0
 """Seconds until a process has imported what it needs and read its networks."""
 _TOKENIZER_SCORES = 40.0
@@ -55,7 +56,7 @@ def measure_steps(comparison: Comparison) -> None:
                 recipe, texture, place=str(path), class_names=images.class_names
             )
             seconds["tokenizer"][name] = _seconds_a_step(objective, recipe, images, Path(place))
-            untrained[name] = objective.tokenizer(objective.averaged_module())
+            untrained[name] = _as_begun(objective, images)
         for row in comparison.rows:
             words = comparison.generator_overrides(row, 0)
             recipe = load_diffusion_recipe(comparison.recipe, words, tokenizer=row.tokenizer)
@@ -89,6 +90,16 @@ def _seconds_a_step(objective: Objective, recipe: Any, images: Any, folder: Path
     for _ in range(_STEPS):
         step()
     return (time.perf_counter() - start) / _STEPS
+
+
+def _as_begun(objective: TokenizerObjective, images: ImageSource) -> Tokenizer:
+    """The tokenizer of a training that has hardly begun, with statistics of a few images."""
+    batch = images.load(images.chosen(_STATISTICS_IMAGES))
+    pixels = to_pixels(batch.images)
+    objective.measure([Batch(pixels, batch.labels)])
+    tokenizer = objective.tokenizer(objective.averaged_module())
+    tokenizer.measure_statistics([pixels])
+    return tokenizer
 
 
 def _seconds_to_encode(objective: Objective, recipe: Any, images: ImageSource) -> float:
