@@ -63,7 +63,7 @@ def test_a_page_shows_what_a_comparison_found(checkout):
     differences = drawn(checkout, "differences")
     # -1 and -2 by seed; Student's t of one degree of freedom: 12.7.
     assert "| better | -1.5 [-7.85, +4.85] |" in differences
-    assert "| +20 [-43.5, +83.5] % |" in differences
+    assert "| +20 [-43.5, +83.5] points |" in differences
     with Image.open(checkout / "docs" / "images" / "results_small.png") as picture:
         assert picture.width > 500
     assert run(command.main, ["--root", str(checkout), "--check"]) == 0

@@ -71,7 +71,9 @@ def _draw_scores(axes: np.ndarray, names: Sequence[str], results: list[RowScores
     """A row of axes for each score."""
     for name, row in zip(names, axes, strict=True):
         _draw_score(row, name, results)
-    axes[0][0].legend(fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    above = {"loc": "outside upper center", "ncols": min(6, len(labels)), "fontsize": 8}
+    axes[0][0].get_figure().legend(handles, labels, **above)
 
 
 def _draw_score(axes: Sequence[Axes], name: str, results: list[RowScores]) -> None:

@@ -88,7 +88,8 @@ def interval_text(differences: Spread) -> str:
     """The mean of differences by seed, and where there are several its 95 % interval."""
     bounds = differences.interval()
     within = f" [{bounds[0]:+.3g}, {bounds[1]:+.3g}]" if bounds is not None else ""
-    return f"{differences.mean:+.3g}{within}"
+    mean = round(differences.mean, 9)  # scores that are equal may differ in their last bit
+    return f"{mean:+.3g}{within}"
 
 
 def tokenizer_table(results: list[RowResult]) -> tuple[list[str], list[list[str]]]:

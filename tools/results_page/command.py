@@ -1,4 +1,4 @@
-"""``results``: draws the tables and curves of docs/results.md and README from docs/results/*.json, in seconds.
+"""``results``: draws the tables and curves of docs/results.md, docs/switches.md and README from docs/results/*.json, in seconds.
 
 ``--take FOLDER NAME`` first keeps what a comparison found, every score of every seed, as docs/results/NAME.json.
 """
@@ -17,7 +17,7 @@ from semtok.privacy import fit_to_show
 from semtok.storage import new_file, read_json, write_json, write_text
 
 _ROOT = Path(__file__).parents[2]
-_PAGES = ("docs/results.md", "README.md")
+_PAGES = ("docs/results.md", "docs/switches.md", "README.md")
 _MARK = re.compile(
     r"(?P<begin><!-- table: (?P<name>[\w-]+) (?P<kind>\w+) -->\n).*?(?P<end><!-- end of table -->)",
     re.DOTALL,

@@ -70,7 +70,7 @@ def differences(file: Path) -> Table:
             spread = Spread(tuple(percent * value for value in one.differences[name].values))
             first = Spread((one.scores.steps[0],) * len(one.scores.seconds[0].values))
             cells += [
-                interval_text(spread) + (" %" if percent == 100 else ""),
+                interval_text(spread) + (" points" if percent == 100 else ""),
                 reached_text(one.steps_to_baseline[name], first),
                 reached_text(one.seconds_to_baseline[name], one.scores.seconds[0]),
             ]
