@@ -26,15 +26,17 @@ from PIL import Image
 import semtok_cli
 from comparison import command as compare
 from comparison import plan, scores
+from comparison.asked import BUDGETS, ComparisonSettings, Row
 from comparison.estimate import expected_seconds
 from comparison.finished import take_finished_runs, with_whole_runs
 from comparison.jobs import Job, Stopped, only_one_in, run_jobs
-from comparison.plan import BUDGETS, Comparison, ComparisonSettings, Row
+from comparison.plan import Comparison
 from comparison.recipes import is_composite
 from comparison.report import generation_table
 from comparison.results import CLASS_SHARE, RowScores, Spread, compared, steps_to_reach
 from comparison.rows import read_rows
 from comparison.time_left import TimeLeft
+from comparison.work import jobs_of
 from semtok import Generator, Tokenizer, UserError
 from semtok.commands.cli import run
 from semtok.evaluation.judge import trained_judge
@@ -86,7 +88,7 @@ def test_a_recipe_that_starts_from_a_vae_starts_from_that_of_its_seed(tmp_path):
     words = planned.tokenizer_overrides("eq_vae", 2)
     assert f"method.vae={tmp_path}/tokenizers/vae-2" in words
     assert not any("texture" in word for word in words)
-    jobs = {job.name: job for job in compare._jobs(planned)}
+    jobs = {job.name: job for job in jobs_of(planned)}
     assert jobs["tokenizer eq_vae, seed 0"].after == ("tokenizer vae, seed 0",)
     assert not jobs["tokenizer vae, seed 0"].after
 
@@ -98,12 +100,12 @@ def test_a_recipe_is_built_on_the_base_that_its_reference_names(tmp_path):
     assert planned.tokenizers == ["send_vae", "vae", "reglue", "reglue@send_vae"]
     base = tmp_path / "tokenizers" / "send_vae-1"
     assert f"method.texture={base}" in planned.tokenizer_overrides("reglue@send_vae", 1)
-    jobs = {job.name: job for job in compare._jobs(planned)}
+    jobs = {job.name: job for job in jobs_of(planned)}
     assert jobs["tokenizer reglue@send_vae, seed 0"].after == ("tokenizer send_vae, seed 0",)
     trained = comparison(tmp_path, Row(name="on_demo", tokenizer="reglue@demo"))
     assert trained.tokenizers == ["demo", "reglue@demo"]
     assert "method.texture=demo" in trained.tokenizer_overrides("reglue@demo", 1)
-    jobs = {job.name: job for job in compare._jobs(trained)}
+    jobs = {job.name: job for job in jobs_of(trained)}
     assert not jobs["tokenizer reglue@demo, seed 0"].after, "it was trained before"
     files = {planned.tokenizer_scores(name, 0) for name in planned.tokenizers}
     assert len(files) == 4 and {file.parent for file in files} == {tmp_path / "scores"}
@@ -253,7 +255,7 @@ def test_another_recipe_of_the_transformer_is_trained_scored_and_remembered(tmp_
         locate_recipe("dit").read_text().replace("precision: auto", "precision: fp32")
     )
     other = comparison(tmp_path / "c", VAE, recipe=str(recipe), precision="bf16")
-    [job] = [job for job in compare._jobs(other) if job.kind == "generator"]
+    [job] = [job for job in jobs_of(other) if job.kind == "generator"]
     words = job.command()
     assert words[words.index("--recipe") + 1] == str(recipe)
     assert "train.precision=bf16" not in words, "the recipe says its own"
@@ -426,7 +428,7 @@ def test_a_finished_run_of_the_same_recipe_is_taken_and_what_becomes_of_it_then_
         "tokenizer vae, seed 0: the finished run runs/vae is taken",
         "tokenizer reglue, seed 0: the finished run runs/reglue is taken",
     ]
-    todo = [one.name for one in compare._jobs(planned) if not one.is_done()]
+    todo = [one.name for one in jobs_of(planned) if not one.is_done()]
     assert not any(name.startswith("tokenizer ") for name in todo)
     shutil.rmtree(run_of_vae)
     assert taken(planned) == []
@@ -507,9 +509,22 @@ def test_each_job_that_ends_says_how_long_the_others_will_take(tmp_path):
     ]
 
 
+def test_the_first_that_can_begin_is_next_so_that_seeds_end_one_by_one(tmp_path):
+    said: list[str] = []
+    jobs = [
+        job(tmp_path, "a"),
+        job(tmp_path, "b", "a"),
+        job(tmp_path, "c", "b"),
+        job(tmp_path, "d"),
+    ]
+    with only_one_in(tmp_path) as held:
+        run_jobs(jobs, held=held, environments=[{}], say=said.append)
+    assert [line.split()[1] for line in said if line.startswith("[")] == ["a", "b", "c", "d"]
+
+
 def test_every_job_has_an_expected_time_once_steps_were_measured(finished):
     planned = plan.read_comparison(finished, 1)
-    jobs = compare._jobs(planned)
+    jobs = jobs_of(planned)
     assert len({one.kind for one in jobs}) == 4
     assert all(expected_seconds(planned, one.kind, one.of) > 1 for one in jobs)
 
@@ -636,7 +651,7 @@ def test_jobs_find_their_programs_from_any_working_directory(tmp_path):
         (elsewhere / name).mkdir(parents=True)
         (elsewhere / name / "__init__.py").write_text("raise SystemExit('another one')")
     planned = comparison(tmp_path / "c", Row(name="demo", tokenizer="demo"))
-    commands = [one.command() for one in compare._jobs(planned)]
+    commands = [one.command() for one in jobs_of(planned)]
     programs = [Path(program) for _, program, *_ in commands]
     assert [program.name for program in programs] == ["train_dit.py", "compare.py", "compare.py"]
     assert all(program.is_absolute() and program.is_file() for program in programs)

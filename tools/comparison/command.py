@@ -16,26 +16,19 @@ from pathlib import Path
 
 import torch
 
-from comparison.estimate import expected_seconds, is_measured, measure_steps, steps_file
+from comparison.asked import BUDGETS, SEEDS, ComparisonSettings, Row
+from comparison.estimate import expected_seconds, measure_steps
 from comparison.finished import take_finished_runs, with_whole_runs
 from comparison.jobs import Job, Stopped, only_one_in, run_jobs
 from comparison.judges import judges_told
-from comparison.plan import (
-    BUDGETS,
-    SEEDS,
-    SETTINGS_FILE,
-    Comparison,
-    ComparisonSettings,
-    Row,
-    read_comparison,
-)
-from comparison.recipes import base_of, recipe_of
+from comparison.plan import SETTINGS_FILE, Comparison, read_comparison
 from comparison.report import generation_table, shown_classes, tokenizer_table, write_report
 from comparison.results import RowScores, collect, compared
 from comparison.rows import read_rows
 from comparison.scores import score
 from comparison.stored import Told, read_results
 from comparison.time_left import TimeLeft
+from comparison.work import LOGS, MEASURING, jobs_of, measuring_job
 from semtok.commands.cli import Parser
 from semtok.commands.table import print_table
 from semtok.data.images.shapes import ShapesConfig
@@ -44,13 +37,9 @@ from semtok.evaluation.judges import WORDS
 from semtok.progress import duration
 from semtok.references import RUNS
 from semtok.settings import parse
-from semtok.storage import read_json
 from semtok.training.precision import chosen, found_here
 
 _DEFAULT = "vae,send_vae,reglue,semvae,redi"
-_TOOLS = Path(__file__).parents[1]
-_LOGS = "logs"
-_MEASURING = ["steps", "all", "0"]
 
 
 def _parser() -> Parser:
@@ -155,7 +144,7 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     args = _parser().parse_args(arguments)
     if args.score is not None:
-        if args.score == _MEASURING:
+        if args.score == MEASURING:
             measure_steps(read_comparison(args.output, 1))
         else:
             score(args.output, *args.score)
@@ -279,12 +268,12 @@ def _report(comparison: Comparison, scores: list[RowScores], told: Told, baselin
 
 def _run(comparison: Comparison, held: int, environments: list[dict[str, str]]) -> None:
     """Runs what is missing, and says before how long it will take."""
-    jobs = _jobs(comparison)
+    jobs = jobs_of(comparison)
     waiting = [job for job in jobs if not job.is_done()]
     if not waiting:
         return
     told = {"held": held, "environments": environments, "say": _say}
-    run_jobs([_measuring_job(comparison)], **told)
+    run_jobs([measuring_job(comparison)], **told)
 
     def expected(job: Job) -> float:
         return expected_seconds(comparison, job.kind, job.of)
@@ -292,7 +281,7 @@ def _run(comparison: Comparison, held: int, environments: list[dict[str, str]]) 
     seconds = TimeLeft({job.name: expected(job) for job in waiting}, len(environments)).seconds()
     _say(
         f"{_counted(len(waiting), 'job')}, {len(environments)} at a time: about {duration(seconds)}, by a few steps of "
-        f"each training on this machine; what each says: {comparison.folder / _LOGS}"
+        f"each training on this machine; what each says: {comparison.folder / LOGS}"
     )
     run_jobs(jobs, **told, expected=expected)
 
@@ -322,97 +311,6 @@ def _environments(jobs: int | None) -> list[dict[str, str]]:
     )
     count = jobs or cores
     return [{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count
-
-
-def _jobs(comparison: Comparison) -> list[Job]:
-    """All the work, in an order that lets each begin as soon as what it needs is there."""
-    jobs = []
-    for seed in comparison.seeds:
-        scores = []
-        for reference in comparison.tokenizers:
-            if recipe_of(reference) is not None:
-                jobs.append(_tokenizer_job(comparison, reference, seed))
-            after = (f"tokenizer {reference}, seed {seed}",)
-            is_row = any(row.tokenizer == reference for row in comparison.rows)
-            if is_row and (seed == 0 or recipe_of(reference) is not None):
-                scores.append(_score_job(comparison, "tokenizer", reference, seed, after))
-        for row in comparison.rows:
-            name = f"transformer on {row.name}, seed {seed}"
-            jobs.append(_generator_job(comparison, row, seed, name))
-            jobs.append(_score_job(comparison, "generator", row.name, seed, (name,)))
-        jobs += scores
-    return jobs
-
-
-def _measuring_job(comparison: Comparison) -> Job:
-    words = ["--output", str(comparison.folder), "--score", *_MEASURING]
-    return Job(
-        "a few steps of each training",
-        lambda: [*_launcher("compare"), *words],
-        lambda: is_measured(comparison),
-        comparison.folder / _LOGS / f"{steps_file(comparison).stem}.log",
-    )
-
-
-def _tokenizer_job(comparison: Comparison, reference: str, seed: int) -> Job:
-    folder, recipe = comparison.tokenizer_folder(reference, seed), recipe_of(reference)
-    base = base_of(reference)
-    overrides = comparison.tokenizer_overrides(reference, seed)
-    return Job(
-        f"tokenizer {reference}, seed {seed}",
-        lambda: _training("train_tokenizer", [str(recipe), *overrides], folder),
-        (folder / "export" / "config.json").is_file,
-        comparison.folder / _LOGS / f"tokenizer_{reference}-{seed}.log",
-        (f"tokenizer {base}, seed {seed}",) if base is not None and recipe_of(base) else (),
-        kind="tokenizer",
-        of=reference,
-    )
-
-
-def _generator_job(comparison: Comparison, row: Row, seed: int, name: str) -> Job:
-    folder = comparison.generator_folder(row, seed)
-    reference = comparison.tokenizer_reference(row.tokenizer, seed)
-    words = ["--tokenizer", reference, "--recipe", str(comparison.recipe)]
-    words += comparison.generator_overrides(row, seed)
-    return Job(
-        name,
-        lambda: _training("train_dit", words, folder),
-        (folder / "export" / "config.json").is_file,
-        comparison.folder / _LOGS / f"generator_{row.name}-{seed}.log",
-        (f"tokenizer {row.tokenizer}, seed {seed}",),
-        kind="generator",
-        of=row.name,
-    )
-
-
-def _training(command: str, words: list[str], folder: Path) -> list[str]:
-    resume = ["--resume"] if (folder / "recipe.yaml").is_file() else []
-    return [*_launcher(command), *words, "--output", str(folder), *resume]
-
-
-def _launcher(name: str) -> list[str]:
-    """A program of tools/, by its path, which no module of the working directory can hide."""
-    return [sys.executable, str(_TOOLS / f"{name}.py")]
-
-
-def _score_job(
-    comparison: Comparison, kind: str, name: str, seed: int, after: tuple[str, ...]
-) -> Job:
-    if kind == "tokenizer":
-        file = comparison.tokenizer_scores(name, seed)
-    else:
-        row = next(row for row in comparison.rows if row.name == name)
-        file = comparison.generator_scores(row, seed)
-    words = ["--output", str(comparison.folder), "--score", kind, name, str(seed)]
-    return Job(
-        f"scores of {kind} {name}, seed {seed}",
-        lambda: [*_launcher("compare"), *words],
-        lambda: file.is_file() and file.with_suffix(".png").is_file() and bool(read_json(file)),
-        comparison.folder / _LOGS / f"scores_{kind}_{file.stem}.log",
-        after,
-        kind=f"{kind} scores",
-        of=name,
-    )
 
 
 def _about(comparison: Comparison, at_once: int) -> list[str]:

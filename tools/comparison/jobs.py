@@ -131,33 +131,39 @@ async def _run_all(
     teller: _Teller,
 ) -> None:
     tasks: dict[str, asyncio.Task[None]] = {}
-    free: asyncio.Queue[dict[str, str]] = asyncio.Queue()
-    for environment in environments:
-        free.put_nowait(environment)
+    left, free = list(waiting), list(environments)
     received: list[int] = []
+    changed = asyncio.Event()
 
-    async def run(job: Job) -> None:
-        for name in tasks.keys() & set(job.after):
-            await tasks[name]
-        environment = await free.get()
+    async def run(job: Job, environment: dict[str, str]) -> None:
         teller.begin(job)
         start = time.perf_counter()
         await _run(job, environment, held)
         teller.end(job, time.perf_counter() - start)
-        free.put_nowait(environment)
+        free.append(environment)
+        left.remove(job)
+        changed.set()
 
     def stop(number: int) -> None:
         received.append(number)
         for task in tasks.values():
             task.cancel()
+        changed.set()
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
             asyncio.get_running_loop().add_signal_handler(number, stop, number)
     try:
         async with asyncio.TaskGroup() as group:
-            for job in waiting:
-                tasks[job.name] = group.create_task(run(job))
+            while left and not received:
+                missing = {job.name for job in left}
+                ready = [j for j in left if j.name not in tasks and not missing & set(j.after)]
+                for job in ready[
+                    : len(free)
+                ]:  # the first of all that can begin, so that seeds end one by one
+                    tasks[job.name] = group.create_task(run(job, free.pop(0)))
+                changed.clear()
+                await changed.wait()
     except ExceptionGroup as errors:
         if not received:
             raise errors.exceptions[0] from None

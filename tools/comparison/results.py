@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from comparison.plan import Comparison, Row
+from comparison.asked import Row
+from comparison.plan import Comparison
 from semtok.evaluation.classes import CLASS_SHARE
 from semtok.evaluation.predictors import PREDICTORS
 from semtok.storage import read_json

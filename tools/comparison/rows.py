@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from comparison.plan import Row
+from comparison.asked import Row
 from semtok.errors import UserError
 from semtok.settings import Config, parse, read_yaml
 

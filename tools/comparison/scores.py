@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from comparison.asked import Row
 from comparison.judges import seated
-from comparison.plan import Comparison, Row, read_comparison
+from comparison.plan import Comparison, read_comparison
 from comparison.recipes import base_of
 from semtok.commands.evaluate_options import device
 from semtok.data.images.kinds import open_sources

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comparison.plan import Comparison, Row, read_comparison
+from comparison.asked import Row
+from comparison.plan import Comparison, read_comparison
 from comparison.results import RowResult, RowScores, Spread
 from semtok.errors import UserError
 from semtok.settings import parse

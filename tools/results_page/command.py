@@ -1,4 +1,4 @@
-"""``results``: draws the tables and curves of docs/results.md, docs/switches.md and README from docs/results/*.json, in seconds.
+"""``results``: draws tables and curves of docs/results.md, docs/switches.md and README from docs/results/*.json.
 
 ``--take FOLDER NAME`` first keeps what a comparison found, every score of every seed, as docs/results/NAME.json.
 """
