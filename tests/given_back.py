@@ -18,9 +18,12 @@ _KEPT = re.compile(
     r"|thread tqdm_monitor"
     r"|file (\w*wandb-(media|artifacts)|pymp-\w*|torchinductor_\w*)"  # wandb, loader processes, torch.compile
 )
-_OF_THREADS = {
+_TOGETHER = {
     # fsspec's event loop for all reading, with the pair of sockets that wakes it.
     "thread fsspecIO": {"descriptor anon_inode:[eventpoll]": 1, "descriptor socket": 2},
+    # The process that is forked for others (processes.py), and what ends them with this one.
+    "process .*multiprocessing.forkserver .*": {"descriptor pipe": 1},
+    "process .*multiprocessing.resource_tracker .*": {"descriptor pipe": 1},
 }
 
 
@@ -61,9 +64,9 @@ def taken_since(before: Counter[str]) -> list[str]:
 def _new(before: Counter[str]) -> list[str]:
     now = held()
     new = now - before
-    for thread, kept in _OF_THREADS.items():
-        if new.pop(thread, 0):
-            new.subtract(kept)
+    for pattern, kept in _TOGETHER.items():
+        for thing in [t for t in new if re.fullmatch(pattern, t)]:
+            new.subtract({thing: 1} | kept)
     return sorted(
         f"{number} x {thing}"
         for thing, number in new.items()

@@ -1,21 +1,35 @@
-"""Several fresh processes, as a launcher starts them: nothing of the test process is inherited but its environment.
+"""Several processes, as a launcher starts them: nothing of the test process is inherited but its environment.
 
-``launch`` and ``succeed`` start some for one piece of work; ``Ranks`` keeps some, as starting takes seconds.
+``launch`` and ``succeed`` start some for one piece of work; ``Ranks`` keeps some for several. They are forks of one
+process, which has imported semtok and done nothing else, as importing takes seconds. Strings hash alike in all of
+them; processes in which they do not train together in test_launchers. ``started`` begins with nothing, as a user's
+process does.
 """
 
+import atexit
 import contextlib
+import ctypes
 import importlib
-import json
+import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    [f"semtok.commands.{name}" for name in ("train_tokenizer", "train_dit", "sample")]
+    + ["diffusers.models.autoencoders.autoencoder_kl"]
+)
 _POLL_SECONDS = 0.02
 # Killed by the system when the test process ends, however it does.
 _BOUND = (
@@ -51,18 +65,18 @@ def launch(words: Sequence[str], logs: Path, *, num: int = 2, seconds: float = 1
     with contextlib.ExitStack() as stack:
         meeting = stack.enter_context(_meeting_point(num))
         running = [
-            stack.enter_context(started(words, file, meeting | _place(rank, num)))
+            stack.enter_context(_forked(file, meeting | _place(rank, num), run_python, words))
             for rank, file in enumerate(files)
         ]
         deadline = time.monotonic() + seconds
-        while any(process.poll() is None for process in running):
-            if any(process.poll() for process in running):
+        while any(process.code() is None for process in running):
+            if any(process.code() for process in running):
                 deadline = min(deadline, time.monotonic() + 20)
             if time.monotonic() > deadline:
                 break
             time.sleep(_POLL_SECONDS)
     return [
-        Rank(process.returncode, file.read_text(errors="replace"))
+        Rank(process.code() or 0, file.read_text(errors="replace"))
         for process, file in zip(running, files, strict=True)
     ]
 
@@ -76,14 +90,13 @@ def succeed(words: Sequence[str], logs: Path, *, num: int = 2, seconds: float = 
 
 @contextlib.contextmanager
 def started(
-    words: Sequence[str], log: Path, environment: dict[str, str] | None = None, **options: Any
+    words: Sequence[str], log: Path, environment: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """One process, ``python WORDS``, that is killed where it still runs at the end, and waited for.
 
     Args:
         log: takes what it prints, both streams.
         environment: more of it than this process's, and other test modules' and tools' imports.
-        options: of ``Popen``.
     """
     tests = Path(__file__).parent
     paths = [str(tests), str(tests.parent / "tools"), *sys.path[1:]]
@@ -92,7 +105,7 @@ def started(
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-ISc", _BOUND, str(os.getpid()), sys.executable, *words],
-            **{"stdin": subprocess.DEVNULL} | options,
+            stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | own | (environment or {}),
@@ -100,14 +113,83 @@ def started(
     try:
         yield process
     finally:
-        if process.stdin is not None:
-            process.stdin.close()
         process.kill()
         process.wait()
 
 
+class _Fork:
+    """A process that was forked."""
+
+    def __init__(self, call: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        self._process = _FORKS.Process(target=call, args=arguments)
+        self._code: int | None = None
+        self._process.start()
+        self.pid = self._process.pid
+
+    def code(self) -> int | None:
+        """Its exit code; None: it runs."""
+        if self._code is None:
+            self._code = self._process.exitcode
+        return self._code
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.code()
+        self._process.close()
+
+
+@contextlib.contextmanager
+def _forked(
+    log: Path, environment: dict[str, str], call: Callable[..., None], *arguments: Any
+) -> Iterator[_Fork]:
+    """A process that calls a function of this module, and is killed where it still runs at the end."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_bytes(b"")
+    process = _Fork(_begin, (log, os.environ | environment, call, arguments))
+    try:
+        yield process
+    finally:
+        process.end()
+
+
+def _begin(
+    log: Path, environment: dict[str, str], call: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    """In a forked process: makes it like one that was started with this environment, and ends it as one ends."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(1, 9)  # as in _BOUND; its parent ends with the test process
+    os.environ.clear()
+    os.environ.update(environment)
+    tempfile.tempdir = None  # found anew, by the environment
+    with log.open("ab") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    try:
+        call(*arguments)
+    finally:
+        atexit._run_exitfuncs()  # which forks leave out
+
+
+def run_python(words: Sequence[str]) -> None:
+    """``python WORDS``, in this process."""
+    match words:
+        case ["-m", module, *rest]:
+            sys.argv = [module, *rest]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        case ["-c", source, *rest]:
+            sys.argv = ["-c", *rest]
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(source, main.__dict__)
+        case [script, *rest]:
+            sys.argv = [script, *rest]
+            sys.path.insert(0, str(Path(script).parent))
+            runpy.run_path(script, run_name="__main__")
+
+
 class Ranks:
-    """Fresh gloo processes that wait for work, so that several tests share their start.
+    """Gloo processes that wait for work, so that several tests share them.
 
     They start with the first work, and anew after one failed.
     """
@@ -115,7 +197,8 @@ class Ranks:
     def __init__(self, logs: Path, num: int = 2) -> None:
         self.logs, self.num = logs, num
         self._stack = contextlib.ExitStack()
-        self._running: list[subprocess.Popen[bytes]] = []
+        self._running: list[_Fork] = []
+        self._orders: list[Connection] = []
         self._works = 0
 
     def command(self, name: str, words: Sequence[str]) -> list[str]:
@@ -129,12 +212,12 @@ class Ranks:
 
         Args:
             work: ``module:function``; to fail, it raises.
-            arguments: as JSON holds them.
+            arguments: what can be pickled.
 
         Returns:
             what each printed.
         """
-        if any(process.poll() is not None for process in self._running):
+        if any(process.code() is not None for process in self._running):
             self.close()
         if not self._running:
             self._start()
@@ -143,16 +226,14 @@ class Ranks:
         before = [log.stat().st_size for log in logs]
         done = [self.logs / f"done.{self._works}.{rank}" for rank in range(self.num)]
         with _meeting_point(self.num) as meeting:
-            for rank, process in enumerate(self._running):
+            for rank, orders in enumerate(self._orders):
                 environment = os.environ | meeting | _place(rank, self.num)
-                order = [work, arguments, dict(environment), str(done[rank])]
-                process.stdin.write(json.dumps(order).encode() + b"\n")
-                process.stdin.flush()
+                orders.send((work, arguments, environment, done[rank]))
             deadline = time.monotonic() + seconds
             while (
                 waiting := not all(file.exists() for file in done)
             ) and time.monotonic() < deadline:
-                if any(process.poll() is not None for process in self._running):
+                if any(process.code() is not None for process in self._running):
                     break
                 time.sleep(_POLL_SECONDS)
         ended = list(self._running)
@@ -162,20 +243,21 @@ class Ranks:
             log.read_bytes()[start:].decode(errors="replace")
             for log, start in zip(logs, before, strict=True)
         ]
-        ranks = [Rank(p.returncode or 0, o) for p, o in zip(ended, outputs, strict=True)]
+        ranks = [Rank(p.code() or 0, o) for p, o in zip(ended, outputs, strict=True)]
         assert not waiting, f"{work} did not end everywhere\n{_shown(ranks)}"
         return outputs
 
     def _start(self) -> None:
         for rank in range(self.num):
-            words, log = ["-m", "processes"], self.logs / f"rank{rank}.log"
-            self._running.append(
-                self._stack.enter_context(started(words, log, stdin=subprocess.PIPE))
-            )
+            ours, theirs = _FORKS.Pipe()
+            self._orders.append(self._stack.enter_context(ours))
+            log = self.logs / f"rank{rank}.log"
+            with theirs:
+                self._running.append(self._stack.enter_context(_forked(log, {}, serve, theirs)))
 
     def close(self) -> None:
         """Ends the processes."""
-        self._running = []
+        self._running, self._orders = [], []
         self._stack.close()
 
 
@@ -217,17 +299,20 @@ def _meeting_point(num: int) -> Iterator[dict[str, str]]:
     del store
 
 
-def _serve() -> None:
-    """Does the work that comes line by line, until no more can come."""
-    for line in sys.stdin:
-        work, arguments, environment, done = json.loads(line)
+def serve(orders: Connection) -> None:
+    """Does the work that comes, until no more can come."""
+    while True:
+        try:
+            work, arguments, environment, done = orders.recv()
+        except EOFError:
+            return
         os.environ.clear()
         os.environ.update(environment)
         module, name = work.split(":")
         getattr(importlib.import_module(module), name)(*arguments)
         _forget_processes()
         sys.stdout.flush()
-        Path(done).touch()
+        done.touch()
 
 
 def _forget_processes() -> None:
@@ -241,7 +326,3 @@ def _forget_processes() -> None:
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(True)
-
-
-if __name__ == "__main__":
-    _serve()
