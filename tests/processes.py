@@ -2,8 +2,8 @@
 
 ``launch`` and ``succeed`` start some for one piece of work; ``Ranks`` keeps some for several. They are forks of one
 process, which has imported semtok and done nothing else, as importing takes seconds. Strings hash alike in all of
-them; processes in which they do not train together in test_launchers. ``started`` begins with nothing, as a user's
-process does.
+them; processes in which they do not train together in test_launchers. ``forked`` is one of them alone; ``started``
+begins with nothing, as a user's process does.
 """
 
 import atexit
@@ -28,7 +28,8 @@ from typing import Any
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [f"semtok.commands.{name}" for name in ("train_tokenizer", "train_dit", "sample")]
-    + ["diffusers.models.autoencoders.autoencoder_kl"]
+    # Late imports of theirs.
+    + ["diffusers.models.autoencoders.autoencoder_kl", "torchmetrics", "matplotlib.figure"]
 )
 _POLL_SECONDS = 0.02
 # Killed by the system when the test process ends, however it does.
@@ -89,14 +90,12 @@ def succeed(words: Sequence[str], logs: Path, *, num: int = 2, seconds: float = 
 
 
 @contextlib.contextmanager
-def started(
-    words: Sequence[str], log: Path, environment: dict[str, str] | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
-    """One process, ``python WORDS``, that is killed where it still runs at the end, and waited for.
+def started(words: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """One process, ``python WORDS``, that is killed where it still runs at the end, and waited for. It may import other
+    test modules and tools.
 
     Args:
         log: takes what it prints, both streams.
-        environment: more of it than this process's, and other test modules' and tools' imports.
     """
     tests = Path(__file__).parent
     paths = [str(tests), str(tests.parent / "tools"), *sys.path[1:]]
@@ -108,7 +107,7 @@ def started(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | own | (environment or {}),
+            env=os.environ | own,
         )
     try:
         yield process
@@ -117,7 +116,7 @@ def started(
         process.wait()
 
 
-class _Fork:
+class Fork:
     """A process that was forked."""
 
     def __init__(self, call: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -132,6 +131,11 @@ class _Fork:
             self._code = self._process.exitcode
         return self._code
 
+    def wait(self, seconds: float) -> int | None:
+        """Its exit code; None: it still runs after that time."""
+        self._process.join(seconds)
+        return self.code()
+
     def end(self) -> None:
         self._process.kill()
         self._process.join()
@@ -139,14 +143,19 @@ class _Fork:
         self._process.close()
 
 
+def forked(words: Sequence[str], log: Path) -> contextlib.AbstractContextManager[Fork]:
+    """As ``started``, but by a fork."""
+    return _forked(log, {}, run_python, words)
+
+
 @contextlib.contextmanager
 def _forked(
     log: Path, environment: dict[str, str], call: Callable[..., None], *arguments: Any
-) -> Iterator[_Fork]:
+) -> Iterator[Fork]:
     """A process that calls a function of this module, and is killed where it still runs at the end."""
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_bytes(b"")
-    process = _Fork(_begin, (log, os.environ | environment, call, arguments))
+    process = Fork(_begin, (log, os.environ | environment, call, arguments))
     try:
         yield process
     finally:
@@ -197,7 +206,7 @@ class Ranks:
     def __init__(self, logs: Path, num: int = 2) -> None:
         self.logs, self.num = logs, num
         self._stack = contextlib.ExitStack()
-        self._running: list[_Fork] = []
+        self._running: list[Fork] = []
         self._orders: list[Connection] = []
         self._works = 0
 

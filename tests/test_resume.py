@@ -1,6 +1,7 @@
 """An interrupted run ends with the same weights, to the last bit, as an uninterrupted one."""
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import yaml
 
 import tiny
-from processes import started
+from processes import forked
 from semtok.commands.train_tokenizer import main, train_tokenizer
 from semtok.recipe import parse_recipe
 
@@ -67,12 +68,12 @@ def test_a_killed_run_resumes_to_the_same_weights(signal_number, tmp_path, longe
     recipe.write_text(yaml.safe_dump(tiny.content(METHOD, **LONGER)))
     words = ["-m", "semtok_cli", "train_tokenizer", str(recipe), "--output", str(killed)]
     metrics = killed / "metrics.jsonl"
-    with started(words, said) as process:
+    with forked(words, said) as process:
         deadline = time.monotonic() + 120
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 6:
-            assert process.poll() is None and time.monotonic() < deadline, said.read_text()
+            assert process.code() is None and time.monotonic() < deadline, said.read_text()
             time.sleep(0.01)
-        process.send_signal(signal_number)
+        os.kill(process.pid, signal_number)
         code = process.wait(60)
     names = [p.name for p in sorted((killed / "checkpoints").glob("step_*"))]
     if signal_number == signal.SIGTERM:
