@@ -1,6 +1,7 @@
 """One thread for tests, as their networks are so small that more only wait for each other; and what tests take, they
 give back."""
 
+import ctypes
 import gc
 import multiprocessing.util
 import os
@@ -13,6 +14,11 @@ from given_back import held, taken_since
 from processes import Ranks
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in processes started here
+# Large tensors come from memory that is kept. By itself glibc gives it back to the system, which clears each page for
+# the next one: a third of the time of convolutions in double precision.
+if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 @pytest.hookimpl(wrapper=True)
