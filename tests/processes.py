@@ -21,6 +21,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,9 @@ def _begin(
     """In a forked process: makes it like one that was started with this environment, and ends it as one ends."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
-        libc.prctl(1, 9)  # as in _BOUND; its parent ends with the test process
+        libc.prctl(1, 9)  # as in _BOUND
+    # Its parent ends when nothing holds this any more: with the test process.
+    os.close(forkserver._forkserver._forkserver_alive_fd)
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None  # found anew, by the environment

@@ -50,13 +50,16 @@ def test_what_takes_too_long_is_ended_and_shown(ranks, tmp_path):
     ] * 2
 
 
-def test_processes_do_not_outlive_what_started_them(tmp_path):
+@pytest.mark.parametrize("way", ["started", "forked"])
+def test_processes_do_not_outlive_what_started_them(way, tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from processes import started\n"
-        "with started(['-c', 'import time; time.sleep(60)'], Path(sys.argv[1])) as process:\n"
+        "import sys, time, processes; from pathlib import Path\n"
+        "processes._FORKS.set_forkserver_preload([])  # which takes seconds\n"
+        "begin, words = getattr(processes, sys.argv[2]), ['-c', 'import time; time.sleep(60)']\n"
+        "with begin(words, Path(sys.argv[1])) as process:\n"
         "    print(process.pid, flush=True); time.sleep(60)"
     )
-    words = ["-c", script, str(tmp_path / "inner.log")]
+    words = ["-c", script, str(tmp_path / "inner.log"), way]
     with started(words, tmp_path / "log") as process:
         while not (text := (tmp_path / "log").read_text()).endswith("\n"):
             time.sleep(0.02)
