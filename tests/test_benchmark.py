@@ -124,10 +124,10 @@ def test_operations_are_those_of_the_paper():
 
 def test_operations_of_a_step_are_those_that_it_takes(tmp_path):
     """Counted by formula for a transformer with REPA's projector, and as it happens for samplers."""
-    step, flops = dit_step("repa", "SiT-S/8", 1, [], tmp_path)
+    step, flops = dit_step("repa", "SiT-T/8", 1, [], tmp_path)
     assert flops == pytest.approx(counted_flops(step), rel=0.03)
     file = tmp_path / "x.json"
-    words = ["sampling", "--network", "SiT-S/8", "--batch-size", 1, "--rounds", 1]
+    words = ["sampling", "--network", "SiT-T/8", "--batch-size", 1, "--rounds", 1]
     guided = "sampler.guidance={scale: 2, interval: [0.5, 1]}"
     sides = ["sampler.steps=2", "--against", "sampler.steps=2", guided]
     assert bench(*words, *sides, "--output", file) == 0
@@ -213,7 +213,7 @@ def test_the_block_that_the_memory_command_prints_is_one_for_a_recipe(tmp_path, 
 
 def test_the_report_is_whole(tmp_path, capsys):
     file = tmp_path / "x.json"
-    words = ["dit", "--network", "SiT-S/8", "--latents", "reglue", "--batch-size", 1, "--rounds", 1]
+    words = ["dit", "--network", "SiT-T/8", "--latents", "reglue", "--batch-size", 1, "--rounds", 1]
     sides = ["train.accumulate=1", "--against", "train.ema_decay=0.5", "--output", file]
     assert bench(*words, *sides) == 0
     out, figures = capsys.readouterr().out, json.loads(file.read_text())
@@ -222,7 +222,7 @@ def test_the_report_is_whole(tmp_path, capsys):
     assert all(row["of matmul"] > 0 and 0 <= row["waiting for data"] < 1 for row in figures["rows"])
     assert (
         bench(
-            "sampling", "--network", "SiT-S/8", "--batch-size", 1, "--rounds", 1, "sampler.steps=2"
+            "sampling", "--network", "SiT-T/8", "--batch-size", 1, "--rounds", 1, "sampler.steps=2"
         )
         == 0
     )
@@ -252,7 +252,7 @@ def test_what_writing_a_cache_takes_is_told_apart_from_the_networks(tmp_path, mo
 def test_every_trick_is_measured_without_and_with(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "f8d4", PRESETS["tiny"])
     file = tmp_path / "x.json"
-    words = ["tricks", "--network", "SiT-S/8", "--batch-size", 1, "--rounds", 1]
+    words = ["tricks", "--network", "SiT-T/8", "--batch-size", 1, "--rounds", 1]
     assert bench(*words, "--compiler", "aot_eager", "--output", file) == 0
     rows = json.loads(file.read_text())["rows"]
     assert len({row["trick"] for row in rows}) == 8
@@ -260,7 +260,7 @@ def test_every_trick_is_measured_without_and_with(tmp_path, monkeypatch):
 
 
 def test_only_one_side_of_the_compiled_step_is_compiled(tmp_path):
-    steps = _Work("SiT-S/8", 1, "fp32", "aot_eager", tmp_path).compiled_step()
+    steps = _Work("SiT-T/8", 1, "fp32", "aot_eager", tmp_path).compiled_step()
     blocks = [step.trainer.objective.averaged_module().blocks for step in steps]
     assert [own[0]._compiled_call_impl is not None for own in blocks] == [False, True]
 

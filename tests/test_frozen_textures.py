@@ -1,6 +1,7 @@
 """Autoencoders of diffusers that are taken as they are: which, what they encode to, and what must be refused."""
 
 import json
+import sys
 import types
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from semtok.commands import cache_latents, evaluate, hub
 from semtok.commands.cli import run
 from semtok.commands.train_dit import train_dit
 from semtok.commands.train_tokenizer import train_tokenizer
-from semtok.methods import texture_classes
 from semtok.methods.texture_classes import TEXTURE_CLASSES, encode_texture, stated_statistics
 from semtok.methods.vae import load_autoencoder
 from semtok.recipe import parse_diffusion_recipe, parse_recipe
@@ -157,7 +157,7 @@ def test_other_classes_are_refused_with_those_that_can_be_loaded(tmp_path):
 
 def test_a_class_that_an_older_diffusers_has_not_is_told(folders, monkeypatch):
     older = types.SimpleNamespace(__version__="0.31.0")
-    monkeypatch.setattr(texture_classes, "diffusers", older)
+    monkeypatch.setitem(sys.modules, "diffusers", older)
     with pytest.raises(UserError, match=r"AutoencoderDC, which diffusers 0.31.0 has not; pip"):
         Tokenizer.from_pretrained(folders["dc"])
 

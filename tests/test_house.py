@@ -1,6 +1,7 @@
 """The house is as docs/architecture.md draws it."""
 
 import ast
+import functools
 import re
 import sys
 
@@ -99,6 +100,7 @@ def test_an_import_against_the_table_is_found(importer, statement, rooms, tmp_pa
         test_imports_go_down(rooms, list(architecture.imports()))
 
 
+@functools.cache
 def functions() -> list[tuple[str, ast.FunctionDef]]:
     """Every function of the package and the tools, by file and name."""
     found = []

@@ -684,11 +684,13 @@ def fresh(
         "import socket, sys\n"
         "def refuse(*a, **k): raise OSError('no network in this test')\n"
         "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
-        "import tokenizers, semtok, transformers\n"
+        "import tokenizers, semtok, semtok.commands.train_dit\n"
+        "early = {'diffusers', 'transformers', 'sklearn', 'matplotlib', 'datasets'} & {*sys.modules}\n"
+        "import transformers\n"
         "t = tokenizers.Tokenizer(tokenizers.models.BPE()); assert 'site-packages' in tokenizers.__file__\n"
         "transformers.PreTrainedTokenizerFast(tokenizer_object=t)\n"
         "assert semtok.Tokenizer.__module__ == 'semtok.tokenizer'\n"
-        "print('side by side', flush=True)\n"
+        "print('side by side', early, sep='\\n', flush=True)\n"
         "from semtok.commands.train_tokenizer import main\n"
         "sys.exit(main(sys.argv[1:]))"
     )
@@ -716,6 +718,11 @@ def fresh(
 def test_semtok_and_hugging_face_packages_import_side_by_side_from_the_checkout(fresh):
     done, _ = fresh
     assert done.stdout.startswith("side by side\n"), done.stderr
+
+
+def test_what_takes_seconds_is_imported_where_it_is_needed(fresh):
+    done, _ = fresh
+    assert done.stdout.splitlines()[1] == "set()"
 
 
 def test_the_embedded_recipe_trains_with_sockets_blocked(fresh):

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
 from semtok.evaluation.generation import FeatureNetwork
-from semtok.evaluation.probe import fit
+from semtok.evaluation.probe import logistic_regression
 from semtok.progress import waiting
 
 MEASURES = (
@@ -52,7 +51,7 @@ def class_reader(features: np.ndarray, labels: np.ndarray) -> ClassReader:
     if len(set(labels.tolist())) < 2:
         raise ValueError("images of one class only; nothing to tell apart")
     mean, std = features.mean(axis=0), features.std(axis=0) + 1e-6
-    model = fit(LogisticRegression(max_iter=1000), (features - mean) / std, labels)
+    model = logistic_regression((features - mean) / std, labels, most_steps=1000)
     return lambda seen: model.predict((seen - mean) / std)
 
 

@@ -17,12 +17,10 @@ choices are ours; ``MEASURES`` states them and is stored with every score.
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score
 
 from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
@@ -30,6 +28,9 @@ from semtok.evaluation.protocol import PixelDigest
 from semtok.images import to_pixels
 from semtok.progress import progress
 from semtok.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 _STRENGTHS = (0.001, 0.01, 0.1)
 CLASS = "(class)"
@@ -203,27 +204,40 @@ def _predict(train: LatentTable, features: np.ndarray, attribute: str) -> np.nda
     num_fit = len(x) * 3 // 4
 
     def score(strength: float) -> float:
-        fitted = fit(LogisticRegression(C=strength, max_iter=300), x[:num_fit], y[:num_fit])
+        fitted = logistic_regression(x[:num_fit], y[:num_fit], most_steps=300, strength=strength)
         return _balanced_accuracy(y[num_fit:], fitted.predict(x[num_fit:]))
 
     # Where the fitted part shows one category, nothing tells the strengths apart.
     can_choose = len(np.unique(y[:num_fit])) > 1
     best = max(_STRENGTHS, key=score) if can_choose else _STRENGTHS[0]
-    return fit(LogisticRegression(C=best, max_iter=300), x, y).predict(features)
+    return logistic_regression(x, y, most_steps=300, strength=best).predict(features)
 
 
-def fit(model: LogisticRegression, x: np.ndarray, y: np.ndarray) -> LogisticRegression:
-    """The model, fitted without warnings: stopping at its last iteration is part of the protocols, and small folders
-    have many classes of few images."""
+def logistic_regression(
+    x: np.ndarray, y: np.ndarray, *, most_steps: int, strength: float = 1.0
+) -> "LogisticRegression":
+    """A classifier of rows (N, D) by labels (N,), fitted without warnings: stopping at its last iteration is part of
+    the protocols, and small folders have many classes of few images.
+
+    Args:
+        most_steps: iterations of L-BFGS.
+        strength: the inverse of the L2 penalty's.
+    """
+    # Late: a second to import, and training imports this module for the scores on the way, which are seldom asked for.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", message="The number of unique classes")
         # Of finite numbers: wide kernels compute on what lies beside them, and the processor notes that.
         warnings.filterwarnings("ignore", message=".*encountered in matmul")
-        return model.fit(x, y)
+        return LogisticRegression(C=strength, max_iter=most_steps).fit(x, y)
 
 
 def _balanced_accuracy(true: np.ndarray, predicted: np.ndarray) -> float:
+    from sklearn.metrics import balanced_accuracy_score  # late, as above
+
     with warnings.catch_warnings():
         # A rare category may be predicted and yet be missing from a small part.
         warnings.simplefilter("ignore", UserWarning)

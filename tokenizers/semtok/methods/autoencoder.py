@@ -4,18 +4,24 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import AutoencoderKL
-from diffusers.utils import logging
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from semtok.errors import UserError
-from semtok.methods.texture_classes import TRAINED_CLASS, check_sizes, texture_class
+from semtok.methods.texture_classes import (
+    TRAINED_CLASS,
+    check_sizes,
+    texture_class,
+    trained_class,
+)
 from semtok.references import DEMO, RUNS, check_hub, demo_folder, from_a_file
 from semtok.settings import Config
 from semtok.storage import DAMAGE, first_line, read_json, read_weights
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 # Shapes ------------------------------------------------------------------------------------------
 
@@ -67,10 +73,10 @@ _WEIGHTS = "diffusion_pytorch_model"
 _UNFIT = "its weights do not fit its config.json"
 
 
-def build_autoencoder(architecture: Architecture) -> AutoencoderKL:
+def build_autoencoder(architecture: Architecture) -> "AutoencoderKL":
     """A randomly initialised AutoencoderKL."""
     attention = architecture.attention or (False,) * len(architecture.block_channels)
-    return AutoencoderKL(
+    return trained_class()(
         down_block_types=tuple(
             "AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attention
         ),
@@ -87,7 +93,7 @@ def build_autoencoder(architecture: Architecture) -> AutoencoderKL:
 # Weights that people have ------------------------------------------------------------------------
 
 
-def load_autoencoder(reference: str) -> AutoencoderKL:
+def load_autoencoder(reference: str) -> "AutoencoderKL":
     """Loads the weights of a VAE that is trained on, from a folder that diffusers can read or from a Hub id.
 
     A folder may be a diffusers VAE, a diffusers pipeline (its ``vae`` is taken), a tokenizer that this library
@@ -102,7 +108,7 @@ def load_autoencoder(reference: str) -> AutoencoderKL:
     folder = autoencoder_folder(reference)
     if folder is None:
         return _checked(lambda: _from_hub(reference), reference, None)
-    return _from_folder(AutoencoderKL, reference, folder)
+    return _from_folder(trained_class(), reference, folder)
 
 
 def load_texture(place: Path) -> nn.Module:
@@ -115,7 +121,7 @@ def load_texture(place: Path) -> nn.Module:
     folder = _folder_with_weights(place)
     kind = check_autoencoder(read_json(folder / "config.json"), str(folder))
     autoencoder = _from_folder(kind, str(place), folder)
-    if kind is not AutoencoderKL:  # whose sizes follow from its class
+    if kind is not trained_class():  # whose sizes follow from its class
         check_sizes(autoencoder.eval(), str(folder))
     return autoencoder
 
@@ -186,6 +192,8 @@ def _loaded(kind: type[Any], place: str, **files: Any) -> tuple[Any, dict[str, l
 @contextlib.contextmanager
 def quiet_diffusers() -> Iterator[None]:
     """Within this context diffusers prints neither bars nor errors of its own; what it raises is told in one line."""
+    from diffusers.utils import logging
+
     level, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
@@ -197,13 +205,14 @@ def quiet_diffusers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _from_hub(reference: str) -> tuple[AutoencoderKL, dict[str, list[str]]]:
+def _from_hub(reference: str) -> "tuple[AutoencoderKL, dict[str, list[str]]]":
     """As ``_loaded`` gives it.
 
     Raises:
         UserError: of another class, or of other channels.
         OSError: it can't be had.
     """
+    kind = trained_class()
     first: OSError | None = None  # the reason that counts: the others follow from it
     for is_local in (
         True,
@@ -215,16 +224,14 @@ def _from_hub(reference: str) -> tuple[AutoencoderKL, dict[str, list[str]]]:
             options = {"subfolder": subfolder, "local_files_only": is_local}
             try:
                 with quiet_diffusers():
-                    config = AutoencoderKL.load_config(reference, **options)
+                    config = kind.load_config(reference, **options)
             except OSError as error:
                 first = first if is_local else first or error
                 continue
             _check_trained(config, reference)
             for files in ({}, {"variant": "fp16"}, {"use_safetensors": False}):
                 try:
-                    return _loaded(
-                        AutoencoderKL, reference, **options, **{"use_safetensors": True} | files
-                    )
+                    return _loaded(kind, reference, **options, **{"use_safetensors": True} | files)
                 except OSError as error:
                     first = first if is_local else first or error
     assert first is not None
@@ -274,7 +281,7 @@ def _folder_with_weights(folder: Path) -> Path:
 def _check_trained(config: Any, place: str) -> None:
     """Raises UserError where a diffusers config is of no autoencoder that can be trained."""
     kind = check_autoencoder(config, place)
-    if kind is not AutoencoderKL:
+    if kind is not trained_class():
         raise UserError(
             f"{place}: is of diffusers' {kind.__name__}, and only {TRAINED_CLASS} can be trained; as it is, "
             "method.texture and --tokenizer take it"

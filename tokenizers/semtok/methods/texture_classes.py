@@ -6,14 +6,16 @@ trained; the others stay as somebody has published them.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
 from einops import reduce
 from torch import Tensor, nn
 
 from semtok.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 TRAINED_CLASS = "AutoencoderKL"
 TEXTURE_CLASSES = (
@@ -26,6 +28,14 @@ TEXTURE_CLASSES = (
 )
 # Widths per resolution of an encoder. A class may have those of its decoder under a name that comes later here.
 _WIDTHS = ("encoder_block_out_channels", "down_block_out_channels", "block_out_channels")
+
+
+def trained_class() -> "type[AutoencoderKL]":
+    """Diffusers' class of the autoencoders that can be trained."""
+    # Late: it takes as long to import as all else together, and what fails a check or has no autoencoder needs it not.
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL
 
 
 def texture_class(config: Mapping[str, Any], place: str) -> type[nn.Module]:
@@ -47,6 +57,8 @@ def texture_class(config: Mapping[str, Any], place: str) -> type[nn.Module]:
                 f"{place}: is a pipeline's decoder alone; give the tokenizer of the model that it was exported from"
             )
         raise UserError(f"{place}: is of diffusers' {name}; {way_out}")
+    import diffusers  # late, as above
+
     if not hasattr(diffusers, name):
         raise UserError(
             f"{place}: is of {name}, which diffusers {diffusers.__version__} has not; pip install -U diffusers"

@@ -9,11 +9,9 @@ weight can ramp and is capped.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -51,8 +49,12 @@ from semtok.storage import read_json, write_json
 from semtok.teachers import TeacherFeatures
 from semtok.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-def make_autoencoder(source: str | Architecture) -> AutoencoderKL:
+
+def make_autoencoder(source: str | Architecture) -> "AutoencoderKL":
     """From scratch by preset or architecture, or with the weights that a reference names.
 
     Raises:
@@ -291,7 +293,7 @@ class AutoencoderLearner(ImageLossLearner):
 
     def autoencode(
         self, x: Tensor, draws: Draws
-    ) -> tuple[DiagonalGaussianDistribution, Tensor, Tensor]:
+    ) -> "tuple[DiagonalGaussianDistribution, Tensor, Tensor]":
         """The posterior q(z|x), a draw z from it (B, C, h, w), and the image x̂ that it decodes to.
 
         With ``method.equivariance`` x̂ is what z decodes to as the step transforms it, for ``vae_terms`` to compare with
@@ -313,7 +315,7 @@ class AutoencoderLearner(ImageLossLearner):
         return self.views(tuple(x.shape[-2:]), draws).target(x)
 
     def vae_terms(
-        self, q: DiagonalGaussianDistribution, x_hat: Tensor, inputs: Inputs
+        self, q: "DiagonalGaussianDistribution", x_hat: Tensor, inputs: Inputs
     ) -> dict[str, Term]:
         """What is minimised, but for the adversarial part (Rombach et al. 2022, eq. 25):
 
@@ -394,15 +396,15 @@ class VAEObjective(ImageLossObjective):
 
 
 def reconstruct(
-    autoencoder: AutoencoderKL, x: Tensor
-) -> tuple[DiagonalGaussianDistribution, Tensor]:
+    autoencoder: "AutoencoderKL", x: Tensor
+) -> "tuple[DiagonalGaussianDistribution, Tensor]":
     """The posterior q(z|x), and the image x̂ that its mean decodes to, clamped to [-1, 1]."""
     q = autoencoder.encode(x).latent_dist
     return q, autoencoder.decode(q.mode()).sample.clamp(-1, 1)
 
 
 def reconstruction_metrics(
-    q: DiagonalGaussianDistribution, x_hat: Tensor, x: Tensor
+    q: "DiagonalGaussianDistribution", x_hat: Tensor, x: Tensor
 ) -> dict[str, Tensor]:
     """PSNR in dB, SSIM, and the KL in nats per number of the latent, one value per sample."""
     return {
