@@ -3,7 +3,6 @@ give back."""
 
 import ctypes
 import gc
-import multiprocessing.util
 import os
 import tempfile
 from collections.abc import Iterator
@@ -35,9 +34,7 @@ def pytest_collection() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def _temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A folder for all that is made in the system's, so that it is seen what stays there."""
-    # Pytest's own stays where it is looked for, and that of multiprocessing is removed by itself.
-    tmp_path_factory.getbasetemp()
-    multiprocessing.util.get_temp_dir()
+    tmp_path_factory.getbasetemp()  # pytest's own stays where it is looked for
     with (
         tempfile.TemporaryDirectory(prefix="semtok-", ignore_cleanup_errors=True) as folder,
         pytest.MonkeyPatch.context() as patch,
