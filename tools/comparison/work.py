@@ -7,7 +7,7 @@ from comparison.asked import Row
 from comparison.estimate import is_measured, steps_file
 from comparison.jobs import Job
 from comparison.plan import Comparison
-from comparison.recipes import base_of, recipe_of
+from comparison.recipes import base_of, file_name, recipe_of
 from semtok.storage import read_json
 
 _TOOLS = Path(__file__).parents[1]
@@ -55,7 +55,7 @@ def _tokenizer_job(comparison: Comparison, reference: str, seed: int) -> Job:
         f"tokenizer {reference}, seed {seed}",
         lambda: _training("train_tokenizer", [str(recipe), *overrides], folder),
         (folder / "export" / "config.json").is_file,
-        comparison.folder / LOGS / f"tokenizer_{reference}-{seed}.log",
+        comparison.folder / LOGS / f"tokenizer_{file_name(reference)}-{seed}.log",
         (f"tokenizer {base}, seed {seed}",) if base is not None and recipe_of(base) else (),
         kind="tokenizer",
         of=reference,
