@@ -45,7 +45,10 @@ def test_it_is_trained_once_for_the_same_images_and_seed_and_repeats(tmp_path):
     assert judge(tmp_path / "one", steps=2).network.identity == first.identity, "damaged: made anew"
     assert judge(tmp_path / "one", steps=2, seed=1).network.identity != first.identity
     assert judge(tmp_path / "one", steps=2, num_images=100).network.identity != first.identity
-    assert len(list((tmp_path / "one").iterdir())) == 3
+    TRAIN.flip = not TRAIN.flip
+    assert judge(tmp_path / "one", steps=2).network.identity != first.identity, "mirrored or not"
+    TRAIN.flip = not TRAIN.flip
+    assert len(list((tmp_path / "one").iterdir())) == 4
 
 
 def test_large_images_are_made_smaller_and_keep_their_shape():

@@ -153,6 +153,7 @@ def _fresh(train: ImageSource, seed: int) -> JudgeNetwork:
 def _key(train: ImageSource, num_images: int, seed: int, steps: int) -> str:
     size = f"{train.image_size[0]}x{train.image_size[1]}"
     number = f"{num_images} of {len(train)} at {size}"
+    number += " and their mirror images" if train.flip else ""
     words = (train.identity, train.labels_state, number, *train.class_names)
     return digest(_FORMAT, str(seed), str(steps), *words, size=12)
 
