@@ -22,7 +22,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _NOTED = ("python", "semtok", "accelerate", "torchrun", "sbatch")
 _PASSED_BY = ("pip", "git", "awk", "find", "cat", "cd", "ruff", ".ci/run")
-_TOOLS = {"benchmark": "benchmarks", "compare": "comparison", "rehearse": "rehearsal"}
+_TOOLS = {
+    "benchmark": "benchmarks",
+    "compare": "comparison",
+    "rehearse": "rehearsal",
+    "results": "results_page",
+}
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,30 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from comparison.report import interval_text, reached_text
-from comparison.results import CLASS_SHARE, RowResult, Spread, compared, main_scores
+from comparison.results import (
+    CLASS_SHARE,
+    TOKENIZER_COLUMNS,
+    RowResult,
+    Spread,
+    compared,
+    main_scores,
+)
 from comparison.stored import read_stored
 from semtok.commands.evaluate_transfer import SCORE_LABELS, score_text
 from semtok.storage import read_json
 
 Table = tuple[list[str], list[list[str]]]
+_TOKENIZER_SCORES = (
+    "psnr",
+    "ssim",
+    "reconstruction_fd",
+    "probe_accuracy",
+    "cknna",
+    "self_similarity",
+    "high_frequency_share",
+    "velocity_variance",
+    "seconds",
+)
 _SHARES = (CLASS_SHARE, "precision", "recall", "probe_accuracy")
 
 
@@ -89,6 +107,17 @@ def short(file: Path) -> Table:
     return ["", *followed], rows
 
 
+def tokenizers(file: Path) -> Table:
+    """What was measured of the tokenizers, one in a row; the first scores of each kind."""
+    seen = {one.scores.row.tokenizer: one.scores.tokenizer for one in _results(file)}
+    columns = [c for c in _TOKENIZER_SCORES if any(c in scores for scores in seen.values())]
+    rows = [
+        [name, *(_text(c, scores[c]) if c in scores else "–" for c in columns)]
+        for name, scores in seen.items()
+    ]
+    return ["tokenizer", *(TOKENIZER_COLUMNS[c] for c in columns)], rows
+
+
 def transfer(file: Path) -> Table:
     """Each tokenizer on each set of images, as ``evaluate transfer`` wrote it."""
     sets = read_json(file)["sets"]
@@ -112,6 +141,7 @@ TABLES: dict[str, Callable[[Path], Table]] = {
     "scores": scores,
     "differences": differences,
     "short": short,
+    "tokenizers": tokenizers,
     "transfer": transfer,
 }
 """By the word that a page asks with."""
