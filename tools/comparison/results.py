@@ -61,7 +61,9 @@ class Spread:
         return Spread(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
 
     def __str__(self) -> str:
-        spread = f" ± {self.std:.2g}" if len(self.values) > 1 else ""
+        # Two digits, without an exponent where there are hundreds; what is left of equal numbers is none.
+        std = float(f"{self.std if self.std > 1e-12 else 0:.2g}")
+        spread = f" ± {std:g}" if len(self.values) > 1 else ""
         return f"{self.mean:.4g}{spread}"
 
 

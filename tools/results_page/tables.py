@@ -26,7 +26,6 @@ _TOKENIZER_SCORES = (
     "self_similarity",
     "high_frequency_share",
     "velocity_variance",
-    "seconds",
 )
 _SHARES = (CLASS_SHARE, "precision", "recall", "probe_accuracy")
 
