@@ -565,19 +565,27 @@ def test_a_cache_names_unreadable_files_and_notices_changed_ones(folder, tmp_pat
     assert not (tmp_path / "third").exists(), "told before the run's folder is claimed"
 
 
-def test_a_second_run_leaves_a_cache_alone_that_another_writes(folder, tmp_path, monkeypatch):
-    original, refused = Teacher.features, []
+def test_a_second_run_leaves_a_cache_alone_that_another_writes(
+    folder, tmp_path, monkeypatch, capsys
+):
+    """It waits."""
+    original, waited = Teacher.features, []
+
+    def stop(seconds: float) -> None:
+        raise KeyboardInterrupt
 
     def features(self: Teacher, images: Tensor, **settings: Any) -> Any:
-        if settings.get("grid") == (8, 8) and len(images) > 1 and not refused:
-            with pytest.raises(UserError, match="a command that writes a cache is at work") as told:
+        if settings.get("grid") == (8, 8) and len(images) > 1 and not waited:
+            waited.append(True)
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr("semtok.data.caches.shards.time.sleep", stop)
                 cached(folder, tmp_path / "cache", tmp_path / "other")
-            refused.append(told)
+            assert "at work there" in capsys.readouterr().out
         return original(self, images, **settings)
 
     monkeypatch.setattr(Teacher, "features", features)
     cached(folder, tmp_path / "cache", tmp_path / "run")
-    assert refused
+    assert waited
     cached(folder, tmp_path / "cache", tmp_path / "other")
     runs = [tiny.final_tensors(tmp_path / name) for name in ("run", "other")]
     assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())

@@ -1,9 +1,8 @@
-"""REPA-E: a VAE and a diffusion transformer that are trained together.
+"""REPA-E (Leng et al. 2025, arXiv 2504.10483): a VAE and a diffusion transformer that are trained together.
 
-"REPA-E: Unlocking VAE for End-to-End Tuning with Latent Diffusion Transformers", arXiv 2504.10483. In each step the
-VAE learns by its own losses and by REPA's loss through the frozen transformer, and the transformer learns velocities
-and REPA's loss on latents that carry no gradient. The loss of velocities never reaches the VAE. Latents are
-standardised by running statistics, which become the tokenizer's.
+In each step the VAE learns by its own losses and by REPA's loss through the frozen transformer, the discriminator
+learns as ever, and the transformer learns velocities and REPA's loss on latents that carry no gradient. The loss of
+velocities never reaches the VAE. Latents are standardised by running statistics, which become the tokenizer's.
 
 Any method of a VAE and any transformer go together here. What differs from the published code: running statistics are
 divided by with their epsilon in the exported tokenizer too, as the transformer has seen latents; there without.
