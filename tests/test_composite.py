@@ -658,6 +658,21 @@ def test_a_texture_that_was_made_for_other_images_is_refused_before_training(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_texture_that_shows_its_own_images_no_better_is_to_be_trained_longer(
+    drawings, tmp_path, capsys
+):
+    texture = Tokenizer.from_pretrained("demo")
+    texture.training_info = texture.training_info | {"metrics": {"psnr": 5.0}}
+    texture.save_pretrained(tmp_path / "mine")
+    recipe = on(drawings, "reg", texture=str(tmp_path / "mine"))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert run(command.main, [str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "x")]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "shows its own images no better; train it longer" in error and "other images" not in error
+    )
+
+
 def test_told_so_a_run_takes_any_texture_and_says_in_the_end_what_it_does(
     drawings, tmp_path, capsys
 ):

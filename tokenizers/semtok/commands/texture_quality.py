@@ -25,6 +25,8 @@ from semtok.tokenizer import Tokenizer
 NUM_IMAGES = 64
 """Training images that are looked at; fewer where ``train.num_statistics_images`` is less."""
 _FILE = "texture_quality.json"
+_ALIKE = 3.0
+"""dB: so much less than where a texture was trained, and images are of another kind."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,7 @@ def texture_quality(
         f"{quality.psnr:.2f} dB{where}"
     )
     if quality.psnr < least and not resumes:
-        raise UserError(
-            f"method.texture: {found}. Less than method.min_texture_psnr={least:g} means that it was made for other "
-            f"images, and nothing generated would look better; {_way_out(recipe.data)}, name a pretrained one, or "
-            "pass a smaller method.min_texture_psnr"
-        )
+        raise UserError(f"method.texture: {found}. {_refusal(quality, least, recipe.data)}")
     if not process_index():
         print(f"texture {found}", flush=True)
     return quality
@@ -129,6 +127,17 @@ def _measured(
     return TextureQuality(sum(sorted(values)) / len(values), len(values), where_trained)
 
 
+def _refusal(quality: TextureQuality, least: float, data: DataConfig) -> str:
+    """What so low a PSNR means, and what to do."""
+    where_trained = quality.psnr_where_trained
+    less = f"Less than method.min_texture_psnr={least:g} means that"
+    others = "name a pretrained one, or pass a smaller method.min_texture_psnr"
+    if where_trained is not None and where_trained < quality.psnr + _ALIKE:
+        own = "and it shows its own images no better; train it longer"
+        return f"{less} nothing generated would look good, {own}, {others}"
+    return f"{less} it was made for other images, and nothing generated would look better; {_way_out(data)}, {others}"
+
+
 def _way_out(data: DataConfig) -> str:
     """How to get a texture of these images, in one command or in two."""
     words = [f"data.kind={data.kind}"]
@@ -137,6 +146,8 @@ def _way_out(data: DataConfig) -> str:
         words.append(f"data.path={path}")
     size = list(data.size) if isinstance(data.size, tuple) else data.size
     words.append(f"data.size={size}")
+    parts = {name: getattr(data, name, None) for name in ("validation", "num_images")}
+    words += [f"data.{name}={part}" for name, part in parts.items() if part is not None]
     two = (
         f"train one on these first, python tools/train_tokenizer.py recipes/vae.yaml {' '.join(words)} --output "
         f"{RUNS}/my_vae, then method.texture={RUNS}/my_vae"

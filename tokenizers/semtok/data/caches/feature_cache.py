@@ -106,6 +106,10 @@ def features_as_asked(
     teacher.to(accelerator.device)
     folder = automatic_folder(source, teacher, grid)
     if not pays and not gather((folder / INDEX).is_file())[0]:
+        announce(
+            "note: the teacher's features are computed each time (method.feature_cache=auto: training sees too few "
+            "images too seldom for a cache)"
+        )
         return None
     try:
         return ensure_feature_cache(source, teacher, grid, folder, accelerator=accelerator)
