@@ -31,7 +31,7 @@ from comparison.estimate import expected_seconds
 from comparison.finished import take_finished_runs, with_whole_runs
 from comparison.jobs import Job, Stopped, only_one_in, run_jobs
 from comparison.plan import Comparison
-from comparison.recipes import is_composite
+from comparison.recipes import is_composite, recipe_of
 from comparison.report import generation_table
 from comparison.results import CLASS_SHARE, RowScores, Spread, compared, steps_to_reach
 from comparison.rows import read_rows
@@ -402,7 +402,7 @@ def finished_run(planned: Comparison, name: str, *changes: str, texture: str = "
     """A run of a recipe as the comparison would train it, but for some settings; its tokenizer is the demo's."""
     folder = Path("runs") / name
     words = [*planned.tokenizer_overrides(name, 0), *changes]
-    recipe = load_recipe(plan.find_recipe(name), words)
+    recipe = load_recipe(recipe_of(name), words)
     Tokenizer.from_pretrained("demo").save_pretrained(folder / "export")
     if is_composite(name):
         Tokenizer.from_pretrained(texture).save_pretrained(folder / "texture")
@@ -998,7 +998,7 @@ def test_the_file_of_latents_names_every_way_to_a_texture_beside_the_plain_vae(t
     planned = comparison(tmp_path, *rows)
     planned.check()
     words = {name: planned.tokenizer_overrides(name, 0) for name in ("eq_vae", "vae_finetune")}
-    steps = [load_recipe(plan.find_recipe(name), w).train.steps for name, w in words.items()]
+    steps = [load_recipe(recipe_of(name), w).train.steps for name, w in words.items()]
     assert steps[0] == steps[1], "fine-tuned for as long, with and without equivariance"
     aligned = Row(name="repa", tokenizer="rae", settings=("diffusion.repa={weight: 0.5}",))
     assert not any(w.startswith("teacher") for w in planned.generator_overrides(aligned, 0))

@@ -577,9 +577,11 @@ def test_a_cache_that_is_being_written_is_left_alone_and_one_that_was_stopped_go
     output = tmp_path / "cache"
     options = ["--shard-size", 4, "--batch-size", 3, "--targets", "--output", output]
     call = ["--tokenizer", place / "tokenizer", "--data", *words(place), *options]
-    with only_one_in(output / "train", "a command that writes a cache"):
-        assert command(*call) == 2
-    assert f"{output}/train: a command that writes a cache is at work" in capsys.readouterr().err
+    stopped = functools.partial(signal.raise_signal, signal.SIGTERM)
+    with only_one_in(output / "train", "another"), monkeypatch.context() as patch:
+        patch.setattr(shards.time, "sleep", lambda seconds: stopped())  # while it waits
+        assert command(*call) == 143
+    assert f"{output}/train: a command that writes a cache is at work" in capsys.readouterr().out
 
     write = shards.write_tensors
 

@@ -185,7 +185,7 @@ class Trained:
         images, widths = kit["two_steps/image_uint8"], tuple(kwargs["z_dims"])
         context = MethodContext(
             tuple(images.shape[-2:]),
-            SimpleNamespace(widths=widths),
+            teacher_of(widths),
             steps=2,
             class_names=tuple(map(str, range(kwargs["num_classes"]))),
         )
@@ -368,10 +368,15 @@ def norm_of(grads: Any) -> Tensor:
     return torch.stack(found).norm() if found else torch.zeros(())
 
 
+def teacher_of(widths: tuple[int, ...]) -> SimpleNamespace:
+    """Stands where a teacher does that gives any grid; the kit has what it saw."""
+    return SimpleNamespace(widths=widths, grid=lambda size: size, check_grid=lambda grid: None)
+
+
 def test_parity_repae_statistics_begin_from_the_published_ones(kit, tmp_path, monkeypatch):
     monkeypatch.setattr(image_losses, "LPIPS", lambda net: StandIn(kit))
     config = settings_of(kit, standardised_by(kit, tmp_path / "vae"))
-    context = MethodContext((32, 32), SimpleNamespace(widths=(8,)), 1, class_names=("a",))
+    context = MethodContext((32, 32), teacher_of((8,)), 1, class_names=("a",))
     standardiser = REPAEObjective(config, context).learners["dit"].standardiser
     torch.testing.assert_close(standardiser.mean, kit["init_bn/running_mean"], **TENSOR)
     torch.testing.assert_close(standardiser.var, kit["init_bn/running_var"], atol=5e-5, rtol=1e-6)
