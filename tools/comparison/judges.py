@@ -9,24 +9,21 @@ from semtok.commands.evaluate_options import device
 from semtok.data.images.kinds import open_sources
 from semtok.evaluation.generation import see_reference
 from semtok.evaluation.image_sets import images_of_source
-from semtok.evaluation.judges import JudgeChoice, Seat, load_judge, with_held_out, with_reader
+from semtok.evaluation.judges import JudgeChoice, Seat, load_judge, take_seat
 from semtok.storage import read_json, write_json
 
 
 def seated(comparison: Comparison) -> list[Seat]:
     """Each judge with the reference, its reader of classes and held-out images; notes what the report says of it."""
     settings, cache = comparison.settings, comparison.folder / "references"
-    train, held_out = open_sources(comparison.data())
-    real = images_of_source(train, settings.num_reference)
-    num_held_out = min(settings.num_images, len(held_out))
+    sources = open_sources(comparison.data())
+    real = images_of_source(sources[0], settings.num_reference)
+    numbers = {"num_fitted": settings.num_reference, "num_held_out": settings.num_images}
     seats = []
     for choice in comparison.judges():
-        judge = load_judge(choice, train, device=device())
-        judge = with_reader(judge, train, settings.num_reference, cache)
-        seat = Seat(judge, see_reference(real, judge.network, cache))
-        seats.append(
-            with_held_out(seat, held_out, num_held_out, cache) if num_held_out > 1 else seat
-        )
+        judge = load_judge(choice, sources[0], device=device())
+        reference = see_reference(real, judge.network, cache)
+        seats.append(take_seat(judge, reference, sources, **numbers, cache=cache))
     write_json(_file(comparison), {seat.name: seat.told() for seat in seats})
     return seats
 

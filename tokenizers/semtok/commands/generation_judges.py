@@ -15,8 +15,7 @@ from semtok.evaluation.judges import (
     class_share,
     judge_choices,
     load_judge,
-    with_held_out,
-    with_reader,
+    take_seat,
 )
 from semtok.storage import cache_folder
 
@@ -74,17 +73,12 @@ def seated(
         references: by the network's name.
         num_images: generated; of as many held-out images, or of all there are, is FDr.
     """
-    cache, seats = cache_folder("references"), []
-    for judge in judges:
-        reference = references[judge.network.name]
-        if sources is None:
-            seats.append(Seat(judge, reference))
-            continue
-        train, held_out = sources
-        seat = Seat(with_reader(judge, train, _NUM_FITTED, cache), reference)
-        number = min(num_images, len(held_out))
-        seats.append(with_held_out(seat, held_out, number, cache) if number > 1 else seat)
-    return seats
+    pairs = [(judge, references[judge.network.name]) for judge in judges]
+    if sources is None:
+        return [Seat(judge, reference) for judge, reference in pairs]
+    numbers = {"num_fitted": _NUM_FITTED, "num_held_out": num_images}
+    cache = cache_folder("references")
+    return [take_seat(*pair, sources, **numbers, cache=cache) for pair in pairs]
 
 
 def labels_to_show(

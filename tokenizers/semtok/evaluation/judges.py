@@ -247,6 +247,30 @@ def with_held_out(seat: Seat, held_out: ImageSource, num_images: int, cache: Pat
     return replace(seat, held_out=HeldOut(seen.num_images, seen.digest, distance, right))
 
 
+def take_seat(
+    judge: Judge,
+    reference: SetFeatures,
+    sources: tuple[ImageSource, ImageSource],
+    *,
+    num_fitted: int,
+    num_held_out: int,
+    cache: Path,
+) -> Seat:
+    """The judge with its reader of classes, see ``with_reader``, and what it makes of held-out images; nothing of these
+    where they are fewer than two.
+
+    Args:
+        sources: training and held-out images.
+        num_fitted: of the training images.
+        num_held_out: at most so many.
+        cache: of features, a folder.
+    """
+    train, held_out = sources
+    seat = Seat(with_reader(judge, train, num_fitted, cache), reference)
+    number = min(num_held_out, len(held_out))
+    return with_held_out(seat, held_out, number, cache) if number > 1 else seat
+
+
 def _labels(source: ImageSource, num_images: int) -> np.ndarray:
     """Of the images whose features ``see_reference`` has, in its order."""
     batches = chosen_images(source, num_images, batch_size=64)
