@@ -1,7 +1,7 @@
 """``evaluate reconstruction``: how well tokenizers reconstruct, and what their latents are like."""
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,7 @@ def _reconstruction(args: argparse.Namespace) -> dict[str, Any]:
         with errors_at("--data with --protocol lightningdit"):
             held_out = ResizedImages(held_out)
     missing: dict[str, str] = {}
-    perceptual = perceptual_distance(args, missing)
-    extractors, networks = feature_extractors(args, missing)
-    if perceptual is not None:
-        networks["lpips"] = lpips_protocol(args.lpips_net)
+    looks = looks_of(args, missing)
     reports: dict[str, ReconstructionReport] = {}
     models: dict[str, str] = {}
     names = shown_names(args.tokenizer)
@@ -102,8 +99,8 @@ def _reconstruction(args: argparse.Namespace) -> dict[str, Any]:
                 tokenizer,
                 held_out,
                 args.num_held_out,
-                perceptual=perceptual,
-                extractors=extractors,
+                perceptual=looks.perceptual,
+                extractors=looks.extractors,
                 protocol=protocol,
                 seed=args.seed,
             )
@@ -114,10 +111,10 @@ def _reconstruction(args: argparse.Namespace) -> dict[str, Any]:
     told = Protocol(
         "reconstruction",
         protocol.measures,
-        networks,
+        looks.networks,
         models,
         images,
-        references=dict.fromkeys(networks, images),
+        references=dict.fromkeys(looks.networks, images),
         latents="sample" if protocol.sample else "mean",
         seed=args.seed if protocol.sample else None,
     )
@@ -150,7 +147,31 @@ def _protocol(args: argparse.Namespace) -> ReconstructionProtocol:
     return replace(protocol, sample=protocol.sample or args.sample)
 
 
-def perceptual_distance(args: argparse.Namespace, missing: dict[str, str]) -> nn.Module | None:
+@dataclass(frozen=True)
+class Looks:
+    """What sees images and reconstructions.
+
+    Attributes:
+        perceptual: LPIPS; None where its weights are not at hand.
+        extractors: of features for Fréchet distances, by the score's name.
+        networks: what to record of all of them, by their own.
+    """
+
+    perceptual: nn.Module | None
+    extractors: dict[str, FeatureExtractor]
+    networks: dict[str, Network]
+
+
+def looks_of(args: argparse.Namespace, missing: dict[str, str]) -> Looks:
+    """Those that the options name; why one is not at hand stands in ``missing``."""
+    perceptual = _perceptual_distance(args, missing)
+    extractors, networks = _feature_extractors(args, missing)
+    if perceptual is not None:
+        networks["lpips"] = _lpips_protocol(args.lpips_net)
+    return Looks(perceptual, extractors, networks)
+
+
+def _perceptual_distance(args: argparse.Namespace, missing: dict[str, str]) -> nn.Module | None:
     """LPIPS with the backbone that the options name; None, and why not in ``missing``, where its weights are not at
     hand."""
     file = backbone_file(args.lpips_net)
@@ -166,12 +187,12 @@ def perceptual_distance(args: argparse.Namespace, missing: dict[str, str]) -> nn
         return None
 
 
-def lpips_protocol(net: str) -> Network:
+def _lpips_protocol(net: str) -> Network:
     """What to record of LPIPS."""
     return Network(with_version("lpips"), net, AS_STORED, file_digest(backbone_file(net)))
 
 
-def feature_extractors(
+def _feature_extractors(
     args: argparse.Namespace, missing: dict[str, str]
 ) -> tuple[dict[str, FeatureExtractor], dict[str, Network]]:
     """Networks for Fréchet distances, by the score's name; and what to record of them, by their own."""

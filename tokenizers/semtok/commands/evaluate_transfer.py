@@ -1,18 +1,14 @@
 """``evaluate transfer``: tokenizers on several sets of images, those they were trained on and others, in one table."""
 
 import argparse
-from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
 
 from semtok.commands import evaluate_options as options
 from semtok.commands.around_training import errors_at
 from semtok.commands.evaluate_reconstruction import (
     LABELS,
-    feature_extractors,
-    lpips_protocol,
-    perceptual_distance,
+    Looks,
+    looks_of,
 )
 from semtok.commands.table import print_table
 from semtok.data.source import ImageSource
@@ -20,13 +16,12 @@ from semtok.errors import UserError
 from semtok.evaluation.probe import CLASS, free_texts, latent_table, mean_score, probe
 from semtok.evaluation.probe import MEASURES as PROBE_MEASURES
 from semtok.evaluation.protocol import (
-    Network,
     Protocol,
     data_protocol,
     shown_names,
     weights_digest,
 )
-from semtok.evaluation.reconstruction import PROTOCOLS, FeatureExtractor, evaluate_reconstruction
+from semtok.evaluation.reconstruction import PROTOCOLS, evaluate_reconstruction
 from semtok.tokenizer import Tokenizer
 
 _PROTOCOL = "adm"
@@ -36,15 +31,6 @@ SCORE_LABELS = LABELS | {
     _ATTRIBUTE_PROBE: "attribute probe, %",
 }
 """What scores are called in tables; a probe's is the balanced accuracy."""
-
-
-@dataclass(frozen=True)
-class _Looks:
-    """What sees images and reconstructions."""
-
-    perceptual: nn.Module | None
-    extractors: dict[str, FeatureExtractor]
-    networks: dict[str, Network]
 
 
 def add_task(tasks: argparse._SubParsersAction) -> None:
@@ -80,11 +66,7 @@ def add_task(tasks: argparse._SubParsersAction) -> None:
 def _transfer(args: argparse.Namespace) -> dict[str, Any]:
     sets = _opened(args)
     missing: dict[str, str] = {}
-    perceptual = perceptual_distance(args, missing)
-    extractors, networks = feature_extractors(args, missing)
-    if perceptual is not None:
-        networks["lpips"] = lpips_protocol(args.lpips_net)
-    looks = _Looks(perceptual, extractors, networks)
+    looks = looks_of(args, missing)
     names = shown_names(args.tokenizer)
     scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name in sets}
     protocols: dict[str, Any] = {}
@@ -99,7 +81,7 @@ def _transfer(args: argparse.Namespace) -> dict[str, Any]:
         told = Protocol(
             "transfer",
             f"{PROTOCOLS[_PROTOCOL].measures}; probes: {PROBE_MEASURES}",
-            networks,
+            looks.networks,
             models,
             data_protocol(held_out, min(args.num_held_out, len(held_out)), digests[1]),
             fitted_on=data_protocol(train, min(args.num_train, len(train)), digests[0]),
@@ -141,7 +123,7 @@ def _scores(
     train: ImageSource,
     held_out: ImageSource,
     args: argparse.Namespace,
-    looks: _Looks,
+    looks: Looks,
 ) -> tuple[dict[str, float], tuple[str, str]]:
     """Of one tokenizer on one set; and the digests of the images that probes were fitted and scored on."""
     report = evaluate_reconstruction(
