@@ -39,6 +39,8 @@ def test_every_set_is_scored_as_it_would_be_alone(tmp_path, colours, capsys):
     assert run(evaluate.main, ["transfer", *words, *both, "--output", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "scenes: PSNR, dB" in printed and "colours: class probe, %" in printed
+    seen = [line for line in printed.splitlines() if line.startswith("images: ")]
+    assert len(seen) == 2, "the images of each set"
     sets = json.loads(out.read_text())["sets"]
     alone = tmp_path / "alone.json"
     same = [

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +92,23 @@ def teacher_config(args: argparse.Namespace) -> TeacherConfig:
     return TeacherConfig(name=args.teacher, checkpoint=args.teacher_checkpoint, input_size=size)
 
 
-def load_tokenizer(reference: str, source: ImageSource) -> Tokenizer:
+def load_tokenizer(
+    reference: str, *sources: ImageSource, places: Sequence[str] = ("--data",)
+) -> Tokenizer:
     """One of the tokenizers that the options name, on the device.
 
+    Args:
+        sources: the images that it is for.
+        places: the option of each, for messages.
+
     Raises:
-        UserError: there is none, or it does not take images of this size.
+        UserError: there is none, or it does not take images of such a size.
     """
-    drawn = isinstance(source, Shapes)
+    drawn = all(isinstance(source, Shapes) for source in sources)
     tokenizer = tokenizer_from_reference(reference, drawn=drawn).to(device())
-    with errors_at(f"--data with {reference}"):
-        tokenizer.spec.check_image_size(source.image_size)
+    for source, place in zip(sources, places, strict=True):
+        with errors_at(f"{place} with {reference}"):
+            tokenizer.spec.check_image_size(source.image_size)
     return tokenizer
 
 

@@ -68,17 +68,21 @@ def _transfer(args: argparse.Namespace) -> dict[str, Any]:
     missing: dict[str, str] = {}
     looks = looks_of(args, missing)
     names = shown_names(args.tokenizer)
+    held_out_sets, places = [held_out for _, held_out in sets.values()], [f"--on {n}" for n in sets]
+    tokenizers = {
+        reference: options.load_tokenizer(reference, *held_out_sets, places=places)
+        for reference in args.tokenizer
+    }
+    models = {names[reference]: weights_digest(own) for reference, own in tokenizers.items()}
     scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name in sets}
-    protocols: dict[str, Any] = {}
+    protocols: dict[str, Protocol] = {}
     for name, (train, held_out) in sets.items():
-        models, digests = {}, ("", "")
-        for reference in args.tokenizer:
-            tokenizer = options.load_tokenizer(reference, held_out)
+        digests = ("", "")
+        for reference, tokenizer in tokenizers.items():
             with errors_at(f"--on {name} with {reference}"):
                 own, digests = _scores(tokenizer, train, held_out, args, looks)
             scores[name][names[reference]] = own
-            models[names[reference]] = weights_digest(tokenizer)
-        told = Protocol(
+        protocols[name] = Protocol(
             "transfer",
             f"{PROTOCOLS[_PROTOCOL].measures}; probes: {PROBE_MEASURES}",
             looks.networks,
@@ -87,11 +91,11 @@ def _transfer(args: argparse.Namespace) -> dict[str, Any]:
             fitted_on=data_protocol(train, min(args.num_train, len(train)), digests[0]),
             latents="mean",
         )
-        protocols[name] = told.to_json()
     _print(scores, missing)
-    print("\n".join(told.lines()))
+    # They differ by their images alone.
+    print("\n".join(dict.fromkeys(line for told in protocols.values() for line in told.lines())))
     return {
-        "protocol": protocols,
+        "protocol": {name: told.to_json() for name, told in protocols.items()},
         "num_train": args.num_train,
         "num_held_out": args.num_held_out,
         "unavailable": options.without_places(missing),
