@@ -30,7 +30,7 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         self._next.kill()
-        self._next.wait()
+        self._next.communicate()
 
     def _start(self) -> subprocess.Popen[str]:
         paths = os.pathsep.join(path for path in sys.path if path)
