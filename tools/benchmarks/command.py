@@ -95,7 +95,11 @@ def _parser() -> Parser:
     task.add_argument("--gpu", type=float, default=80, help="GB of the GPU in mind; default: 80")
     _add_shared(task)
     task.set_defaults(command=_memory)
-    task = tasks.add_parser("gpu", help="what only a GPU can tell, and the figures of all stages")
+    _add_gpu(tasks.add_parser("gpu", help="what only a GPU can tell, and figures of all stages"))
+    return parser
+
+
+def _add_gpu(task: argparse.ArgumentParser) -> None:
     task.add_argument("--minutes", type=float, default=10, help="after which no part begins")
     task.add_argument("--only", nargs="+", metavar="WORD", help="the parts that have it in a name")
     task.add_argument(
@@ -103,7 +107,6 @@ def _parser() -> Parser:
     )
     _add_shared(task)
     task.set_defaults(command=_gpu)
-    return parser
 
 
 def _add_network(task: argparse.ArgumentParser) -> None:
