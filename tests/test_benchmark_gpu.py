@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +18,6 @@ from benchmarks.gpu import device_checks, first_minutes, worker
 from benchmarks.gpu.finding import Finding, told
 from benchmarks.gpu.parts import PARTS, RECIPES, Part
 from benchmarks.gpu.processes import Workers
-from benchmarks.reglue import Paired
-from benchmarks.timing import Timing
 from semtok.commands.cli import run
 from semtok.errors import UserError
 from semtok.methods.vae import PRESETS
@@ -39,8 +38,6 @@ def parts_in(file: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Small networks in the place of published ones, which are minutes of work on a CPU."""
-    paired = Paired(Timing("ours", [1.0], 1, 3.0), Timing("plain", [2.0], 1, 6.0), {"texture": 0.0})
-    monkeypatch.setattr(benchmark, "reglue_steps", lambda *_: paired)
     monkeypatch.setitem(PRESETS, "f8d4", PRESETS["tiny"])
     monkeypatch.setattr(caching, "random_reglue", lambda _: tiny.tokenizer("vae", "reglue", True))
     monkeypatch.setattr(caching, "_SIZE", 16)
@@ -53,23 +50,38 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells what there is without a GPU")
-def test_all_parts_are_rehearsed_without_a_gpu(small, tmp_path, capsys):
+def test_parts_are_rehearsed_without_a_gpu(small, tmp_path, capsys):
+    """A part of each kind. The group of one has a process of its own, below, and the rest are other words alone."""
     file = tmp_path / "gpu.json"
-    assert gpu("--tiny", "--output", file) == 0
+    words = ("precision", "compile", "memory", "transfer", "dit SiT-XL/2", "cudnn", "cache with")
+    assert gpu("--tiny", "--only", *words, "--output", file) == 0
     figures, parts = json.loads(file.read_text()), parts_in(file)
-    assert list(parts) == NAMES and figures["is_rehearsal"] and figures["device"] == "CPU"
+    assert figures["is_rehearsal"] and figures["device"] == "CPU"
     assert figures["date"].startswith("20") and figures["torch"] == torch.__version__
     states = {name: part["state"] for name, part in parts.items()}
-    needs_one = ("synchronisation", "transfer", "pipeline")
-    assert {name for name, state in states.items() if state == "skipped"} == set(needs_one)
-    assert all("CPU" in parts[n]["found"] or "GPU" in parts[n]["found"] for n in needs_one)
-    held = ("precision", "compile", "memory", "nccl")
-    assert {name for name, state in states.items() if state == "held"} == set(held)
+    assert states == {
+        "precision": "held",
+        "compile": "held",
+        "memory": "held",
+        "dit SiT-XL/2": "measured",
+        "transfer": "skipped",
+        "cudnn_benchmark": "measured",
+        "cache with targets": "measured",
+    }
+    assert "needs a GPU" in parts["transfer"]["found"]
     measured = [part for part in parts.values() if part["state"] == "measured"]
-    assert len(measured) == len(NAMES) - len(needs_one) - len(held)
     assert all(part["figures"]["rows"] and part["seconds"] > 0 for part in measured)
     out = capsys.readouterr().out
-    assert "0 in the next 2" in out and "channels_last=true: " in out
+    assert "0 in the next 2" in out and "cudnn_benchmark=true: " in out
+
+
+def test_a_group_of_one_process_is_rehearsed(tmp_path):
+    file = tmp_path / "gpu.json"
+    program = Path(benchmark.__file__).parents[1] / "benchmark.py"
+    words = [str(program), "gpu", "--tiny", "--only", "nccl", "--output", str(file)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "losses 0.0000% from those without" in parts_in(file)["nccl"]["found"]
 
 
 def test_what_fails_in_a_part_is_told_and_the_others_are_done(tmp_path, monkeypatch, capsys):
