@@ -71,6 +71,15 @@ def test_a_page_shows_what_a_comparison_found(checkout):
     assert run(command.main, ["--root", str(checkout), "--check"]) == 1
 
 
+def test_seconds_of_unlike_machines_are_left_out(checkout):
+    take = ["--take", str(checkout.parent / "comparison"), "small"]
+    text = drawn(checkout, "scores_alone", *take)
+    assert "| better | 3.5 ± 0.71 | 70.0 ± 7.1 % |\n" in text and "training, s" not in text
+    assert "| steps to plain's FD-trained |" in drawn(checkout, "differences")
+    differences = drawn(checkout, "differences_by_steps")
+    assert "seconds" not in differences and "| steps to plain's FD-trained |" in differences
+
+
 def test_what_is_kept_names_no_place_of_a_machine(checkout):
     drawn(checkout, "short", "--take", str(checkout.parent / "comparison"), "small")
     kept = (checkout / "docs" / "results" / "small.json").read_text(encoding="utf-8")
