@@ -24,6 +24,7 @@ import yaml
 from PIL import Image
 
 import semtok_cli
+import tiny
 from comparison import command as compare
 from comparison import plan, scores
 from comparison.asked import BUDGETS, ComparisonSettings, Row
@@ -39,8 +40,15 @@ from comparison.time_left import TimeLeft
 from comparison.work import jobs_of
 from semtok import Generator, Tokenizer, UserError
 from semtok.commands.cli import run
+from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.evaluation.judge import trained_judge
-from semtok.recipe import load_diffusion_recipe, load_recipe, locate_recipe, write_recipe
+from semtok.recipe import (
+    load_diffusion_recipe,
+    load_recipe,
+    locate_recipe,
+    parse_recipe,
+    write_recipe,
+)
 from semtok.references import recipe_names
 from semtok.storage import write_json
 from semtok.training.loop import Trainer
@@ -831,8 +839,23 @@ def test_rows_columns_and_pictures_of_the_report_are_labelled(finished):
     assert "CKNNA with the teacher more is better" in labels
     columns = samples[0][1].split("  ")
     assert len(samples[0][1].split()) >= scores.NUM_SHOWN and columns[0].startswith("red")
-    assert [row[0].strip() for row in reconstructions] == ["held-out image", "vae", "demo"]
-    assert all(picture["alt"] for picture in page.pictures) and len(page.pictures) == 1 + 3 + 3
+    rows = ["held-out image", "vae", "vae: texture", "demo", "demo: texture"]
+    assert [row[0].strip() for row in reconstructions] == rows
+    assert all(picture["alt"] for picture in page.pictures) and len(page.pictures) == 1 + 3 + 5
+
+
+def test_the_report_shows_each_part_of_the_latents_and_how_the_semantics_lead(
+    tmp_path, in_this_process, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    train_tokenizer(parse_recipe(tiny.content(tiny.SEMANTICS["semvae"]), "tiny"), Path("codes"))
+    words = ["--tokenizers", "codes", "--seeds", "1", "--output", "c"]
+    assert run(compare.main, words) == 0
+    in_this_process.clear()
+    page = Page(Path("c/report.html").read_text())
+    shown = [row[0].strip() for row in page.tables[3]]
+    assert shown == ["held-out image", "codes", "codes: texture", "codes: semantic"]
+    assert "sampling of codes over time" in [picture["alt"] for picture in page.pictures]
 
 
 def test_a_report_is_drawn_again_from_its_results_with_another_baseline(

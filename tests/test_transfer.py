@@ -60,8 +60,10 @@ def test_every_set_is_scored_as_it_would_be_alone(tmp_path, colours, capsys):
     assert "attribute_probe" not in sets["colours"]["demo"]
     assert 0.3 < sets["scenes"]["demo"]["attribute_probe"] < 1
     header, rows = TABLES["transfer"](out)
-    assert header[0] == "tokenizer" and "colours: class probe, %" in header
-    assert rows[0][header.index("scenes: PSNR, dB")] == f"{expected['psnr']:.4g}"
+    assert [row[:2] for row in rows] == [["scenes", "demo"], ["colours", "demo"]]
+    assert rows[0][header.index("PSNR, dB")] == f"{expected['psnr']:.4g}"
+    attributes = header.index("attribute probe, %")
+    assert rows[0][attributes] != "-" and rows[1][attributes] == "-", "colours have none"
 
 
 def test_sets_are_checked_before_anything_is_computed(colours, capsys):

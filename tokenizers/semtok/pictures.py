@@ -1,6 +1,6 @@
 """Pictures of images, latents and features, for people to look at."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -200,6 +200,19 @@ def components_in_colours_of(features: Tensor, others: Tensor) -> Tensor:
     left, _, right = torch.linalg.svd(product)
     turned = torch.einsum("j i, b i h w -> b j h w", (left @ right).to(own.dtype), own)
     return turned.clamp(-1, 1)
+
+
+def parts_in_colours_of(latents: Mapping[str, Tensor], others: Tensor) -> dict[str, Tensor]:
+    """Each spatial part of latents by its name, in colours that compare with other features' of the same images.
+
+    Args:
+        latents: parts (B, C, h, w); a part without places, as the global one (B, C), has no picture.
+        others: see ``components_in_colours_of``.
+
+    Returns:
+        Pixels (B, 3, h, w) in [-1, 1].
+    """
+    return {part: components_in_colours_of(x, others) for part, x in latents.items() if x.ndim == 4}
 
 
 def _components(features: Tensor, of: Tensor | None = None) -> Tensor:

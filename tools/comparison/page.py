@@ -9,8 +9,10 @@ from itertools import groupby
 import numpy as np
 from PIL import Image
 
+from comparison.asked import Row
 from comparison.plan import Comparison
 from comparison.results import RowResult, direction
+from comparison.scores import part_pictures, strip_picture
 from comparison.stored import Told
 from semtok.evaluation.predictors import PREDICTORS
 
@@ -86,11 +88,14 @@ def page(
             "<p class='note'>Seed 0, after the last step. Each column is of one class and, where latents are of one "
             "shape, of one noise.</p>",
             _strips(samples, told.classes),
+            *_over_time(comparison, shown),
             f"<h2>Tokenizers</h2><p class='note'>{spread}, on held-out images.</p>",
             _table(*_turned(*tokenizers)),
             f"<ul class='note'>{_meanings()}</ul>",
             "<h2>Reconstructions</h2>",
-            "<p class='note'>Held-out images, and what each tokenizer of seed 0 makes of them.</p>",
+            "<p class='note'>Held-out images, what each tokenizer of seed 0 makes of them, and the first three "
+            "principal components of each part of its latents, in colours that compare with those of the teacher's "
+            "tokens.</p>",
             _strips(_reconstructions(comparison, results), ()),
             "<h2>Rows</h2>",
             _table(["row", "tokenizer", "settings of its transformer"], rows, kind="text"),
@@ -108,14 +113,34 @@ def _meanings() -> str:
 
 
 def _reconstructions(comparison: Comparison, results: list[RowResult]) -> dict[str, Image.Image]:
-    """Strips by label; the images once, as they are the same for every tokenizer."""
+    """Strips by label; the images once, as they are the same for every tokenizer. Below each reconstruction are the
+    latents, which a comparison of an earlier version has not drawn."""
     strips: dict[str, Image.Image] = {}
     for name in dict.fromkeys(r.scores.row.tokenizer for r in results):
-        both = _strip(comparison.tokenizer_scores(name, 0).with_suffix(".png"))
+        file = comparison.tokenizer_scores(name, 0)
+        both = _strip(file.with_suffix(".png"))
         half = both.height // 2
         strips.setdefault("held-out image", both.crop((0, 0, both.width, half)))
         strips[name] = both.crop((0, half, both.width, both.height))
+        parts = part_pictures(file)
+        strips |= {f"{name}: {part}": _strip(picture) for part, picture in parts.items()}
     return strips
+
+
+def _over_time(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
+    """A section with the sampling of each row in which a part of the latents leads; nothing where there is none."""
+    files = {row.name: strip_picture(comparison.generator_scores(row, 0)) for row in rows}
+    figures = [
+        f"<p class='figure'><img alt='sampling of {html.escape(name, quote=True)} over time' "
+        f"src='{_data(file.read_bytes())}'></p><p class='note'>{html.escape(name)}</p>"
+        for name, file in files.items()
+        if file.is_file()
+    ]
+    told = (
+        "<h2>Sampling over time</h2><p class='note'>Rows in which a part of the latents leads. From noise (left) to "
+        "data (right): the decoded texture, and below it the semantic part's principal components.</p>"
+    )
+    return [told, *figures] if figures else []
 
 
 def _strip(file: object) -> Image.Image:

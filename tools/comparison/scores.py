@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from comparison.asked import Row
 from comparison.judges import seated
@@ -22,12 +24,15 @@ from semtok.evaluation.predictors import PROBE, evaluate_latents
 from semtok.evaluation.probe import probed
 from semtok.evaluation.reconstruction import evaluate_reconstruction
 from semtok.images import to_pixels, to_uint8
-from semtok.pictures import write_png
+from semtok.pictures import parts_in_colours_of, write_png
 from semtok.storage import read_json, read_tensors, write_json
+from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 from semtok.training.checkpoint import MODEL_FILE, checkpoint_path, list_checkpoints
 
 NUM_SHOWN = 18
+NUM_IN_STRIP = 3
+"""Images whose sampling is shown over time, of rows where a part leads."""
 
 
 def score(folder: Path, kind: str, name: str, seed: str) -> None:
@@ -81,14 +86,32 @@ def score_tokenizer(comparison: Comparison, reference: str, seed: int) -> None:
         ]  # of a base that was trained before nobody knows
         scores["seconds"] = sum(read_json(file)["training_seconds"] for file in known)
     shown = held_out.load(held_out.chosen(NUM_SHOWN)).images
-    pixels = to_pixels(shown, device=device())
     file = comparison.tokenizer_scores(reference, seed)
-    _write_pictures(
-        file.with_suffix(".png"),
-        pixels,
-        tokenizer.decode(tokenizer.encode(pixels, value_range=(-1, 1))),
-    )
+    _draw_tokenizer(file, tokenizer, to_pixels(shown, device=device()), teacher)
     write_json(file, scores)
+
+
+def _draw_tokenizer(file: Path, tokenizer: Tokenizer, pixels: Tensor, teacher: Teacher) -> None:
+    """Images above their reconstructions, and each spatial part of their latents in the teacher's colours."""
+    latents = tokenizer.encode(pixels, value_range=(-1, 1))
+    tokens = teacher.features(pixels).patches[-1]
+    for part, colours in parts_in_colours_of(latents, tokens).items():
+        enlarged = F.interpolate(colours, size=pixels.shape[-2:], mode="nearest")
+        _write_pictures(file.with_suffix(f".{part}.png"), enlarged)
+    _write_pictures(file.with_suffix(".png"), pixels, tokenizer.decode(latents))
+
+
+def part_pictures(file: Path) -> dict[str, Path]:
+    """The pictures of the latents' parts by their names, the texture's first, by the file of a tokenizer's scores."""
+    found = {p.name[len(file.stem) + 1 : -4]: p for p in file.parent.glob(f"{file.stem}.*.png")}
+    # A file of another tokenizer, whose name begins so, ends with a seed.
+    names = sorted(filter(str.isidentifier, found), key=lambda part: (part != "texture", part))
+    return {part: found[part] for part in names}
+
+
+def strip_picture(file: Path) -> Path:
+    """Where the picture of sampling over time lies, by the file of a generator's scores."""
+    return file.with_suffix(".strip.png")
 
 
 @torch.no_grad()
@@ -118,6 +141,9 @@ def score_generator(comparison: Comparison, row: Row, seed: int) -> None:
         scores.append({"step": step, "seconds": seconds[step], **entry})
         write_json(file, scores)
     shown = shown_labels(num_classes)
+    if seed == 0 and not generator.schedule.is_synchronous:
+        in_strip = shown[:: NUM_SHOWN // NUM_IN_STRIP]
+        write_png(strip_picture(file), generator.strip(in_strip, seed=seed))
     _write_pictures(file.with_suffix(".png"), generator.sample(shown, seed=seed))
     for checkpoint in list_checkpoints(run_folder / "checkpoints")[:-1]:
         shutil.rmtree(checkpoint)  # scored, and large; the run can go on from the last
@@ -128,7 +154,7 @@ def shown_labels(num_classes: int) -> list[int]:
     return [i * max(1, num_classes) // NUM_SHOWN for i in range(NUM_SHOWN)]
 
 
-def averaged_weights(run_folder: Path, step: int) -> dict[str, torch.Tensor]:
+def averaged_weights(run_folder: Path, step: int) -> dict[str, Tensor]:
     """The weights that a run would have exported after a step: averaged where it averages."""
     tensors = read_tensors(checkpoint_path(run_folder / "checkpoints", step) / MODEL_FILE)
     for prefix in ("ema.", "learners.dit.network."):
@@ -144,7 +170,7 @@ def training_seconds(run_folder: Path) -> dict[int, float]:
     return {entry["step"]: entry["seconds"] for entry in map(json.loads, lines)}
 
 
-def _write_pictures(path: Path, *rows: torch.Tensor) -> None:
+def _write_pictures(path: Path, *rows: Tensor) -> None:
     """Images side by side, without any border: the report lays them out."""
     strip = torch.cat([torch.cat(list(to_uint8(pixels).cpu()), dim=2) for pixels in rows], dim=1)
     write_png(path, strip)

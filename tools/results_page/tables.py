@@ -126,22 +126,16 @@ def tokenizers(file: Path) -> Table:
 
 
 def transfer(file: Path) -> Table:
-    """Each tokenizer on each set of images, as ``evaluate transfer`` wrote it."""
+    """Each set of images and tokenizer, as ``evaluate transfer`` wrote it; sets in their order, tokenizers within."""
     sets = read_json(file)["sets"]
-    columns = [
-        (name, score)
-        for name, by_tokenizer in sets.items()
-        for score in dict.fromkeys(score for own in by_tokenizer.values() for score in own)
-    ]
-    tokenizers = next(iter(sets.values()))
+    found = [own for by_tokenizer in sets.values() for own in by_tokenizer.values()]
+    columns = list(dict.fromkeys(score for own in found for score in own))
     rows = [
-        [name, *(score_text(score, sets[images][name].get(score)) for images, score in columns)]
-        for name in tokenizers
+        [images, name, *(score_text(score, own.get(score)) for score in columns)]
+        for images, by_tokenizer in sets.items()
+        for name, own in by_tokenizer.items()
     ]
-    return [
-        "tokenizer",
-        *(f"{images}: {SCORE_LABELS.get(score, score)}" for images, score in columns),
-    ], rows
+    return ["images", "tokenizer", *(SCORE_LABELS.get(score, score) for score in columns)], rows
 
 
 TABLES: dict[str, Callable[[Path], Table]] = {

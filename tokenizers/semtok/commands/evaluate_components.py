@@ -25,7 +25,7 @@ from semtok.evaluation.reconstruction import evaluate_reconstruction
 from semtok.images import to_pixels
 from semtok.pictures import (
     Row,
-    components_in_colours_of,
+    parts_in_colours_of,
     principal_components,
     rows_of_images,
     write_png,
@@ -157,13 +157,13 @@ def _rows(
     """The reconstruction, and each spatial part of the latents in the colours of the teacher's tokens."""
     latents = tokenizer.encode(pixels, value_range=(-1, 1))
     decoded = tokenizer.decode(latents)
-    parts = {part: x for part, x in latents.items() if x.ndim == 4}
+    parts = parts_in_colours_of(latents, tokens)
     rows = [Row(f"{name}\nreconstruction\nPSNR {scores['psnr']:.1f} dB", decoded)]
     # The score is of all parts together: beside one of several it would read as that part's.
     score = f"\nself-similarity {scores['self_similarity']:.2f}" if len(parts) == 1 else ""
     for part, x in parts.items():
         what = f"latents: {part}" if len(parts) > 1 else "latents"
-        rows.append(Row(f"{name}\n{what}{score}", components_in_colours_of(x, tokens)))
+        rows.append(Row(f"{name}\n{what}{score}", x))
     return rows
 
 
