@@ -27,7 +27,7 @@ import semtok_cli
 from comparison import command as compare
 from comparison import plan, scores
 from comparison.asked import BUDGETS, ComparisonSettings, Row
-from comparison.estimate import expected_seconds
+from comparison.estimate import expected_seconds, is_measured, measure_steps
 from comparison.finished import take_finished_runs, with_whole_runs
 from comparison.jobs import Job, Stopped, only_one_in, run_jobs
 from comparison.plan import Comparison
@@ -527,6 +527,36 @@ def test_every_job_has_an_expected_time_once_steps_were_measured(finished):
     jobs = jobs_of(planned)
     assert len({one.kind for one in jobs}) == 4
     assert all(expected_seconds(planned, one.kind, one.of) > 1 for one in jobs)
+
+
+def test_each_training_that_was_measured_is_kept_where_a_signal_stops(tmp_path, monkeypatch):
+    measured: list[object] = []
+
+    def stopping_after(number: int) -> None:
+        def seconds(objective: object, *_: object) -> float:
+            if len(measured) == number:
+                raise KeyboardInterrupt
+            measured.append(objective)
+            return 1.0
+
+        monkeypatch.setattr("comparison.estimate._seconds_a_step", seconds)
+
+    row = Row(name="repa", tokenizer="demo", settings=("diffusion.repa={weight: 0.5}",))
+    planned = comparison(tmp_path, VAE, row)
+    for stop, known in ((1, 1), (2, 2)):
+        stopping_after(stop)
+        with pytest.raises(KeyboardInterrupt):
+            measure_steps(planned)
+        kept = json.loads((tmp_path / "seconds_a_step.json").read_text())
+        assert len(kept["tokenizer"]) + len(kept["generator"]) == known
+        assert not is_measured(planned)
+    stopping_after(4)
+    measure_steps(planned)
+    assert is_measured(planned) and len(measured) == 3
+    more = comparison(tmp_path, VAE, row, Row(name="plain", tokenizer="demo"))
+    assert not is_measured(more)
+    measure_steps(more)
+    assert is_measured(more) and len(measured) == 4, "the new row alone"
 
 
 # Jobs --------------------------------------------------------------------------------------------
