@@ -51,6 +51,13 @@ def test_the_frechet_distance_of_gaussians_has_a_closed_form():
     assert frechet_distance(gaussian(base), gaussian(base)) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_a_gpu_saw_has_a_distance_to_what_was_read_from_a_file():
+    features = torch.randn(50, 6)
+    assert frechet_distance(gaussian(features.cuda()), gaussian(features)) < 1e-6
+
+
 def test_singular_covariances_have_a_distance_and_single_images_none():
     flat = torch.randn(50, 2) @ torch.randn(2, 6)
     assert frechet_distance(gaussian(flat), gaussian(flat)) == pytest.approx(0, abs=1e-4)

@@ -71,6 +71,15 @@ def test_a_page_shows_what_a_comparison_found(checkout):
     assert run(command.main, ["--root", str(checkout), "--check"]) == 1
 
 
+def test_seconds_of_unlike_machines_are_left_out(checkout):
+    take = ["--take", str(checkout.parent / "comparison"), "small"]
+    text = drawn(checkout, "scores_alone", *take)
+    assert "| better | 3.5 ± 0.71 | 70.0 ± 7.1 % |\n" in text and "training, s" not in text
+    assert "| steps to plain's FD-trained |" in drawn(checkout, "differences")
+    differences = drawn(checkout, "differences_by_steps")
+    assert "seconds" not in differences and "| steps to plain's FD-trained |" in differences
+
+
 def test_what_is_kept_names_no_place_of_a_machine(checkout):
     drawn(checkout, "short", "--take", str(checkout.parent / "comparison"), "small")
     kept = (checkout / "docs" / "results" / "small.json").read_text(encoding="utf-8")
@@ -84,6 +93,33 @@ def test_a_table_of_nothing_is_refused_by_name(checkout, capsys):
     assert "<!-- table: small scores -->: no results of that name" in capsys.readouterr().err
     assert run(command.main, ["--take", str(checkout), "../x"]) == 2
     assert "is no name for a file of results" in capsys.readouterr().err
+
+
+def test_a_page_shows_what_was_found_on_a_gpu_or_that_none_was_measured(checkout, capsys):
+    page, results = checkout / "docs" / "performance.md", checkout / "docs" / "results"
+    page.write_text(PAGE.format(kind="gpu").replace("small", "gpu"))
+    assert run(command.main, ["--root", str(checkout)]) == 0
+    assert "-->\nNothing was measured on a GPU yet.\n<!--" in page.read_text()
+    parts = [
+        {"name": "nccl", "state": "held", "found": "4 steps | through nccl", "seconds": 3.4},
+        {"name": "dit", "state": "measured", "found": "900 images/s", "seconds": 30.1},
+        {"name": "cache", "state": "left out", "found": "", "seconds": 0.0},
+    ]
+    content = {"device": "NVIDIA H200", "torch": "2.11", "date": "2026-01-02", "parts": parts}
+    results.mkdir()
+    file = results / "gpu_h200.json"
+    file.write_text(json.dumps(content | {"is_rehearsal": False}))
+    assert run(command.main, ["--root", str(checkout)]) == 0
+    text = page.read_text()
+    assert "NVIDIA H200, torch 2.11, 2026-01-02; left out, as the time was over: cache:" in text
+    assert (
+        "| nccl | held | 4 steps \\| through nccl | 3 |\n| dit | measured | 900 images/s | 30 |"
+        in text
+    )
+    assert "Nothing was measured" not in text and "old" not in text
+    file.write_text(json.dumps(content | {"is_rehearsal": True}))
+    assert run(command.main, ["--root", str(checkout)]) == 2
+    assert "gpu_h200.json: is of a rehearsal, not of a GPU" in capsys.readouterr().err
 
 
 def test_the_pages_here_are_what_the_results_say():

@@ -95,7 +95,18 @@ def _parser() -> Parser:
     task.add_argument("--gpu", type=float, default=80, help="GB of the GPU in mind; default: 80")
     _add_shared(task)
     task.set_defaults(command=_memory)
+    _add_gpu(tasks.add_parser("gpu", help="what only a GPU can tell, and figures of all stages"))
     return parser
+
+
+def _add_gpu(task: argparse.ArgumentParser) -> None:
+    task.add_argument("--minutes", type=float, default=10, help="after which no part begins")
+    task.add_argument("--only", nargs="+", metavar="WORD", help="the parts that have it in a name")
+    task.add_argument(
+        "--tiny", action="store_true", help="rehearse: smallest sizes, also without a GPU"
+    )
+    _add_shared(task)
+    task.set_defaults(command=_gpu)
 
 
 def _add_network(task: argparse.ArgumentParser) -> None:
@@ -123,6 +134,31 @@ def _add_shared(task: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
+    args = _parsed(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = args.command(args, Path(folder))
+    figures |= {
+        "torch": torch.__version__,
+        "device": _device_name(),
+        "threads": torch.get_num_threads(),
+    }
+    print(f"{figures['device']}, torch {figures['torch']}, {figures['threads']} threads")
+    if args.output is not None:
+        write_json(args.output, figures)
+    return int(any(part["state"] == "failed" for part in figures.get("parts", ())))
+
+
+def figures_of(words: Sequence[str], folder: Path) -> dict[str, Any]:
+    """What the benchmark of these words finds.
+
+    Args:
+        folder: for what it writes; empty.
+    """
+    args = _parsed(words)
+    return args.command(args, folder)
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
     # Settings may stand behind options, where argparse has closed the list already.
@@ -134,17 +170,7 @@ def main(arguments: Sequence[str]) -> int:
         if getattr(args, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     check_output(args)
-    with tempfile.TemporaryDirectory() as folder:
-        figures = args.command(args, Path(folder))
-    figures |= {
-        "torch": torch.__version__,
-        "device": _device_name(),
-        "threads": torch.get_num_threads(),
-    }
-    print(f"{figures['device']}, torch {figures['torch']}, {figures['threads']} threads")
-    if args.output is not None:
-        write_json(args.output, figures)
-    return 0
+    return args
 
 
 def _sides(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -287,6 +313,15 @@ def _memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         f"  memory: {{gpu: {block.gpu:g}, fixed: {block.fixed:g}, per_image: {block.per_image:g}}}"
     )
     return {**vars(estimate), "memory": block.model_dump()}
+
+
+def _gpu(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from benchmarks.gpu.first_minutes import chosen, first_minutes  # late: it uses this module
+
+    if not args.minutes > 0:
+        raise UserError("--minutes must be more than 0")
+    parts = chosen(args.only)
+    return first_minutes(parts, args.minutes, folder, args.output, tiny=args.tiny)
 
 
 def _report(title: str, timings: list[Timing], *, matmul: bool = True) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""``results``: draws tables and curves of docs/results.md, docs/switches.md and README from docs/results/*.json.
+"""``results``: draws tables and curves of docs/results.md, docs/switches.md, docs/performance.md and README from
+docs/results/*.json.
 
 ``--take FOLDER NAME`` first keeps what a comparison found, every score of every seed, as docs/results/NAME.json.
 """
@@ -10,6 +11,7 @@ from typing import Any
 
 from comparison.figure import curves
 from comparison.stored import RESULTS_FILE, read_stored
+from results_page.gpus import gpus
 from results_page.tables import TABLES, markdown
 from semtok.commands.cli import Parser
 from semtok.errors import UserError
@@ -17,7 +19,7 @@ from semtok.privacy import fit_to_show
 from semtok.storage import new_file, read_json, write_json, write_text
 
 _ROOT = Path(__file__).parents[2]
-_PAGES = ("docs/results.md", "docs/switches.md", "README.md")
+_PAGES = ("docs/results.md", "docs/switches.md", "docs/performance.md", "README.md")
 _MARK = re.compile(
     r"(?P<begin><!-- table: (?P<name>[\w-]+) (?P<kind>\w+) -->\n).*?(?P<end><!-- end of table -->)",
     re.DOTALL,
@@ -111,9 +113,12 @@ def _without_places(value: Any) -> Any:
 
 def _table(mark: re.Match[str], results: Path) -> str:
     file, kind = results / f"{mark['name']}.json", mark["kind"]
+    if kind == "gpu":  # of as many GPUs as there are files
+        files = sorted(results.glob(f"{mark['name']}_*.json"))
+        return f"{mark['begin']}{gpus(files)}\n{mark['end']}"
     if not file.is_file() or kind not in TABLES:
         raise UserError(
             f"<!-- table: {mark['name']} {kind} -->: no results of that name in {results}, or none of the kinds "
-            f"{', '.join(TABLES)}"
+            f"{', '.join((*TABLES, 'gpu'))}"
         )
     return f"{mark['begin']}{markdown(*TABLES[kind](file))}\n{mark['end']}"

@@ -1,6 +1,7 @@
 """What the pages show of results, as Markdown."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from comparison.report import interval_text, reached_text
@@ -51,32 +52,37 @@ def _text(name: str, spread: Spread) -> str:
     )
 
 
-def scores(file: Path) -> Table:
-    """The last scores of each row, and its seconds of training."""
+def scores(file: Path, *, by_seconds: bool = True) -> Table:
+    """The last scores of each row, and its seconds of training.
+
+    Args:
+        by_seconds: False where seeds ran on unlike machines, whose seconds have no mean.
+    """
     results = _results(file)
     names = list(results[0].scores.generation)
     rows = [
         [
             one.scores.row.name,
             *(_text(name, one.scores.generation[name][-1]) for name in names),
-            str(one.scores.seconds[-1]),
+            *([str(one.scores.seconds[-1])] if by_seconds else []),
         ]
         for one in results
     ]
-    return ["row", *names, "training, s"], rows
+    return ["row", *names, *(["training, s"] if by_seconds else [])], rows
 
 
-def differences(file: Path) -> Table:
-    """How far the main scores are from the baseline's, seed by seed, and how soon each row is as good."""
+def differences(file: Path, *, by_seconds: bool = True) -> Table:
+    """How far the main scores are from the baseline's, seed by seed, and how soon each row is as good.
+
+    Args:
+        by_seconds: as in ``scores``.
+    """
     results = _results(file)
     followed, baseline = main_scores(results[0].scores.generation), results[0].baseline
     header = ["row"]
     for name in followed:
-        header += [
-            f"{name} less {baseline}'s",
-            f"steps to {baseline}'s {name}",
-            f"seconds to {baseline}'s {name}",
-        ]
+        header += [f"{name} less {baseline}'s", f"steps to {baseline}'s {name}"]
+        header += [f"seconds to {baseline}'s {name}"] if by_seconds else []
     rows = []
     for one in results:
         if one.scores.row.name == baseline:
@@ -89,8 +95,10 @@ def differences(file: Path) -> Table:
             cells += [
                 interval_text(spread) + (" points" if percent == 100 else ""),
                 reached_text(one.steps_to_baseline[name], first),
-                reached_text(one.seconds_to_baseline[name], one.scores.seconds[0]),
             ]
+            if by_seconds:
+                seconds = one.seconds_to_baseline[name]
+                cells.append(reached_text(seconds, one.scores.seconds[0]))
         rows.append(cells)
     return header, rows
 
@@ -138,7 +146,9 @@ def transfer(file: Path) -> Table:
 
 TABLES: dict[str, Callable[[Path], Table]] = {
     "scores": scores,
+    "scores_alone": partial(scores, by_seconds=False),
     "differences": differences,
+    "differences_by_steps": partial(differences, by_seconds=False),
     "short": short,
     "tokenizers": tokenizers,
     "transfer": transfer,

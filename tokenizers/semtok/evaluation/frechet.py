@@ -16,7 +16,7 @@ from semtok.statistics import StreamingMoments
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A normal distribution of features.
+    """A normal distribution of features, on the CPU: one side may have been read from a file, the other seen on a GPU.
 
     Attributes:
         mean: float64 (D,).
@@ -35,7 +35,8 @@ class Gaussian:
         """
         if moments.count < 2:
             raise ValueError("a Fréchet distance needs at least two images on each side")
-        return cls(moments.mean, moments.matrix * (moments.count / (moments.count - 1)))
+        unbiased = moments.matrix * (moments.count / (moments.count - 1))
+        return cls(moments.mean.cpu(), unbiased.cpu())
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
