@@ -36,7 +36,7 @@ from comparison.report import generation_table
 from comparison.results import CLASS_SHARE, RowScores, Spread, compared, steps_to_reach
 from comparison.rows import read_rows
 from comparison.time_left import TimeLeft
-from comparison.work import jobs_of
+from comparison.work import jobs_of, measuring_job
 from semtok import Generator, Tokenizer, UserError
 from semtok.commands.cli import run
 from semtok.evaluation.judge import trained_judge
@@ -543,6 +543,7 @@ def test_each_training_that_was_measured_is_kept_where_a_signal_stops(tmp_path, 
 
     row = Row(name="repa", tokenizer="demo", settings=("diffusion.repa={weight: 0.5}",))
     planned = comparison(tmp_path, VAE, row)
+    assert not measuring_job(planned).saves, "so it ends at once"
     for stop, known in ((1, 1), (2, 2)):
         stopping_after(stop)
         with pytest.raises(KeyboardInterrupt):
@@ -600,11 +601,13 @@ def test_a_failed_job_ends_it_with_the_last_line_of_its_log(tmp_path):
 
 
 def test_a_signal_stops_the_running_jobs(tmp_path):
-    """The first asks them to, the second does not ask; one that is ignored, as SIGHUP under nohup, stays so."""
+    """The first asks them to, but for those that save nothing; the second does not ask. One that is ignored, as SIGHUP
+    under nohup, stays so."""
     deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     for name, beginning, sent in (
         ("polite", "", [signal.SIGHUP, signal.SIGTERM]),
         ("deaf", deaf, [signal.SIGINT, signal.SIGTERM]),
+        ("saves nothing", deaf, [signal.SIGINT]),
     ):
         pid = tmp_path / f"{name}.pid"
         code = f"{beginning}import os, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(30)"
@@ -625,7 +628,8 @@ def test_a_signal_stops_the_running_jobs(tmp_path):
         thread.start()
         try:
             with pytest.raises(Stopped, match="SIGTERM" if name == "polite" else "SIGINT"):
-                run_all([job(tmp_path, name, code=code), job(tmp_path, "after", name)])
+                first = replace(job(tmp_path, name, code=code), saves=name != "saves nothing")
+                run_all([first, job(tmp_path, "after", name)])
         finally:
             thread.join()
             signal.signal(signal.SIGHUP, before)
