@@ -222,6 +222,8 @@ def test_a_generator_too_and_several_are_compared_by_held_out_images(runs, tmp_p
         (["vae", "--average", "best", "--output", "x"], "--average best: expected a width"),
         (["vae", "--average", "0.05,0.1", "--output", "x"], "leave --output out"),
         (["vae"], "--output is missing"),
+        (["tok", "--average", "0.1"], "has followed none (train.averages)"),
+        (["nowhere", "--average", "0.1"], "is no run"),
         (["tok", "--average", "0.1", "--output", "x"], "has followed none (train.averages)"),
         (["vae", "--average", "0.01", "--output", "x"], "within reach: 0."),
     ],

@@ -28,7 +28,7 @@ import tiny
 from comparison import command as compare
 from comparison import plan, scores
 from comparison.asked import BUDGETS, ComparisonSettings, Row
-from comparison.estimate import expected_seconds
+from comparison.estimate import expected_seconds, is_measured, measure_steps
 from comparison.finished import take_finished_runs, with_whole_runs
 from comparison.jobs import Job, Stopped, only_one_in, run_jobs
 from comparison.plan import Comparison
@@ -37,7 +37,7 @@ from comparison.report import generation_table
 from comparison.results import CLASS_SHARE, RowScores, Spread, compared, steps_to_reach
 from comparison.rows import read_rows
 from comparison.time_left import TimeLeft
-from comparison.work import jobs_of
+from comparison.work import jobs_of, measuring_job
 from semtok import Generator, Tokenizer, UserError
 from semtok.commands.cli import run
 from semtok.commands.train_tokenizer import train_tokenizer
@@ -537,6 +537,37 @@ def test_every_job_has_an_expected_time_once_steps_were_measured(finished):
     assert all(expected_seconds(planned, one.kind, one.of) > 1 for one in jobs)
 
 
+def test_each_training_that_was_measured_is_kept_where_a_signal_stops(tmp_path, monkeypatch):
+    measured: list[object] = []
+
+    def stopping_after(number: int) -> None:
+        def seconds(objective: object, *_: object) -> float:
+            if len(measured) == number:
+                raise KeyboardInterrupt
+            measured.append(objective)
+            return 1.0
+
+        monkeypatch.setattr("comparison.estimate._seconds_a_step", seconds)
+
+    row = Row(name="repa", tokenizer="demo", settings=("diffusion.repa={weight: 0.5}",))
+    planned = comparison(tmp_path, VAE, row)
+    assert not measuring_job(planned).saves, "so it ends at once"
+    for stop, known in ((1, 1), (2, 2)):
+        stopping_after(stop)
+        with pytest.raises(KeyboardInterrupt):
+            measure_steps(planned)
+        kept = json.loads((tmp_path / "seconds_a_step.json").read_text())
+        assert len(kept["tokenizer"]) + len(kept["generator"]) == known
+        assert not is_measured(planned)
+    stopping_after(4)
+    measure_steps(planned)
+    assert is_measured(planned) and len(measured) == 3
+    more = comparison(tmp_path, VAE, row, Row(name="plain", tokenizer="demo"))
+    assert not is_measured(more)
+    measure_steps(more)
+    assert is_measured(more) and len(measured) == 4, "the new row alone"
+
+
 # Jobs --------------------------------------------------------------------------------------------
 
 
@@ -578,11 +609,13 @@ def test_a_failed_job_ends_it_with_the_last_line_of_its_log(tmp_path):
 
 
 def test_a_signal_stops_the_running_jobs(tmp_path):
-    """The first asks them to, the second does not ask; one that is ignored, as SIGHUP under nohup, stays so."""
+    """The first asks them to, but for those that save nothing; the second does not ask. One that is ignored, as SIGHUP
+    under nohup, stays so."""
     deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     for name, beginning, sent in (
         ("polite", "", [signal.SIGHUP, signal.SIGTERM]),
         ("deaf", deaf, [signal.SIGINT, signal.SIGTERM]),
+        ("saves nothing", deaf, [signal.SIGINT]),
     ):
         pid = tmp_path / f"{name}.pid"
         code = f"{beginning}import os, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(30)"
@@ -603,7 +636,8 @@ def test_a_signal_stops_the_running_jobs(tmp_path):
         thread.start()
         try:
             with pytest.raises(Stopped, match="SIGTERM" if name == "polite" else "SIGINT"):
-                run_all([job(tmp_path, name, code=code), job(tmp_path, "after", name)])
+                first = replace(job(tmp_path, name, code=code), saves=name != "saves nothing")
+                run_all([first, job(tmp_path, "after", name)])
         finally:
             thread.join()
             signal.signal(signal.SIGHUP, before)

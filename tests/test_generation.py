@@ -1,5 +1,6 @@
 """Scores of generated images: closed forms, known overlaps, files in and out, and the command."""
 
+import contextlib
 import json
 import weakref
 import zipfile
@@ -12,6 +13,7 @@ from PIL import Image
 
 import tiny
 from comparison import command as compare
+from semtok import lock
 from semtok.commands import evaluate, sample
 from semtok.commands.cli import run
 from semtok.data.images.folder import Folder, FolderConfig
@@ -37,6 +39,7 @@ from semtok.evaluation.image_sets import (
 )
 from semtok.evaluation.inception import Inception
 from semtok.evaluation.judge import trained_judge
+from semtok.lock import only_one_in
 from semtok.statistics import StreamingMoments
 from semtok.teachers import Teacher, TeacherConfig
 
@@ -224,6 +227,24 @@ def test_references_are_read_from_the_cache_until_the_images_change(cache, monke
         file.write_bytes(b"damaged")
     see_reference(images_of_source(SOURCE, 100), network, cache)
     assert sum(calls) == 401, "a damaged file is made anew"
+
+
+def test_a_reference_that_another_process_sees_is_waited_for_and_read(cache, monkeypatch, capsys):
+    images, network = images_of_source(SOURCE, 100), FeatureNetwork("means", "1", MEANS.see)
+    see_reference(images, network, cache)
+    (file,) = cache.iterdir()
+    kept, other = file.read_bytes(), contextlib.ExitStack()
+    file.unlink()
+    other.enter_context(only_one_in(cache, "another", lock_file=f".{file.stem}.lock"))
+
+    def ends(seconds: float) -> None:
+        file.write_bytes(kept)
+        other.close()
+
+    monkeypatch.setattr(lock.time, "sleep", ends)
+    unasked = FeatureNetwork("means", "1", lambda images: {})
+    assert see_reference(images, unasked, cache).num_images == 100
+    assert "is at work there" in capsys.readouterr().out
 
 
 def test_statistics_of_adm_are_read_and_damaged_ones_refused(tmp_path):

@@ -342,7 +342,11 @@ def test_the_rate_is_an_option_of_sampling_and_refused_where_it_can_take_no_effe
     assert run(sample.main, [*words, "--state-refresh-rate", "3"]) == 0
     words[-1] = str(tmp_path / "b.png")
     assert run(sample.main, [*words, "--state-refresh-rate", "2", "--method", "heun"]) == 2
-    assert "state_refresh_rate goes with euler and sde" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error == "error: --state-refresh-rate: goes with --method euler and sde, not heun\n"
+    both = ["--state-refresh-rate", "0", "--steps", "2"]
+    assert run(sample.main, [*words, *both]) == 2
+    assert "error: --steps, --state-refresh-rate: state_refresh_rate: " in capsys.readouterr().err
     assert run(sample.main, [*words, "--method", "heun"]) == 0, "the model's own rate is 2"
     told = "note: sampler.state_refresh_rate of this model does not go with heun"
     assert told in capsys.readouterr().err

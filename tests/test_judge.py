@@ -1,16 +1,20 @@
 """A judge that nothing was aligned to: it learns from real images alone, once, and tells how well it reads."""
 
+import contextlib
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from semtok import lock
 from semtok.commands import evaluate
 from semtok.commands.cli import run
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.errors import UserError
 from semtok.evaluation.classes import Judge, accuracy, features_and_labels, real_batches
 from semtok.evaluation.judge import JudgeNetwork, trained_judge
+from semtok.lock import only_one_in
 
 CPU = torch.device("cpu")
 CONFIG = ShapesConfig(size=16, classes=("hue",), num_images=1000, num_validation_images=200)
@@ -49,6 +53,23 @@ def test_it_is_trained_once_for_the_same_images_and_seed_and_repeats(tmp_path):
     assert judge(tmp_path / "one", steps=2).network.identity != first.identity, "mirrored or not"
     TRAIN.flip = not TRAIN.flip
     assert len(list((tmp_path / "one").iterdir())) == 4
+
+
+def test_a_judge_that_another_process_trains_is_waited_for_and_read(tmp_path, monkeypatch, capsys):
+    first = judge(tmp_path / "other", steps=2).network
+    (file,) = (tmp_path / "other").iterdir()
+    cache, other = tmp_path / "cache", contextlib.ExitStack()
+    other.enter_context(only_one_in(cache, "another", lock_file=f".{file.stem}.lock"))
+
+    def ends(seconds: float) -> None:
+        shutil.copy(file, cache)
+        other.close()
+
+    monkeypatch.setattr(lock.time, "sleep", ends)
+    monkeypatch.setattr("semtok.evaluation.judge._train", None)
+    assert judge(cache, steps=2).network.identity == first.identity
+    assert "a command that trains this judge is at work there" in capsys.readouterr().out
+    assert [found.name for found in cache.iterdir()] == [file.name]
 
 
 def test_large_images_are_made_smaller_and_keep_their_shape():

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -579,7 +580,7 @@ def test_a_cache_that_is_being_written_is_left_alone_and_one_that_was_stopped_go
     call = ["--tokenizer", place / "tokenizer", "--data", *words(place), *options]
     stopped = functools.partial(signal.raise_signal, signal.SIGTERM)
     with only_one_in(output / "train", "another"), monkeypatch.context() as patch:
-        patch.setattr(shards.time, "sleep", lambda seconds: stopped())  # while it waits
+        patch.setattr(time, "sleep", lambda seconds: stopped())  # while it waits
         assert command(*call) == 143
     assert f"{output}/train: a command that writes a cache is at work" in capsys.readouterr().out
 
@@ -622,7 +623,7 @@ def test_a_training_waits_for_the_cache_that_another_is_writing(
         train_dit.train_dit(recipe(place), tmp_path / "run")
     other = contextlib.ExitStack()
     other.enter_context(only_one_in(folder, "a command"))
-    monkeypatch.setattr(shards.time, "sleep", lambda seconds: other.close())
+    monkeypatch.setattr(time, "sleep", lambda seconds: other.close())
     train_dit.train_dit(recipe(place), tmp_path / "run")
     assert "a command that writes a cache is at work there" in capsys.readouterr().out
     assert is_latent_cache(str(folder.parent))

@@ -299,6 +299,10 @@ def test_what_the_methods_of_the_vae_say_before_the_first_step_names_its_setting
             "method.sampler.guidance.scale: guidance needs the null label",
         ),
         (
+            {"sampler": {"guidance": {"num_channels": 2}}},
+            "method.sampler.guidance.num_channels: nothing is guided, as method.sampler.guidance.scale",
+        ),
+        (
             {"tokenizer": {"adversarial": {**ADVERSARY, "num_layers": 9}}},
             "method.tokenizer.adversarial.num_layers: too many for images of 16x16",
         ),

@@ -209,11 +209,20 @@ def test_a_teacher_may_judge_and_a_model_without_classes_has_distances_alone(tok
     assert told["judge"] == told["network"]["model"] == "demo" and not told["first_reached"]
 
 
+ROUTED_IN_VAIN = {
+    "network": {"depth": 5, "width": 16, "heads": 1},
+    "routing": {"drop": 0, "path_drop": 0},
+}
+
+
 @pytest.mark.parametrize(
     ("score", "more", "message"),
     [
         ({"judge": "demo", "judge_steps": 5}, {}, "score.judge_steps: goes with score.judge=trained"),
-        ({"judge": "dinov9"}, {}, "score.judge: teacher.name: timm knows no model 'dinov9'"),
+        ({"judge": "dinov9"}, {}, "^recipe: score.judge: no judge is called 'dinov9'; expected trained, demo, or a"),
+        ({"judge": "traind"}, {}, "'traind'; did you mean 'trained'.* expected trained, demo, or a model"),
+        ({"sampler": {"guidance": {"num_channels": 3}}}, {}, "score.sampler.guidance.num_channels: nothing is g"),
+        ({}, ROUTED_IN_VAIN, "^recipe: diffusion.routing: drop and path_drop are 0"),
         ({"classes_at": [0.5]}, {"unconditional": True}, "score.classes_at: the model has no classes"),
         ({"classes_at": [1.5]}, {}, "score.classes_at"),
         ({"sampler": {"guidance": {"scale": 2}}}, {"class_dropout": 0}, "class_dropout"),

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 import tiny
 from benchmarks.synthetic import PUBLISHED, SpecTokenizer, SyntheticLatents
 from benchmarks.training import TRAIN, make_objective
-from semtok import Generator
+from semtok import Generator, UserError
 from semtok.commands import sample, train_dit
 from semtok.commands.cli import run
 from semtok.data.images.kinds import open_sources
@@ -38,7 +38,7 @@ SHAPE = {"depth": 6, "width": 32, "heads": 2, "patch_size": 8}
 
 
 def objective(overrides: list[str], kind: str = "sit") -> DiffusionObjective:
-    """The objective of settings on latents of a kind."""
+    """The objective of settings on latents of a kind, for a new run."""
     published = PUBLISHED[kind]
     content = {
         "tokenizer": kind,
@@ -48,9 +48,11 @@ def objective(overrides: list[str], kind: str = "sit") -> DiffusionObjective:
     }
     recipe = parse_diffusion_recipe(apply_overrides(content, overrides), "tiny.yaml")
     source = SyntheticLatents(published)
-    return make_objective(
+    made = make_objective(
         recipe, SpecTokenizer(published.spec), source, published.target_width or 8
     )
+    made.check_use()
+    return made
 
 
 # Refused -----------------------------------------------------------------------------------------
@@ -91,6 +93,40 @@ ROUTED = "diffusion.routing={}"
         (
             ["diffusion.network.patch_size=32", "diffusion.routing={law: grid}"],
             "diffusion.routing.law: a grid of 1x1 tokens has no whole 2x2 cells; pass random",
+        ),
+        (
+            ["diffusion.routing={drop: 0, path_drop: 0}"],
+            "diffusion.routing: drop and path_drop are 0, so that nothing is dropped; pass some drop, or "
+            "diffusion.routing=null",
+        ),
+        (
+            ["diffusion.network.patch_size=32", ROUTED],
+            "diffusion.routing.drop: of one token none is dropped; pass a network of smaller patches, or",
+        ),
+        (
+            [ROUTED, "sampler.guidance.base=dropped_path"],
+            "sampler.guidance.base: nothing is guided, as sampler.guidance.scale is 1; pass another scale, or",
+        ),
+        (
+            ["sampler.guidance.interval=[0.2, 1.0]"],
+            "sampler.guidance.interval: nothing is guided",
+        ),
+        (["sampler.guidance.num_channels=3"], "sampler.guidance.num_channels: nothing is guided"),
+        (
+            ["diffusion.repa={weight: 0, projector: conv}"],
+            "diffusion.repa.projector takes effect with some diffusion.repa.weight, and it is 0",
+        ),
+        (
+            ["diffusion.repa={weight: 0, spatial_norm: 0.6}"],
+            "diffusion.repa.spatial_norm takes effect with some diffusion.repa.weight",
+        ),
+        (
+            ["diffusion.repa=false", "diffusion.repa.spatial_norm=0.6"],
+            "override 'diffusion.repa.spatial_norm=0.6' contradicts 'diffusion.repa=false'; leave one",
+        ),
+        (
+            ["diffusion.repa.spatial_norm=0.6", "diffusion.repa=false"],
+            "override 'diffusion.repa=false' contradicts 'diffusion.repa.spatial_norm=0.6'",
         ),
         (
             [ROUTED, "sampler.guidance.base=dropped_path", "diffusion.routing.path_drop=0"],
@@ -203,6 +239,42 @@ def test_what_can_take_no_effect_is_refused_by_name(words, message):
         objective(words)
     text = str(error.value)
     assert message in text and "\n" not in text, text
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("train.precision=bf8", "fp32, tf32, bf16, bf16_matmul, fp16 or auto, got 'bf8'"),
+        ("diffusion.network.qk_norm=foo", "true, false, layer or rms, got 'foo'"),
+        ("diffusion.repa=true", "false, null or {} with any of weight, depth, projector"),
+        ("diffusion.routing=true", "null or {} with any of first, last, drop"),
+        ("diffusion.internal_guidance=8", "null or {after: …} with any of weight, got 8"),
+        ("train.averages=true", "null or {} with any of sigma_rel, every, keep, got True"),
+        ("score=true", "null or {} with any of every, num, judge"),
+        ("diffusion.routing.drop=abc", "a number or a mapping {whole number: number}, got 'abc'"),
+        ("diffusion.contrastive_weight=abc", "a number or a mapping {text: number}, got 'abc'"),
+        ("diffusion.loss_weights.texture=abc", "a number or a mapping {whole number: number}"),
+        ("sampler.guidance.interval=abc", "a list or a mapping {text: …}, got 'abc'"),
+        ("diffusion.network=5", "a text or {depth: …, width: …, heads: …} with any of"),
+        ("diffusion.leads=0.3", "null or a mapping {text: number}, got 0.3"),
+        ("train.optimiser=adamw", "null or {learning_rate: …} with any of"),
+    ],
+)
+def test_what_a_setting_of_several_kinds_takes_is_told(word, expected):
+    with pytest.raises(UserError) as error:
+        objective([word])
+    text = str(error.value)
+    assert text.startswith(f"tiny.yaml: {word.partition('=')[0]}: expected {expected}"), text
+    assert "\n" not in text
+
+
+def test_of_a_setting_of_several_kinds_what_is_wrong_with_the_kind_that_was_meant_is_told():
+    with pytest.raises(UserError, match=r"routing.drop: input should be less than 1, got 1.0"):
+        objective(["diffusion.routing.drop=1.0"])
+    with pytest.raises(UserError, match="routing.drop.9: input should be a valid number, got 'a'"):
+        objective(["diffusion.routing.drop={0: 0.5, 9: a}"])
+    with pytest.raises(UserError, match=r"unknown key 'diffusion.repa.wieght'; did you mean 'we"):
+        objective(["diffusion.repa={wieght: 1}"])
 
 
 def test_a_setting_below_a_presets_name_changes_that_preset():

@@ -26,6 +26,7 @@ except ImportError:  # on Windows
 LOCK_FILE = ".lock"
 """Is there while somebody works in the folder, or was killed there."""
 BEAT_SECONDS = 5.0
+_WAIT_SECONDS = 1.0
 _WATCHED_BEATS = 3
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 _held: set[int] = set()
@@ -48,19 +49,22 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextlib.contextmanager
-def only_one_in(folder: Path, what: str, *, way_out: str = "wait, or stop it") -> Iterator[None]:
+def only_one_in(
+    folder: Path, what: str, *, way_out: str = "wait, or stop it", lock_file: str = LOCK_FILE
+) -> Iterator[None]:
     """Has a folder for itself, made if need be; what was made and stayed empty goes again.
 
     Args:
         what: works there, for the message of who comes second: "a run", "a command that writes a cache".
         way_out: for that message.
+        lock_file: its name; of another name, something in the folder is had, not all of it.
 
     Raises:
         InUse: somebody works there.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    place = folder / LOCK_FILE
+    place = folder / lock_file
     file = _taken(place, what, way_out)
     stop = threading.Event()
     beat = threading.Thread(target=_beat, args=(place, stop), name="semtok lock", daemon=True)
@@ -79,6 +83,24 @@ def only_one_in(folder: Path, what: str, *, way_out: str = "wait, or stop it") -
         with contextlib.suppress(OSError):  # not empty
             for empty in made:
                 empty.rmdir()
+
+
+@contextlib.contextmanager
+def in_turn(folder: Path, what: str, *, lock_file: str = LOCK_FILE) -> Iterator[None]:
+    """``only_one_in``, after whoever is there: what they write may be what is wanted. A line says that this waits."""
+    told = False
+    with contextlib.ExitStack() as stack:
+        while True:
+            here = only_one_in(folder, what, way_out="waiting for it", lock_file=lock_file)
+            try:
+                stack.enter_context(here)
+                break
+            except InUse as error:
+                if not told:
+                    print(error, flush=True)
+                told = True
+                time.sleep(_WAIT_SECONDS)
+        yield
 
 
 def _taken(place: Path, what: str, way_out: str) -> IO[str]:

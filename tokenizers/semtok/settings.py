@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -74,8 +75,8 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
     A setting below one that names a preset changes that preset.
 
     Raises:
-        UserError: an override is not of the form ``key=value``, its value is not YAML, or a shell has made several
-            of one.
+        UserError: an override is not of the form ``key=value``, its value is not YAML, a shell has made several
+            of one, or one is of a setting that another makes a single value.
     """
     content = copy.deepcopy(content)
     for one, other in pairwise(overrides):
@@ -83,6 +84,7 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
             raise UserError(
                 f"override {other!r} follows {one!r}; give one value, in quotes if it holds {{…}}, which shells expand"
             )
+    given: dict[str, tuple[str, Any]] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
@@ -93,6 +95,8 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
             value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError:
             raise UserError(f"override {override!r}: the value is not valid YAML") from None
+        _check_agrees(key, value, override, given)
+        given[key] = override, value
         *parents, last = key.split(".")
         node = content
         for depth, parent in enumerate(parents, start=1):
@@ -102,6 +106,22 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
             node = node[parent]
         node[last] = value
     return content
+
+
+def _check_agrees(
+    key: str, value: Any, override: str, given: Mapping[str, tuple[str, Any]]
+) -> None:
+    """Raises UserError where one of two overrides is within the other's single value: one of them would have no effect.
+
+    Args:
+        given: by key, the overrides before and their values.
+    """
+    for other, (text, before) in given.items():
+        within = key.startswith(f"{other}.") and not isinstance(before, dict)
+        is_preset = isinstance(before, str) and other in _PRESETS
+        around = other.startswith(f"{key}.") and not isinstance(value, dict)
+        if (within and not is_preset) or around:
+            raise UserError(f"override {override!r} contradicts {text!r}; leave one of them out")
 
 
 def parse(model: type[ConfigType], content: dict[str, Any], place: str) -> ConfigType:
@@ -144,6 +164,10 @@ def _explain(model: type[BaseModel], content: dict[str, Any], error: ValidationE
         return message
     if kind == "value_error":
         return f"{key}: {message}" if key else message
+    taken = _taken_at(model, keys) if kind.endswith(_OF_KIND) else []
+    is_mapping = any(_is_model(one) or get_origin(one) is dict for one in taken)
+    if len(taken) - (type(None) in taken) > 1 or is_mapping:
+        return f"{key}: expected {_said_of_all(taken)}, got {value!r}"
     return f"{key}: {message[0].lower()}{message[1:]}, got {value!r}"
 
 
@@ -159,11 +183,12 @@ def _rank(problem: ErrorDetails, content: dict[str, Any]) -> int:
 def _keys(problem: ErrorDetails, content: Any) -> list[str]:
     """A problem's place in what was given. Its location holds names of types too, where a setting takes several."""
     keys = []
-    for part in problem["loc"]:
-        known = content if isinstance(content, dict) else ()
-        if part in (range(len(content)) if isinstance(content, list) else known):
-            keys.append(str(part))
-            content = content[part]
+    for part in map(str, problem["loc"]):
+        held = dict(enumerate(content)) if isinstance(content, list) else content
+        named = {str(key): key for key in held} if isinstance(held, dict) else {}
+        if part in named:
+            keys.append(part)
+            content = held[named[part]]
     return keys
 
 
@@ -177,6 +202,81 @@ def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[s
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if _is_model(annotation):
         return [annotation]
     return [m for argument in get_args(annotation) for m in _models_in(argument)]
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+# What a setting takes -----------------------------------------------------------------------------
+
+
+_OF_KIND = ("_type", "_parsing", "literal_error")
+"""Ends of pydantic's words for a value that is of no kind that a setting takes, or none of its names."""
+_NOUNS = {int: "whole number", float: "number", str: "text", Path: "path"}
+
+
+def _taken_at(model: type[BaseModel], keys: list[str]) -> list[Any]:
+    """The kinds of values that the setting of these keys takes; values of ``Literal`` are of one kind."""
+    kinds: list[Any] = [model]
+    for key in keys:
+        kinds = [inner for kind in kinds for inner in _taken_within(kind, key)]
+    return list(dict.fromkeys(kinds))
+
+
+def _taken_within(kind: Any, key: str) -> list[Any]:
+    if _is_model(kind):
+        return _kinds_of(kind.model_fields[key].annotation) if key in kind.model_fields else []
+    arguments = get_args(kind)
+    if get_origin(kind) is dict:
+        return _kinds_of(arguments[1])
+    if get_origin(kind) in (tuple, list):
+        each = arguments[:1] if arguments[1:] in ((), (...,)) else arguments[int(key) :][:1]
+        return [inner for argument in each for inner in _kinds_of(argument)]
+    return []
+
+
+def _kinds_of(annotation: Any) -> list[Any]:
+    """The members of a union, without bounds."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kinds_of(arguments[0])
+    if origin in (Union, UnionType):
+        return [kind for argument in arguments for kind in _kinds_of(argument)]
+    return [annotation]
+
+
+def _said_of_all(kinds: list[Any]) -> str:
+    """Names first, mappings last."""
+    names = [json.dumps(v) if isinstance(v, bool) else str(v) for k in kinds for v in _names(k)]
+    said = names + ["null"] * (type(None) in kinds)
+    said += [_said(kind) for kind in sorted(kinds, key=_is_model) if not _names(kind)]
+    *others, last = [one for one in said if one]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _names(kind: Any) -> tuple[Any, ...]:
+    """The values of a kind that has few."""
+    if kind is bool:
+        return (True, False)
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def _said(kind: Any) -> str:
+    if kind is type(None):
+        return ""
+    if _is_model(kind):
+        fields = kind.model_fields
+        needed = [f"{name}: …" for name, field in fields.items() if field.is_required()]
+        others = [name for name, field in fields.items() if not field.is_required()]
+        told = f" with any of {', '.join(others)}" if others else ""
+        return f"{{{', '.join(needed)}}}{told}"
+    if get_origin(kind) is dict:
+        nouns = [_kinds_of(argument)[0] for argument in get_args(kind)]
+        return f"a mapping {{{': '.join(_NOUNS.get(noun, '…') for noun in nouns)}}}"
+    if get_origin(kind) in (tuple, list):
+        return "a list"
+    return f"a {_NOUNS.get(kind, getattr(kind, '__name__', kind))}"

@@ -426,6 +426,11 @@ def demo_network() -> nn.Module:
     return network
 
 
+def teacher_names() -> list[str]:
+    """All that a teacher may be called."""
+    return [DEMO, *_SHORT_NAMES, *timm.list_models()]
+
+
 def name_in_timm(name: str) -> str:
     """What timm calls the network of a teacher's name; ``demo`` stays.
 
@@ -434,7 +439,7 @@ def name_in_timm(name: str) -> str:
     """
     name = _SHORT_NAMES.get(name, name)
     if name != DEMO and not timm.is_model(name):
-        near = difflib.get_close_matches(name, [DEMO, *_SHORT_NAMES, *timm.list_models()], n=1)
+        near = difflib.get_close_matches(name, teacher_names(), n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise UserError(f"teacher.name: timm knows no model '{name}'{hint}")
     return name

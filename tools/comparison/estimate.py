@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.timing import TrainerStep
 from benchmarks.training import make_trainer
+from comparison.asked import Row
 from comparison.plan import Comparison
 from comparison.recipes import is_composite, recipe_of
 from semtok.commands.train_dit import build_diffusion_objective, needs_teacher
@@ -17,12 +18,13 @@ from semtok.data.images.kinds import open_sources
 from semtok.data.source import ImageSource
 from semtok.images import to_pixels
 from semtok.objective import Batch, Objective, TokenizerObjective
-from semtok.recipe import load_diffusion_recipe, load_recipe
+from semtok.recipe import DiffusionRecipe, TokenizerRecipe, load_diffusion_recipe, load_recipe
 from semtok.references import DEMO
 from semtok.storage import read_json, write_json
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 
+_KINDS = ("tokenizer", "generator", "encoding", "encoded once")
 _STEPS = 2
 _STATISTICS_IMAGES = 64
 _START = 10.0
@@ -34,51 +36,91 @@ _FORWARD = 1 / 3
 
 
 def measure_steps(comparison: Comparison) -> None:
-    """Writes seconds of a training step of each recipe and row into the comparison's folder.
+    """Writes seconds of a training step of each recipe and row into the comparison's folder, each as soon as it is
+    known; what is known already is not measured again.
 
     A tokenizer that is not trained yet is taken as its recipe begins, and what it is built on or starts from is the
     embedded one: what a step takes hardly depends on it.
     """
-    kinds = ("tokenizer", "generator", "encoding", "encoded once")
-    seconds: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
-    encoded: set[tuple[str, bool]] = set()
+    seconds = _measured(comparison)
+    rows = [row for row in comparison.rows if row.name not in seconds["generator"]]
     untrained: dict[str, Tokenizer] = {}
-    train, _ = open_sources(comparison.data())
     with tempfile.TemporaryDirectory() as place:
         for name in comparison.tokenizers:
-            path = recipe_of(name)
-            if path is None:
+            is_known = name in seconds["tokenizer"]
+            is_learned_on = any(row.tokenizer == name for row in rows)
+            if recipe_of(name) is None or (is_known and not is_learned_on):
                 continue
-            recipe = load_recipe(path, comparison.tokenizer_overrides(name, 0, vae=DEMO))
-            texture = Tokenizer.from_pretrained(DEMO) if is_composite(name) else None
-            images = open_sources(recipe.data)[0]
-            objective = build_objective(
-                recipe, texture, place=str(path), class_names=images.class_names
-            )
-            seconds["tokenizer"][name] = _seconds_a_step(objective, recipe, images, Path(place))
-            untrained[name] = _as_begun(objective, images)
-        for row in comparison.rows:
-            words = comparison.generator_overrides(row, 0)
-            recipe = load_diffusion_recipe(comparison.recipe, words, tokenizer=row.tokenizer)
+            objective, recipe, images = _tokenizer_training(comparison, name)
+            if not is_known:
+                taken = _seconds_a_step(objective, recipe, images, Path(place))
+                seconds["tokenizer"][name] = taken
+                write_json(steps_file(comparison), seconds)
+            if is_learned_on:
+                untrained[name] = _as_begun(objective, images)
+        train, _ = open_sources(comparison.data())
+        for row in rows:
             tokenizer = untrained.get(row.tokenizer)
             if tokenizer is None:
                 tokenizer = Tokenizer.from_pretrained(row.tokenizer)
-            objective = build_diffusion_objective(
-                recipe,
-                tokenizer,
-                train,
-                Teacher(recipe.teacher) if needs_teacher(recipe) else None,
-                place=row.name,
-            )
-            seconds["generator"][row.name] = _seconds_a_step(objective, recipe, train, Path(place))
-            if recipe.data.cache != "auto" or not pays(recipe, train):
-                continue
-            seconds["encoding"][row.name] = _seconds_to_encode(objective, recipe, train)
-            latents = (row.tokenizer, bool(recipe.diffusion.repa))  # which later rows find
-            num = 0 if latents in encoded else len(train) * (2 if train.flip else 1)
-            seconds["encoded once"][row.name] = num
-            encoded.add(latents)
-    write_json(steps_file(comparison), seconds)
+            _measure_row(comparison, row, tokenizer, train, Path(place), seconds)
+            write_json(steps_file(comparison), seconds)
+
+
+def _measured(comparison: Comparison) -> dict[str, dict[str, float]]:
+    """What is known, by kind and name."""
+    file = steps_file(comparison)
+    known = read_json(file) if file.is_file() else {}
+    return {kind: known.get(kind, {}) for kind in _KINDS}
+
+
+def _tokenizer_training(
+    comparison: Comparison, name: str
+) -> tuple[TokenizerObjective, TokenizerRecipe[Any, Any], ImageSource]:
+    path = recipe_of(name)
+    assert path is not None
+    recipe = load_recipe(path, comparison.tokenizer_overrides(name, 0, vae=DEMO))
+    texture = Tokenizer.from_pretrained(DEMO) if is_composite(name) else None
+    images = open_sources(recipe.data)[0]
+    objective = build_objective(recipe, texture, place=str(path), class_names=images.class_names)
+    return objective, recipe, images
+
+
+def _measure_row(
+    comparison: Comparison,
+    row: Row,
+    tokenizer: Tokenizer,
+    train: ImageSource,
+    place: Path,
+    seconds: dict[str, dict[str, float]],
+) -> None:
+    """Adds what is measured to ``seconds``."""
+    recipe = _recipe_of_row(comparison, row)
+    objective = build_diffusion_objective(
+        recipe,
+        tokenizer,
+        train,
+        Teacher(recipe.teacher) if needs_teacher(recipe) else None,
+        place=row.name,
+    )
+    seconds["generator"][row.name] = _seconds_a_step(objective, recipe, train, place)
+    if recipe.data.cache != "auto" or not pays(recipe, train):
+        return
+    seconds["encoding"][row.name] = _seconds_to_encode(objective, recipe, train)
+    known = [r for r in comparison.rows if r.name in seconds["encoded once"]]
+    is_found = _latents(comparison, row) in [_latents(comparison, other) for other in known]
+    num = 0 if is_found else len(train) * (2 if train.flip else 1)
+    seconds["encoded once"][row.name] = num
+
+
+def _recipe_of_row(comparison: Comparison, row: Row) -> DiffusionRecipe[Any]:
+    words = comparison.generator_overrides(row, 0)
+    return load_diffusion_recipe(comparison.recipe, words, tokenizer=row.tokenizer)
+
+
+def _latents(comparison: Comparison, row: Row) -> tuple[str, bool]:
+    """Which latents a row learns from; a later row finds them encoded."""
+    return row.tokenizer, bool(_recipe_of_row(comparison, row).diffusion.repa)
 
 
 def _seconds_a_step(objective: Objective, recipe: Any, images: Any, folder: Path) -> float:
@@ -119,9 +161,7 @@ def steps_file(comparison: Comparison) -> Path:
 
 def is_measured(comparison: Comparison) -> bool:
     """Whether every recipe and row was measured; rows may have been added."""
-    if not steps_file(comparison).is_file():
-        return False
-    known = read_json(steps_file(comparison))
+    known = _measured(comparison)
     recipes = {name for name in comparison.tokenizers if recipe_of(name) is not None}
     return recipes <= set(known["tokenizer"]) and {r.name for r in comparison.rows} <= set(
         known["generator"]
@@ -146,8 +186,7 @@ def expected_seconds(comparison: Comparison, kind: str, name: str) -> float:
         passes = 2 * train.num_statistics_images / train.batch_size * _FORWARD
         return _START + known["tokenizer"][name] * (train.steps + passes)
     row = next(row for row in comparison.rows if row.name == name)
-    words = comparison.generator_overrides(row, 0)
-    recipe = load_diffusion_recipe(comparison.recipe, words, tokenizer=row.tokenizer)
+    recipe = _recipe_of_row(comparison, row)
     encoding = known.get("encoding", {}).get(name, 0.0)
     once = known.get("encoded once", {}).get(name, 0) * encoding / recipe.train.batch_size
     step = max(0.0, known["generator"][name] - encoding)

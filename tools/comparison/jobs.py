@@ -31,6 +31,7 @@ class Job:
         after: names of the jobs whose results it reads.
         kind: what it does, for ``estimate``; empty: nothing is known of it.
         of: the name of the recipe or row.
+        saves: whether it may write something when it is asked to stop; others are not asked, but killed.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Job:
     after: tuple[str, ...] = ()
     kind: str = ""
     of: str = ""
+    saves: bool = True
 
 
 class Stopped(Exception):
@@ -81,7 +83,8 @@ def run_jobs(
 ) -> None:
     """Runs what is not done yet. However this ends, no job goes on running.
 
-    Jobs that are stopped are sent SIGTERM, at which trainings write a checkpoint, and after a minute SIGKILL.
+    Jobs that are stopped are sent SIGTERM, at which trainings write a checkpoint, and after a minute SIGKILL. Those
+    that save nothing are killed at once.
 
     Args:
         held: a descriptor that jobs inherit, see ``only_one_in``.
@@ -186,10 +189,11 @@ async def _run(job: Job, environment: dict[str, str], held: int) -> None:
     try:
         code = await process.wait()
     except asyncio.CancelledError:  # and once more, where that takes too long
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+        if job.saves:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), _STOP_SECONDS)
         raise
     finally:
         if process.returncode is None:

@@ -147,7 +147,7 @@ class Comparison:
             "train.keep_last=100000",  # whatever interruptions add, all are there to be scored
             f"train.sample_every={self.settings.steps}",
             f"train.log_every={_divisor_near(steps[0], 50)}",
-            "sampler.guidance.scale=1",
+            "sampler.guidance={}",  # also no interval, which would have no effect
             f"data.cache={self.settings.cache}",
             *self.settings.settings,
             *row.settings,

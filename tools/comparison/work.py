@@ -44,6 +44,7 @@ def measuring_job(comparison: Comparison) -> Job:
         lambda: [*_launcher("compare"), *words],
         lambda: is_measured(comparison),
         comparison.folder / LOGS / f"{steps_file(comparison).stem}.log",
+        saves=False,  # what was measured is kept, and a signal would wait for the end of a step
     )
 
 

@@ -46,6 +46,19 @@ class Kept:
         """After which it was written."""
         return step_of(self.checkpoint)
 
+    def check(self, average: str | None) -> None:
+        """Raises UserError where the run has followed no such average, see ``averaged``."""
+        train = self.plan.recipe.train
+        average = average or kept_weights(train)
+        if average == "ema" and train.ema_decay is None:
+            raise UserError(
+                f"--average ema: {self.plan.folder} has followed no EMA (train.ema_decay); leave it out"
+            )
+        if average not in _WORDS and train.averages is None:
+            raise UserError(
+                f"--average {average}: {self.plan.folder} has followed none (train.averages); leave it out"
+            )
+
     def averaged(self, average: str | None) -> tuple[nn.Module, str]:
         """The module to export, on the device where the run measures, and what its weights are.
 
@@ -57,19 +70,12 @@ class Kept:
             UserError: the run has no such average, or can't give it.
         """
         objective, train = self.plan.objective, self.plan.recipe.train
+        self.check(average)
         allow_tf32(train.precision)
         average = average or kept_weights(train)
-        if average == "ema" and train.ema_decay is None:
-            raise UserError(
-                f"--average ema: {self.plan.folder} has followed no EMA (train.ema_decay); leave it out"
-            )
         own = objective.averaged_module()
         names = [] if average == "trained" else [average]
         if average not in _WORDS:
-            if train.averages is None:
-                raise UserError(
-                    f"--average {average}: {self.plan.folder} has followed none (train.averages); leave it out"
-                )
             names = names_of(train.averages)
         copies = {name: copy.deepcopy(own) for name in names}
         modules = {"learners": objective.learners, **copies}

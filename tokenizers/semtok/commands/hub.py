@@ -120,12 +120,14 @@ def _checkpoint(args: argparse.Namespace) -> None:
     averages = [check_average(word) for word in args.average.split(",")] if args.average else [None]
     if len(averages) > 1 and args.output is not None:
         raise UserError("--average: several are compared and none is exported; leave --output out")
+    if args.output is not None:
+        _check_new(args.output)
+    kept = kept_checkpoint(args.run, args.step)
+    for average in averages:
+        kept.check(average)
     if len(averages) == 1:
         if args.output is None:
             raise UserError("--output is missing; give a folder for the export")
-        _check_new(args.output)
-    kept = kept_checkpoint(args.run, args.step)
-    if len(averages) == 1:
         kept.export(averages[0], args.output)
         print(f"exported as after step {kept.step}: {args.output}")
         return

@@ -119,6 +119,7 @@ def sampler_from(args: argparse.Namespace, generator: Generator) -> SamplerConfi
     own = generator.sampler
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps: expected at least 1, got {args.steps}")
+    _check_method(args, args.method or own.method, generator)
     changes = {
         "method": args.method,
         "steps": args.steps,
@@ -129,7 +130,9 @@ def sampler_from(args: argparse.Namespace, generator: Generator) -> SamplerConfi
     }
     given = {k: v for k, v in changes.items() if v is not None}
     settings = own.model_dump() | _without_those_of(own, args.method or own.method) | given
-    sampler = parse(SamplerConfig, settings, "--method, --steps")
+    told = [name for name in SAMPLER_OPTIONS if getattr(args, name, None) is not None]
+    place = ", ".join(f"--{name.replace('_', '-')}" for name in told)
+    sampler = parse(SamplerConfig, settings, place or "sampler")
     _check_use(args, sampler, generator)
     return sampler
 
@@ -165,9 +168,8 @@ def _guidance(args: argparse.Namespace, generator: Generator) -> Mapping[str, An
     return guidance
 
 
-def _check_use(args: argparse.Namespace, sampler: SamplerConfig, generator: Generator) -> None:
-    """Refuses options that would change nothing."""
-    method, guidance = sampler.method, sampler.guidance
+def _check_method(args: argparse.Namespace, method: str, generator: Generator) -> None:
+    """Refuses options that a method, or a network, makes no use of."""
     if args.steps is not None and method == "dopri5":
         raise UserError("--steps: dopri5 chooses its steps; leave it out, or take another --method")
     if args.diffusion is not None and method != "sde":
@@ -181,6 +183,11 @@ def _check_use(args: argparse.Namespace, sampler: SamplerConfig, generator: Gene
             raise UserError(
                 "--state-refresh-rate: this model has no head that could be run alone; leave it out"
             )
+
+
+def _check_use(args: argparse.Namespace, sampler: SamplerConfig, generator: Generator) -> None:
+    """Refuses options of guidance that would change nothing."""
+    guidance = sampler.guidance
     if args.guidance_base is not None:
         _check_base(args.guidance_base, guidance, generator)
     if args.interval is not None and not _guided(guidance, generator.network.spec.names):

@@ -31,7 +31,7 @@ from semtok.data.images.kinds import open_sources
 from semtok.data.source import ImageSource
 from semtok.diffusion.generator import Generator
 from semtok.diffusion.training import DiffusionObjective
-from semtok.errors import UserError
+from semtok.errors import UserError, named_here
 from semtok.evaluation.on_the_way import ScorePlan, plan_scores, scoring
 from semtok.images import to_pixels
 from semtok.processes import together
@@ -207,12 +207,23 @@ def plan_dit(
         latents = open_latent_cache(stored, tokenizer, data=recipe.data)
     source = (latents or images)[0]
     objective = build_diffusion_objective(recipe, built_on, source, teacher, place=place)
+    if not resume:
+        with around_training.errors_at(place):
+            _check_use(recipe, objective)
     if is_made and images is not None:
         _check_latents(tokenizer, images[0], recipe.tokenizer)
     scores = _scores(recipe, objective, images, place=place)
     return GeneratorPlan(
         recipe, folder, place, resume, images, tokenizer, teacher, latents, objective, scores
     )
+
+
+def _check_use(recipe: DiffusionRecipe[Any], objective: DiffusionObjective) -> None:
+    """Raises ValueError where settings would change nothing."""
+    objective.check_use()
+    if recipe.score is not None and recipe.score.sampler is not None:
+        with named_here(r"\bsampler\.", "score.sampler."):
+            recipe.score.sampler.guidance.check_use()
 
 
 def _scores(

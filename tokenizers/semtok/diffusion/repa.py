@@ -51,6 +51,17 @@ class REPAConfig(Config):
             raise ValueError("projector_width takes effect with projector: mlp only")
         return self
 
+    def check_use(self) -> None:
+        """Raises ValueError where settings say how tokens are aligned, and the weight leaves nothing to align."""
+        if self.weight:
+            return
+        for name, field in type(self).model_fields.items():
+            if name != "weight" and getattr(self, name) != field.default:
+                raise ValueError(
+                    f"diffusion.repa.{name} takes effect with some diffusion.repa.weight, and it is 0; pass more, or "
+                    "diffusion.repa=false"
+                )
+
     def depth_in(self, num_blocks: int) -> int:
         """After which of a network's blocks."""
         return self.depth if self.depth is not None else min(8, max(1, num_blocks // 3))

@@ -67,6 +67,21 @@ class RoutingConfig(Config):
     def _shares(self) -> list[float]:
         return list(self.drop.values()) if isinstance(self.drop, dict) else [self.drop]
 
+    def check_use(self, num_patches: int, num_vectors: int) -> None:
+        """Raises ValueError where settings would drop nothing of so many tokens."""
+        shares = [share for share in self._shares() if share]
+        if not shares and not self.path_drop:
+            raise ValueError(
+                "diffusion.routing: drop and path_drop are 0, so that nothing is dropped; pass some drop, or "
+                "diffusion.routing=null"
+            )
+        num_tokens = num_patches + (num_vectors if self.vectors == "routed" else 0)
+        if shares and num_tokens == 1:
+            raise ValueError(
+                "diffusion.routing.drop: of one token none is dropped; pass a network of smaller patches, or "
+                "diffusion.routing=null"
+            )
+
     def check_grid(self, grid: tuple[int, int]) -> None:
         """Raises ValueError where a grid of tokens can't be cut into 2x2 cells, if that is the law."""
         if self.law == "grid" and any(side % _SIDE for side in grid):

@@ -80,6 +80,20 @@ class DiffusionObjective(Objective):
         learner = DiTLearner(self.config, network, target_width)
         self.learners = nn.ModuleDict({"dit": learner})
 
+    def check_use(self) -> None:
+        """Raises ValueError where settings would change nothing.
+
+        A run that goes on is not asked: an earlier version may have begun it.
+        """
+        self.sampler.guidance.check_use()
+        if self.config.repa:
+            self.config.repa.check_use()
+        if self.config.routing is not None:
+            spec, patch = self._tokenizer.module.spec, self.config.architecture.patch_size
+            rows, columns = spec.shape("texture", self.image_size)[1:]
+            num_vectors = sum(not part.is_spatial for part in spec.parts)
+            self.config.routing.check_use(rows * columns // patch**2, num_vectors)
+
     def _find_targets(
         self, tokenizer: Tokenizer, teacher: Teacher | None, cached_width: int | None
     ) -> int:

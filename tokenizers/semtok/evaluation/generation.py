@@ -25,6 +25,7 @@ from semtok.evaluation.image_sets import ImageSet
 from semtok.evaluation.inception import Inception, check_torch_fidelity
 from semtok.evaluation.protocol import Network, PixelDigest, teacher_protocol
 from semtok.images import to_pixels
+from semtok.lock import in_turn
 from semtok.progress import progress, waiting
 from semtok.settings import Config, parse
 from semtok.statistics import StreamingMoments
@@ -196,24 +197,37 @@ class _Collector:
 
 
 def see_reference(images: ImageSet, network: FeatureNetwork, cache: Path) -> SetFeatures:
-    """As ``see``, for the real images: at most 10,000 features, and read from the cache where they are.
+    """As ``see``, for the real images: at most 10,000 features, and read from the cache where they are. Where another
+    process sees the same, this one waits for that.
 
     Args:
         cache: a folder; a file in it is of one set of images and one network.
     """
     key = f"{images.identity} {network.name} {network.identity} {MAX_REFERENCE_FEATURES}"
     file = cache / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.npz"
-    if file.is_file():
-        try:
-            stored = read_statistics(file)
-            if stored.digest is not None:  # else of an older version, which did not tell
-                return stored
-        except UserError:
-            file.unlink(missing_ok=True)  # damaged: made anew
-    seen = see(images, [network], max_features=MAX_REFERENCE_FEATURES)[network.name]
-    seen = replace(seen, logits=None)
-    write_statistics(file, seen)
-    return seen
+    stored = _kept(file)
+    if stored is not None:
+        return stored
+    what = "a command that sees these images by this network"
+    with in_turn(cache, what, lock_file=f".{file.stem}.lock"):
+        stored = _kept(file)  # by who was there before
+        if stored is None:
+            seen = see(images, [network], max_features=MAX_REFERENCE_FEATURES)[network.name]
+            stored = replace(seen, logits=None)
+            write_statistics(file, stored)
+    return stored
+
+
+def _kept(file: Path) -> SetFeatures | None:
+    """What a cache's file holds; None: nothing of use."""
+    if not file.is_file():
+        return None
+    try:
+        stored = read_statistics(file)
+    except UserError:
+        file.unlink(missing_ok=True)  # damaged: made anew
+        return None
+    return stored if stored.digest is not None else None  # of an older version, which did not tell
 
 
 # Files of statistics ------------------------------------------------------------------------------

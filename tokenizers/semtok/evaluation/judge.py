@@ -23,6 +23,7 @@ from semtok.evaluation.classes import Judge
 from semtok.evaluation.generation import FeatureNetwork
 from semtok.evaluation.protocol import Network, weights_digest
 from semtok.images import to_pixels
+from semtok.lock import in_turn
 from semtok.optimiser import OptimiserConfig
 from semtok.progress import progress
 from semtok.storage import digest, load_weights, new_file, write_tensors
@@ -101,7 +102,8 @@ def trained_judge(
     seed: int = 0,
     steps: int = STEPS,
 ) -> Judge:
-    """The judge of these images: out of the cache, or trained now and kept there.
+    """The judge of these images: out of the cache, or trained now and kept there. Where another process trains it, this
+    one waits for that.
 
     On a CPU the same images, seed and number of threads give the same weights.
 
@@ -121,9 +123,11 @@ def trained_judge(
     network = _fresh(train, seed).to(device)
     file = cache / f"{_key(train, num_images, seed, steps)}.safetensors"
     if not _read(network, file):
-        _train(network, train, num_images, seed=seed, steps=steps)
-        with new_file(file) as temporary:
-            write_tensors(temporary, network.state_dict(), {"semtok": library_version()})
+        with in_turn(cache, "a command that trains this judge", lock_file=f".{file.stem}.lock"):
+            if not _read(network, file):  # nor has who was there before trained it
+                _train(network, train, num_images, seed=seed, steps=steps)
+                with new_file(file) as temporary:
+                    write_tensors(temporary, network.state_dict(), {"semtok": library_version()})
     network.requires_grad_(False).eval()
 
     def see(images: Tensor) -> dict[str, Tensor]:

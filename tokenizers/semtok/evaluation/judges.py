@@ -15,7 +15,7 @@ import torch
 
 from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
-from semtok.errors import UserError, did_you_mean
+from semtok.errors import UserError, did_you_mean, named_here
 from semtok.evaluation.classes import CLASS_SHARE, MEASURES, Judge, accuracy, class_reader
 from semtok.evaluation.frechet import frechet_distance, relative_frechet
 from semtok.evaluation.generation import (
@@ -100,7 +100,8 @@ def _choice(words: Sequence[str], teacher: TeacherConfig, place: str) -> JudgeCh
             raise UserError(f"{place}: {expected}; {way_out}")
         try:
             config = parse(TeacherConfig, apply_overrides({}, list(words)), "settings")
-            name_in_timm(config.name)
+            with named_here(r"^teacher\.", ""):
+                name_in_timm(config.name)
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
     return JudgeChoice(TRAINED if config is None else config.name, config)

@@ -12,7 +12,7 @@ from semtok.data.source import ImageSource
 from semtok.diffusion.diffusion_config import check_guidance
 from semtok.diffusion.generator import Generator
 from semtok.diffusion.training import DiffusionObjective
-from semtok.errors import UserError
+from semtok.errors import UserError, did_you_mean
 from semtok.evaluation.classes import (
     MEASURES,
     ClassReader,
@@ -32,7 +32,7 @@ from semtok.sampler.sampling import SamplerConfig
 from semtok.speed import computing
 from semtok.statistics import StreamingMoments
 from semtok.storage import cache_folder
-from semtok.teachers import Teacher, TeacherConfig
+from semtok.teachers import DEMO, Teacher, TeacherConfig, name_in_timm, teacher_names
 from semtok.training.scoring import CLASSES, FD, ScoreConfig, Scoring
 
 _NUM_HELD_OUT = 2000
@@ -81,11 +81,24 @@ def plan_scores(
         check_guidance(objective.config, sampler, objective.tokenizer.spec)
     teacher = None
     if config.judge != TRAINED:
+        _check_known(config.judge)
         try:
             teacher = Teacher(TeacherConfig(name=config.judge))
         except UserError as error:
             raise UserError(f"score.judge: {error}") from None
     return ScorePlan(config, images, sampler, teacher)
+
+
+def _check_known(judge: str) -> None:
+    """Raises UserError where no judge is called so."""
+    try:
+        name_in_timm(judge)
+    except UserError:
+        words = f"expected {TRAINED}, {DEMO}, or a model of timm"
+        hint = did_you_mean(judge, [TRAINED, *teacher_names()])
+        raise UserError(
+            f"score.judge: no judge is called '{judge}'; {hint}{' ' * bool(hint)}{words}"
+        ) from None
 
 
 def scoring(plan: ScorePlan, objective: DiffusionObjective, device: torch.device) -> Scoring:

@@ -142,6 +142,8 @@ class REPAEObjective(TokenizerObjective):
         )
         autoencoder = vae.averaged_module()
         with named_here(r"\b(diffusion|sampler)\.", r"method.\1."):
+            if not context.resumes:
+                config.sampler.guidance.check_use()
             stage = DiffusionObjective(
                 diffusion,
                 copy.deepcopy(vae.tokenizer(autoencoder)).to("meta"),  # read for its shape alone

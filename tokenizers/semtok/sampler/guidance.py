@@ -100,6 +100,17 @@ class GuidanceConfig(Config):
                 f"sampler.guidance.num_channels: the texture has {channels} channels, not {self.num_channels}"
             )
 
+    def check_use(self) -> None:
+        """Raises ValueError where settings say how samples are guided, and the scale leaves them without guidance."""
+        if self.guides:
+            return
+        for name in ("base", "interval", "num_channels"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"sampler.guidance.{name}: nothing is guided, as sampler.guidance.scale is 1; pass another scale, "
+                    "or sampler.guidance={scale: 1}"
+                )
+
     def check_network(self, network: DiTArchitecture) -> None:
         """Raises ValueError where a network has not what ``base`` asks for."""
         if self.base == "dropped_path" and network.split is None:

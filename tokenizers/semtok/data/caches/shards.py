@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import math
 import shutil
-import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from torch import Tensor
 from semtok.data.passes import read_images
 from semtok.data.source import ImageBatch, ImageSource, Key, Skipped
 from semtok.errors import UserError, printable
-from semtok.lock import LOCK_FILE, InUse, only_one_in
+from semtok.lock import LOCK_FILE, in_turn, only_one_in
 from semtok.processes import gather, num_processes, process_index, together
 from semtok.progress import progress
 from semtok.settings import Config, parse
@@ -41,9 +40,6 @@ _HASHED_ON_OPENING = 1 << 30
 """Bytes: caches up to this size are compared with their checksums whenever they are opened."""
 
 
-_WAIT_SECONDS = 1.0
-_WAYS_OUT = ("wait, or stop it", "waiting for it")
-"""Of several processes, and of one."""
 _NAME = "shard-{:06d}.safetensors"
 Shard = dict[str, tuple[Tensor, np.ndarray]]
 """Tensors by name, and as arrays that they share memory with."""
@@ -242,22 +238,8 @@ def ensure_shards(
 def _enter(stack: contextlib.ExitStack, folder: Path) -> None:
     """Has the folder for itself, alone or after another command has written the same: runs that need one cache may be
     started together. Of several processes the others would wait for the first in vain, so these are refused."""
-    told = False
-    while True:
-        try:
-            stack.enter_context(
-                only_one_in(
-                    folder, "a command that writes a cache", way_out=_WAYS_OUT[num_processes() == 1]
-                )
-            )
-            return
-        except InUse as error:
-            if num_processes() > 1:
-                raise
-            if not told:
-                print(error, flush=True)
-            told = True
-            time.sleep(_WAIT_SECONDS)
+    here = only_one_in if num_processes() > 1 else in_turn
+    stack.enter_context(here(folder, "a command that writes a cache"))
 
 
 @contextlib.contextmanager
