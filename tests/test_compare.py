@@ -193,12 +193,13 @@ def test_every_budget_and_the_default_rows_are_valid(tmp_path):
         Comparison(tmp_path, settings, rows, 1).check()
 
 
-def test_a_variant_may_name_a_row(monkeypatch, capsys):
+@pytest.mark.parametrize("tokenizers", [["mine=some/folder,vae"], ["mine=some/folder", "vae"]])
+def test_a_variant_may_name_a_row(monkeypatch, capsys, tokenizers):
     def refuse(folder: Path, settings: object, rows: tuple[Row, ...], seeds: int) -> None:
         raise UserError(" ".join(row.tokenizer for row in rows))
 
     monkeypatch.setattr(compare, "Comparison", refuse)
-    words = ["--tokenizers", "mine=some/folder,vae", "--variant", "a", "mine", "--variant", "b"]
+    words = ["--tokenizers", *tokenizers, "--variant", "a", "mine", "--variant", "b"]
     assert run(compare.main, [*words, "reglue"]) == 2
     assert "some/folder vae some/folder reglue" in capsys.readouterr().err
 

@@ -69,9 +69,10 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     """What is compared."""
     parser.add_argument(
         "--tokenizers",
-        metavar="REF,REF",
+        nargs="+",
+        metavar="REF",
         help="recipes of embedded tokenizers, also RECIPE@BASE, built on that tokenizer instead of the VAE; runs, "
-        "folders, Hub ids; or NAME=REF of any; "
+        "folders, Hub ids; or NAME=REF of any; with spaces or commas between; "
         f"default: {_DEFAULT}, and none beside --variants",
     )
     parser.add_argument(
@@ -197,7 +198,7 @@ def _asked(args: argparse.Namespace) -> Comparison:
     content = budget | {key: value for key, value in given.items() if value not in (None, [])}
     settings = parse(ComparisonSettings, content, "compare")
     default = _DEFAULT if args.variants is None else ""
-    tokenizers = args.tokenizers if args.tokenizers is not None else default
+    tokenizers = ",".join(args.tokenizers) if args.tokenizers is not None else default
     rows = read_rows(tokenizers, args.variant, args.variants)
     num_seeds = args.seeds if args.seeds is not None else SEEDS[args.budget]
     if not rows or num_seeds < 1 or (args.jobs is not None and args.jobs < 1):
