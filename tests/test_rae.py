@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tiny
 from semtok import Tokenizer, UserError
-from semtok.commands import hub
+from semtok.commands import cache_latents, cli, evaluate, hub, train_dit
 from semtok.commands.train_tokenizer import build_objective, train_tokenizer
 from semtok.data.caches.latent_cache import fingerprint
 from semtok.hub.export_rae import _decoder, export_autoencoder
@@ -85,8 +85,10 @@ def test_latents_are_the_encoders_tokens_standardised_at_each_position(tokenizer
 
 @torch.no_grad()
 def test_images_of_another_size_need_statistics_per_channel(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="are of 4x4 positions, and these latents have 8x8"):
+    with pytest.raises(ValueError, match="image size 32x32 is not 16x16, .*statistics=channel"):
         tokenizer.encode(pixels(1, 32))
+    with pytest.raises(ValueError, match="are of 4x4 positions, and these latents have 8x8"):
+        tokenizer.decode({"texture": torch.zeros(1, 128, 8, 8)})
     teacher, decoder = tokenizer.teacher, tokenizer.decoder
     other = RAETokenizer(decoder, teacher, statistics="channel")
     other.measure_statistics([pixels(4)])
@@ -96,6 +98,35 @@ def test_images_of_another_size_need_statistics_per_channel(tokenizer, tmp_path)
     other.save_pretrained(tmp_path / "export")
     again = Tokenizer.from_pretrained(tmp_path / "export")
     assert torch.equal(again.encode(pixels(2, 32)).texture, latents.texture)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [train_dit.main, "data.size=32"],
+        [train_dit.main, "data.size=32", "data.cache=none"],
+        [cache_latents.main, "--data", "kind=shapes", "size=32"],
+        [evaluate.main, "latents", "--data", "kind=shapes", "size=32", "--tokenizer", "demo"],
+        [
+            evaluate.main,
+            "reconstruction",
+            "--data",
+            "kind=shapes",
+            "size=32",
+            "--tokenizer",
+            "demo",
+        ],
+    ],
+)
+def test_commands_refuse_images_of_another_size_before_any_work(run, tmp_path, capsys, arguments):
+    main, *words = arguments
+    words += [str(run)] if main is evaluate.main else ["--tokenizer", str(run)]
+    output = [] if main is evaluate.main else ["--output", str(tmp_path / "made")]
+    assert cli.run(main, [*words, *output]) == 2
+    told, error = capsys.readouterr()
+    assert not told and error.strip().count("\n") == 0
+    assert "data.size: image size 32x32 is not 16x16" in error and "pass data.size=16" in error
+    assert not (tmp_path / "made").exists()
 
 
 def test_several_layers_are_averaged_and_the_last_ones_mean_token_is_added():

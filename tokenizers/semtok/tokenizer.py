@@ -148,6 +148,22 @@ class Tokenizer(PushToHub, nn.Module, ABC):
         cache of features serves it."""
         return None
 
+    def check_image_size(self, image_size: tuple[int, int]) -> None:
+        """Raises ValueError where images of (height, width) are none that the stride divides, or not of the one size
+        that statistics per position were measured on."""
+        self.spec.check_image_size(image_size)
+        height, width = image_size
+        for name, (rows, columns) in self.positions.items():
+            stride = self.spec[name].stride
+            fit = (rows * stride, columns * stride)
+            if (height, width) != fit:
+                size = fit[0] if rows == columns else f"[{fit[0]},{fit[1]}]"
+                raise ValueError(
+                    f"image size {height}x{width} is not {fit[0]}x{fit[1]}, the only one that the tokenizer's statistics "
+                    f"of {rows}x{columns} positions are of; pass data.size={size}, or train a tokenizer with "
+                    "method.statistics=channel"
+                )
+
     @property
     def measured_parts(self) -> tuple[str, ...]:
         """The parts whose statistics ``measure_statistics`` measures."""
@@ -206,7 +222,7 @@ class Tokenizer(PushToHub, nn.Module, ABC):
             features: what ``features`` gives for these images, where the caller has it already.
         """
         pixels = to_pixels(images, self.device).to(self.texture_mean.dtype)
-        self.spec.check_image_size(tuple(pixels.shape[-2:]))
+        self.check_image_size(tuple(pixels.shape[-2:]))
         return self.standardise_posterior(self.posterior_raw(pixels, features))
 
     def decode(self, latents: Mapping[str, Tensor]) -> Tensor:

@@ -224,7 +224,7 @@ class Comparison:
             if recipe is None:
                 tokenizer = Tokenizer.from_pretrained(reference)
                 with errors_at(f"--data with {reference}"):
-                    tokenizer.spec.check_image_size(train.image_size)
+                    tokenizer.check_image_size(train.image_size)
             else:
                 texture = Tokenizer.from_pretrained(DEMO) if is_composite(reference) else None
                 parsed = load_recipe(recipe, self.tokenizer_overrides(reference, 0, vae=DEMO))

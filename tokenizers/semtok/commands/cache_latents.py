@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     drawn = isinstance(data, ShapesConfig)
     tokenizer = tokenizer_from_reference(args.tokenizer, drawn=drawn).eval()
     with errors_at("--data"):
-        tokenizer.spec.check_image_size(data.image_size)
+        tokenizer.check_image_size(data.image_size)
     targets = None
     if args.targets is not None:
         if args.targets or tokenizer.teacher is None:

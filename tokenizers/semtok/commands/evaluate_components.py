@@ -73,6 +73,7 @@ def _components(args: argparse.Namespace) -> dict[str, Any]:
             "images, and no more are shown than are scored"
         )
     options.check_seed(args)
+    tokenizers = options.load_tokenizers(names, held_out)
     teacher = options.load_teacher(args)
     pixels, classes = _shown(held_out, args.num, args.num_held_out)
     tokens = teacher.features(pixels).patches[-1]
@@ -80,7 +81,7 @@ def _components(args: argparse.Namespace) -> dict[str, Any]:
     scores: dict[str, dict[str, float]] = {}
     models: dict[str, str] = {}
     for reference, name in names.items():
-        tokenizer = options.load_tokenizer(reference, held_out)
+        tokenizer = tokenizers[reference]
         digest = PixelDigest()
         with errors_at(f"--tokenizer {reference}"):
             scores[name] = _scores(tokenizer, held_out, teacher, args, digest)

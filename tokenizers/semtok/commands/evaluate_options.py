@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,21 @@ def load_tokenizer(
     tokenizer = tokenizer_from_reference(reference, drawn=drawn).to(device())
     for source, place in zip(sources, places, strict=True):
         with errors_at(f"{place} with {reference}"):
-            tokenizer.spec.check_image_size(source.image_size)
+            tokenizer.check_image_size(source.image_size)
     return tokenizer
+
+
+def load_tokenizers(
+    references: Iterable[str], *sources: ImageSource, places: Sequence[str] = ("--data",)
+) -> dict[str, Tokenizer]:
+    """All of them by their references, so that none is found wanting after the work of those before it.
+
+    Raises:
+        UserError: see ``load_tokenizer``.
+    """
+    return {
+        reference: load_tokenizer(reference, *sources, places=places) for reference in references
+    }
 
 
 def open_data(

@@ -44,11 +44,11 @@ def _latents(args: argparse.Namespace) -> dict[str, Any]:
             f"--num-held-out: {args.num_held_out} images, but each is compared with its "
             f"{NUM_NEIGHBOURS} nearest; give at least {NUM_NEIGHBOURS + 1}"
         )
+    tokenizers = options.load_tokenizers(args.tokenizer, held_out)
     teacher = options.load_teacher(args)
     scores: dict[str, dict[str, float]] = {}
     shown, models = shown_names(args.tokenizer), {}
-    for reference in args.tokenizer:
-        tokenizer = options.load_tokenizer(reference, held_out)
+    for reference, tokenizer in tokenizers.items():
         digest = PixelDigest()
         with errors_at(f"--tokenizer {reference}"):
             scores[reference] = evaluate_latents(

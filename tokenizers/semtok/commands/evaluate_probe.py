@@ -50,8 +50,7 @@ def _probe(args: argparse.Namespace) -> dict[str, Any]:
     means: dict[str, AttributeScore] = {}
     shown = shown_names(args.tokenizer)
     models: dict[str, str] = {}
-    for reference in args.tokenizer:
-        tokenizer = options.load_tokenizer(reference, train)
+    for reference, tokenizer in options.load_tokenizers(args.tokenizer, train).items():
         tables = (
             latent_table(tokenizer, train, args.num_train),
             latent_table(tokenizer, held_out, args.num_held_out),

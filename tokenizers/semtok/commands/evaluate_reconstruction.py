@@ -86,14 +86,14 @@ def _reconstruction(args: argparse.Namespace) -> dict[str, Any]:
     if args.protocol == "lightningdit":
         with errors_at("--data with --protocol lightningdit"):
             held_out = ResizedImages(held_out)
+    tokenizers = options.load_tokenizers(args.tokenizer, held_out)
     missing: dict[str, str] = {}
     looks = looks_of(args, missing)
     reports: dict[str, ReconstructionReport] = {}
     models: dict[str, str] = {}
     names = shown_names(args.tokenizer)
     grids = []
-    for reference in args.tokenizer:
-        tokenizer = options.load_tokenizer(reference, held_out)
+    for reference, tokenizer in tokenizers.items():
         with errors_at(f"--data with {reference}"):
             reports[reference] = evaluate_reconstruction(
                 tokenizer,

@@ -69,10 +69,7 @@ def _transfer(args: argparse.Namespace) -> dict[str, Any]:
     looks = looks_of(args, missing)
     names = shown_names(args.tokenizer)
     held_out_sets, places = [held_out for _, held_out in sets.values()], [f"--on {n}" for n in sets]
-    tokenizers = {
-        reference: options.load_tokenizer(reference, *held_out_sets, places=places)
-        for reference in args.tokenizer
-    }
+    tokenizers = options.load_tokenizers(args.tokenizer, *held_out_sets, places=places)
     models = {names[reference]: weights_digest(own) for reference, own in tokenizers.items()}
     scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name in sets}
     protocols: dict[str, Protocol] = {}

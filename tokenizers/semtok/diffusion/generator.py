@@ -465,7 +465,7 @@ class Generator(PushToHub, nn.Module):
         tokenizer = Tokenizer.from_pretrained((folder / "tokenizer").absolute())
         try:
             spec = LatentSpec.from_dict(saved.latents)
-            tokenizer.spec.check_image_size(saved.image_size)
+            tokenizer.check_image_size(saved.image_size)
         except ValueError as error:
             raise UserError(f"{place}: {first_line(error)}") from None
         if spec != tokenizer.spec:

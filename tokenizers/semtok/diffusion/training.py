@@ -53,6 +53,7 @@ class DiffusionObjective(Objective):
         cached_width: int | None = None,
     ) -> None:
         super().__init__()
+        tokenizer.check_image_size(image_size)
         self.config = resolve_defaults(config, tokenizer)
         self.sampler, self.image_size = sampler, image_size
         self.class_names = () if config.unconditional else tuple(class_names)

@@ -341,7 +341,7 @@ class CompositeObjective(TokenizerObjective):
         self.feature_stride = feature_stride(context.teacher, context.image_size)
         self.learners = nn.ModuleDict()
         self._coder = Unregistered(coder)
-        self.tokenizer(coder).spec.check_image_size(context.image_size)
+        self.tokenizer(coder).check_image_size(context.image_size)
 
     @torch.no_grad()
     def _check_teacher(self) -> None:

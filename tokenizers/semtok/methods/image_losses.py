@@ -174,7 +174,7 @@ class ImageLossObjective(TokenizerObjective):
             raise ValueError(
                 f"image size {context.image_size} is too small to measure SSIM; at least 8"
             )
-        self.tokenizer(self.averaged_module()).spec.check_image_size(context.image_size)
+        self.tokenizer(self.averaged_module()).check_image_size(context.image_size)
         self._check_smallest(learner.smallest(context.image_size), adversary)
 
     def _check_smallest(
