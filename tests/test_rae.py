@@ -12,7 +12,12 @@ from torch import Tensor
 import tiny
 from semtok import Tokenizer, UserError
 from semtok.commands import cache_latents, cli, evaluate, hub, train_dit
-from semtok.commands.train_tokenizer import build_objective, train_tokenizer
+from semtok.commands.train_tokenizer import (
+    build_objective,
+    check_tokenizer,
+    plan_tokenizer,
+    train_tokenizer,
+)
 from semtok.data.caches.latent_cache import fingerprint
 from semtok.hub.export_rae import _decoder, export_autoencoder
 from semtok.hub.import_rae import ENCODERS
@@ -22,6 +27,7 @@ from semtok.images import to_pixels
 from semtok.methods.augment import AugmentConfig, augment
 from semtok.methods.feature_discriminator import FeatureDiscriminator, FeaturesConfig
 from semtok.methods.rae import RAETokenizer, encoder_tokens
+from semtok.methods.vae import load_autoencoder
 from semtok.recipe import parse_recipe
 from semtok.sampler.draws import Draws
 from semtok.sampler.vit_decoder import DecoderShape, ViTDecoder
@@ -166,6 +172,14 @@ def test_a_token_is_decoded_to_its_own_square_and_by_the_encoders_scale():
     value = 3 * (4 * 1 + 2) + 1  # row 1, column 2 of each square, green
     expected = torch.full((2, 3), (value * 2.0 + 0.2) * 2 - 1)
     torch.testing.assert_close(images[0, 1, 1::4, 2::4], expected)
+
+
+def test_a_run_is_no_vae_to_start_from(run):
+    words = (
+        "run: is a tokenizer of the method 'rae', holds no diffusers VAE .*; pass a folder, a run"
+    )
+    with pytest.raises(UserError, match=words):
+        load_autoencoder(str(run))
 
 
 def test_positions_are_trained(run, tokenizer):
@@ -373,6 +387,40 @@ def test_images_are_judged_as_normalise_and_resize_say(normalise, resize):
     assert FeaturesConfig().resize == "bilinear"
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            {"reconstruction_weight": 0, "adversarial": ADVERSARIAL | {"start_step": 1}},
+            "method.reconstruction_weight: 0 with method.perceptual=none compares no images",
+        ),
+        (
+            {"perceptual": "teacher", "perceptual_weight": 0, "reconstruction_weight": 0},
+            "compares no",
+        ),
+        ({"perceptual_weight": 3}, "method.perceptual_weight takes no effect .*perceptual=none;"),
+        (
+            {"perceptual": "teacher", "lpips_net": "alex"},
+            "method.lpips_net takes no effect .*=vgg$",
+        ),
+        ({"adversarial": ADVERSARIAL | {"weight": 0}}, "method.adversarial.weight: 0 trains a"),
+        (
+            {"adversarial": ADVERSARIAL | {"adaptive": False, "max_adaptive": 3}},
+            "method.adversarial.max_adaptive takes no effect",
+        ),
+        (
+            {"adversarial": ADVERSARIAL | {"augment": {"translation": 0.03, "colour": False}}},
+            "method.adversarial.augment: changes nothing, as shares of 16x16 images round to 0",
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused_but_in_a_run_that_goes_on(method, message, tmp_path):
+    recipe = parse_recipe(content(method), "tiny")
+    with pytest.raises(UserError, match=message):
+        check_tokenizer(recipe, tmp_path / "run")
+    assert plan_tokenizer(recipe, tmp_path / "run", resume=True, place="tiny").recipe == recipe
+
+
 def test_a_network_without_patch_tokens_is_refused(tmp_path):
     name, file = "test_resnet.r160_in1k", tmp_path / "resnet.pth"
     torch.save(timm.create_model(name).state_dict(), file)
@@ -381,7 +429,9 @@ def test_a_network_without_patch_tokens_is_refused(tmp_path):
     with pytest.raises(UserError, match="RAE's encoder is a vision transformer, and 'test_resnet"):
         build_objective(parse_recipe(recipe, "tiny"), place="tiny")
     recipe["teacher"]["final_norm"] = "plain"
-    with pytest.raises(UserError, match="has no layer norm after its blocks"):
+    with pytest.raises(
+        UserError, match="no layer norm after its blocks; it is no vision transformer"
+    ):
         build_objective(parse_recipe(recipe, "tiny"), place="tiny")
 
 

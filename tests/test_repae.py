@@ -274,6 +274,14 @@ def test_what_the_methods_of_the_vae_say_before_the_first_step_names_its_setting
         ({"diffusion": {"contrastive_weight": 0.1}}, "method.diffusion.contrastive_weight: "),
         ({"tokenizer": {"train": "decoder", "vae": "demo"}}, "method.tokenizer.train: decoder"),
         (
+            {"tokenizer": {"train": "decoder", "vae": "demo", "kl_weight": 1e-6}},
+            "tiny: method.tokenizer.train: decoder keeps the latents",
+        ),
+        (
+            {"tokenizer": {"name": "va_vae", "alignment": {"weight": 0}}},
+            "tiny: method.tokenizer.alignment.weight: 0 aligns nothing",
+        ),
+        (
             {"tokenizer": {"equivariance": {}}},
             "method.tokenizer.equivariance.low_resolution_probability: the transformer would learn",
         ),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from semtok import UserError
-from semtok.commands.train_tokenizer import check_tokenizer, train_tokenizer
+from semtok.commands.train_tokenizer import check_tokenizer, plan_tokenizer, train_tokenizer
 from semtok.methods.va_vae import VAVAEObjective, direction_loss, distance_loss
 from semtok.recipe import parse_recipe
 
@@ -242,6 +242,35 @@ def test_a_file_that_does_not_fit_is_told_before_training(state, alignment, mess
 def test_settings_that_align_nothing_are_refused(method, message):
     with pytest.raises(UserError, match=message):
         parse_recipe(tiny.content({"name": "va_vae"} | method), "tiny")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"reconstruction_weight": 0}, "method.reconstruction_weight: 0 .* compares no images"),
+        (
+            {"reconstruction_weight": 0, "adversarial": tiny.ADVERSARIAL | {"adaptive": False}},
+            "method.alignment.adaptive: .* pass method.alignment.adaptive=false",
+        ),
+        (
+            {"alignment": {"distance_weight": 0, "distance_margin": 0.1}},
+            "method.alignment.distance_margin takes no effect with method.alignment.distance_weight=0; .*=0.25$",
+        ),
+        (
+            {"alignment": {"cosine_weight": 0, "cosine_margin": 0.3}},
+            "method.alignment.cosine_margin takes no effect with method.alignment.cosine_weight=0",
+        ),
+        (
+            {"alignment": {"adaptive": False, "max_adaptive": 3}},
+            r"method.alignment.max_adaptive takes no effect .* method.alignment.max_adaptive=1e\+08$",
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused_but_in_a_run_that_goes_on(method, message, tmp_path):
+    recipe = parse_recipe(tiny.content({"name": "va_vae"} | method), "tiny")
+    with pytest.raises(UserError, match=message):
+        check_tokenizer(recipe, tmp_path / "run")
+    assert plan_tokenizer(recipe, tmp_path / "run", resume=True, place="tiny").recipe == recipe
 
 
 @pytest.mark.parametrize("name", ["va_vae", "send_vae"])

@@ -46,6 +46,16 @@ class MethodConfig(Config):
             UserError: weights to start from that lead nowhere.
         """
 
+    def check_use(self, image_size: tuple[int, int]) -> None:
+        """Called before a run begins. One that goes on is not asked: an earlier version may have begun it.
+
+        Args:
+            image_size: (height, width) of the training images.
+
+        Raises:
+            ValueError: settings that would train nothing, or change nothing.
+        """
+
     def starts_from_weights(self) -> bool:
         """Whether training goes on from weights that somebody has trained."""
         return False

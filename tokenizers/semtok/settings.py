@@ -143,6 +143,26 @@ def parse(model: type[ConfigType], content: dict[str, Any], place: str) -> Confi
         raise UserError(f"{place}: {_explain(model, content, error)}") from None
 
 
+def check_used(config: Config, place: str, because: str, *names: str) -> None:
+    """Raises ValueError where one of these settings is not its default, as another leaves it without effect.
+
+    Args:
+        place: of the section that ``config`` is.
+        because: of which setting.
+    """
+    for name in names:
+        default = type(config).model_fields[name].default
+        if getattr(config, name) != default:
+            shown = f"{default:g}" if isinstance(default, float) else default
+            raise ValueError(
+                f"{place}.{name} takes no effect with {because}; leave it out, or pass {place}.{name}={shown}"
+            )
+
+
+_OF_A_METHOD = "method.tokenizer"
+"""The section that holds the settings of another method, whose checks name them ``method.…`` as they are alone."""
+
+
 def _explain(model: type[BaseModel], content: dict[str, Any], error: ValidationError) -> str:
     problem = min(error.errors(), key=lambda each: _rank(each, content))
     kind, value = problem["type"], problem["input"]
@@ -160,6 +180,8 @@ def _explain(model: type[BaseModel], content: dict[str, Any], error: ValidationE
         key = ".".join([*keys, str(problem["loc"][-1])])
         return f"'{key}' is missing; give {key}=…"
     message = problem["msg"].removeprefix("Value error, ")
+    if key == _OF_A_METHOD:
+        message = re.sub(r"\bmethod\.(?!tokenizer\.)", f"{key}.", message)
     if key and message.startswith(f"{key}."):  # a check of a section names its setting itself
         return message
     if kind == "value_error":

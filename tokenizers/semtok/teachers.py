@@ -245,9 +245,11 @@ class Teacher(nn.Module):
         if kind == "affine":
             return
         if not self.is_transformer or not isinstance(norm, nn.LayerNorm):
+            way_out = "pass teacher.final_norm=affine"
+            if not self.is_transformer:  # which RAE refuses with any norm
+                way_out = f"it is no vision transformer; choose one, or, where the method takes others, {way_out}"
             raise UserError(
-                f"teacher.final_norm: '{self.timm_name}' has no layer norm after its blocks; pass "
-                "teacher.final_norm=affine"
+                f"teacher.final_norm: '{self.timm_name}' has no layer norm after its blocks; {way_out}"
             )
         nn.init.ones_(norm.weight)
         nn.init.zeros_(norm.bias)

@@ -159,8 +159,8 @@ class Tokenizer(PushToHub, nn.Module, ABC):
             if (height, width) != fit:
                 size = fit[0] if rows == columns else f"[{fit[0]},{fit[1]}]"
                 raise ValueError(
-                    f"image size {height}x{width} is not {fit[0]}x{fit[1]}, the only one that the tokenizer's statistics "
-                    f"of {rows}x{columns} positions are of; pass data.size={size}, or train a tokenizer with "
+                    f"image size {height}x{width} is not {fit[0]}x{fit[1]}, the only one of this tokenizer, whose "
+                    f"statistics are of {rows}x{columns} positions; pass data.size={size}, or train a tokenizer with "
                     "method.statistics=channel"
                 )
 

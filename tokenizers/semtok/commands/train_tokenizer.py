@@ -169,6 +169,9 @@ def plan_tokenizer(
     Raises:
         UserError: see there.
     """
+    if not resume:
+        with around_training.errors_at(place):
+            recipe.method.check_use(recipe.data.image_size)
     sources = open_sources(recipe.data)
     texture, reference = None, recipe.method.texture_reference()
     if reference is not None:
@@ -405,7 +408,8 @@ def build_objective(
         UserError: a teacher or weights that can't be had, or settings that don't fit each other.
     """
     method = get_method(recipe.method.name, place=place)
-    recipe.method.check_references()
+    with around_training.errors_at(place):
+        recipe.method.check_references()
     teacher = (
         Teacher(recipe.teacher)
         if recipe.teacher is not None and recipe.method.needs_teacher()

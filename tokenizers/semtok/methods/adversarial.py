@@ -18,7 +18,7 @@ from semtok.methods.part_weights import read_part, take_part, unfit
 from semtok.objective import Carry, Inputs, StepOutput, Term, without_gradients
 from semtok.optimiser import OptimiserConfig
 from semtok.sampler.draws import Draws
-from semtok.settings import Config
+from semtok.settings import Config, check_used
 
 # Settings ----------------------------------------------------------------------------------------
 
@@ -68,6 +68,23 @@ class AdversarialConfig(Config):
     resumed run does not read it again."""
     optimiser: OptimiserConfig | None = None
     """None: the same as ``train.optimiser``. AdamW in any case: a discriminator has no matrix for Muon."""
+
+    def check_use(self, image_size: tuple[int, int]) -> None:
+        """As ``MethodConfig.check_use``."""
+        if not self.weight:
+            raise ValueError(
+                "method.adversarial.weight: 0 trains a discriminator for nothing; give more, or pass "
+                "method.adversarial=null"
+            )
+        if not self.adaptive:
+            because = "method.adversarial.adaptive=false"
+            check_used(self, "method.adversarial", because, "max_adaptive", "adaptive_eps")
+        if self.augment is not None and not self.augment.changes(image_size):
+            height, width = image_size
+            raise ValueError(
+                f"method.adversarial.augment: changes nothing, as shares of {height}x{width} images round to 0 pixels; "
+                "give more translation or cutout, or pass method.adversarial.augment=null"
+            )
 
     @property
     def first_step(self) -> int:

@@ -33,6 +33,11 @@ class AugmentConfig(Config):
             )
         return self
 
+    def changes(self, image_size: tuple[int, int]) -> bool:
+        """Whether anything is left of that on images of (height, width), where shares are whole pixels."""
+        shares = (self.translation, self.cutout)
+        return self.colour or any(round(side * share) for side in image_size for share in shares)
+
 
 def augment(pixels: Tensor, config: AugmentConfig, draws: Draws, name: str) -> Tensor:
     """Pixels (B, 3, H, W) in [-1, 1], changed, in float32.

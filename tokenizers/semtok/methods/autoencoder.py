@@ -273,9 +273,21 @@ def _folder_with_weights(folder: Path) -> Path:
     found = next((c for c in candidates if any(c.glob(f"{_WEIGHTS}*"))), None)
     if found is None:
         raise UserError(
-            f"{folder}: holds no diffusers VAE (config.json with {_WEIGHTS}.safetensors)"
+            f"{folder}: {_other_kind(folder)}holds no diffusers VAE (config.json with {_WEIGHTS}.safetensors); pass a "
+            f"folder, a run or a Hub id with one, or {DEMO}"
         )
     return found
+
+
+def _other_kind(folder: Path) -> str:
+    """What a folder without a VAE is, where it is of this library, for messages."""
+    for place in (folder / "export" / "config.json", folder / "config.json"):
+        content = read_json(place) if place.is_file() else None
+        if isinstance(content, dict) and content.get("library") == "semtok":
+            return (
+                f"is a {content.get('kind', 'tokenizer')} of the method '{content.get('method')}', "
+            )
+    return ""
 
 
 def _check_trained(config: Any, place: str) -> None:

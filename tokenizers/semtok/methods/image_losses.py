@@ -12,6 +12,7 @@ from semtok.optimiser import OptimiserConfig
 from semtok.perceptual import LPIPS, check_lpips_size, teacher_distance
 from semtok.registry import MethodConfig
 from semtok.sampler.draws import Draws
+from semtok.settings import check_used
 
 # Settings ----------------------------------------------------------------------------------------
 
@@ -34,6 +35,30 @@ class ImageLossConfig(MethodConfig):
 
     def needs_teacher(self) -> bool:
         return self.perceptual == "teacher"
+
+    @property
+    def compares_images(self) -> bool:
+        """Whether a distance between images has a weight: what adaptive weights adapt to."""
+        return bool(
+            self.reconstruction_weight or (self.perceptual != "none" and self.perceptual_weight)
+        )
+
+    def check_use(self, image_size: tuple[int, int]) -> None:
+        adversarial, perceptual = self.adversarial, f"method.perceptual={self.perceptual}"
+        if not self.compares_images and (adversarial is None or adversarial.adaptive):
+            way_out = "it more, or pass another method.perceptual"
+            if self.perceptual != "none":
+                way_out = "it or method.perceptual_weight more"
+            raise ValueError(
+                f"method.reconstruction_weight: 0 with {perceptual} compares no images, to which adversarial weights "
+                f"adapt too; give {way_out}"
+            )
+        if adversarial is not None:
+            adversarial.check_use(image_size)
+        if self.perceptual == "none":
+            check_used(self, "method", perceptual, "perceptual_weight")
+        if self.perceptual != "lpips":
+            check_used(self, "method", perceptual, "lpips_net")
 
 
 # The losses --------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from semtok.diffusion.learner import DiTLearner
 from semtok.diffusion.repa import REPAConfig
 from semtok.diffusion.training import DiffusionObjective
 from semtok.errors import named_here
-from semtok.methods.repae_config import REPAEConfig
+from semtok.methods.repae_config import METHOD, OWN, REPAEConfig
 from semtok.methods.standardiser import RunningStandardiser
 from semtok.methods.texture_classes import stated_statistics
 from semtok.methods.vae import AutoencoderLearner, KLTokenizer, VAEObjective
@@ -116,11 +116,6 @@ class Joint(nn.Module):
 
 # The objective -----------------------------------------------------------------------------------
 
-_METHOD, _OWN = (
-    r"\bmethod\.",
-    "method.tokenizer.",
-)  # what a VAE's settings are called alone, and here
-
 
 class REPAEObjective(TokenizerObjective):
     """The VAE, where its settings have one the discriminator, and the transformer.
@@ -134,7 +129,7 @@ class REPAEObjective(TokenizerObjective):
     def __init__(self, config: REPAEConfig[Any], context: MethodContext) -> None:
         super().__init__()
         self.config = config
-        with named_here(_METHOD, _OWN):
+        with named_here(METHOD, OWN):
             method = get_method(config.tokenizer.name, place="method.tokenizer.name")
             vae: VAEObjective = method.objective(config.tokenizer, context)
         diffusion = config.diffusion.model_copy(
@@ -172,7 +167,7 @@ class REPAEObjective(TokenizerObjective):
         return self._vae.module.steps_in_turn()
 
     def notes(self) -> list[str]:
-        return [re.sub(_METHOD, _OWN, line) for line in self._vae.module.notes()]
+        return [re.sub(METHOD, OWN, line) for line in self._vae.module.notes()]
 
     def optimiser_config(self, learner: str, default: OptimiserConfig) -> OptimiserConfig:
         if learner == "dit":

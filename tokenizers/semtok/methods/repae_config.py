@@ -6,13 +6,19 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from semtok.diffusion.diffusion_config import DiffusionConfig
-from semtok.errors import UserError
+from semtok.errors import UserError, named_here
 from semtok.methods.vae import VAEConfig
 from semtok.optimiser import OptimiserConfig
 from semtok.registry import MethodConfig, get_method
 from semtok.sampler.sampling import SamplerConfig
 
 VAEType = TypeVar("VAEType", bound=VAEConfig)
+
+METHOD, OWN = r"\bmethod\.", "method.tokenizer."
+"""What a VAE's settings are called alone, and here."""
+_DECODER_ALONE = (
+    "method.tokenizer.train: decoder keeps the latents, which joint training moves; pass all"
+)
 
 
 class REPAEConfig(MethodConfig, Generic[VAEType]):
@@ -47,14 +53,14 @@ class REPAEConfig(MethodConfig, Generic[VAEType]):
             raise UserError(
                 f"{place}: method.tokenizer.name: '{name}' trains no VAE; pass vae, send_vae or another that does"
             )
+        if inner.get("train") == "decoder":  # before what the VAE itself asks for with it
+            raise UserError(f"{place}: {_DECODER_ALONE}")
         return cls[config]
 
     @model_validator(mode="after")
     def _goes_together(self) -> "REPAEConfig[VAEType]":
         if self.tokenizer.train != "all":
-            raise ValueError(
-                "method.tokenizer.train: decoder keeps the latents, which joint training moves; pass all"
-            )
+            raise ValueError(_DECODER_ALONE)
         equivariance = self.tokenizer.equivariance
         if equivariance is not None and equivariance.low_resolution_probability:
             raise ValueError(
@@ -82,4 +88,9 @@ class REPAEConfig(MethodConfig, Generic[VAEType]):
         return self.tokenizer.warnings(learning_rate)
 
     def check_references(self) -> None:
-        self.tokenizer.check_references()
+        with named_here(METHOD, OWN):
+            self.tokenizer.check_references()
+
+    def check_use(self, image_size: tuple[int, int]) -> None:
+        with named_here(METHOD, OWN):
+            self.tokenizer.check_use(image_size)

@@ -38,6 +38,7 @@ from semtok.methods.vae import (
 from semtok.objective import Carry, Inputs, MethodContext, StepOutput, Term
 from semtok.registry import register_method
 from semtok.sampler.draws import Draws
+from semtok.settings import check_used
 from semtok.teachers import on_grid
 
 # Settings ----------------------------------------------------------------------------------------
@@ -86,6 +87,21 @@ class VAVAEConfig(AlignedVAEConfig):
     name: Literal["va_vae"] = "va_vae"
     alignment: VFConfig = VFConfig()
     """What the latents learn from the teacher."""
+
+    def check_use(self, image_size: tuple[int, int]) -> None:
+        super().check_use(image_size)
+        place, alignment = "method.alignment", self.alignment
+        if alignment.adaptive and not self.compares_images:
+            raise ValueError(
+                f"{place}.adaptive: the weight adapts to what compares images, and nothing does; give "
+                f"method.reconstruction_weight more, or pass {place}.adaptive=false"
+            )
+        if not alignment.adaptive:
+            check_used(alignment, place, f"{place}.adaptive=false", "max_adaptive")
+        if not alignment.distance_weight:
+            check_used(alignment, place, f"{place}.distance_weight=0", "distance_margin")
+        if not alignment.cosine_weight:
+            check_used(alignment, place, f"{place}.cosine_weight=0", "cosine_margin")
 
 
 # Losses ------------------------------------------------------------------------------------------
