@@ -90,6 +90,11 @@ FOLDER = ["data={kind: folder, path: images, size: 16}"]
             ],
         ),
         (["method.vae=nothing"], ["'nothing'", "neither a preset (tiny, f8d4, f16d32)"]),
+        (
+            ["method.vae=."],
+            ["recipe.yaml: method.vae: .: holds no diffusers VAE", "; pass a folder"],
+        ),
+        (["data.flip=true"], ["recipe.yaml: data.flip: drawn scenes are never"]),
         # Said before the teacher is looked for.
         (["method.vae=nothing", "teacher.name=none"], ["'nothing'", "semtok hub import"]),
         (["method.vae=recipe.yaml"], ["recipe.yaml: a file", "semtok hub import auto recipe.yaml"]),

@@ -149,6 +149,10 @@ def test_rates_up_to_that_of_the_recipe_are_not_warned_of(root, rate, warned):
             {"name": "send_vae", "vae": "demo", "train": "decoder"},
             "method.train: the alignment is of latents, which method.train=decoder keeps",
         ),
+        (
+            {"name": "va_vae", "vae": "demo", "train": "decoder", "kl_weight": 1e-6},
+            "method.train: the alignment is of latents, which method.train=decoder keeps",
+        ),
     ],
 )
 def test_what_the_decoder_alone_does_not_go_with_is_refused(method, words):

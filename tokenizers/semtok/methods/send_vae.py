@@ -79,7 +79,7 @@ class AlignedVAEConfig(VAEConfig):
     """Settings of a VAE whose latents are aligned to a teacher."""
 
     @model_validator(mode="after")
-    def _trains_the_encoder(self) -> "AlignedVAEConfig":
+    def _decoder_of_some_latents(self) -> "AlignedVAEConfig":  # in the place of what a VAE asks for
         if self.train != "all":
             own = [
                 f"method.{n}" for n in type(self).model_fields if n not in VAEConfig.model_fields

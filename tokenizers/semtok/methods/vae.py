@@ -122,7 +122,10 @@ class VAEConfig(ImageLossConfig):
 
     def check_references(self) -> None:
         if self.starts_from_weights():
-            autoencoder_folder(self.vae)
+            try:
+                autoencoder_folder(self.vae)
+            except UserError as error:
+                raise UserError(f"method.vae: {error}") from None
 
 
 # The tokenizer -----------------------------------------------------------------------------------

@@ -62,9 +62,7 @@ class ShapesConfig(DataConfig):
     @classmethod
     def _without_effect(cls, value: object, info: ValidationInfo) -> None:
         why = _WITHOUT_EFFECT[str(info.field_name)]
-        raise ValueError(
-            f"data.{info.field_name}: {why}; leave it out, or choose another data.kind"
-        )
+        raise ValueError(f"{why}; leave it out, or choose another data.kind")
 
     @model_validator(mode="after")
     def _known_classes(self) -> "ShapesConfig":
