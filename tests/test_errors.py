@@ -101,7 +101,7 @@ FOLDER = ["data={kind: folder, path: images, size: 16}"]
         (["method.alignment.noise_level=0.5"], ["noise_level", "'fixed'"]),
         (["train.accumulate=3"], ["train.batch_size: 4", "accumulate 3"]),
         (["train.accumulate=0"], ["train.accumulate", "greater than or equal to 1", "got 0"]),
-        (["train.accumulate=some"], ["train.accumulate", "'auto'", "got 'some'"]),
+        (["train.accumulate=some"], ["train.accumulate", "expected auto or a", "got 'some'"]),
         (["train.accumulate=auto"], ["train.accumulate", "train.memory", "or give a number"]),
         (
             ["train.accumulate=auto", "train.memory={gpu: 8, fixed: 8, per_image: 1}"],
