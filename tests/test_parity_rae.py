@@ -3,13 +3,14 @@
 import json
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from parity import Kit, kits, load_kit
@@ -379,6 +380,15 @@ def test_a_file_of_stage_one_is_read_whole(kit):
     assert imported.became["disc"] == "left out, other weights"
 
 
+def copied(kit: Kit, tmp_path: Path) -> Path:
+    """The kit's files, to be changed."""
+    folder = tmp_path / "kit"
+    shutil.copytree(kit.folder, folder, copy_function=shutil.copyfile)
+    for place in (folder, *folder.rglob("*")):
+        place.chmod(0o755)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("file", "beside", "key"),
     [
@@ -388,12 +398,127 @@ def test_a_file_of_stage_one_is_read_whole(kit):
     ],
 )
 def test_what_json_beside_a_file_has_to_say_is_named(kit, file, beside, key, tmp_path):
-    folder = tmp_path / "kit"
-    shutil.copytree(kit.folder, folder, copy_function=shutil.copyfile)
-    for place in (folder, *folder.rglob("*")):
-        place.chmod(0o755)
+    folder = copied(kit, tmp_path)
     content = json.loads((folder / beside).read_text())
     del content[key]
     (folder / beside).write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"{beside}.*: says no {key}"):
         import_checkpoint(folder / kit.case["files"][file], "auto", ImportOptions())
+
+
+@pytest.mark.parametrize("content", [[], "text", None])
+@pytest.mark.parametrize(
+    ("file", "beside"),
+    [
+        ("diffusers", "diffusers/config.json"),
+        ("checkpoint", "encoder/config.json"),
+        ("checkpoint", "encoder/preprocessor_config.json"),
+        ("checkpoint", "decoder_config/config.json"),
+    ],
+)
+def test_json_that_holds_no_settings_is_one_line(kit, file, beside, content, tmp_path):
+    folder = copied(kit, tmp_path)
+    (folder / beside).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{beside}: expected settings") as told:
+        import_checkpoint(folder / kit.case["files"][file], "auto", ImportOptions())
+    assert "\n" not in str(told.value)
+
+
+DIFFUSERS, ENCODER = "diffusers/config.json", "encoder/config.json"
+IMAGES, DECODER = "encoder/preprocessor_config.json", "decoder_config/config.json"
+
+
+@pytest.mark.parametrize(
+    ("beside", "key", "value", "reason"),
+    [
+        (ENCODER, "num_attention_heads", "a", "got 'a'"),
+        (ENCODER, "num_attention_heads", 0, "got 0"),
+        (ENCODER, "num_attention_heads", 5, "5 does not divide its width of 64"),
+        (IMAGES, "image_mean", "a", "got 'a'"),
+        (IMAGES, "image_mean", [0.5, 0.5], "too few"),
+        (IMAGES, "image_std", [0.5, 0.5, None], "got None"),
+        (DECODER, "decoder_num_attention_heads", 0, "got 0"),
+        (DECODER, "decoder_num_attention_heads", "4x", "got '4x'"),
+        (DECODER, "decoder_num_attention_heads", None, "got None"),
+        (DECODER, "decoder_num_attention_heads", 5, "5 does not divide its width of 48"),
+        (DIFFUSERS, "decoder_num_attention_heads", 0, "got 0"),
+        (DIFFUSERS, "decoder_num_attention_heads", 5, "5 does not divide its width of 48"),
+        (DIFFUSERS, "encoder_patch_size", 0, "got 0"),
+        (DIFFUSERS, "encoder_patch_size", 13, "56 is no multiple of encoder_patch_size 13"),
+        (DIFFUSERS, "encoder_patch_size", 28, "28, but its tensors say 14"),
+        (DIFFUSERS, "foo_setting", 3, "unknown key"),
+        (DIFFUSERS, "image_size", 128, "128, but its tensors say 64"),
+        (DIFFUSERS, "decoder_hidden_size", 64, "64, but its tensors say 48"),
+        (DIFFUSERS, "encoder_norm_mean", [0.5, 0.5, 0.5], "this encoder's is"),
+        (DIFFUSERS, "latents_mean", 3.0, "differs from the tensor _latents_mean"),
+        (DIFFUSERS, "latents_std", ["a"], "no array of numbers"),
+        (DIFFUSERS, "reshape_to_2d", False, "got False"),
+        (DIFFUSERS, "scaling_factor", 0, "got 0"),
+        (DIFFUSERS, "scaling_factor", float("nan"), "finite"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_line_with_file_and_key(
+    kit, beside, key, value, reason, tmp_path
+):
+    folder = copied(kit, tmp_path)
+    content = json.loads((folder / beside).read_text())
+    (folder / beside).write_text(json.dumps(content | {key: value}))
+    file = kit.case["files"]["diffusers" if beside == DIFFUSERS else "checkpoint"]
+    with pytest.raises(UserError, match=f"{beside}: .*{key}") as told:
+        import_checkpoint(folder / file, "auto", ImportOptions())
+    assert reason in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"_latents_mean": None}, "_latents_mean missing"),
+        ({"_latents_std": None}, "_latents_std missing"),
+        ({"encoder_mean": None}, "encoder_mean missing"),
+        ({"encoder_std": torch.ones(2)}, "standardises images by"),
+        ({"foo.bar": torch.zeros(1)}, "foo.bar unknown"),
+        ({"encoder.foo.bar": torch.zeros(1)}, "encoder's foo.bar unknown"),
+        ({"decoder.foo.bar": torch.zeros(1)}, "foo.bar unknown"),
+        ({"decoder.decoder_embed.weight": None}, "decoder_embed.weight is missing"),
+        ({"_latents_std": torch.tensor(torch.inf)}, "latents_std differs"),
+    ],
+)
+def test_tensors_of_diffusers_folder_that_do_not_fit_are_named(kit, change, told, tmp_path):
+    folder = copied(kit, tmp_path) / kit.case["files"]["diffusers"]
+    file = folder / "diffusion_pytorch_model.safetensors"
+    state = load_file(file) | change
+    save_file({name: value for name, value in state.items() if value is not None}, file)
+    with pytest.raises(UserError, match=told) as error:
+        import_checkpoint(folder, "auto", ImportOptions())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("weights", ["model", "ema"])
+def test_a_tensor_of_neither_network_of_stage_one_is_named(kit, weights, tmp_path):
+    file = copied(kit, tmp_path) / kit.case["files"]["checkpoint"]
+    content = torch.load(file, weights_only=True)
+    content[weights]["other.x"] = torch.zeros(1)
+    torch.save(content, file)
+    with pytest.raises(UserError, match=r"other\.x unknown"):
+        import_checkpoint(file, "auto", ImportOptions(weights=weights))
+
+
+@pytest.mark.parametrize("number", [torch.inf, torch.nan, -1.0])
+def test_statistics_that_no_tokens_have_are_refused(kit, number, tmp_path):
+    folder = copied(kit, tmp_path)
+    file = folder / kit.case["files"]["stats"]
+    content = torch.load(file, weights_only=True)
+    content["var"].view(-1)[0] = number
+    torch.save(content, file)
+    with pytest.raises(UserError, match=f"{file.name}: .*finite and positive"):
+        import_checkpoint(folder / kit.case["files"]["checkpoint"], "auto", ImportOptions())
+
+
+def test_trained_weights_alone_are_taken_where_they_are_asked_for(kit, tmp_path):
+    file = copied(kit, tmp_path) / kit.case["files"]["checkpoint"]
+    content = torch.load(file, weights_only=True)
+    del content["ema"]
+    torch.save(content, file)
+    with pytest.raises(UserError, match="holds no 'ema' beside 'model'; give --weights model"):
+        import_checkpoint(file, "auto", ImportOptions())
+    assert import_checkpoint(file, "auto", ImportOptions(weights="model")).format == "rae"

@@ -124,6 +124,8 @@ def checkpoint_of(content: Any, path: Path, weights: Literal["ema", "model"] = "
     state = content if nest is None else content[nest]
     if not _is_state(state):
         raise UserError(f"{path}: holds no state dict, neither bare nor under {', '.join(_NESTS)}")
+    if weights == "ema" and nest == "model":
+        raise UserError(f"{path}: holds no 'ema' beside 'model'; give --weights model")
     if weights == "model" and nest == "ema":
         raise UserError(f"{path}: holds no 'model' beside 'ema'; leave --weights out")
     names = {name: unwrapped(name) for name in state}
@@ -218,7 +220,12 @@ def _of_folder(path: Path) -> tuple[Format, ...]:
     for folder in (path, path / "vae"):
         file = folder / "config.json"
         if file.is_file():
-            name = read_json(file).get("_class_name")
+            config = read_json(file)
+            if not isinstance(config, dict):
+                raise UserError(
+                    f"{file}: expected settings by name, got {config!r:.40}; fetch the file again"
+                )
+            name = config.get("_class_name")
             if name in TEXTURE_CLASSES:
                 return ("diffusers-vae",)
             if name == "AutoencoderRAE" and folder == path:

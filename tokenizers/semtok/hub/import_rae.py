@@ -12,10 +12,21 @@ from torch import Tensor
 from semtok.errors import UserError
 from semtok.hub.checkpoints import built, count_numbered, read_checkpoint, sizes
 from semtok.hub.formats import statistics_beside
-from semtok.hub.job import ImportJob
+from semtok.hub.job import ImportJob, check_statistics
+from semtok.hub.rae_settings import (
+    DecoderSettings,
+    DiffusersRAEConfig,
+    EncoderSettings,
+    ImageSettings,
+    check_agrees,
+    check_heads,
+    check_statistics_said,
+    read_beside,
+)
 from semtok.methods.rae import RAETokenizer
 from semtok.sampler.vit_decoder import DecoderShape, ViTDecoder
-from semtok.storage import first_line, read_json, read_tensors
+from semtok.settings import parse
+from semtok.storage import first_line, read_tensors
 from semtok.teachers import Teacher, TeacherConfig, TransformerShape
 
 EPS = 1e-5
@@ -28,6 +39,7 @@ ENCODERS = {
 """What timm calls DINOv2 with registers, by width and depth."""
 _HEAD_WIDTH = 64  # of DINOv2
 _DECODER_HEADS = {1152: 16}  # of the published decoder
+_DIFFUSERS_BUFFERS = ("encoder_mean", "encoder_std", "_latents_mean", "_latents_std")
 _UNREAD = ("embeddings.mask_token", "layernorm.weight", "layernorm.bias")
 _ENCODER_NAMES = (
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
@@ -51,6 +63,10 @@ _DECODER_NAMES = (
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
 )
+_IN_TIMM = re.compile(
+    r"patch_embed\.proj\.(weight|bias)|blocks\.\d+\."
+    r"((norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)|ls[12]\.gamma)"
+)
 _QKV = re.compile(r"(.*\.attn\.)(query|key|value|q|k|v)(\..*)")
 
 
@@ -71,12 +87,15 @@ def import_rae(job: ImportJob) -> RAETokenizer:
         )
     encoder = _under(state, "encoder.encoder.")
     decoder = state if "decoder_embed.weight" in state else _under(state, "decoder.")
+    if decoder is not state:
+        _check_names(state, ("encoder.encoder.", "decoder."), (), job.place)
     job.fates |= {n: "network" for n in state}
     if job.options.teacher is not None:
         teacher = _given_encoder(job, encoder)
     else:
         teacher = _encoder(encoder or _encoder_beside(job), job, folder / "encoder")
-    network = import_decoder(decoder, _heads(job, decoder), job.place, teacher)
+    heads, said_by = _heads(job, decoder)
+    network = import_decoder(decoder, heads, job.place, teacher, said_by=said_by)
     tokenizer = RAETokenizer(network, teacher)
     _take_statistics(tokenizer, job)
     return tokenizer
@@ -90,42 +109,81 @@ def import_diffusers_rae(job: ImportJob) -> RAETokenizer:
     """
     job.refuse("tokenizer", "teacher", "heads", "image_size", "semantic_channels", "statistics")
     folder = job.checkpoint.path
-    config, place = read_json(folder / "config.json"), str(folder / "config.json")
+    config, place = (
+        read_beside(DiffusersRAEConfig, folder / "config.json"),
+        str(folder / "config.json"),
+    )
     weights = folder / "diffusion_pytorch_model.safetensors"
     if not weights.is_file():
         raise UserError(
             f"{folder}: holds no {weights.name}; a RAE's variants and shards are not read here, so save it whole, by "
             "diffusers' save_pretrained"
         )
+    if config.encoder_type != "dinov2":
+        raise UserError(
+            f"{place}: encoder_type '{config.encoder_type}' is not known here; dinov2 is"
+        )
+    if config.encoder_input_size % config.encoder_patch_size:
+        raise UserError(
+            f"{place}: encoder_input_size {config.encoder_input_size} is no multiple of encoder_patch_size "
+            f"{config.encoder_patch_size}; correct the wrong one"
+        )
     state = read_tensors(weights)
+    _check_names(state, ("encoder.", "decoder."), _DIFFUSERS_BUFFERS, str(weights))
     job.fates |= dict.fromkeys(state, "network")
-    kind = config.get("encoder_type", "dinov2")
-    if kind != "dinov2":
-        raise UserError(f"{place}: encoder_type '{kind}' is not known here; dinov2 is")
     teacher = _encoder(_under(state, "encoder."), job, None)
-    _check_scale(state["encoder_mean"], state["encoder_std"], teacher, place)
+    _check_scale(state["encoder_mean"], state["encoder_std"], teacher, str(weights))
+    for name, own in (("encoder_norm_mean", teacher.mean), ("encoder_norm_std", teacher.std)):
+        said = getattr(config, name)
+        if said is not None and not torch.allclose(torch.tensor(said), own.flatten(), atol=1e-5):
+            raise UserError(
+                f"{place}: {name} {list(said)}, this encoder's is {own.flatten().tolist()}"
+            )
     decoder = _under(state, "decoder.")
     if "decoder_pos_embed" not in decoder:
-        size, patch = (_said(config, f"encoder_{n}_size", place) for n in ("input", "patch"))
-        side = size // patch
-        decoder = decoder | {"decoder_pos_embed": diffusers_positions(state, side)}
+        side = config.side
+        decoder = decoder | {"decoder_pos_embed": diffusers_positions(state, side, job.place)}
         job.notes.append(
             f"its position table for {side}x{side} tokens is computed as diffusers does, which ignores a trained one: "
             "images are diffusers', not those of RAE's own file"
         )
-    heads = _said(config, "decoder_num_attention_heads", place)
-    tokenizer = RAETokenizer(import_decoder(decoder, heads, job.place, teacher), teacher)
+    heads, said_by = config.decoder_num_attention_heads, f"{place}: decoder_num_attention_heads"
+    network = import_decoder(decoder, heads, job.place, teacher, said_by=said_by)
+    tokenizer = RAETokenizer(network, teacher)
+    check_agrees(config, tokenizer, place)
+    mean, std = state["_latents_mean"], state["_latents_std"]
+    check_statistics_said(config, "latents_mean", mean, place)
+    check_statistics_said(config, "latents_std", std, place)
     # diffusers adds eps to the deviation, and multiplies by its factor.
-    std = (state["_latents_std"] + EPS) / config.get("scaling_factor", 1.0)
-    _standardise(tokenizer, state["_latents_mean"], std, place)
+    _standardise(tokenizer, mean, (std.float() + EPS) / config.scaling_factor, job.place)
     return tokenizer
 
 
-def diffusers_positions(state: Mapping[str, Tensor], side: int) -> Tensor:
-    """The decoder's table (1, 1 + side², width) as diffusers makes it whenever it loads."""
-    width = sizes(state, "decoder.decoder_embed.weight", 2)[0]
+def diffusers_positions(state: Mapping[str, Tensor], side: int, place: str = "") -> Tensor:
+    """The decoder's table (1, 1 + side², width) as diffusers makes it whenever it loads.
+
+    Raises:
+        UserError: the weights are of no decoder; ``place`` starts the message.
+    """
+    try:
+        width = sizes(state, "decoder.decoder_embed.weight", 2)[0]
+        if width % 4:
+            raise ValueError(f"a width of {width} is no multiple of 4")
+    except ValueError as error:
+        raise UserError(f"{place}: not RAE's decoder ({first_line(error)})") from None
     table = get_2d_sincos_pos_embed(width, side, cls_token=True, extra_tokens=1, output_type="pt")
     return table[None].float()
+
+
+def _check_names(
+    state: Mapping[str, Tensor], prefixes: tuple[str, ...], needed: tuple[str, ...], place: str
+) -> None:
+    """Raises UserError, naming them, where tensors are of neither network nor needed, or a needed one is missing."""
+    wrong = [f"{n} unknown" for n in state if not n.startswith(prefixes) and n not in needed]
+    wrong += [f"{n} missing" for n in needed if n not in state]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise UserError(f"{place}: tensors do not fit: {'; '.join(sorted(wrong)[:8])}{more}")
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -169,16 +227,26 @@ def encoder_in_timm(state: Mapping[str, Tensor], place: str) -> dict[str, Tensor
     made_of = ("cls_token", "register_tokens", "position_embeddings")
     left_out = {*_UNREAD, *(f"embeddings.{name}" for name in made_of)}
     rest = {n: v for n, v in state.items() if n not in left_out}
-    return ours | _joined(_renamed(rest, _ENCODER_NAMES))
+    theirs = _joined(_renamed(rest, _ENCODER_NAMES))
+    unknown = sorted(name for name in theirs if not _IN_TIMM.fullmatch(name))
+    if unknown:
+        told = ", ".join(unknown[:8])
+        raise UserError(f"{place}: tensors do not fit: its encoder's {told} unknown")
+    return ours | theirs
 
 
 def _encoder(state: Mapping[str, Tensor], job: ImportJob, folder: Path | None) -> Teacher:
     weights = encoder_in_timm(state, job.place)
     blocks, width = count_numbered(weights, "blocks."), weights["norm.weight"].numel()
     heads = max(1, width // _HEAD_WIDTH)
-    if folder is not None and (folder / "config.json").is_file():
-        heads = read_json(folder / "config.json").get("num_attention_heads", heads)
     named = ENCODERS.get((width, blocks))
+    if folder is not None and (folder / "config.json").is_file():
+        said = read_beside(EncoderSettings, folder / "config.json").num_attention_heads or heads
+        place = f"{folder / 'config.json'}: num_attention_heads"
+        check_heads(said, width, place)
+        if named is not None and said != heads:
+            raise UserError(f"{place} {said}, but {named} has {heads}; correct it")
+        heads = said
     shape = TransformerShape(width=width, depth=blocks, heads=heads) if named is None else None
     config = TeacherConfig(
         name=named or ENCODERS[768, 12],
@@ -188,12 +256,10 @@ def _encoder(state: Mapping[str, Tensor], job: ImportJob, folder: Path | None) -
     )
     teacher = Teacher(config, weights)
     if folder is not None and (folder / "preprocessor_config.json").is_file():
-        said, place = (
-            read_json(folder / "preprocessor_config.json"),
-            str(folder / "preprocessor_config.json"),
-        )
-        mean, std = (torch.tensor(_said(said, key, place)) for key in ("image_mean", "image_std"))
-        _check_scale(mean, std, teacher, place)
+        place = folder / "preprocessor_config.json"
+        images = read_beside(ImageSettings, place)
+        mean, std = torch.tensor(images.image_mean), torch.tensor(images.image_std)
+        _check_scale(mean, std, teacher, str(place))
     for name in job.fates:
         if name.endswith(_UNREAD):
             job.fates[name] = "left out, RAE does not read it"
@@ -226,7 +292,11 @@ def _given_encoder(job: ImportJob, own: Mapping[str, Tensor]) -> Teacher:
 def _check_scale(mean: Tensor, std: Tensor, teacher: Teacher, place: str) -> None:
     """Raises UserError where images are to be standardised otherwise than timm does for this encoder."""
     pairs = ((mean, teacher.mean), (std, teacher.std))
-    if not all(torch.allclose(own.flatten(), known.flatten(), atol=1e-5) for own, known in pairs):
+    if not all(
+        own.numel() == known.numel()
+        and torch.allclose(own.float().flatten(), known.flatten(), atol=1e-5)
+        for own, known in pairs
+    ):
         raise UserError(
             f"{place}: standardises images by {mean.flatten().tolist()} and {std.flatten().tolist()}, this encoder "
             f"by {teacher.mean.flatten().tolist()} and {teacher.std.flatten().tolist()}"
@@ -237,12 +307,13 @@ def _check_scale(mean: Tensor, std: Tensor, teacher: Teacher, place: str) -> Non
 
 
 def import_decoder(
-    state: Mapping[str, Tensor], heads: int, place: str, teacher: Teacher
+    state: Mapping[str, Tensor], heads: int, place: str, teacher: Teacher, *, said_by: str
 ) -> ViTDecoder:
     """A decoder of RAE's or diffusers' names.
 
     Args:
         heads: of its attention, which no tensor tells.
+        said_by: where the heads come from; starts the message if they do not fit.
         teacher: the encoder, in whose unit images come out.
 
     Raises:
@@ -257,11 +328,11 @@ def import_decoder(
         side, patch = round((tokens - 1) ** 0.5), round((numbers / 3) ** 0.5)
         if side**2 + 1 != tokens or 3 * patch**2 != numbers:
             raise ValueError(f"{tokens} tokens to {numbers} numbers each are no square images")
-        shape = DecoderShape(
-            width=width, depth=depth, heads=heads, mlp_width=mlp_width, patch_size=patch
-        )
     except ValueError as error:
         raise UserError(f"{place}: not RAE's decoder ({first_line(error)})") from None
+    check_heads(heads, width, said_by)
+    told = {"width": width, "depth": depth, "mlp_width": mlp_width, "patch_size": patch}
+    shape = parse(DecoderShape, {"heads": heads, **told}, f"{place}: not RAE's decoder")
     if channels != teacher.widths[-1]:
         raise UserError(
             f"{place}: decodes tokens of {channels} channels, the encoder's have {teacher.widths[-1]}"
@@ -271,26 +342,22 @@ def import_decoder(
     return built(lambda: ViTDecoder(shape, channels=channels, grid=(side, side)), ours, place)
 
 
-def _heads(job: ImportJob, decoder: Mapping[str, Tensor]) -> int:
+def _heads(job: ImportJob, decoder: Mapping[str, Tensor]) -> tuple[int, str]:
+    """How many heads the decoder has, and where that comes from."""
     if job.options.heads is not None:
-        return job.options.heads
-    said = job.checkpoint.path.parent / "decoder_config" / "config.json"
-    if said.is_file():
-        job.notes.append(f"the decoder's heads are taken from {said}, which lies beside it")
-        return _said(read_json(said), "decoder_num_attention_heads", f"{said} (or give --heads)")
-    width = len(decoder["decoder_embed.weight"])
+        return job.options.heads, f"{job.place}: --heads"
+    file = job.checkpoint.path.parent / "decoder_config" / "config.json"
+    if file.is_file():
+        said = read_beside(DecoderSettings, file, "fetch the file again (or give --heads)")
+        job.notes.append(f"the decoder's heads are taken from {file}, which lies beside it")
+        heads = said.decoder_num_attention_heads
+        return heads, f"{file}: decoder_num_attention_heads"
+    width = next(iter(decoder.get("decoder_embed.weight", torch.empty(0)).shape), 0)
     if width not in _DECODER_HEADS:
         raise UserError(
             f"{job.place}: does not say how many heads its decoder of width {width} has; give --heads"
         )
-    return _DECODER_HEADS[width]
-
-
-def _said(config: Any, key: str, place: str) -> Any:
-    """What JSON beside a file says under a key that has to be there."""
-    if not isinstance(config, dict) or key not in config:
-        raise UserError(f"{place}: says no {key}; fetch the file again")
-    return config[key]
+    return _DECODER_HEADS[width], f"{job.place}: heads"
 
 
 # Names and statistics ----------------------------------------------------------------------------
@@ -348,6 +415,5 @@ def _standardise(tokenizer: RAETokenizer, mean: Tensor, std: Tensor, place: str)
             raise UserError(
                 f"{place}: statistics of {tuple(values.shape)} for latents of {tuple(buffer.shape)}"
             ) from None
-    if not bool((tokenizer.texture_std > 0).all() & tokenizer.texture_mean.isfinite().all()):
-        raise UserError(f"{place}: a standard deviation is not positive, or a mean not finite")
+    check_statistics(tokenizer.texture_mean, tokenizer.texture_std, place)
     tokenizer.num_measured_images.fill_(1)  # by whoever published them

@@ -108,11 +108,21 @@ def standardise(tokenizer: Tokenizer, part: str, statistics: tuple[Tensor, Tenso
     """Gives a tokenizer's part the published mean and standard deviation (C,).
 
     Raises:
-        UserError: they are of another number of channels.
+        UserError: they are of another number of channels, or none that latents have.
     """
     (mean, std), channels = statistics, tokenizer.spec[part].channels
     if len(mean) != channels:
         raise UserError(f"statistics of {len(mean)} channels for a {part} of {channels}")
+    check_statistics(mean, std, f"statistics of the {part}")
     getattr(tokenizer, f"{part}_mean").copy_(mean)
     getattr(tokenizer, f"{part}_std").copy_(std)
     tokenizer.num_measured_images.fill_(1)  # by whoever published them
+
+
+def check_statistics(mean: Tensor, std: Tensor, place: str) -> None:
+    """Raises UserError where latents would become 0 or no numbers."""
+    sound = mean.is_meta or bool((std > 0).all() & std.isfinite().all() & mean.isfinite().all())
+    if not sound:
+        raise UserError(
+            f"{place}: a mean is not finite, or a standard deviation not finite and positive; correct it there"
+        )

@@ -123,14 +123,23 @@ def stated_statistics(autoencoder: nn.Module, place: str) -> tuple[Tensor, Tenso
             f"{place}: states {there} and no {missing}; give both, or neither (scaling_factor stands for them then)"
         )
     if mean is None and hasattr(autoencoder, "bn"):
-        return _moments_of_patches(autoencoder.bn, channels)
+        return _sound(*_moments_of_patches(autoencoder.bn, channels), f"{place}: its batch norm")
     if mean is None:
         mean, std = _stated(config, "shift_factor", 1, place) or 0.0, 1.0
     scale = 1.0 if "scaling_factor" not in config else _stated(config, "scaling_factor", 1, place)
     if scale is None:
         raise UserError(f"{place}: scaling_factor is null; give a number, as 0.18215, or 1")
     mean, std = torch.as_tensor(mean), torch.as_tensor(std) / scale
-    return mean.expand(channels), std.expand(channels)
+    return _sound(mean.expand(channels), std.expand(channels), place)
+
+
+def _sound(mean: Tensor, std: Tensor, place: str) -> tuple[Tensor, Tensor]:
+    """Raises UserError where latents would become 0 or no numbers."""
+    if not bool((std > 0).all() & std.isfinite().all() & mean.isfinite().all()):
+        raise UserError(
+            f"{place}: states a mean that is not finite, or a deviation not finite and positive; mend it there"
+        )
+    return mean, std
 
 
 def _moments_of_patches(norm: nn.BatchNorm2d, channels: int) -> tuple[Tensor, Tensor]:
