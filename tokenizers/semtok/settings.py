@@ -39,8 +39,8 @@ _MOST_VALUES, _DEEPEST = 100_000, 50
 
 
 def _load(text: str) -> Any:
-    """What a YAML text says, which is no more than anybody would write: a few lines of aliases to lists of aliases stand
-    for more values than a machine holds.
+    """What a YAML text says, if it is no more than anybody would write: a few lines of aliases can stand for more
+    values than a machine holds.
 
     Raises:
         yaml.YAMLError: no YAML, or more than that.
