@@ -218,7 +218,9 @@ def _of_folder(path: Path) -> tuple[Format, ...]:
     for folder in (path, path / "vae"):
         file = folder / "config.json"
         if file.is_file():
-            name = read_json(file).get("_class_name")
+            config = read_json(file)
+            name = config.get("_class_name") if isinstance(config, dict) else None
+            name = str(name) if name is not None else None  # a list could not be looked up
             if name in TEXTURE_CLASSES:
                 return ("diffusers-vae",)
             if name == "AutoencoderRAE" and folder == path:
