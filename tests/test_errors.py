@@ -140,6 +140,10 @@ FOLDER = ["data={kind: folder, path: images, size: 16}"]
         (["data.size=0"], ["data.size", "at least 1, got 0"]),
         (["data.classes=[hue, hue]"], ["data.classes", "twice"]),
         (["train.seed=2020-01-01"], ["recipe.yaml", "a kind that recipes can't hold"]),
+        (["train.seed=2020-13-45"], ["train.seed=2020-13-45", "not valid YAML"]),
+        (["train.seed=" + "[" * 3000], ["not valid YAML"]),
+        (["train.seed=&a [*a]"], ["not valid YAML"]),
+        (['method.name="vae\\n\\e[31m"'], [r"unknown method 'vae\n\x1b[31m'"]),
         (["plugins=[recipe.yaml]"], ["plugins", "'recipe.yaml' is not a Python file"]),
         (FOLDER, ["data.path", "no such folder 'images'", "pass data.path="]),
         (["plugins=[mine.py]"], ["plugins", "no such file 'mine.py'"]),
@@ -150,6 +154,13 @@ def test_a_setting_that_cannot_work_is_named_with_a_way_out(recipe, capsys, over
     for word in words:
         assert word in message
     assert not (recipe.parent / "runs").exists()
+
+
+def test_aliases_that_stand_for_more_than_a_machine_holds_are_refused(recipe, capsys):
+    lines = ["a0: &a0 [x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    recipe.write_text("\n".join(lines))
+    assert "not valid YAML (too many values" in complain(capsys, str(recipe))
 
 
 def test_a_precision_that_only_gpus_have(recipe, capsys, monkeypatch):

@@ -451,3 +451,11 @@ def test_halving_first_changes_no_pixel(mode, size):
         whole = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
     expected = np.array(adm_center_crop(whole.convert("RGB"), (16, 16)))
     assert (decode(saved(image, "PNG"), (16, 16)) == expected).all()
+
+
+@pytest.mark.parametrize("place", [None, (0.5, 0.5)])
+def test_a_line_of_millions_of_pixels_is_unreadable_and_does_not_fill_the_memory(place):
+    file = io.BytesIO()
+    Image.new("L", (2**23, 1)).save(file, "PNG")
+    found = read_image(file.getvalue(), lambda content: decode(content, (64, 64), place))
+    assert isinstance(found, Unreadable) and "too narrow" in found.reason

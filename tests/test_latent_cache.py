@@ -88,6 +88,19 @@ def opened(place: Path, cache: Path | str) -> tuple[CachedLatents, CachedLatents
     return open_latent_cache(cache, tokenizer, data=parse_data(words(place), place="test"))
 
 
+def test_a_shard_of_other_columns_is_refused_whoever_signed_it(place, cache, tmp_path):
+    folder = Path(shutil.copytree(cache, tmp_path / "cache")) / "train"
+    index = json.loads((folder / "index.json").read_text())
+    file = folder / index["shards"][1]["file"]
+    tensors = safetensors.torch.load_file(file)
+    for name in ("labels", "texture/mean"):
+        safetensors.torch.save_file(tensors | {name: tensors[name].double()}, file)
+        index["shards"][1] |= {"bytes": file.stat().st_size, "checksum": shard_checksum(file)}
+        (folder / "index.json").write_text(json.dumps(index))
+        with pytest.raises(UserError, match=f"{file.name} has (no labels|other (rows|columns))"):
+            opened(place, folder.parent)
+
+
 def test_the_cache_holds_the_posterior_the_labels_and_the_teachers_tokens(place, cache):
     cached, held_out = opened(place, cache)
     source, validation = open_sources(parse_data(words(place), place="test"))

@@ -13,7 +13,12 @@ class UserError(ValueError):
 
     The message names the thing, the place and the way out, on one line. Commands print it without
     a traceback and exit with code 2; in Python it is an ordinary ``ValueError``.
+
+    Names and values come from files: line breaks and what else a terminal would obey are told as Python writes them.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 class NonFiniteLoss(RuntimeError):

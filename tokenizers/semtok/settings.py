@@ -34,6 +34,35 @@ _Loader.add_implicit_resolver(
 )
 
 
+_MOST_VALUES, _DEEPEST = 100_000, 50
+"""Of one YAML text, with every alias written out."""
+
+
+def _load(text: str) -> Any:
+    """What a YAML text says, if it is no more than anybody would write: a few lines of aliases can stand for more
+    values than a machine holds.
+
+    Raises:
+        yaml.YAMLError: no YAML, or more than that.
+    """
+    try:
+        content = yaml.load(text, Loader=_Loader)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # of 2020-13-45, or 0b
+        raise yaml.MarkedYAMLError(problem=str(error)) from None
+    except RecursionError:
+        raise yaml.MarkedYAMLError(problem="nested too deeply") from None
+    left, waiting = _MOST_VALUES, [(content, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        if isinstance(inner, list | tuple | set):
+            left -= len(inner)
+            waiting += [(one, depth + 1) for one in inner]
+        if left < 0 or depth > _DEEPEST:
+            raise yaml.MarkedYAMLError(problem="too many values, or nested too deeply")
+    return content
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML mapping.
 
@@ -47,7 +76,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read as text ({error})") from None
     try:
-        content = yaml.load(text, Loader=_Loader)
+        content = _load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -92,7 +121,7 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
                 f"override {override!r}: expected key=value, for example train.steps=200"
             )
         try:
-            value = yaml.load(text, Loader=_Loader)
+            value = _load(text)
         except yaml.YAMLError:
             raise UserError(f"override {override!r}: the value is not valid YAML") from None
         _check_agrees(key, value, override, given)

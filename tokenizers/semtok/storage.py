@@ -8,8 +8,10 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import tempfile
 import uuid
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,10 +30,18 @@ DAMAGE = (
     ValueError,
     EOFError,
     LookupError,
+    ArithmeticError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
     SafetensorError,
     pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
 )
-"""What reading a missing, foreign or damaged weights file can raise."""
+"""What reading a missing, foreign or damaged weights file can raise: the libraries that read one, or build what its
+settings say, take much of it for granted."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The system's numbers for a disk, or one's share of it, that takes no more."""

@@ -70,8 +70,11 @@ def _bytes_of(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Of pickles that torch did not write: arrays, plain containers, and stand-ins by name."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """Of pickles that torch did not write: arrays, plain containers, and stand-ins by name.
+
+    Python's own: the one in C takes any number in a file for the size of a table and fills the memory.
+    """
 
     _classes: Mapping[tuple[str, str], Any] = {
         tuple(name.rsplit(".", 1)): value
@@ -110,7 +113,7 @@ def read_checkpoint(path: str | Path) -> Any:
                 return content
         with torch.serialization.safe_globals(_ADMITTED):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (MemoryError, TypeError, AttributeError, *DAMAGE) as error:
+    except DAMAGE as error:
         if "weights_only" in str(error):  # torch's own advice is to trust the file
             foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = f"'{foreign[1]}'" if foreign else "something"

@@ -193,7 +193,7 @@ def read_settings(content: Any, place: str) -> FileSettings:
         if isinstance(settings, str):
             try:
                 settings = yaml.safe_load(settings)
-            except yaml.YAMLError:
+            except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: of 2020-13-45
                 settings = None
         if not isinstance(settings, dict) or not settings:
             continue

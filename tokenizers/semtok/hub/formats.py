@@ -226,6 +226,7 @@ def _of_folder(path: Path) -> tuple[Format, ...]:
                     f"{file}: expected settings by name, got {config!r:.40}; fetch the file again"
                 )
             name = config.get("_class_name")
+            name = str(name) if name is not None else None  # a list could not be looked up
             if name in TEXTURE_CLASSES:
                 return ("diffusers-vae",)
             if name == "AutoencoderRAE" and folder == path:

@@ -61,7 +61,8 @@ class RemoteShards(Shards):
     def _opened(self, number: int) -> Shard:
         for _ in range(10):
             try:
-                return open_shard(self._fetched(number), self._num_rows(number))
+                file = self._fetched(number)
+                return self._like_others(open_shard(file, self._num_rows(number)), file)
             except (FileNotFoundError, RuntimeError):  # torch's, where it goes while it is opened
                 if self.local_file(number).is_file():
                     raise

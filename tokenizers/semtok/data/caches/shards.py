@@ -78,6 +78,7 @@ class Shards:
     def __init__(self, folder: Path | str, place: str) -> None:
         self.folder, self._place = Path(folder), f"{place}: {folder}"
         self._held: OrderedDict[int, Shard] = OrderedDict()
+        self._kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         try:
             content = self._read_index()
             version = content.get("format_version") if isinstance(content, dict) else None
@@ -114,8 +115,25 @@ class Shards:
     def _shard(self, number: int) -> Shard:
         if number not in self._held:
             file = self.folder / self.entries[number]["file"]
-            self._held[number] = open_shard(file, self._num_rows(number))
+            self._held[number] = self._like_others(open_shard(file, self._num_rows(number)), file)
         return self._held[number]
+
+    def _like_others(self, shard: Shard, file: Path) -> Shard:
+        """The shard that was read from a file.
+
+        Raises:
+            UserError: its rows are not as those of the shards that were read before, or its labels are no numbers.
+        """
+        own = {name: (tensor.dtype, tuple(tensor.shape[1:])) for name, (tensor, _) in shard.items()}
+        mirrored = {name.removeprefix(_MIRRORED) for name in own if name.startswith(_MIRRORED)}
+        if own.get(_LABELS) != (torch.int64, ()) or any(
+            own.get(name) != own[_MIRRORED + name] for name in mirrored
+        ):
+            raise UserError(f"{file.name} has no labels, or other rows for mirrored images")
+        self._kinds = self._kinds or own
+        if own != self._kinds:
+            raise UserError(f"{file.name} has other columns than the shards beside it")
+        return shard
 
     def _num_rows(self, number: int) -> int:
         return min(self.shard_size, self.num_images - number * self.shard_size)

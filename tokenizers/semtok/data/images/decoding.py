@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
@@ -25,6 +26,14 @@ NO_IMAGE = (
     SyntaxError,
     ValueError,
     Image.DecompressionBombError,
+    # What its decoders raise of damage that they don't look for.
+    EOFError,
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    AttributeError,
+    MemoryError,
+    struct.error,
 )
 """What decoding raises where a file is no image, cut short, or of a kind that has no one look."""
 
@@ -178,9 +187,17 @@ def adm_center_crop(image: Image.Image, image_size: tuple[int, int]) -> Image.Im
     image = _halved(image, image_size)
     scale = max(width / image.width, height / image.height)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    _check_enlarged(size)
     image = image.resize(size, resample=Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def _check_enlarged(size: tuple[int, int]) -> None:
+    """Raises ValueError where an image that just covers the target has more pixels than an image may have: one of a
+    single row of millions of pixels grows with its height."""
+    if Image.MAX_IMAGE_PIXELS and size[0] * size[1] > 2 * Image.MAX_IMAGE_PIXELS:
+        raise ValueError("too narrow for its length: resized it would fill the memory")
 
 
 def random_crop(
@@ -202,6 +219,7 @@ def random_crop(
     height, width = image_size
     scale = max(width / image.width, height / image.height)
     size = (max(height, round(image.height * scale)), max(width, round(image.width * scale)))
+    _check_enlarged(size)
     pixels = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").float()
     resized = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=False)
     top, left = (
