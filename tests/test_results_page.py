@@ -10,7 +10,10 @@ from PIL import Image
 from results_page import command
 from semtok.commands.cli import run
 
-PAGE = "Before.\n\n<!-- table: small {kind} -->\nold\n<!-- end of table -->\n\nAfter.\n"
+PAGE = (
+    "Before.\n\n<!-- table: small {kind} -->\nold\n<!-- end of table -->\n\n"
+    "![](images/results_small.png)\n\nAfter.\n"
+)
 
 
 def row(name: str, distances: list[list[float]], shares: list[list[float]]) -> dict[str, Any]:
@@ -67,6 +70,10 @@ def test_a_page_shows_what_a_comparison_found(checkout):
     with Image.open(checkout / "docs" / "images" / "results_small.png") as picture:
         assert picture.width > 500
     assert run(command.main, ["--root", str(checkout), "--check"]) == 0
+    other = checkout / "docs" / "results" / "other.json"  # of which a page shows no curves
+    other.write_bytes((checkout / "docs" / "results" / "small.json").read_bytes())
+    assert run(command.main, ["--root", str(checkout)]) == 0
+    assert [p.name for p in (checkout / "docs" / "images").iterdir()] == ["results_small.png"]
     (checkout / "docs" / "results.md").write_text(differences.replace("-1.5", "-9.5"))
     assert run(command.main, ["--root", str(checkout), "--check"]) == 1
 

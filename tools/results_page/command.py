@@ -1,5 +1,5 @@
-"""``results``: draws tables and curves of docs/results.md, docs/switches.md, docs/performance.md and README from
-docs/results/*.json.
+"""``results``: draws what docs/results/*.json holds: the tables of docs/results.md, docs/switches.md, docs/performance.md
+and README, and the curves that these pages show.
 
 ``--take FOLDER NAME`` first keeps what a comparison found, every score of every seed, as docs/results/NAME.json.
 """
@@ -53,9 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         folder, name = args.take
         _take(Path(folder), results / f"{_checked(name)}.json")
     stale = []
-    for page in (args.root / name for name in _PAGES):
-        if not page.is_file():
-            continue
+    for page in _pages(args.root):
         text = page.read_text(encoding="utf-8")
         drawn = _MARK.sub(lambda mark: _table(mark, results), text)
         if drawn == text:
@@ -70,13 +68,18 @@ def main(arguments: Sequence[str]) -> int:
             or "up to date"
         )
         return int(bool(stale))
+    shown = "".join(page.read_text(encoding="utf-8") for page in _pages(args.root))
     for file in sorted(results.glob("*.json")):
-        if "rows" in read_json(file):
-            picture = args.root / "docs" / "images" / f"results_{file.stem}.png"
+        picture = args.root / "docs" / "images" / f"results_{file.stem}.png"
+        if picture.name in shown:
             with new_file(picture) as temporary:
                 temporary.write_bytes(curves(read_stored(file).scores))
             print(f"drawn: {picture}")
     return 0
+
+
+def _pages(root: Path) -> list[Path]:
+    return [page for name in _PAGES if (page := root / name).is_file()]
 
 
 def _checked(name: str) -> str:
