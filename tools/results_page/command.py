@@ -1,5 +1,5 @@
-"""``results``: draws what docs/results/*.json holds: the tables of docs/results.md, docs/switches.md, docs/performance.md
-and README, and the curves that these pages show.
+"""``results``: draws what docs/results/*.json holds: tables of docs/results.md, docs/switches.md, docs/performance.md and
+README, and the curves that these pages show.
 
 ``--take FOLDER NAME`` first keeps what a comparison found, every score of every seed, as docs/results/NAME.json.
 """
