@@ -1,4 +1,4 @@
-"""``results``: draws what docs/results/*.json holds: tables of docs/results.md, docs/switches.md, docs/performance.md and
+"""``results``: draws what docs/results/*.json holds: tables of docs/results.md, switches.md and performance.md and of
 README, and the curves that these pages show.
 
 ``--take FOLDER NAME`` first keeps what a comparison found, every score of every seed, as docs/results/NAME.json.
