@@ -578,7 +578,7 @@ def test_a_second_run_leaves_a_cache_alone_that_another_writes(
         if settings.get("grid") == (8, 8) and len(images) > 1 and not waited:
             waited.append(True)
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr("semtok.data.caches.shards.time.sleep", stop)
+                patch.setattr("semtok.lock.time.sleep", stop)
                 cached(folder, tmp_path / "cache", tmp_path / "other")
             assert "at work there" in capsys.readouterr().out
         return original(self, images, **settings)

@@ -216,7 +216,9 @@ def test_tars_and_parquet_draw_crops_too(kind, photos, tmp_path, monkeypatch):
 @pytest.mark.parametrize("setting", ["crop=random", "crop=center", "flip=true", "flip=false"])
 def test_drawn_scenes_refuse_settings_that_have_no_meaning_for_them(setting):
     key = setting.partition("=")[0]
-    with pytest.raises(UserError, match=f"data.{key}: .*; leave it out, or choose another") as told:
+    with pytest.raises(
+        UserError, match=f"--data: {key}: .*; leave it out, or choose another"
+    ) as told:
         parse_data(["kind=shapes", "size=16", setting], place="--data")
     assert "\n" not in str(told.value)
 

@@ -81,7 +81,7 @@ def test_fdr_is_the_mean_of_the_ratios_to_held_out_images():
         ([["teacher"], ["demo"]], "two judges are called 'demo'"),
         ([["trian"]], "--judge trian: expected trained, teacher, demo, .* did you mean 'trained'"),
         ([["trained", "demo"]], "give --judge once for each judge"),
-        ([["name=nope"]], "--judge name=nope: teacher.name: timm knows no model 'nope'"),
+        ([["name=nope"]], "--judge name=nope: name: timm knows no model 'nope'"),
         ([["name=demo", "layer=3"]], "unknown key 'layer'; did you mean 'layers'"),
     ],
 )
