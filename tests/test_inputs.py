@@ -453,6 +453,11 @@ def test_halving_first_changes_no_pixel(mode, size):
     assert (decode(saved(image, "PNG"), (16, 16)) == expected).all()
 
 
+def test_a_kind_of_pixels_that_pillow_does_not_know_is_unreadable():
+    header = (124, 0x1007, 16, 16, 64, 0, 0, *[0] * 11, 32, 0, 0, 0, 0, 0, 0, 0, 0x1000, 0, 0, 0, 0)
+    assert isinstance(seen(b"DDS " + struct.pack("<31I", *header)), Unreadable)
+
+
 @pytest.mark.parametrize("place", [None, (0.5, 0.5)])
 def test_a_line_of_millions_of_pixels_is_unreadable_and_does_not_fill_the_memory(place):
     file = io.BytesIO()

@@ -101,6 +101,15 @@ def test_a_shard_of_other_columns_is_refused_whoever_signed_it(place, cache, tmp
             opened(place, folder.parent)
 
 
+def test_an_index_of_a_false_number_of_images_is_refused_at_once(place, cache, tmp_path):
+    folder = Path(shutil.copytree(cache, tmp_path / "cache")) / "train"
+    index = json.loads((folder / "index.json").read_text())
+    # Names of as many shards would fill the memory.
+    (folder / "index.json").write_text(json.dumps(index | {"num_images": 10**15}))
+    with pytest.raises(UserError, match="does not name the shards of 1000000000000000 images"):
+        opened(place, folder.parent)
+
+
 def test_the_cache_holds_the_posterior_the_labels_and_the_teachers_tokens(place, cache):
     cached, held_out = opened(place, cache)
     source, validation = open_sources(parse_data(words(place), place="test"))

@@ -62,7 +62,7 @@ def import_autoencoder(state: Mapping[str, Tensor], *, place: str) -> Autoencode
     ours = {our_name(name, levels): value.float() for name, value in state.items()}
     # Attention was written as 1x1 convolutions.
     ours = {
-        name: value[..., 0, 0] if value.ndim == 4 and ".attentions." in name else value
+        name: value.flatten(1) if value.shape[2:] == (1, 1) and ".attentions." in name else value
         for name, value in ours.items()
     }
     return built(lambda: AutoencoderKL(**settings), ours, place)

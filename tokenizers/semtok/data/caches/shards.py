@@ -90,7 +90,8 @@ class Shards:
             self.entries = [entry.model_dump() for entry in index.shards]
             names = [entry.file for entry in index.shards]
             num_shards = math.ceil(self.num_images / self.shard_size)
-            if names != [_NAME.format(number) for number in range(num_shards)]:  # they become paths
+            # Names become paths. Their number is compared first: a false one may be too many to list.
+            if len(names) != num_shards or names != [_NAME.format(n) for n in range(num_shards)]:
                 raise UserError(f"{INDEX} does not name the shards of {self.num_images} images")
             self._check_files()
         except (UserError, OSError, SafetensorError) as error:  # of what is read

@@ -33,6 +33,7 @@ NO_IMAGE = (
     TypeError,
     AttributeError,
     MemoryError,
+    NotImplementedError,
     struct.error,
 )
 """What decoding raises where a file is no image, cut short, or of a kind that has no one look."""
