@@ -6,6 +6,14 @@ from torch import Tensor
 from semtok.processes import gather, num_processes
 
 
+def are_sound(mean: Tensor, std: Tensor) -> bool:
+    """Whether latents that are standardised by these are neither 0 nor no numbers. Of tensors without contents nothing
+    speaks against it."""
+    if mean.is_meta:
+        return True
+    return bool((std > 0).all() & std.isfinite().all() & mean.isfinite().all())
+
+
 class StreamingMoments:
     """Mean and variance per channel, or the whole covariance, in one pass and in float64.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from semtok.errors import UserError
 from semtok.hub.file_settings import FileSettings
 from semtok.hub.formats import Checkpoint, Format, read_statistics, statistics_beside
+from semtok.statistics import are_sound
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 
@@ -121,8 +122,7 @@ def standardise(tokenizer: Tokenizer, part: str, statistics: tuple[Tensor, Tenso
 
 def check_statistics(mean: Tensor, std: Tensor, place: str) -> None:
     """Raises UserError where latents would become 0 or no numbers."""
-    sound = mean.is_meta or bool((std > 0).all() & std.isfinite().all() & mean.isfinite().all())
-    if not sound:
+    if not are_sound(mean, std):
         raise UserError(
             f"{place}: a mean is not finite, or a standard deviation not finite and positive; correct it there"
         )

@@ -13,6 +13,7 @@ from einops import reduce
 from torch import Tensor, nn
 
 from semtok.errors import UserError
+from semtok.statistics import are_sound
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -135,7 +136,7 @@ def stated_statistics(autoencoder: nn.Module, place: str) -> tuple[Tensor, Tenso
 
 def _sound(mean: Tensor, std: Tensor, place: str) -> tuple[Tensor, Tensor]:
     """Raises UserError where latents would become 0 or no numbers."""
-    if not bool((std > 0).all() & std.isfinite().all() & mean.isfinite().all()):
+    if not are_sound(mean, std):
         raise UserError(
             f"{place}: states a mean that is not finite, or a deviation not finite and positive; mend it there"
         )
