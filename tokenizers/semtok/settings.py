@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from semtok.errors import UserError, did_you_mean
-from semtok.sampler.config import Config
+from semtok.sampler.config import Config, first_changed
 
 ConfigType = TypeVar("ConfigType", bound=Config)
 
@@ -179,13 +179,13 @@ def check_used(config: Config, place: str, because: str, *names: str) -> None:
         place: of the section that ``config`` is.
         because: of which setting.
     """
-    for name in names:
+    name = first_changed(config, *names)
+    if name is not None:
         default = type(config).model_fields[name].default
-        if getattr(config, name) != default:
-            shown = f"{default:g}" if isinstance(default, float) else default
-            raise ValueError(
-                f"{place}.{name} takes no effect with {because}; leave it out, or pass {place}.{name}={shown}"
-            )
+        shown = f"{default:g}" if isinstance(default, float) else default
+        raise ValueError(
+            f"{place}.{name} takes no effect with {because}; leave it out, or pass {place}.{name}={shown}"
+        )
 
 
 _OF_A_METHOD = "method.tokenizer"

@@ -8,6 +8,7 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from semtok.sampler.config import first_changed
 from semtok.sampler.routing import taken
 from semtok.settings import Config
 from semtok.teachers import TeacherFeatures, alignment_loss, on_grid, silu_mlp
@@ -55,12 +56,12 @@ class REPAConfig(Config):
         """Raises ValueError where settings say how tokens are aligned, and the weight leaves nothing to align."""
         if self.weight:
             return
-        for name, field in type(self).model_fields.items():
-            if name != "weight" and getattr(self, name) != field.default:
-                raise ValueError(
-                    f"diffusion.repa.{name} takes effect with some diffusion.repa.weight, and it is 0; pass more, or "
-                    "diffusion.repa=false"
-                )
+        name = first_changed(self, *(one for one in type(self).model_fields if one != "weight"))
+        if name is not None:
+            raise ValueError(
+                f"diffusion.repa.{name} takes effect with some diffusion.repa.weight, and it is 0; pass more, or "
+                "diffusion.repa=false"
+            )
 
     def depth_in(self, num_blocks: int) -> int:
         """After which of a network's blocks."""

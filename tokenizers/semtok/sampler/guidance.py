@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from semtok.sampler.architecture import DiTArchitecture
-from semtok.sampler.config import Config
+from semtok.sampler.config import Config, first_changed
 from semtok.sampler.dit import DiT
 from semtok.sampler.latents import LatentSpec
 from semtok.sampler.routing import DENSE, Route
@@ -104,12 +104,12 @@ class GuidanceConfig(Config):
         """Raises ValueError where settings say how samples are guided, and the scale leaves them without guidance."""
         if self.guides:
             return
-        for name in ("base", "interval", "num_channels"):
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"sampler.guidance.{name}: nothing is guided, as sampler.guidance.scale is 1; pass another scale, "
-                    "or sampler.guidance={scale: 1}"
-                )
+        name = first_changed(self, "base", "interval", "num_channels")
+        if name is not None:
+            raise ValueError(
+                f"sampler.guidance.{name}: nothing is guided, as sampler.guidance.scale is 1; pass another scale, "
+                "or sampler.guidance={scale: 1}"
+            )
 
     def check_network(self, network: DiTArchitecture) -> None:
         """Raises ValueError where a network has not what ``base`` asks for."""
