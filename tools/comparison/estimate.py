@@ -107,8 +107,13 @@ def _measure_row(
     if recipe.data.cache != "auto" or not pays(recipe, train):
         return
     seconds["encoding"][row.name] = _seconds_to_encode(objective, recipe, train)
-    known = [r for r in comparison.rows if r.name in seconds["encoded once"]]
-    is_found = _latents(comparison, row) in [_latents(comparison, other) for other in known]
+    others = [
+        _recipe_of_row(comparison, other)
+        for other in comparison.rows
+        if other.tokenizer == row.tokenizer and other.name in seconds["encoded once"]
+    ]
+    # A later row finds what a row on the same tokenizer has encoded, with REPA's targets or without.
+    is_found = any(bool(other.diffusion.repa) == bool(recipe.diffusion.repa) for other in others)
     num = 0 if is_found else len(train) * (2 if train.flip else 1)
     seconds["encoded once"][row.name] = num
 
@@ -116,11 +121,6 @@ def _measure_row(
 def _recipe_of_row(comparison: Comparison, row: Row) -> DiffusionRecipe[Any]:
     words = comparison.generator_overrides(row, 0)
     return load_diffusion_recipe(comparison.recipe, words, tokenizer=row.tokenizer)
-
-
-def _latents(comparison: Comparison, row: Row) -> tuple[str, bool]:
-    """Which latents a row learns from; a later row finds them encoded."""
-    return row.tokenizer, bool(_recipe_of_row(comparison, row).diffusion.repa)
 
 
 def _seconds_a_step(objective: Objective, recipe: Any, images: Any, folder: Path) -> float:
