@@ -36,14 +36,20 @@ class DataOrder:
     block_size: int | tuple[int, ...] | None = None
     crop: Crop = "center"
 
-    def keys(self, step: int) -> list[Key]:
-        """The global batch of a step (0-based)."""
+    def keys(self, step: int, first: int = 0, num: int | None = None) -> list[Key]:
+        """The global batch of a step (0-based), or a part of it, which costs what the part does.
+
+        Args:
+            first, num: which places of the global batch; by default all of them.
+        """
+        num = self.batch_size - first if num is None else num
+        assert 0 <= first <= first + num <= self.batch_size, "not in the batch"
         keys: list[Key] = []
-        position = step * self.batch_size
-        while len(keys) < self.batch_size:
+        position = step * self.batch_size + first
+        while len(keys) < num:
             epoch, offset = divmod(position + len(keys), self.num_images)
             images, mirrored, crops = _epoch(self, epoch)
-            chosen = slice(offset, offset + self.batch_size - len(keys))
+            chosen = slice(offset, offset + num - len(keys))
             places = [None] * len(images[chosen])
             if crops is not None:
                 places = [(down, right) for down, right in crops[chosen].tolist()]
@@ -123,10 +129,8 @@ def training_batches(
 
     def batches() -> Iterator[list[Key]]:
         for step in range(first_step, last_step):
-            keys = order.keys(step)
             for micro_step in range(share.accumulate):
-                first = share.first(micro_step)
-                yield keys[first : first + share.micro_batch_size]
+                yield order.keys(step, share.first(micro_step), share.micro_batch_size)
 
     return load_batches(source, batches(), num_workers=num_workers, pin_memory=pin_memory)
 

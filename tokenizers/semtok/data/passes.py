@@ -41,28 +41,26 @@ def read_images(
     order, groups = _reading_order(source, keys, together)
     workers = 0 if source.is_cheap else source.num_workers
     lanes = max(1, workers) if source.block_size is not None else 1
-    plans = []
-    for share in _split(groups, num_processes()):
-        parts = [
-            _batches(order[share][lane], groups[share][lane], batch_size, together is not None)
-            for lane in _split(groups[share], lanes)
-        ]
-        # Loader processes take batches in turn, so that each gets a lane for itself.
-        plans.append(list(chain.from_iterable(zip_longest(*parts, fillvalue=[]))))
+    share = _split(groups, num_processes())[process_index()]
+    parts = [
+        _batches(order[share][lane], groups[share][lane], batch_size, together is not None)
+        for lane in _split(groups[share], lanes)
+    ]
+    # Loader processes take batches in turn, so that each gets a lane for itself.
+    plan = list(chain.from_iterable(zip_longest(*parts, fillvalue=[])))
     loaded = load_batches(
         source,
-        [[keys[i] for i in batch] for batch in plans[process_index()]],
-        num_workers=min(workers, len(plans[process_index()])),
+        [[keys[i] for i in batch] for batch in plan],
+        num_workers=min(workers, len(plan)),
         pin_memory=torch.cuda.is_available(),
     )
-    plans = [[batch for batch in plan if batch] for plan in plans]
-    own = plans[process_index()]
+    own = [batch for batch in plan if batch]
     with progress(what, len(keys)) as advance:
-        for number in range(max(map(len, plans))):
-            gather(None)
+        for number in range(max(gather(len(own)))):
+            sizes = gather(len(own[number]) if number < len(own) else 0)
             if number < len(own):
                 yield own[number], next(loaded)
-            advance(sum(len(plan[number]) for plan in plans if number < len(plan)))
+            advance(sum(sizes))
 
 
 def chosen_images(

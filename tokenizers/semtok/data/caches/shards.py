@@ -315,8 +315,11 @@ class _Writer:
     def write(self, what: str) -> None:
         """Writes each process's share of the shards that are missing, then the index."""
         shards = range(math.ceil(len(self.source) / self.shard_size))
-        # One process says which, as the others may look when some are there.
-        missing = gather([n for n in shards if not self._notes(n).is_file()])[0]
+        # One process looks and says which: others may look when some are there.
+        missing = None
+        if not process_index():
+            missing = [number for number in shards if not self._notes(number).is_file()]
+        missing = gather(missing)[0] or []
         self._compute(missing, what)
         gather(None)  # all are written
         share, own = shards[process_index() :: num_processes()], []
