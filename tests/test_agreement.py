@@ -56,25 +56,32 @@ def test_all_processes_end_where_one_can_not_write_a_checkpoint(ranks):
     assert ranks[1]["full"].startswith("process 0: ") and "No space left" in ranks[1]["full"]
 
 
-def test_where_one_process_is_killed_the_others_end_with_a_line(tmp_path):
+def test_where_one_process_is_killed_the_others_end_with_its_name(tmp_path):
+    """That which waits where no transport tells of the dead, as over NCCL, too."""
     script = """
-import os, signal, sys
+import os, signal, sys, time
 import torch.distributed as dist
+from semtok import heartbeat
 from semtok.commands.cli import run
-from semtok.processes import gather, together
+from semtok.processes import gather, watching
+
+heartbeat.INTERVAL, heartbeat.SUSPECTED_AFTER, heartbeat.GRACE = 0.2, 3.0, 0.5
 
 def main(_):
     dist.init_process_group("gloo")
-    with together():
+    with watching():
         gather(None)
-        if dist.get_rank():
+        if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        if dist.get_rank() == 2:
+            time.sleep(100)
         while True:
             gather(None)
 
 sys.exit(run(main, []))
 """
-    survivor, killed = launch(["-c", script], tmp_path / "logs")
-    assert killed.code == -9 and survivor.code == 2
-    assert survivor.output.startswith("error: another process has ended (")
-    assert survivor.output.count("\n") == 1, survivor.output
+    ranks = launch(["-c", script], tmp_path / "logs", num=3)
+    assert [rank.code for rank in ranks] == [2, -9, 2], ranks
+    for survivor in (ranks[0], ranks[2]):
+        assert survivor.output.startswith("error: process 1 of 3 has ended; "), ranks
+        assert survivor.output.count("\n") == 1, ranks

@@ -7,17 +7,21 @@ and all end, or go on, together. Outside a launcher there is one process, and no
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from semtok import stopping
+from semtok import heartbeat, stopping
 from semtok.errors import Interrupted, UserError
 from semtok.lock import InUse
 from semtok.stopping import When
 from semtok.storage import first_line
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(hours=2)
+"""How long a process waits for the others, which may be writing pictures or decoding images."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def together() -> Iterator[None]:
     """
     when = When.LATER if stopping.is_postponed() else When.AT_ONCE
     try:
-        with stopping.obeyed(when):
+        with stopping.obeyed(when), heartbeat.own_work():
             yield
     except (Exception, Interrupted) as error:  # else the others would wait for this process in vain
         if num_processes() > 1 and not _is_known(error):
@@ -92,6 +96,45 @@ def together() -> Iterator[None]:
         raise
     with interruptible():
         gather(None)
+
+
+@contextlib.contextmanager
+def watching(patience: timedelta = PATIENCE) -> Iterator[None]:
+    """Within this context processes notice that one of them has died, or has stood still for so long, and end.
+
+    Raises:
+        UserError: a collective failed as a process has died; the message says which.
+    """
+    if not heartbeat.begin(patience):
+        yield
+        return
+    failure: str | None = "it was stopped"
+    try:
+        yield
+        failure = None
+    except RuntimeError as error:
+        if not _is_known(error) and heartbeat.is_of_transport(error):
+            failure = None
+            raise _known_to_all(_gone(error)) from None
+        failure = first_line(error)
+        raise
+    except (Exception, Interrupted) as error:
+        failure = None if _is_known(error) or isinstance(error, Interrupted) else first_line(error)
+        raise
+    finally:
+        heartbeat.end(failure)
+
+
+def _gone(error: BaseException) -> UserError:
+    """What to say where a collective failed by what carries it."""
+    who = heartbeat.dead() or f"another process has ended ({first_line(error)})"
+    return UserError(f"{who}; give the same command again, a training with --resume auto")
+
+
+def leave() -> None:
+    """Leaves the group of processes in order, so that none of its threads outlives the interpreter."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -114,14 +157,13 @@ def _kind_for_others(error: BaseException) -> type[Exception]:
 
 def _exchange(value: Any) -> list[Any]:
     values: list[Any] = [None] * num_processes()
+    heartbeat.mark()
     try:
-        with stopping.obeyed(
-            When.LATER
-        ):  # it is made of several exchanges, of which each is of all
+        # It is made of several exchanges, of which each is of all.
+        with stopping.obeyed(When.LATER), heartbeat.waiting():
             dist.all_gather_object(values, value)
     except RuntimeError as error:  # of the transport, where another process was killed
-        reason = f"another process has ended ({first_line(error)}); the same command goes on"
-        raise _known_to_all(UserError(reason)) from None
+        raise _known_to_all(_gone(error)) from None
     return values
 
 

@@ -27,7 +27,7 @@ from semtok.data.source import ImageSource
 from semtok.errors import Interrupted, UserError
 from semtok.lock import only_one_in
 from semtok.objective import Objective
-from semtok.processes import gather, interruptible, process_index, together
+from semtok.processes import gather, interruptible, process_index, together, watching
 from semtok.progress import is_first
 from semtok.recipe import DiffusionRecipe, TokenizerRecipe, write_recipe
 from semtok.settings import flatten
@@ -141,6 +141,7 @@ def at_work(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
     with stopping.listening(), contextlib.ExitStack() as stack:
         try:
             join_processes()
+            stack.enter_context(watching())
             stack.enter_context(interruptible())
             with together():
                 if not process_index():

@@ -23,6 +23,7 @@ from semtok.data.caches.shards import Shards
 from semtok.data.images.kinds import open_sources
 from semtok.data.images.shapes import ShapesConfig
 from semtok.errors import UserError
+from semtok.processes import watching
 from semtok.recipe import parse_data
 from semtok.registry import load_plugins
 from semtok.settings import apply_overrides, parse
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
     accelerator = Accelerator()
     tokenizer.to(accelerator.device)
     start = time.perf_counter()
-    with stopping.with_way_on("the same command goes on"):
+    with stopping.with_way_on("the same command goes on"), watching():
         cached = ensure_latent_cache(
             sources,
             tokenizer,

@@ -9,10 +9,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-import torch.distributed as dist
-
 from semtok import stopping
 from semtok.errors import Interrupted, NonFiniteLoss, UserError, did_you_mean
+from semtok.processes import leave
 from semtok.registry import trouble_in_plugin
 from semtok.storage import DISK_FULL
 
@@ -103,8 +102,7 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         print(f"error: {told}; {_DEBUG} shows where from", file=sys.stderr)
         return 1
     finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
 
 
 def launch(name: str) -> int:

@@ -42,7 +42,7 @@ from semtok.evaluation.image_sets import DRAWN_AT_ONCE, labels_for
 from semtok.images import Uint8Rule
 from semtok.lock import only_one_in
 from semtok.pictures import grid_of_images, write_png
-from semtok.processes import gather, process_index, together
+from semtok.processes import gather, process_index, together, watching
 from semtok.progress import progress
 from semtok.registry import load_plugins
 from semtok.sampler.request import STRENGTH, class_numbers, composed
@@ -159,7 +159,7 @@ def _draw(args: argparse.Namespace, drawing: Drawing, protocol: dict[str, Any], 
         if generator is not None:
             sped_up(generator.to(state.device), args)
     if kind == "grid":
-        with together(), _passing_folder(output) as folder:
+        with watching(), together(), _passing_folder(output) as folder:
             draw_set(drawing, folder, protocol)
             gather(None)  # all are written
             if state.is_main_process:
@@ -181,7 +181,7 @@ def _draw_to_keep(drawing: Drawing, folder: Path, output: Path, protocol: dict[s
     """
     is_main = not process_index()
     with stopping.with_way_on("the same command goes on"), contextlib.ExitStack() as stack:
-        with together():
+        with watching(), together():
             if is_main:
                 stack.enter_context(only_one_in(folder, "a command that draws a set"))
             if folder != output and gather(is_main and _is_packed(output, folder, protocol))[0]:

@@ -1,16 +1,12 @@
 """What the processes of one run agree on beside gradients: running statistics, and when to stop."""
 
-from datetime import timedelta
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from semtok import stopping
-
-PATIENCE = timedelta(hours=2)
-"""How long a process waits for the others, which may be writing pictures or decoding images."""
+from semtok.processes import PATIENCE
 
 
 class RunningStatistics:

@@ -16,9 +16,9 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch.distributed import distributed_c10d
 
 from semtok.errors import UserError
+from semtok.processes import PATIENCE
 from semtok.speed import Precision, allow_tf32, autocast_dtype
 from semtok.training.accumulation import device_gb, micro_batches
-from semtok.training.agreement import PATIENCE
 from semtok.training.train_config import TrainConfig
 
 PATIENCE_OF_JOINING = timedelta(minutes=10)
