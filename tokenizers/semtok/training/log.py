@@ -4,12 +4,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from semtok.errors import NonFiniteLoss
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NEVER = 2**62
+_MOST_ROWS = 2000
 
 
 class MetricSums:
@@ -52,6 +55,7 @@ class MetricSums:
         sums, counts = zip(*(pairs.get(name, (zero, zero)) for name in self._names), strict=True)
         added = torch.stack([*sums, *counts]).view(2, -1)
         self._table = self._table + added
+        self._rows.append((self._step, added))
         seen = self._first_bad
         self._first_bad = torch.where(added[0].isfinite(), seen, seen.clamp_max(self._step))
 
@@ -74,6 +78,31 @@ class MetricSums:
         rows = zip(self._names, sums, counts, strict=True)
         return {name: total / count for name, total, count in rows if count}
 
+    def read_steps(
+        self, reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[int, dict[str, float]]:
+        """As ``read``, of each step since the last ``clear`` or resuming: of the last ``_MOST_ROWS`` micro-batches."""
+        self._add_held()
+        if not self._rows:
+            return {}
+        steps, rows = zip(*self._rows, strict=True)
+        missing = [len(self._names) - row.shape[1] for row in rows]  # names that came later
+        table = torch.stack(
+            [pad(r, (0, m)) if m else r for r, m in zip(rows, missing, strict=True)]
+        )
+        sums: dict[int, dict[str, tuple[float, float]]] = {}
+        for step, (totals, counts) in zip(
+            steps, (reduce(table) if reduce is not None else table).tolist(), strict=True
+        ):
+            own = sums.setdefault(step, {})
+            for name, total, count in zip(self._names, totals, counts, strict=True):
+                before = own.get(name, (0.0, 0.0))
+                own[name] = before[0] + total, before[1] + count
+        return {
+            step: {name: total / count for name, (total, count) in own.items() if count}
+            for step, own in sums.items()
+        }
+
     def _reduced(self, reduce: Callable[[Tensor], Tensor] | None) -> Tensor:
         return reduce(self._table) if reduce is not None and self._names else self._table
 
@@ -88,6 +117,8 @@ class MetricSums:
         self._held: dict[str, Tensor] = {}
         self._table = torch.zeros(2, 0)  # sums and counts, a column for each name
         self._first_bad = torch.zeros(0, dtype=torch.int64)
+        # Of each micro-batch, as it was added; they stay on the device.
+        self._rows: deque[tuple[int, Tensor]] = deque(maxlen=_MOST_ROWS)
 
     def state_dict(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, Any]:
         """The sums so far; checkpoints are written only where all of them are finite.
@@ -182,12 +213,23 @@ class RunLog:
         elif self.is_main:
             print(text, flush=True)
 
-    def metrics(self, step: int, values: dict[str, float], *, seconds_left: float) -> None:
-        """Appends to ``metrics.jsonl`` and shows the losses."""
+    def metrics(
+        self,
+        step: int,
+        values: dict[str, float],
+        *,
+        seconds_left: float,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Appends to ``metrics.jsonl`` and shows the losses.
+
+        Args:
+            details: what the file has beside numbers.
+        """
         if not self.is_main:
             return
         with self.file.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **values, **(details or {})}) + "\n")
         shown = {
             name.removeprefix("loss/"): f"{v:.4g}"
             for name, v in values.items()

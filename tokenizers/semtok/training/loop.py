@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from semtok import stopping
+from semtok import heartbeat, stopping
 from semtok.data.order import BatchSlice, DataOrder, training_batches
 from semtok.data.source import ImageBatch, ImageSource
 from semtok.errors import Interrupted, UserError, printable
@@ -35,6 +35,7 @@ from semtok.training.checkpoint import (
     step_of,
 )
 from semtok.training.ema import ModelEMA
+from semtok.training.health import Health
 from semtok.training.held_out import HeldOut
 from semtok.training.inputs import in_float32, on_device, teacher_blocks
 from semtok.training.log import MetricSums, RunLog, non_finite
@@ -108,6 +109,7 @@ class Trainer:
         self.optimisers = Optimisers(objective, config, accelerator)
         self._running_statistics = RunningStatistics(objective.learners)
         self.metrics = MetricSums()
+        self.health = Health(self.device, config.batch_size, accelerator.gather)
         self.step, self.seconds = 0, 0.0
         self.skipped: dict[str, str] = {}  # unreadable files, and why
         self.scores = Scores()
@@ -311,6 +313,7 @@ class Trainer:
         if self.averages is not None:
             self.averages.update()
         self.step += 1
+        heartbeat.mark(self.step)
 
     def _backward(
         self, group: list[str], inputs: dict[str, Any], carry: dict[str, Tensor], micro_step: int
@@ -328,14 +331,15 @@ class Trainer:
             learner = self.learners[name]
             is_last = micro_step == self.accumulate - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(learner):
-                output = learner(inputs, draws, self.step, carry)
+                with self.health.clock.computing():
+                    output = learner(inputs, draws, self.step, carry)
                 self.accelerator.backward(self._total(output) / self.accumulate)
             carry = {**carry, **output.carry}
         return carry
 
     def _inputs_of_step(self, batches: Iterator[ImageBatch]) -> Iterator[dict[str, Any]]:
         """What the objective makes of each micro-batch of this process."""
-        each = (self._prepared(next(batches))[1] for _ in range(self.accumulate))
+        each = (self._next_inputs(batches) for _ in range(self.accumulate))
         if not self.objective.compares_neighbours():
             yield from each
             return
@@ -344,6 +348,12 @@ class Trainer:
         before = previous_of(last, self.share.process_index, self.accelerator.gather)
         for inputs, posterior in zip(prepared, before, strict=True):
             yield inputs | {PREVIOUS: posterior}
+
+    def _next_inputs(self, batches: Iterator[ImageBatch]) -> dict[str, Any]:
+        with self.health.clock.loading():
+            images = next(batches)
+        with self.health.clock.computing():
+            return self._prepared(images)[1]
 
     def _batches(self) -> Iterator[ImageBatch]:
         order = DataOrder(
@@ -407,6 +417,7 @@ class Trainer:
     def _log(self) -> None:
         values = self.metrics.read(self._mean_over_processes)
         self._check_finite(values)
+        by_step = self.metrics.read_steps(self._mean_over_processes)
         self.metrics.clear()
         now = time.perf_counter()
         steps, seconds = self.step - self._marked_step, now - self._marked_time
@@ -414,9 +425,12 @@ class Trainer:
         self.seconds += seconds
         self._mark()
         rates = {f"lr/{name}": lr for name, lr in self.optimisers.learning_rates().items()}
-        values = {**values, **rates, "images_per_second": rate, "seconds": self.seconds}
+        health, details, lines = self.health.report(by_step, num_steps=steps, seconds=seconds)
+        values = {**values, **rates, **health, "images_per_second": rate, "seconds": self.seconds}
         left = (self.config.steps - self.step) * self.config.batch_size / rate
-        self.log.metrics(self.step, values, seconds_left=left)
+        self.log.metrics(self.step, values, seconds_left=left, details=details)
+        for line in lines:
+            self.log.say(f"warning: {line}")
         if self.config.tracker != "none":
             self.accelerator.log(values, step=self.step)
 
