@@ -1,21 +1,16 @@
-"""One of two processes that train together, and tell as JSON what each of them holds.
-
-``python agreement_process.py FOLDER``: a line of what was seen on the way.
-"""
+"""What one of two processes that train together does, and tells as JSON."""
 
 import contextlib
 import errno
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 import tiny
 from semtok.commands.around_training import at_work
@@ -114,8 +109,9 @@ def fail_to_save(folder: Path) -> str:
     return "nothing"
 
 
-def main() -> None:
-    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+def see(root: str) -> None:
+    """Writes ``RANK.json`` of what was seen on the way."""
+    folder, rank = Path(root), int(os.environ["RANK"])
     seen: dict[str, Any] = {}
     trainer = train(folder / "reglue", REGLUE)
     seen["compressor"] = running_statistics(trainer)
@@ -133,9 +129,4 @@ def main() -> None:
     seen["aside"] = stop_aside(folder / "aside")
     seen["in_use"] = in_use(folder / "in_use", rank)
     seen["full"] = fail_to_save(folder / "full")
-    print("seen " + json.dumps(seen), flush=True)
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    (folder / f"{rank}.json").write_text(json.dumps(seen))

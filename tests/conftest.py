@@ -55,17 +55,22 @@ def _no_machine_is_fast_in_bf16() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _what_is_taken_is_given_back(_temporary_files: None) -> Iterator[None]:
+def _what_is_taken_is_given_back(
+    request: pytest.FixtureRequest, _temporary_files: None
+) -> Iterator[None]:
     """Descriptors, threads, processes and temporary files at the end of a module are those of its start."""
+    own = (item for item in request.session.items if item.path == request.path)
+    if any("ranks" in item.fixturenames for item in own):  # which stay for other modules
+        request.getfixturevalue("ranks").start()
     before = held()
     yield
     new = taken_since(before)
     assert not new, "the tests of this module have not given back:\n" + "\n".join(new)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Two processes that the tests of a module share."""
+    """Two processes that tests share, as they take seconds to start."""
     ranks = Ranks(tmp_path_factory.mktemp("ranks"))
     try:
         yield ranks

@@ -109,7 +109,7 @@ def started(
 class Ranks:
     """Fresh gloo processes that wait for work, so that several tests share their start.
 
-    They start with the first work, and anew after one failed.
+    They start with the first work where nobody started them, and anew after one failed.
     """
 
     def __init__(self, logs: Path, num: int = 2) -> None:
@@ -134,10 +134,7 @@ class Ranks:
         Returns:
             what each printed.
         """
-        if any(process.poll() is not None for process in self._running):
-            self.close()
-        if not self._running:
-            self._start()
+        self.start()
         self._works += 1
         logs = [self.logs / f"rank{rank}.log" for rank in range(self.num)]
         before = [log.stat().st_size for log in logs]
@@ -166,12 +163,23 @@ class Ranks:
         assert not waiting, f"{work} did not end everywhere\n{_shown(ranks)}"
         return outputs
 
-    def _start(self) -> None:
-        for rank in range(self.num):
-            words, log = ["-m", "processes"], self.logs / f"rank{rank}.log"
+    def start(self) -> None:
+        """Starts the processes where they do not run; the first work would."""
+        if any(process.poll() is not None for process in self._running):
+            self.close()
+        if self._running:
+            return
+        ready = [self.logs / f"ready{rank}" for rank in range(self.num)]
+        for rank, file in enumerate(ready):
+            file.unlink(missing_ok=True)
+            words, log = ["-m", "processes", str(file)], self.logs / f"rank{rank}.log"
             self._running.append(
                 self._stack.enter_context(started(words, log, stdin=subprocess.PIPE))
             )
+        deadline = time.monotonic() + 60
+        while not all(file.exists() for file in ready):  # until then they have another name
+            assert time.monotonic() < deadline, "processes did not start"
+            time.sleep(_POLL_SECONDS)
 
     def close(self) -> None:
         """Ends the processes."""
@@ -218,7 +226,8 @@ def _meeting_point(num: int) -> Iterator[dict[str, str]]:
 
 
 def _serve() -> None:
-    """Does the work that comes line by line, until no more can come."""
+    """Says that it is there, and does the work that comes line by line, until no more can come."""
+    Path(sys.argv[1]).touch()
     for line in sys.stdin:
         work, arguments, environment, done = json.loads(line)
         os.environ.clear()

@@ -1,59 +1,55 @@
 """What the processes of one run agree on: running statistics, sums of metrics, unreadable images, when to stop."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from processes import launch, succeed
-
-SCRIPT = Path(__file__).parent / "agreement_process.py"
+from processes import Ranks, launch
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two fresh processes saw."""
+def seen(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> list[dict[str, Any]]:
+    """What each of two processes saw."""
     folder = tmp_path_factory.mktemp("two")
-    outputs = succeed([str(SCRIPT), str(folder / "runs")], folder / "logs")
-    lines = [[x for x in output.splitlines() if x.startswith("seen ")] for output in outputs]
-    return [json.loads(line[-1].removeprefix("seen ")) for line in lines]
+    ranks.run("agreement_process:see", str(folder))
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize("network", ["compressor", "discriminator"])
-def test_running_statistics_are_the_same_in_every_process(network, ranks):
-    assert ranks[0][network] == ranks[1][network]
+def test_running_statistics_are_the_same_in_every_process(network, seen):
+    assert seen[0][network] == seen[1][network]
 
 
-def test_every_process_goes_on_with_the_sums_of_all(ranks):
-    one, two = ranks
+def test_every_process_goes_on_with_the_sums_of_all(seen):
+    one, two = seen
     assert one["logged"] == two["logged"] == one["logged_after_resuming"]
     assert one["own_after_resuming"] == two["own_after_resuming"] == one["logged"]
 
 
-def test_all_processes_stop_within_two_steps_of_a_signal_to_one(ranks):
-    assert ranks[0]["stopped"] == ranks[1]["stopped"]
-    step, checkpoint = ranks[0]["stopped"]
+def test_all_processes_stop_within_two_steps_of_a_signal_to_one(seen):
+    assert seen[0]["stopped"] == seen[1]["stopped"]
+    step, checkpoint = seen[0]["stopped"]
     assert 3 <= step <= 5 and checkpoint == f"step_{step:08d}"
 
 
-def test_all_processes_stop_where_a_signal_reaches_one_that_draws_a_picture(ranks):
-    assert ranks[0]["aside"] == ranks[1]["aside"] == ["SIGUSR1", "step_00000003"]
+def test_all_processes_stop_where_a_signal_reaches_one_that_draws_a_picture(seen):
+    assert seen[0]["aside"] == seen[1]["aside"] == ["SIGUSR1", "step_00000003"]
 
 
-def test_all_processes_are_told_that_another_run_is_in_the_folder(ranks):
-    assert "in_use: a run is at work there (process " in ranks[0]["in_use"]
-    assert ranks[1]["in_use"].startswith("process 0: ") and "in_use" in ranks[1]["in_use"]
+def test_all_processes_are_told_that_another_run_is_in_the_folder(seen):
+    assert "in_use: a run is at work there (process " in seen[0]["in_use"]
+    assert seen[1]["in_use"].startswith("process 0: ") and "in_use" in seen[1]["in_use"]
 
 
-def test_a_checkpoint_names_the_unreadable_images_of_every_process(ranks):
-    assert ranks[0]["skipped"] == ranks[1]["skipped"] == ["image 0", "image 1"]
+def test_a_checkpoint_names_the_unreadable_images_of_every_process(seen):
+    assert seen[0]["skipped"] == seen[1]["skipped"] == ["image 0", "image 1"]
 
 
-def test_all_processes_end_where_one_can_not_write_a_checkpoint(ranks):
+def test_all_processes_end_where_one_can_not_write_a_checkpoint(seen):
     """Else the others would wait for it for hours."""
-    assert "No space left on device" in ranks[0]["full"]
-    assert ranks[1]["full"].startswith("process 0: ") and "No space left" in ranks[1]["full"]
+    assert "No space left on device" in seen[0]["full"]
+    assert seen[1]["full"].startswith("process 0: ") and "No space left" in seen[1]["full"]
 
 
 def test_where_one_process_is_killed_the_others_end_with_its_name(tmp_path):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-import processes as fresh
 import tiny
+from processes import Ranks
 from semtok import UserError, processes, progress
 from semtok.commands import sample, train_dit, train_tokenizer, when_to_cache
 from semtok.data import passes
@@ -191,7 +191,7 @@ def drawn(root: Path, output: Path) -> int:
 
 
 def in_processes(root: str) -> None:
-    """All that two processes do in these tests: starting them takes longest."""
+    """All that two processes do in these tests."""
     place, work = Path(root), Path(root) / "two"
     results: dict[str, Any] = {}
     trainer = diffusion_trainer(place, work)
@@ -218,11 +218,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(root: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def two(root: Path, ranks: Ranks) -> tuple[list[dict[str, Any]], list[str]]:
     """What each of two processes has found, and printed."""
     (root / "two").mkdir()
-    source = f"import test_passes; test_passes.in_processes({str(root)!r})"
-    printed = fresh.succeed(["-c", source], root / "logs")
+    printed = ranks.run("test_passes:in_processes", str(root))
     return [json.loads((root / "two" / f"{rank}.json").read_text()) for rank in range(2)], printed
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from torch import distributed as dist
 
 import tiny
-from processes import succeed
 from semtok import UserError
 from semtok.methods.adversarial import adaptive_ratio, hinge_loss
 from semtok.methods.send_vae import (
@@ -81,26 +81,23 @@ def test_running_statistics_hold_where_the_mean_is_large_and_the_spread_small():
     torch.testing.assert_close(standardiser.var, torch.tensor([1e-4, 1.0]), rtol=0.1, atol=0)
 
 
-def test_running_statistics_of_two_processes_are_those_of_one_on_both_batches(tmp_path):
+def statistics_of_own_share(file: str) -> None:
+    """In one of two processes: of every second image of each batch."""
+    dist.init_process_group("gloo")
+    own = RunningStandardiser(2)
+    for batch in torch.load(file, weights_only=True):
+        own(batch[dist.get_rank() :: 2])
+    torch.save(own.state_dict(), f"{file}.{dist.get_rank()}")
+
+
+def test_running_statistics_of_two_processes_are_those_of_one_on_both_batches(tmp_path, ranks):
     """Where processes see different images, channels of large mean and small spread included."""
-    script = (
-        "import sys, torch\n"
-        "import torch.distributed as dist\n"
-        "from semtok.methods.standardiser import RunningStandardiser\n"
-        "dist.init_process_group('gloo')\n"
-        "z = torch.load(sys.argv[1], weights_only=True)\n"
-        "own = RunningStandardiser(2)\n"
-        "for batch in z:\n"
-        "    own(batch[dist.get_rank() :: 2])\n"
-        "torch.save(own.state_dict(), f'{sys.argv[1]}.{dist.get_rank()}')\n"
-        "dist.destroy_process_group()"
-    )
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(3, 8, 2, 4, 4, generator=generator)
     z = z * torch.tensor([1e-2, 3.0])[:, None, None] + torch.tensor([300.0, 0.5])[:, None, None]
     z[:, ::2] += 0.02  # the processes' means differ by more than the spread
     torch.save(z, tmp_path / "z.pt")
-    succeed(["-c", script, str(tmp_path / "z.pt")], tmp_path / "logs")
+    ranks.run("test_send_vae:statistics_of_own_share", str(tmp_path / "z.pt"))
     alone = RunningStandardiser(2)
     for batch in z:
         alone(batch)
