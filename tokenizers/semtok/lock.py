@@ -103,6 +103,28 @@ def in_turn(folder: Path, what: str, *, lock_file: str = LOCK_FILE) -> Iterator[
         yield
 
 
+@contextlib.contextmanager
+def one_by_one(file: Path) -> Iterator[None]:
+    """Has a lock for a moment, after whoever has it, as the system queues them; where the disk has no locks, at once.
+
+    Args:
+        file: of the lock, made if need be. It stays: if it were removed, two could have it.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+        _held.add(lock.fileno())
+        try:
+            yield
+        finally:
+            _held.discard(lock.fileno())
+
+
 def _taken(place: Path, what: str, way_out: str) -> IO[str]:
     """The file, locked and written anew.
 

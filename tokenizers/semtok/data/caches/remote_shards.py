@@ -4,14 +4,14 @@ The order of training keeps to a few shards at a time (``ImageSource.block_size`
 those few and no more, whatever the size of the store.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from semtok.data.caches.shards import INDEX, Shard, Shards, open_shard, shard_checksum
+from semtok.data.local_copies import LocalCopies
 from semtok.data.remote import answered, file_system, read_remote_json
 from semtok.errors import UserError
-from semtok.storage import cache_folder, digest, new_file
+from semtok.storage import cache_folder, digest
 
 KEPT = 40
 """Shards on the local disk: those that the order draws from at a time, and the next ones."""
@@ -73,35 +73,20 @@ class RemoteShards(Shards):
 
     def _fetched(self, number: int) -> Path:
         entry, file = self.entries[number], self.local_file(number)
-        if file.is_file() and shard_checksum(file) == entry["checksum"]:
-            return file
-        self.local.mkdir(parents=True, exist_ok=True)
-        self._make_room()
-        if entry["bytes"] > shutil.disk_usage(self.local).free:
-            raise UserError(f"{self._place}: no room for a shard in {self.local}; set SEMTOK_CACHE")
+        if file.is_file() and shard_checksum(file) != entry["checksum"]:
+            file.unlink(missing_ok=True)
         url, place = f"{self.url}/{entry['file']}", f"{self._place}: {entry['file']}"
         system = file_system(url)
-        # fsspec's own caches write in place, where another process would read half a file.
-        with new_file(file) as temporary:
+
+        def fetch(temporary: Path) -> None:
             answered(lambda: system.get_file(url, str(temporary)), url, place=place)
             if shard_checksum(temporary) != entry["checksum"]:
                 raise UserError(f"{place} came with another checksum")
-        return file
 
-    def _make_room(self) -> None:
-        """For one more, among what earlier runs left."""
+        most_bytes = self.kept * max(entry["bytes"] for entry in self.entries)
+        copies = LocalCopies(self.local, most_bytes, place=self._place)
         held = {self.local_file(number) for number in self._held}
-        others = [file for file in self.local.glob("[!.]*.safetensors") if file not in held]
-        others.sort(key=lambda file: (_changed(file), file.name))
-        for file in others[: max(0, len(held) + len(others) + 1 - self.kept)]:
-            file.unlink(missing_ok=True)
+        return copies.make(file.name, entry["bytes"], fetch, held=held)
 
     def verify(self) -> None:
         """Each shard is compared with its checksum when it is fetched."""
-
-
-def _changed(file: Path) -> float:
-    try:
-        return file.stat().st_mtime
-    except FileNotFoundError:  # another process was faster
-        return 0.0
