@@ -8,6 +8,7 @@ COMMANDS = {
     "train_tokenizer": "train a tokenizer from a recipe",
     "train_dit": "train a diffusion transformer on a tokenizer's latents",
     "cache_latents": "compute a tokenizer's latents of all images once",
+    "convert": "write images as shards for object stores",
     "sample": "draw images from a trained generator",
     "evaluate": "measure what a tokenizer's latents hold",
     "recipes": "list the library's recipes, and what differs from the official runs",

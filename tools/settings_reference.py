@@ -28,7 +28,7 @@ from semtok.training.train_config import TrainConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 METHODS = ("vae", "send_vae", "va_vae", "repae", "rae", "reglue", "semvae", "redi")
-KINDS = ("shapes", "folder", "tars", "parquet")
+KINDS = ("shapes", "folder", "tars", "parquet", "mds")
 HEAD = """# Settings
 
 Every setting of a recipe, with its type, its default and its meaning. `python tools/settings_reference.py` makes this
@@ -180,7 +180,9 @@ def page() -> str:
     parts.append(f"The sections and settings at the top level:\n\n{whose}\n\n{own}\n")
     parts.append(_section("## train", TrainConfig, "train"))
     parts.append(_section("## data: every kind", DataConfig, "data"))
-    stored = _section("## data: folder, tars and parquet", StoredConfig, "data", base=DataConfig)
+    stored = _section(
+        "## data: folder, tars, parquet and mds", StoredConfig, "data", base=DataConfig
+    )
     parts.append(stored)
     for kind in KINDS:
         config = data_config_class(kind, place="data.kind")

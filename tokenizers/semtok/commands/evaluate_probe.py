@@ -190,7 +190,7 @@ def _with_attributes(settings: list[str], file: str) -> list[str]:
     if kind not in ("folder", "tars"):
         way_out = (
             "name its columns by --data attributes=[…]"
-            if kind == "parquet"
+            if kind in ("parquet", "mds")
             else "give --data kind=folder path=… size=…"
         )
         raise UserError(f"--attributes: kind={kind} has its own; {way_out}")

@@ -35,6 +35,7 @@ _FREE_ON_RESUME = (
     "train.tracker",
     "train.compile",
     "data.num_workers",
+    "data.local_gigabytes",
     "method.min_texture_psnr",
 )
 

@@ -131,7 +131,9 @@ def _digest(
     content = [
         fingerprint(objective.tokenizer),
         images.identity,
-        recipe.data.model_dump(mode="json", exclude={"cache", "num_workers", "crop"}),
+        recipe.data.model_dump(
+            mode="json", exclude={"cache", "num_workers", "local_gigabytes", "crop"}
+        ),
         teacher.fingerprint() if teacher is not None else None,
     ]
     if teacher is not None and (asked := teacher.config.asked()):

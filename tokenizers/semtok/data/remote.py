@@ -20,6 +20,8 @@ from semtok.storage import first_line
 T = TypeVar("T")
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """What asking again does not change: no such file, or none that may be read."""
+_NOT_THERE = (403, 404, 410)
+"""What web servers answer for a file that is not there; object stores answer 403 where nobody may list them."""
 _WAITS = (1.0, 5.0, 25.0)  # seconds before a disk or a server is asked again
 
 
@@ -235,6 +237,38 @@ def answered(ask: Callable[[], T], url: str, *, place: str) -> T:
         return persist(ask, url)
     except reading_errors(url) as error:
         raise UserError(f"{place}: {reason(error)}") from None
+
+
+def read_if_there(place: str) -> bytes | None:
+    """What a small file on disk or behind a URL holds; None: there is none. A server that fails is asked again.
+
+    Raises:
+        UserError: it can't be read, or there is no answer.
+    """
+    system = file_system(place)
+
+    def ask() -> bytes:
+        try:
+            return system.cat_file(place)
+        except reading_errors(place) as error:
+            if getattr(error, "status", None) in _NOT_THERE:
+                raise FileNotFoundError(place) from None
+            raise
+
+    try:
+        return persist(ask, place)
+    except LASTING:
+        return None
+    except reading_errors(place) as error:
+        raise UserError(f"data.path: {place}: {reason(error)}") from None
+
+
+def within(folder: str, name: str) -> str:
+    """The path or URL of a file in a folder; a URL's query, which may be what opens it, stays at the end."""
+    if not protocol(folder):
+        return os.path.join(folder, name)
+    place, mark, query = folder.partition("?")
+    return f"{place.rstrip('/')}/{name}{mark}{query}"
 
 
 def read_remote_json(url: str, place: str) -> Any:

@@ -51,7 +51,8 @@ class DataConfig(Config):
     """Settings that every kind of image source shares."""
 
     kind: str
-    """How the images are stored: ``shapes`` (embedded drawn scenes), ``folder``, ``tars`` or ``parquet``."""
+    """How the images are stored: ``shapes`` (embedded drawn scenes), ``folder``, ``tars``, ``parquet`` or
+    ``mds``."""
     size: int | tuple[int, int]
     """Height and width in pixels; one number means square."""
     licence: str | None = None

@@ -38,6 +38,7 @@ DTypeName = Literal["fp16", "bf16"]
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _TRAIN, _VALIDATION, _ABOUT = "train", "validation", "latents.json"
 _PLACE = "data.cache"
+_NOT_OF_THE_IMAGES = {"cache", "num_workers", "streaming", "local_gigabytes", "crop"}
 _NUM_VALIDATION = 2048  # at most; more than training looks at
 
 
@@ -345,7 +346,7 @@ def _targets_about(teacher: Teacher) -> dict[str, Any]:
 
 def _data_about(data: DataConfig) -> dict[str, Any]:
     """The settings that decide which images there are; not ``crop``, as a cache holds the one at the centre."""
-    return data.model_dump(mode="json", exclude={"cache", "num_workers", "streaming", "crop"})
+    return data.model_dump(mode="json", exclude=_NOT_OF_THE_IMAGES)
 
 
 class _Unmirrored(ImageSource):

@@ -15,6 +15,7 @@ from torch import Tensor
 from semtok.data.images.attributes import ImageAttributes
 from semtok.data.images.decoding import Unreadable, decode, read_image
 from semtok.data.left_out import LeftOut
+from semtok.data.order import permutation
 from semtok.data.source import Crop, DataConfig, ImageBatch, ImageSource, Key, Skipped, mirror
 from semtok.errors import UserError
 
@@ -172,6 +173,10 @@ class StoredImages(ImageSource):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def attribute_values(self, name: str) -> Tensor:
+        """int64 (N,): of each image an index into ``attributes[name]``."""
+        return self._values[:, list(self.attributes).index(name)]
+
     @property
     def labels_state(self) -> str:
         digest = hashlib.blake2b(np.ascontiguousarray(self.rows, dtype=np.int64), digest_size=8)
@@ -179,9 +184,10 @@ class StoredImages(ImageSource):
         return f"{len(self)} images {digest.hexdigest()}"
 
     def chosen(self, num_images: int) -> list[int]:
-        # Often sorted by class: the first images would be of few classes.
+        # Often sorted by class: the first images would be of few classes. Where images lie in blocks, they are taken as
+        # training takes them: of images from everywhere, each would cost its whole block.
         generator = torch.Generator().manual_seed(0)
-        return torch.randperm(len(self), generator=generator)[:num_images].tolist()
+        return permutation(len(self), self.block_size, generator)[:num_images].tolist()
 
     def load(self, indices: Sequence[int]) -> ImageBatch:
         return self._load([Key(index) for index in indices])

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import cache
 
 from semtok.data.images.folder import Folder, FolderConfig
+from semtok.data.images.mds import Mds, MdsConfig
 from semtok.data.images.parquet import Parquet, ParquetConfig
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.data.images.tars import Tars, TarsConfig
@@ -16,6 +17,7 @@ _KINDS: dict[str, tuple[type[DataConfig], Callable[..., tuple[ImageSource, Image
     "folder": (FolderConfig, Folder.open),
     "parquet": (ParquetConfig, Parquet.open),
     "tars": (TarsConfig, Tars.open),
+    "mds": (MdsConfig, Mds.open),
 }
 
 

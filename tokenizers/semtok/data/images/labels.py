@@ -14,6 +14,8 @@ from semtok.errors import UserError
 _MAX_CLASSES = 1_000_000  # an embedding has a row for each
 NUMBER = re.compile(r"[+-]?\d+")
 """Labels that are all of this form are numbers of classes."""
+LABEL_NAME = re.compile(r"label|class|category|target|^y$", re.IGNORECASE)
+"""Names of columns that may hold labels."""
 UNLABELLED = ("images",)
 """Class names where images have no labels."""
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,14 @@ import torch
 from semtok.data.images.attributes import ImageAttributes, image_attributes
 from semtok.data.images.cells import Ambiguous
 from semtok.data.images.encoded import StoredImages, split_rows
-from semtok.data.images.labels import UNLABELLED, Labels, number_classes, plain_labels
+from semtok.data.images.labels import LABEL_NAME, UNLABELLED, Labels, number_classes, plain_labels
 from semtok.data.images.parquet_files import ParquetConfig, ParquetStore, find_store
 from semtok.data.left_out import LeftOut
-from semtok.data.order import permutation
 from semtok.errors import UserError, did_you_mean
 from semtok.extras import need
 
 _BINARY = ("binary", "large_binary", "binary_view")
 _CATEGORICAL = ("integer", "boolean", "floating", "string", "large_string", "string_view")
-_LABEL_NAME = re.compile(r"label|class|category|target|^y$", re.IGNORECASE)
 
 
 class Parquet(StoredImages):
@@ -103,13 +100,6 @@ class Parquet(StoredImages):
     def image_name(self, index: int) -> str:
         return self.store.row_name(int(self.rows[index]))
 
-    def chosen(self, num_images: int) -> list[int]:
-        if self.block_size is None:
-            return super().chosen(num_images)
-        # As training takes them: of images from everywhere, each would cost its whole block.
-        generator = torch.Generator().manual_seed(0)
-        return permutation(len(self), self.block_size, generator)[:num_images].tolist()
-
 
 def _content(value: dict[str, Any], place: str, *, refuse: bool = False) -> Path | bytes:
     """Of a cell: bytes, or of a dataset of the Hub also a file in its cache; an empty cell is no image.
@@ -144,7 +134,7 @@ def _left_out(store: ParquetStore, used: set[str | None], label: str | None) -> 
     left_out = LeftOut()
     for name, feature in store.features.items():
         if name not in used:
-            looks = isinstance(feature, datasets.ClassLabel) or _LABEL_NAME.search(name)
+            looks = isinstance(feature, datasets.ClassLabel) or LABEL_NAME.search(name)
             is_label = label is None and looks
             left_out.add(
                 "columns that may hold labels (data.label_column=…)" if is_label else "columns",

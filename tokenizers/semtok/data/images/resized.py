@@ -34,7 +34,7 @@ class ResizedImages(ImageSource):
         if not isinstance(source, StoredImages):
             raise UserError(
                 f"{source.name} are drawn at their size, and have no files that could be resized; "
-                "give kind=folder, parquet or tars"
+                "give kind=folder, tars, parquet or mds"
             )
         height, width = source.image_size
         if height != width:
