@@ -27,6 +27,7 @@ _TOOLS = {
     "compare": "comparison",
     "rehearse": "rehearsal",
     "results": "results_page",
+    "soak": "soaking",
 }
 
 

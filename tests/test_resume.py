@@ -13,6 +13,7 @@ import tiny
 from processes import started
 from semtok.commands.train_tokenizer import main, train_tokenizer
 from semtok.recipe import parse_recipe
+from semtok.unfinished import beside
 
 METHOD = {"perceptual": "teacher", "adversarial": {**tiny.ADVERSARIAL, "start_step": 2}}
 
@@ -102,7 +103,8 @@ def test_only_the_newest_checkpoints_are_kept_and_nothing_temporary_stays(tmp_pa
 
     folder = tmp_path / "run" / "checkpoints"
     train_vae(resume=False, checkpoint_every=3, schedule="constant")
-    (folder / ".step_00000004.killed").mkdir()
+    for path in [tmp_path / "run", *(tmp_path / "run").rglob("*")]:
+        beside(path).mkdir() if path.parent != tmp_path else None
     settings = {"checkpoint_every": 1, "keep_last": 2, "steps": 8, "schedule": "constant"}
     train_vae(resume=True, **settings)
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000007", "step_00000008"]

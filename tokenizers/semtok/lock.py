@@ -74,12 +74,12 @@ def only_one_in(
     finally:
         stop.set()
         beat.join()
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # its folder may be gone: what it was for is done
-            place.unlink()
         _held.discard(file.fileno())
-        file.close()
+        # Its folder may be gone: what it was for is done. Or the disk fails, which is told already.
+        with contextlib.suppress(OSError):
+            place.unlink()
+        with contextlib.suppress(OSError):
+            file.close()
         with contextlib.suppress(OSError):  # not empty
             for empty in made:
                 empty.rmdir()
@@ -123,6 +123,16 @@ def one_by_one(file: Path) -> Iterator[None]:
             yield
         finally:
             _held.discard(lock.fileno())
+
+
+def remove_what_is_held_by_nobody(folder: Path) -> None:
+    """Removes the lock file of a process of this machine that was killed when its work was done."""
+    place = folder / LOCK_FILE
+    with contextlib.suppress(OSError), place.open("r+", encoding="utf-8") as file:
+        owner = _owner(file)
+        is_of_here = owner is not None and owner["host"] == socket.gethostname()
+        if is_of_here and _lock(file) and _is_at(file, place):
+            place.unlink()
 
 
 def _taken(place: Path, what: str, way_out: str) -> IO[str]:

@@ -9,8 +9,6 @@ import pickle
 import re
 import shutil
 import struct
-import tempfile
-import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from semtok.errors import UserError
+from semtok.unfinished import as_finished, beside, remove_of_the_dead
 
 DAMAGE = (
     OSError,
@@ -43,8 +42,11 @@ DAMAGE = (
 """What reading a missing, foreign or damaged weights file can raise: the libraries that read one, or build what its
 settings say, take much of it for granted."""
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The system's numbers for a disk, or one's share of it, that takes no more."""
+_DISK_FAILS = (errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN)
+"""Those for a disk that takes nothing, or whose machine is gone."""
+DISK_TROUBLE = _DISK_FULL + _DISK_FAILS
 
 
 def cache_folder(what: str) -> Path:
@@ -72,50 +74,69 @@ def new_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
 
     Raises:
         UserError: there is something else at ``path``.
+        OSError: of the disk; it names ``path``, which is as it was.
     """
     foreign = path.is_file() or (path.is_dir() and any(path.iterdir()))
     if replaces is not None and foreign and not (path / replaces).is_file():
         raise UserError(f"{path}: holds other files (no {replaces}); choose another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary.chmod(0o755)  # mkdtemp's folders are closed to others
-    try:
-        with _told_of_disk(path):
+    with told_of_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_of_the_dead(path.parent)
+        temporary = beside(path)
+        temporary.mkdir()
+        try:
             yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # safetensors closes its files to others
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.rename(old / path.name)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    file.chmod(0o644)  # safetensors closes its files to others
+            was = beside(path, was=True) if path.exists() else None
+            if was is not None:
+                path.rename(was)
+            try:
+                temporary.rename(path)
+            except OSError:
+                if was is not None:
+                    was.rename(path)
+                raise
+            if was is not None:
+                shutil.rmtree(was)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary file name beside ``path``, of the same ending; on success it is renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Of no process number: on a shared disk, containers have equal ones. Whoever writes it makes it, so that it
-    # is open to others as the umask says, which mkstemp's files are not.
-    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
-    try:
-        with _told_of_disk(path):
+    """Gives a temporary file name beside ``path``, of the same ending; on success it is renamed.
+
+    Raises:
+        OSError: of the disk; it names ``path``, which is as it was.
+    """
+    with told_of_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_of_the_dead(path.parent)
+        # Whoever writes it makes it, so that it is open to others as the umask says, which mkstemp's files are not.
+        temporary = beside(path)
+        try:
             yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError):  # the disk's trouble is told already
+                temporary.unlink(missing_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder, which is there whole or not at all, also for whoever looks meanwhile."""
+    aside = beside(path)
+    path.rename(aside)
+    shutil.rmtree(aside)
 
 
 @contextlib.contextmanager
-def _told_of_disk(path: Path) -> Iterator[None]:
+def told_of_disk(path: Path) -> Iterator[None]:
     """What a disk that is full, or fails, raises where ``path`` is written is an OSError that names it.
 
-    Of a failing write Python names no file, and safetensors tells the system's error in its text alone.
+    Of a failing write Python names no file, and safetensors tells the system's error in its text alone. Nobody
+    knows the hidden names of what is being written.
     """
     try:
         yield
@@ -125,9 +146,38 @@ def _told_of_disk(path: Path) -> Iterator[None]:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno is None or isinstance(error.filename, int):
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        named = (
+            as_finished(Path(os.fsdecode(error.filename))) if error.filename is not None else path
+        )
+        named = path if named.is_relative_to(path) else named
+        raise OSError(error.errno, error.strerror, str(named)) from None
+
+
+def mend_of(error: OSError) -> str:
+    """What to do about a disk before a command is given again."""
+    return "make room" if error.errno in _DISK_FULL else "see to the disk"
+
+
+@contextlib.contextmanager
+def disk_told_with(way_on: str, *, place: Path) -> Iterator[None]:
+    """Within this context a disk that is full or fails is a UserError that says how to go on, and so is whatever the
+    system says of a file below ``place``.
+
+    Args:
+        way_on: in a few words, after "make room and".
+        place: for the message, where the system names none.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = Path(error.filename) if isinstance(error.filename, str | Path) else None
+        is_below = named is not None and named.absolute().is_relative_to(place.absolute())
+        if error.errno is None or not (is_below or error.errno in DISK_TROUBLE):
+            raise
+        told = f"{named or place}: {error.strerror}; {mend_of(error)} and {way_on}"
+        raise UserError(told) from None
 
 
 def write_state(path: Path, state: Any) -> None:
@@ -250,10 +300,22 @@ def write_tensors(
         about: more of its header, for readers.
     """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(contiguous, path, metadata={"format": "pt", **(about or {})})
-    with path.open(
-        "r+b"
-    ) as file:  # safetensors writes metadata in an order that differs from call to call
+    # safetensors writes a hidden file of its own beside the one that it is asked for.
+    folder = beside(path)
+    folder.mkdir()
+    try:
+        file = folder / path.name
+        safetensors.torch.save_file(contiguous, file, metadata={"format": "pt", **(about or {})})
+        _sort_metadata(file)
+        file.chmod(0o644)  # it closes its files to others
+        file.replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Of a safetensors file, which has it in an order that differs from call to call."""
+    with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

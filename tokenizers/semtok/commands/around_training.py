@@ -19,19 +19,20 @@ from semtok.commands.run_folder import (
     RECIPE_FILE,
     check_run_folder,
     is_finished,
+    remove_what_was_begun,
 )
 from semtok.commands.run_recipe import Resume, record_overrides
 from semtok.commands.table import print_table
 from semtok.commands.texture_quality import TextureQuality
 from semtok.data.source import ImageSource
 from semtok.errors import Interrupted, UserError
-from semtok.lock import only_one_in
+from semtok.lock import only_one_in, remove_what_is_held_by_nobody
 from semtok.objective import Objective
 from semtok.processes import gather, interruptible, process_index, together, watching
 from semtok.progress import is_first
 from semtok.recipe import DiffusionRecipe, TokenizerRecipe, write_recipe
 from semtok.settings import flatten
-from semtok.storage import DISK_FULL, read_json, write_json
+from semtok.storage import disk_told_with, read_json, write_json
 from semtok.tokenizer import library_version
 from semtok.training.checkpoint import (
     CHECKPOINTS,
@@ -135,10 +136,11 @@ def at_work(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
     """Within this context a run has its folder for itself, in all processes, hears signals, and says how to go on.
 
     Raises:
-        UserError: another run is at work there, or the disk is full.
+        UserError: another run is at work there, or the disk is full or fails.
         Interrupted: a signal came, see ``stopping.listening``.
     """
-    with stopping.listening(), contextlib.ExitStack() as stack:
+    disk = disk_told_with("go on with --resume auto", place=folder)
+    with stopping.listening(), disk, contextlib.ExitStack() as stack:
         try:
             join_processes()
             stack.enter_context(watching())
@@ -147,6 +149,7 @@ def at_work(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
                 if not process_index():
                     stack.enter_context(only_one_in(folder, "a run"))
                     check_run_folder(folder, recipe, resume=resume)  # as it is now
+                    remove_what_was_begun(folder)
             yield
         except Interrupted as stopped:
             if stopped.way_on:  # of a run that comes first
@@ -157,12 +160,6 @@ def at_work(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
                 stopped.signal_number,
                 checkpoint=checkpoints[-1] if checkpoints else None,
                 way_on="go on with --resume" if begun else "the same command starts it again",
-            ) from None
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            raise UserError(
-                f"{error.filename or folder}: {error.strerror}; make room and go on with --resume auto"
             ) from None
 
 
@@ -175,6 +172,7 @@ def is_finished_already(folder: Path, recipe: Recipe, resume: Resume) -> bool:
     if resume != "auto" or not is_finished(folder, recipe):
         return False
     check_run_folder(folder, recipe, resume=True)
+    remove_what_is_held_by_nobody(folder)
     if is_first():
         print(
             f"{folder}: is finished, {recipe.train.steps} steps; train.steps=… goes on for more, --resume alone "

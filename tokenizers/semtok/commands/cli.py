@@ -13,7 +13,7 @@ from semtok import stopping
 from semtok.errors import Interrupted, NonFiniteLoss, UserError, did_you_mean
 from semtok.processes import leave
 from semtok.registry import trouble_in_plugin
-from semtok.storage import DISK_FULL
+from semtok.storage import DISK_TROUBLE, mend_of
 
 _DEBUG = "--debug"
 
@@ -82,9 +82,11 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.filename is None and error.errno not in DISK_FULL:
+        if error.filename is None and error.errno not in DISK_TROUBLE:
             raise
-        print(f"error: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
+        is_trouble = error.errno in DISK_TROUBLE
+        way_on = f"; {mend_of(error)} and give the same command again" if is_trouble else ""
+        print(f"error: {error.filename or 'disk'}: {error.strerror}{way_on}", file=sys.stderr)
         return 2
     except NonFiniteLoss as error:
         print(f"error: {error}", file=sys.stderr)

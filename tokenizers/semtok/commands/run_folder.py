@@ -10,14 +10,20 @@ from semtok.errors import UserError
 from semtok.lock import LOCK_FILE
 from semtok.settings import Config, flatten, parse, read_yaml
 from semtok.storage import read_json
+from semtok.training.averages import AVERAGES
 from semtok.training.checkpoint import CHECKPOINTS, list_checkpoints, step_of
 from semtok.training.precision import AUTOMATIC
+from semtok.unfinished import is_unfinished, remove_unfinished
 
 RECIPE_FILE = "recipe.yaml"
 """The resolved recipe, which makes the folder a run's."""
 _PLANNED = "train.planned_before"
 _PRECISION = "train.precision"
 _PLACES = ("data.path", "data.validation")  # where images lie
+_OWN_FILES = (RECIPE_FILE, "overrides.json", "data_files.json", "metrics.jsonl", "curves.png")
+_OWN_FILES += ("summary.json", "validation_before.json", "texture_quality.json")
+_OWN_FILES += ("texture", "tokenizer", "export", "export_generator")
+_OWN_FOLDERS = (CHECKPOINTS, AVERAGES, "samples", "exports")
 RecipeType = TypeVar("RecipeType", bound=Config)
 
 # Settings that change what is written or how fast, but not what is learned.
@@ -64,7 +70,7 @@ def check_run_folder(folder: Path, recipe: RecipeType, *, resume: bool) -> Recip
             raise UserError(
                 f"{folder}: holds a run already; go on with --resume, or choose another --output"
             )
-        if folder.is_dir() and any(p.name != LOCK_FILE for p in folder.iterdir()):
+        if folder.is_dir() and not all(_of_the_killed(p.name) for p in folder.iterdir()):
             raise UserError(f"{folder}: is not empty and not a run; choose another --output")
         return recipe
     if not recorded.exists():
@@ -134,6 +140,21 @@ def _planned_anew(
 def _steps_done(folder: Path) -> int:
     """After which step the newest checkpoint is; 0: there is none."""
     return max(map(step_of, list_checkpoints(folder / CHECKPOINTS)), default=0)
+
+
+def _of_the_killed(name: str) -> bool:
+    """Whether a process that was killed before it had written anything leaves a file of this name."""
+    return name == LOCK_FILE or is_unfinished(name)
+
+
+def remove_what_was_begun(folder: Path) -> None:
+    """Removes what a killed run was writing, on whatever machine; this one has the folder for itself.
+
+    Beside the run's own files somebody may be writing others: samples, exports of checkpoints.
+    """
+    remove_unfinished(folder, *_OWN_FILES)
+    for name in _OWN_FOLDERS:
+        remove_unfinished(folder / name)
 
 
 def is_finished(folder: Path, recipe: Any) -> bool:

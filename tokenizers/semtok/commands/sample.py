@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -47,6 +46,8 @@ from semtok.progress import progress
 from semtok.registry import load_plugins
 from semtok.sampler.request import STRENGTH, class_numbers, composed
 from semtok.sampler.sampling import SamplerConfig
+from semtok.storage import disk_told_with
+from semtok.unfinished import beside, remove_of_the_dead
 
 _PACK = "'sample pack FOLDER FILE.npz' packs a folder of images as ADM's evaluation reads it."
 _PARTS = ".parts"
@@ -143,7 +144,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     chosen = classes if args.classes is not None else None
     protocol = protocol_of(drawing, args, labels=args.labels or "balanced", classes=chosen)
-    with stopping.with_way_on(f"the same command {'begins anew' if kind == 'grid' else 'goes on'}"):
+    way_on = f"the same command {'begins anew' if kind == 'grid' else 'goes on'}"
+    disk = disk_told_with("give the same command again", place=args.output)
+    with stopping.with_way_on(way_on), disk:
         _draw(args, drawing, protocol, kind)
     return 0
 
@@ -225,9 +228,11 @@ def _passing_folder(output: Path) -> Iterator[Path]:
     made = None
     if not process_index():
         output.parent.mkdir(parents=True, exist_ok=True)
-        made = tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent)
+        remove_of_the_dead(output.parent)
+        made = beside(output)
+        made.mkdir()
     try:
-        yield Path(gather(made)[0])
+        yield gather(made)[0]
     finally:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ from semtok.sampler.sampling import SamplerConfig
 from semtok.settings import flatten
 from semtok.storage import write_json, write_text
 from semtok.tokenizer import library_version
+from semtok.unfinished import is_unfinished, remove_unfinished
 
-# What a killed process leaves of a file that it was writing, see storage.new_file.
-_UNFINISHED = re.compile(r"\.[0-9a-f]{32}\..+")
 _NAMES = ("model.name", "weak.name")
 _UNSAID = {"sampler.guidance.base": "null_label"}
 """How sets were drawn that do not say it, as they were begun before there was anything else."""
@@ -134,7 +132,7 @@ def check_same(place: Path, there: dict[str, Any], wanted: dict[str, Any]) -> No
 def is_free(folder: Path) -> bool:
     """Whether a set may begin there: no folder yet, or one with nothing in it."""
     return not folder.exists() or all(
-        p.name == LOCK_FILE or _UNFINISHED.fullmatch(p.name) for p in folder.iterdir()
+        p.name == LOCK_FILE or is_unfinished(p.name) for p in folder.iterdir()
     )
 
 
@@ -177,9 +175,7 @@ def _begin(drawing: Drawing, folder: Path, protocol: dict[str, Any]) -> None:
     is_begun = there is not None and bool(images)
     if is_begun:
         check_same(folder, there, protocol)
-    for path in folder.iterdir():
-        if _UNFINISHED.fullmatch(path.name):
-            path.unlink()
+    remove_unfinished(folder)
     foreign = next((name for name in images if not _is_of(drawing, name)), None)
     if foreign is not None:
         raise UserError(f"--output {folder}: {foreign} is no image of this set; remove it")

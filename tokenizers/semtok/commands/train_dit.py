@@ -46,6 +46,7 @@ from semtok.references import recipe_folder
 from semtok.settings import apply_overrides, read_yaml
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
+from semtok.training.checkpoint import seed_random
 from semtok.training.process import check_launch, make_accelerator
 
 _TOKENIZER = "tokenizer"
@@ -345,7 +346,7 @@ def build_diffusion_objective(
     Raises:
         UserError: settings that don't fit the tokenizer.
     """
-    torch.manual_seed(recipe.train.seed)
+    seed_random(recipe.train.seed)
     with around_training.errors_at(place):
         objective = DiffusionObjective(
             recipe.diffusion,

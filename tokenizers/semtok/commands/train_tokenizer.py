@@ -41,7 +41,7 @@ from semtok.registry import get_method
 from semtok.settings import read_yaml
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
-from semtok.training.checkpoint import CHECKPOINTS, list_checkpoints
+from semtok.training.checkpoint import CHECKPOINTS, list_checkpoints, seed_random
 from semtok.training.inputs import on_device
 from semtok.training.optimisers import check_optimisers
 from semtok.training.process import check_launch, make_accelerator
@@ -415,7 +415,7 @@ def build_objective(
         if recipe.teacher is not None and recipe.method.needs_teacher()
         else None
     )
-    torch.manual_seed(recipe.train.seed)
+    seed_random(recipe.train.seed)
     with around_training.errors_at(place):
         return method.objective(
             recipe.method,

@@ -123,12 +123,14 @@ class PowerAverages:
         """Counts on from a step, whose weights are restored.
 
         Args:
-            forget: remove the snapshots of later steps, which are taken anew.
+            forget: remove the snapshots of later steps, which are taken anew, and those that a process which was killed
+                has not come to remove.
         """
         for average in self.averages:
             average.num_updates = step
         if forget:
-            self._drop(lambda taken: taken > step)
+            kept = _kept(step, self.config)
+            self._drop(lambda taken: taken not in kept)
 
     def is_due(self, step: int) -> bool:
         """Whether a snapshot is taken after a step."""

@@ -2,7 +2,6 @@
 
 import random
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,15 @@ import safetensors.torch
 import torch
 
 from semtok.errors import UserError
-from semtok.storage import DAMAGE, first_line, new_folder, read_tensors, write_state
+from semtok.storage import (
+    DAMAGE,
+    first_line,
+    new_folder,
+    read_tensors,
+    remove_folder,
+    write_state,
+)
+from semtok.unfinished import remove_unfinished
 
 CHECKPOINTS = "checkpoints"
 """The folder of a run that holds them."""
@@ -53,14 +60,19 @@ def save_checkpoint(
         for name, module in modules.items()
         for key, tensor in module.state_dict().items()
     }
-    for unfinished in folder.glob(".step_*"):  # left by a process that was killed while writing
-        shutil.rmtree(unfinished)
+    remove_unfinished(folder)  # nobody else writes there
     with new_folder(path) as temporary:
         safetensors.torch.save_file(tensors, temporary / MODEL_FILE)
         write_state(temporary / _STATE_FILE, state)
-    for old in list_checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old)
+    keep_newest(folder, keep_last)
     return path
+
+
+def keep_newest(folder: Path, num: int) -> None:
+    """Removes all checkpoints but the newest ``num``, and what killed processes left of others."""
+    remove_unfinished(folder)
+    for old in list_checkpoints(folder)[:-num]:
+        remove_folder(old)
 
 
 def load_checkpoint(path: Path, *, modules: dict[str, torch.nn.Module]) -> dict[str, Any]:
@@ -119,6 +131,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """After which step one of ``list_checkpoints`` was written."""
     return int(checkpoint.name.removeprefix("step_"))
+
+
+def seed_random(seed: int) -> None:
+    """Starts the global random generators of this process, of which a checkpoint notes the states."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 def random_state() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from semtok.errors import NonFiniteLoss
 from semtok.progress import ProgressLines, duration
-from semtok.storage import new_file
+from semtok.storage import new_file, told_of_disk
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -228,8 +228,7 @@ class RunLog:
         """
         if not self.is_main:
             return
-        with self.file.open("a") as file:
-            file.write(json.dumps({"step": step, **values, **(details or {})}) + "\n")
+        self._append({"step": step, **values, **(details or {})})
         shown = {
             name.removeprefix("loss/"): f"{v:.4g}"
             for name, v in values.items()
@@ -244,12 +243,15 @@ class RunLog:
             self.say(f"step {step}/{self.total_steps}  {losses}  {rate}  {left} left")
             self._steps.postpone()
 
+    def _append(self, row: dict[str, Any]) -> None:
+        with told_of_disk(self.file), self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
     def scores(self, step: int, values: dict[str, float]) -> None:
         """Appends scores to ``metrics.jsonl``, on a line of their own, and shows them."""
         if not self.is_main:
             return
-        with self.file.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._append({"step": step, **values})
         shown = (f"{n.removeprefix('score/')} {v:.4g}" for n, v in values.items() if "/" in n)
         self.say(f"step {step}/{self.total_steps}  scores: {'  '.join(shown)}")
 

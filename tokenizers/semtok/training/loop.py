@@ -27,6 +27,7 @@ from semtok.training.agreement import RunningStatistics, StopVote
 from semtok.training.averages import AVERAGES, PowerAverages
 from semtok.training.checkpoint import (
     CHECKPOINTS,
+    keep_newest,
     list_checkpoints,
     load_checkpoint,
     random_state,
@@ -190,6 +191,8 @@ class Trainer:
         self.scores.load_state_dict(state.get("scores", {}))
         if len(state["random"]) == self.accelerator.num_processes:
             restore_random_state(state["random"][self.accelerator.process_index])
+        if self.accelerator.is_main_process:  # which a process that was killed may have begun
+            keep_newest(self.checkpoints, self.config.keep_last)
 
     def score_by(self, scoring: Scoring) -> None:
         """From now on scores are taken on the way. Called after ``resume``."""

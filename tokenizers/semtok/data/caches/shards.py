@@ -26,12 +26,13 @@ from torch import Tensor
 from semtok.data.passes import read_images
 from semtok.data.source import ImageBatch, ImageSource, Key, Skipped
 from semtok.errors import UserError, printable
-from semtok.lock import LOCK_FILE, in_turn, only_one_in
+from semtok.lock import LOCK_FILE, in_turn, only_one_in, remove_what_is_held_by_nobody
 from semtok.processes import gather, num_processes, process_index, together
 from semtok.progress import progress
 from semtok.settings import Config, parse
-from semtok.storage import first_line, new_file, read_json, write_json, write_tensors
+from semtok.storage import first_line, mend_of, new_file, read_json, write_json, write_tensors
 from semtok.teachers import StoredFeatures
+from semtok.unfinished import remove_unfinished
 
 INDEX, _PLAN = "index.json", "plan.json"
 _LABELS, _MIRRORED = "labels", "mirrored."
@@ -237,6 +238,8 @@ def ensure_shards(
     wanted = {**about, "num_images": len(source), "flip": source.flip}
     with together(), _disk_told_of(place, folder), contextlib.ExitStack() as stack:
         is_there = gather((folder / INDEX).is_file())[0]
+        if is_there and not process_index():
+            remove_what_is_held_by_nobody(folder)
         if not is_there and not process_index():
             _enter(stack, folder)
         # Nor was it written by who was there before.
@@ -267,7 +270,8 @@ def _disk_told_of(place: str, folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or first_line(error)
-        raise UserError(f"{place}: {folder}: {reason}") from None
+        way_on = f"{mend_of(error)} and give the same command again"
+        raise UserError(f"{place}: {folder}: {reason}; {way_on}") from None
 
 
 @dataclass
@@ -299,6 +303,7 @@ class _Writer:
     def _take_folder(self, named: str) -> None:
         plan = {"about": self.about, "shard_size": self.shard_size}
         file = self.folder / _PLAN
+        remove_unfinished(self.folder)
         if file.is_file():
             if read_json(file) != plan:
                 raise UserError(f"{named} was begun with something else; choose another folder")
