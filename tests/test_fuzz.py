@@ -1,47 +1,33 @@
-"""Whatever a file holds, reading it works or ends with one line: no other exception, no hang, nothing written
-elsewhere, no code run.
-
-Each kind of input has its place: a strategy that makes inputs from small valid files, and what the library does
-with them. ``pytest -m long`` tries many more of each.
-"""
+"""Odd settings, exports, caches and checkpoints are read or refused in one line: see ``fuzzing``."""
 
 import json
 import pickle
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
-from hypothesis.strategies import SearchStrategy
 
-import stored
 import tiny
-from hostile import ODD_TEXTS, changed, damaged, guarded, little_memory, values
+from fuzzing import FEW, MANY, Files, Inputs, fuzz, only_place, read_files, with_errors, write
+from hostile import changed, damaged, little_memory, values
 from hostile_files import (
     EVIL,
     ODD_YAML,
     in_zip,
     op_codes,
-    pictures,
-    png_of_size,
     recipe_contents,
     saved,
     states,
-    tar_files,
     tensor_files,
     yaml_texts,
 )
-from semtok import Generator, Tokenizer, UserError
+from semtok import Generator, Tokenizer
 from semtok.data.caches.latent_cache import ensure_latent_cache, open_latent_cache
 from semtok.data.caches.shards import INDEX, shard_checksum
-from semtok.data.images.attributes import read_attributes
-from semtok.data.images.kinds import open_sources
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.data.source import Key
 from semtok.diffusion.diffusion_config import DiffusionConfig, build_network, resolve_defaults
@@ -55,10 +41,8 @@ from semtok.sampler.sampling import SamplerConfig
 from semtok.storage import read_weights
 from test_import_vae import of_kinds, official
 
-FEW, MANY = 20, 300
-Files = dict[str, bytes]
-Kind = Callable[[Path, Path], tuple[SearchStrategy[Any], Callable[[Any], object]]]
-"""From a folder of valid files, and the folder that may be written to: inputs, and what reads one."""
+Kind = Callable[[Path, Path], Inputs]
+"""Of a folder of valid files, and the folder that may be written to."""
 KINDS: dict[str, Kind] = {}
 
 
@@ -91,55 +75,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only folder that may be written to."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("SEMTOK_CACHE", str(folder / "kept"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return folder
-
-
-def fuzz(name: str, valid: Path, place: Path, num: int) -> None:
-    inputs, read = KINDS[name](valid, place)
-
-    @settings(
-        max_examples=num,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[
-            Phase.explicit,
-            Phase.generate,
-        ],  # to shrink a folder takes minutes and tells little
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(inputs)
-    def reads_or_says_why(given: Any) -> None:
-        with guarded(place):
-            try:
-                read(given)
-            except UserError as error:
-                note(str(error))
-                assert len(str(error).splitlines()) == 1
-
-    with little_memory():
-        reads_or_says_why()
-
-
-def write(folder: Path, files: Files) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return folder
-
-
-def read_files(folder: Path) -> Files:
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+place = pytest.fixture(only_place)
 
 
 # Settings -----------------------------------------------------------------------------------------
@@ -195,15 +131,6 @@ def overrides(valid: Path, place: Path):
     return st.tuples(
         st.integers(0, len(contents) - 1), st.lists(word, min_size=1, max_size=3)
     ), read
-
-
-def with_errors(*calls: Callable[[], object]) -> None:
-    """Each in turn, also where one before was refused."""
-    for call in calls:
-        try:
-            call()
-        except UserError as error:
-            assert len(str(error).splitlines()) == 1
 
 
 # Exports, caches ----------------------------------------------------------------------------------
@@ -332,98 +259,15 @@ def checkpoints(valid: Path, place: Path):
     return inputs, read
 
 
-# Images, archives, tables -------------------------------------------------------------------------
-
-
-@kind
-def images(valid: Path, place: Path):
-    made = pictures()
-    sides = st.sampled_from([0, 1, 7, 2**12, 2**16, 2**24, 2**31 - 1, 2**32 - 1])
-    suffix = st.sampled_from(
-        ["png", "jpg", "webp", "gif", "tiff", "bmp", "ico", "jp2", "tga", "sgi"]
-    )
-    content = (
-        st.sampled_from(sorted(made)).flatmap(lambda form: damaged(made[form], head=120))
-        | st.builds(png_of_size, sides, sides)
-        | st.sampled_from(sorted(made.values()))
-        | st.binary(max_size=64)
-    )
-    inputs = st.lists(st.tuples(content, suffix), min_size=1, max_size=4)
-
-    def read(given: list[tuple[bytes, str]]) -> None:
-        files = {f"a/{i}.{suffix}": content for i, (content, suffix) in enumerate(given)}
-        folder = write(
-            place / "images", files | {"b/x.png": stored.png(3), "b/y.png": stored.png(4)}
-        )
-        read_all(f"path={folder}", "kind=folder")
-
-    return inputs, read
-
-
-def read_all(*words: str) -> None:
-    """Opens a set of images and reads each of them, in both crops."""
-    for crop in ("center", "random"):
-        config = parse_data([*words, "size=8", f"crop={crop}"], place="--data")
-        for source in open_sources(config):
-            source.load(range(len(source)))
-            if source.crop == "random":
-                source.load_keys([Key(i, True, (0.5, 0.999)) for i in range(len(source))])
-
-
-@kind
-def archives(valid: Path, place: Path):
-    pytest.importorskip("webdataset")
-
-    def read(content: bytes) -> None:
-        file = place / "x.tar"
-        file.write_bytes(content)
-        read_all(f"path={file}", "kind=tars")
-
-    return tar_files(), read
-
-
-@kind
-def tables(valid: Path, place: Path):
-    names = [f"a/{i}.png" for i in range(4)]
-    good = [
-        "file,colour,size",
-        *(f"{name},{'red' if i % 2 else 'blue'},{i}" for i, name in enumerate(names)),
-    ]
-    celeba = ["4", "Smiling Young", *(f"{i}.png {i % 2} 1" for i in range(4))]
-    cell = st.sampled_from(
-        [*ODD_TEXTS, '"', '"a', "a,b", "NA", "1e999", "9" * 5000, "٣", "²"]
-    ) | st.text(max_size=6)
-
-    @st.composite
-    def texts(draw: st.DrawFn) -> bytes:
-        lines = list(draw(st.sampled_from([good, celeba])))
-        for _ in range(draw(st.integers(1, 3))):
-            at = draw(st.integers(0, len(lines) - 1))
-            cells = lines[at].split("," if lines[0] == good[0] else " ")
-            cells[draw(st.integers(0, len(cells) - 1))] = draw(cell)
-            lines[at] = ("," if "," in lines[at] else " ").join(cells)
-        content = (
-            draw(st.sampled_from(["\n", "\r\n", "\r"])).join(lines).encode("utf-8", "surrogatepass")
-        )
-        return draw(damaged(content)) if draw(st.booleans()) else content
-
-    def read(content: bytes) -> None:
-        file = place / "table.csv"
-        file.write_bytes(content)
-        read_attributes(file, names)
-
-    return texts(), read
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_odd_files_are_read_or_refused_in_one_line(name, valid, place):
-    fuzz(name, valid, place, FEW)
+    fuzz(KINDS[name](valid, place), place, FEW)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", KINDS)
 def test_many_odd_files_are_read_or_refused_in_one_line(name, valid, place):
-    fuzz(name, valid, place, MANY)
+    fuzz(KINDS[name](valid, place), place, MANY)
 
 
 def test_a_pickle_asks_for_no_table_larger_than_itself(place):
