@@ -1,15 +1,17 @@
-"""Odd images, archives, Parquet files and tables are read or refused in one line: see ``fuzzing``."""
+"""Odd images, archives, Parquet files, shards and tables are read or refused in one line: see ``fuzzing``."""
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import strategies as st
 
+import mds_set
 import stored
-from fuzzing import FEW, MANY, Inputs, fuzz, only_place, write
-from hostile import ODD_TEXTS, damaged
+from fuzzing import FEW, MANY, Files, Inputs, fuzz, only_place, read_files, write
+from hostile import ODD_TEXTS, changed, damaged
 from hostile_files import pictures, png_of_size, tar_files
 from semtok.data.images.attributes import read_attributes
 from semtok.data.images.kinds import open_sources
@@ -108,6 +110,23 @@ def parquet_files(place: Path) -> Inputs:
         lambda content: content[::-1]
     )
     return whole | whole.flatmap(damaged) | turned, read
+
+
+@kind
+def shards(place: Path) -> Inputs:
+    index = mds_set.write_numbers(place / "made", range(6))
+    mds_set.write_numbers(place / "more", range(3))
+    files = read_files(place / "made")
+    first = "shard.00000.mds"
+    inputs = changed(index).map(
+        lambda told: files | {"index.json": json.dumps(told).encode()}
+    ) | damaged(files[first]).map(lambda content: files | {first: content})
+
+    def read(given: Files) -> None:
+        folder = write(place / "set", given)
+        read_all(f"path={folder}", f"validation={place / 'more'}", "kind=mds")
+
+    return inputs, read
 
 
 @kind
