@@ -122,7 +122,9 @@ class Ranks:
         """Runs ``semtok NAME WORDS`` in each; as ``run``."""
         return self.run("processes:run_command", name, list(words))
 
-    def run(self, work: str, *arguments: Any, seconds: float = 180) -> list[str]:
+    def run(
+        self, work: str, *arguments: Any, seconds: float = 180, num: int | None = None
+    ) -> list[str]:
         """Calls a function in each, with this process's environment as it is now.
 
         What fails or takes longer than ``seconds`` in one process ends all of them, and fails.
@@ -130,18 +132,21 @@ class Ranks:
         Args:
             work: ``module:function``; to fail, it raises.
             arguments: as JSON holds them.
+            num: how many are at it, and know of no others; None: as many as there always are. For more see ``more``.
 
         Returns:
             what each printed.
         """
         self.start()
+        num = self.num if num is None else num
+        assert num <= len(self._running), "see more"
         self._works += 1
-        logs = [self.logs / f"rank{rank}.log" for rank in range(self.num)]
+        logs = [self.logs / f"rank{rank}.log" for rank in range(num)]
         before = [log.stat().st_size for log in logs]
-        done = [self.logs / f"done.{self._works}.{rank}" for rank in range(self.num)]
-        with _meeting_point(self.num) as meeting:
-            for rank, process in enumerate(self._running):
-                environment = os.environ | meeting | _place(rank, self.num)
+        done = [self.logs / f"done.{self._works}.{rank}" for rank in range(num)]
+        with _meeting_point(num) as meeting:
+            for rank, process in enumerate(self._running[:num]):
+                environment = os.environ | meeting | _place(rank, num)
                 order = [work, arguments, dict(environment), str(done[rank])]
                 process.stdin.write(json.dumps(order).encode() + b"\n")
                 process.stdin.flush()
@@ -152,7 +157,7 @@ class Ranks:
                 if any(process.poll() is not None for process in self._running):
                     break
                 time.sleep(_POLL_SECONDS)
-        ended = list(self._running)
+        ended = self._running[:num]
         if waiting:
             self.close()
         outputs = [
@@ -167,15 +172,24 @@ class Ranks:
         """Starts the processes where they do not run; the first work would."""
         if any(process.poll() is not None for process in self._running):
             self.close()
-        if self._running:
-            return
-        ready = [self.logs / f"ready{rank}" for rank in range(self.num)]
-        for rank, file in enumerate(ready):
+        if not self._running:
+            self._start(range(self.num), self._stack)
+
+    @contextlib.contextmanager
+    def more(self, num: int) -> Iterator[None]:
+        """Within this context there are so many of them."""
+        self.start()
+        with contextlib.ExitStack() as stack:
+            self._start(range(self.num, num), stack)
+            yield
+            self._running = self._running[: self.num]
+
+    def _start(self, ranks: Sequence[int], stack: contextlib.ExitStack) -> None:
+        ready = [self.logs / f"ready{rank}" for rank in ranks]
+        for rank, file in zip(ranks, ready, strict=True):
             file.unlink(missing_ok=True)
             words, log = ["-m", "processes", str(file)], self.logs / f"rank{rank}.log"
-            self._running.append(
-                self._stack.enter_context(started(words, log, stdin=subprocess.PIPE))
-            )
+            self._running.append(stack.enter_context(started(words, log, stdin=subprocess.PIPE)))
         deadline = time.monotonic() + 60
         while not all(file.exists() for file in ready):  # until then they have another name
             assert time.monotonic() < deadline, "processes did not start"

@@ -1,8 +1,10 @@
-"""Two processes are one process with the same global batch."""
+"""Several processes are one process with the same global batch."""
 
 import contextlib
 import json
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,16 @@ import yaml
 
 import processes
 import tiny
+from processes import Ranks
 from semtok import Tokenizer
 from semtok.commands import sample, train_dit, train_tokenizer
 from semtok.commands.cli import run
+from semtok.errors import Interrupted
 from semtok.recipe import parse_recipe
+from semtok.sampler.draws import Draws
 from semtok.settings import read_yaml
 from semtok.training import precision
+from semtok.training.loop import Trainer
 from semtok.training.precision import Gains
 from test_contrastive import assert_same_step, save_a_step
 
@@ -215,3 +221,137 @@ def test_processes_on_different_machines_agree_on_one_precision(ranks, tmp_path)
     line = "precision: bf16 for matrix products (3.1x as fast here), fp32 for convolutions"
     assert line in first and "precision" not in second
     assert read_yaml(tmp_path / "run" / "recipe.yaml")["train"]["precision"] == "bf16_matmul"
+
+
+# One, two and four of them -----------------------------------------------------------------------
+
+BATCH_SIZE = 8
+
+
+def noted(trainer: Trainer, seen: dict[str, list[float]]) -> None:
+    """Notes what each place of the global batch sees of images and of noise, as digests."""
+    backward = trainer._backward
+
+    def spy(group: list[str], inputs: dict[str, Any], carry: Any, micro_step: int) -> Any:
+        first, size = trainer.share.first(micro_step), trainer.share.micro_batch_size
+        noise = Draws(
+            trainer.config.seed, trainer.step, BATCH_SIZE, first, size, torch.device("cpu")
+        )
+        rows = zip(inputs["pixels"].double(), noise.normal("posterior", (3,)), strict=True)
+        for place, (pixels, drawn) in enumerate(rows, start=first):
+            seen[f"{trainer.step}/{place}"] = [pixels.sum().item(), *drawn.tolist()]
+        return backward(group, inputs, carry, micro_step)
+
+    trainer._backward = spy
+
+
+def train_until(folder: str, until: int, accumulate: int) -> None:
+    """Goes on in a run to a step, in as many processes as there are."""
+    settings = {"schedule": "constant", "warmup_steps": 0, "log_every": 1, "keep_last": 9}
+    settings |= {"batch_size": BATCH_SIZE, "accumulate": accumulate, "steps": until}
+    settings["optimiser"] = {"learning_rate": 1e-4}
+    trainer = tiny.trainer(Path(folder), {"name": "vae"}, **settings)
+    trainer.resume()
+    seen: dict[str, list[float]] = {}
+    noted(trainer, seen)
+    trainer.run()
+    file = Path(folder) / f"seen.{until}.{trainer.accelerator.process_index}.json"
+    file.write_text(json.dumps(seen))
+
+
+def trained(ranks: Ranks, folder: Path, *stages: tuple[int, int, int]) -> Path:
+    """Trains in stages of so many processes, until a step, with so many micro-batches."""
+    for num, until, accumulate in stages:
+        if num == 1:
+            train_until(str(folder), until, accumulate)
+        else:
+            ranks.run("test_distributed:train_until", str(folder), until, accumulate, num=num)
+    return folder
+
+
+def seen_in(folder: Path) -> dict[str, list[float]]:
+    seen: dict[str, list[float]] = {}
+    for file in folder.glob("seen.*.json"):
+        own = json.loads(file.read_text())
+        assert not own.keys() & seen.keys(), "no place of a step is seen twice"
+        seen |= own
+    return seen
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss/l1"] for line in (folder / "metrics.jsonl").open()]
+
+
+@pytest.fixture(scope="module")
+def four(ranks: Ranks) -> Iterator[Ranks]:
+    with ranks.more(4):
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def whole(four: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process trains to, in two micro-batches a step."""
+    return trained(four, tmp_path_factory.mktemp("whole") / "run", (1, 4, 2))
+
+
+def test_where_sums_have_the_same_two_terms_a_run_goes_on_to_the_last_bit(four, whole, tmp_path):
+    run = trained(four, tmp_path / "run", (2, 1, 1), (1, 3, 2), (2, 4, 1))
+    ours, theirs = tiny.final_tensors(run), tiny.final_tensors(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert losses(run) == losses(whole) and seen_in(run) == seen_in(whole)
+
+
+def test_four_processes_repeat_a_run_and_the_log_has_the_figures_of_each(four, tmp_path):
+    """To the last bit from its start alone: DDP arranges gradients anew after its first step, and sums of four terms
+    depend on that."""
+    run, again = (trained(four, tmp_path / name, (4, 3, 1)) for name in ("run", "again"))
+    ours, theirs = tiny.final_tensors(run), tiny.final_tensors(again)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    names = {"step_seconds", "data_wait", "forward_seconds", "own_seconds", "memory_gb"}
+    assert row["processes"].keys() == names | {"images_per_second"}
+    assert all(len(figures) == 4 for figures in row["processes"].values())
+    assert row["health/slowest_process"] in range(4)
+    assert row["health/forward_seconds_slowest"] == max(row["processes"]["forward_seconds"])
+
+
+@pytest.mark.parametrize("stages", [((1, 1, 1), (4, 2, 1), (2, 4, 2)), ((4, 2, 1), (1, 4, 4))])
+def test_where_sums_are_ordered_differently_a_run_goes_on_within_rounding(
+    stages, four, whole, tmp_path
+):
+    run = trained(four, tmp_path / "run", *stages)
+    assert seen_in(run) == seen_in(whole), "images and noise, to the last bit"
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
+    ours, theirs = tiny.final_tensors(run), tiny.final_tensors(whole)
+    for name in ours:
+        # No output depends on an attention's bias of keys: its gradient is nothing but rounding, of which Adam makes
+        # whole steps.
+        atol = 1e-4 if name.endswith("to_k.bias") else 1e-6
+        torch.testing.assert_close(ours[name], theirs[name], atol=atol, rtol=0)
+
+
+def stop(folder: str) -> None:
+    """Trains until the third of four processes gets SIGTERM in its third step."""
+    trainer = tiny.trainer(
+        Path(folder), {"name": "vae"}, steps=1000, warmup_steps=0, log_every=1000
+    )
+    step, rank = trainer.train_step, trainer.accelerator.process_index
+
+    def spy(batches: Any) -> None:
+        step(batches)
+        if trainer.step == 3 and rank == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.train_step = spy
+    try:
+        trainer.run()
+    except Interrupted as stopped:
+        told = {"step": trainer.step, "checkpoint": stopped.checkpoint.name}
+        (Path(folder) / f"stopped.{rank}.json").write_text(json.dumps(told))
+
+
+def test_a_signal_to_one_of_four_processes_ends_all_with_a_checkpoint(four, tmp_path):
+    four.run("test_distributed:stop", str(tmp_path), num=4)
+    told = [json.loads((tmp_path / f"stopped.{rank}.json").read_text()) for rank in range(4)]
+    (step,) = {one["step"] for one in told}
+    assert 3 <= step <= 5 and {one["checkpoint"] for one in told} == {f"step_{step:08d}"}

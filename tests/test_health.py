@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tiny
+from semtok.training import health
 from semtok.training.health import Jumps, Processes
 from semtok.training.log import MetricSums
 
@@ -46,20 +47,21 @@ def test_what_is_noisy_begins_late_or_stays_is_no_jump_or_told_once():
     assert [jump["loss/a"].step in range(401, 451) for jump in found(higher)] == [True]
 
 
-def test_a_run_names_the_step_of_a_jump(tmp_path, capsys):
-    trainer = tiny.trainer(tmp_path, {"name": "vae"}, steps=60, log_every=30, checkpoint_every=60)
+def test_a_run_names_the_step_of_a_jump(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(health, "_ENOUGH", 10)
+    trainer = tiny.trainer(tmp_path, {"name": "vae"}, steps=20, log_every=10)
     note = trainer._note
 
     def spy(values: dict[str, torch.Tensor]) -> None:
-        jumps = trainer.step + 1 == 58
+        jumps = trainer.step + 1 == 18
         note({n: 1000 * v if jumps and n == "loss/l1" else v for n, v in values.items()})
 
     trainer._note = spy
     trainer.run()
     told = [line for line in capsys.readouterr().out.splitlines() if "its usual size" in line]
-    assert len(told) == 1 and told[0].startswith("warning: step 58: loss/l1 "), told
+    assert len(told) == 1 and told[0].startswith("warning: step 18: loss/l1 "), told
     first, last = (json.loads(line) for line in (tmp_path / "metrics.jsonl").open())
-    assert "jumps" not in first and last["jumps"]["loss/l1"][0] == 58
+    assert "jumps" not in first and last["jumps"]["loss/l1"][0] == 18
     for row in (first, last):
         assert row["health/step_seconds"] > row["health/forward_seconds"] > 0
         assert 0 <= row["health/data_wait"] <= 1 and row["health/memory_gb"] > 0.05
