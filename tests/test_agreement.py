@@ -53,12 +53,14 @@ def test_all_processes_end_where_one_can_not_write_a_checkpoint(seen):
 
 
 def test_where_one_process_is_killed_the_others_end_with_its_name(tmp_path):
-    """That which waits where no transport tells of the dead, as over NCCL, too."""
+    """That which waits where no transport tells of the dead, as over NCCL, too. And none is aborted as it ends: what
+    would do so here is such a thread of a library as lives when the interpreter is taken apart."""
     script = """
 import os, signal, sys, time
+from types import SimpleNamespace
 import torch.distributed as dist
 from semtok import heartbeat
-from semtok.commands.cli import run
+from semtok.commands.cli import launch
 from semtok.processes import gather, watching
 
 heartbeat.INTERVAL, heartbeat.SUSPECTED_AFTER, heartbeat.GRACE = 0.2, 3.0, 0.5
@@ -74,7 +76,13 @@ def main(_):
         while True:
             gather(None)
 
-sys.exit(run(main, []))
+class Library:
+    def __del__(self):
+        os.abort()
+
+library = Library()
+sys.modules["semtok.commands.made_up"] = SimpleNamespace(main=main)
+launch("made_up")
 """
     ranks = launch(["-c", script], tmp_path / "logs", num=3)
     assert [rank.code for rank in ranks] == [2, -9, 2], ranks
