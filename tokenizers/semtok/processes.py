@@ -127,7 +127,8 @@ def watching(patience: timedelta = PATIENCE) -> Iterator[None]:
 
 def _gone(error: BaseException) -> UserError:
     """What to say where a collective failed by what carries it."""
-    who = heartbeat.dead() or f"another process has ended ({first_line(error)})"
+    with stopping.obeyed(When.LATER):  # launchers end the others meanwhile, and the name is what is to be told
+        who = heartbeat.dead() or f"another process has ended ({first_line(error)})"
     return UserError(f"{who}; give the same command again, a training with --resume auto")
 
 
