@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from semtok.data.source import ImageSource
 from semtok.optimiser import OptimiserConfig
-from semtok.sampler.latents import Posterior
+from semtok.sampler.latents import Posterior, as_pytree
 from semtok.teachers import Teacher, TeacherFeatures
 from semtok.tokenizer import Tokenizer
 
@@ -47,6 +47,15 @@ class StepOutput:
     terms: dict[str, Term]
     metrics: dict[str, Tensor] = field(default_factory=dict)
     carry: dict[str, Tensor] = field(default_factory=dict)
+
+
+# So that what shares out learners finds the losses whose backward pass it waits for.
+as_pytree(Term, lambda term: ([term.value, term.weight], None), lambda members, _: Term(*members))
+as_pytree(
+    StepOutput,
+    lambda output: ([output.terms, output.metrics, output.carry], None),
+    lambda members, _: StepOutput(*members),
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,12 @@ class Objective(nn.Module, ABC):
     def compiled_modules(self) -> list[nn.Module]:
         """The networks that ``train.compile`` compiles."""
         return []
+
+    def sharded_blocks(self) -> Mapping[str, list[nn.Module]]:
+        """By learner the blocks in which ``train.sharding`` shares it out among processes: one at a time is whole.
+        A learner's other weights are whole within its forward, and in those methods that its attribute
+        ``called_by_others`` names. Learners that are not named here stay whole in each process."""
+        return {}
 
     def frozen_modules(self) -> list[nn.Module]:
         """Networks outside the learners that the loop moves to the device: teachers and the like."""

@@ -86,22 +86,27 @@ def new_folder(path: Path, *, replaces: str | None = None) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    file.chmod(0o644)  # safetensors closes its files to others
-            was = beside(path, was=True) if path.exists() else None
-            if was is not None:
-                path.rename(was)
-            try:
-                temporary.rename(path)
-            except OSError:
-                if was is not None:
-                    was.rename(path)
-                raise
-            if was is not None:
-                shutil.rmtree(was)
+            put_in_place(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Lets a folder that is complete take the place of another beside it, or a new one."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)  # safetensors closes its files to others
+    was = beside(path, was=True) if path.exists() else None
+    if was is not None:
+        path.rename(was)
+    try:
+        temporary.rename(path)
+    except OSError:
+        if was is not None:
+            was.rename(path)
+        raise
+    if was is not None:
+        shutil.rmtree(was)
 
 
 @contextlib.contextmanager

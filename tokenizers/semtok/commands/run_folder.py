@@ -40,6 +40,7 @@ _FREE_ON_RESUME = (
     "train.num_validation_images",
     "train.tracker",
     "train.compile",
+    "train.sharding",
     "data.num_workers",
     "data.local_gigabytes",
     "method.min_texture_psnr",

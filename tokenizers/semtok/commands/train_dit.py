@@ -48,6 +48,7 @@ from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
 from semtok.training.checkpoint import seed_random
 from semtok.training.process import check_launch, make_accelerator
+from semtok.training.sharding import check_sharding
 
 _TOKENIZER = "tokenizer"
 
@@ -208,8 +209,9 @@ def plan_dit(
         latents = open_latent_cache(stored, tokenizer, data=recipe.data)
     source = (latents or images)[0]
     objective = build_diffusion_objective(recipe, built_on, source, teacher, place=place)
-    if not resume:
-        with around_training.errors_at(place):
+    with around_training.errors_at(place):
+        check_sharding(objective, recipe.train)
+        if not resume:
             _check_use(recipe, objective)
     if is_made and images is not None:
         _check_latents(tokenizer, images[0], recipe.tokenizer)

@@ -45,6 +45,7 @@ from semtok.training.checkpoint import CHECKPOINTS, list_checkpoints, seed_rando
 from semtok.training.inputs import on_device
 from semtok.training.optimisers import check_optimisers
 from semtok.training.process import check_launch, make_accelerator
+from semtok.training.sharding import check_sharding
 
 _TEXTURE = "texture"
 
@@ -184,6 +185,8 @@ def plan_tokenizer(
     objective = build_objective(recipe, built_on, place=place, resumes=resumes, class_names=names)
     with around_training.errors_at(place):
         check_optimisers(objective, recipe.train)
+        check_sharding(objective, recipe.train)
+        check_sharding(objective, recipe.train)
     return TokenizerPlan(recipe, folder, place, resume, sources, texture, objective)
 
 

@@ -141,6 +141,9 @@ class DiffusionObjective(Objective):
     def compiled_modules(self) -> list[nn.Module]:
         return self.learners["dit"].network.every_block
 
+    def sharded_blocks(self) -> dict[str, list[nn.Module]]:
+        return {"dit": self.compiled_modules()}
+
     def frozen_modules(self) -> list[nn.Module]:
         held = [self.tokenizer, self.target_teacher, self.tokenizer.loaded_teacher]
         return [module for module in dict.fromkeys(held) if module is not None]

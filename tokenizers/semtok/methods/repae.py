@@ -54,6 +54,8 @@ def _exactly(z: Tensor) -> Posterior:
 class JointDiTLearner(nn.Module):
     """A transformer's learner on latents that the VAE has just drawn, and the statistics that standardise them."""
 
+    called_by_others = ("alignment",)
+
     def __init__(self, dit: DiTLearner, channels: int) -> None:
         super().__init__()
         self.dit, self.standardiser = dit, RunningStandardiser(channels)
@@ -176,6 +178,10 @@ class REPAEObjective(TokenizerObjective):
 
     def compiled_modules(self) -> list[nn.Module]:
         return [*self._vae.module.compiled_modules(), *self._stage.module.compiled_modules()]
+
+    def sharded_blocks(self) -> dict[str, list[nn.Module]]:
+        """The transformer's. VAE and discriminator are small, and called outside of their learners' forward."""
+        return dict(self._stage.module.sharded_blocks())
 
     def frozen_modules(self) -> list[nn.Module]:
         held = [*self._vae.module.frozen_modules(), self._stage.module.target_teacher]

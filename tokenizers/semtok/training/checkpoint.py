@@ -1,15 +1,19 @@
 """Checkpoints: everything that training needs to go on exactly, written whole or not at all."""
 
+import contextlib
 import random
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from semtok.errors import UserError
+from semtok.processes import gather, process_index, together
 from semtok.storage import (
     DAMAGE,
     first_line,
@@ -18,7 +22,16 @@ from semtok.storage import (
     remove_folder,
     write_state,
 )
-from semtok.unfinished import remove_unfinished
+from semtok.training.sharded_checkpoint import (
+    SavingInParts,
+    is_sharded,
+    read_into,
+    read_optimisers,
+    tensors_of,
+)
+from semtok.training.sharded_checkpoint import read_networks as read_shared_networks
+from semtok.training.sharding import shared_as
+from semtok.unfinished import beside, remove_unfinished
 
 CHECKPOINTS = "checkpoints"
 """The folder of a run that holds them."""
@@ -55,11 +68,7 @@ def save_checkpoint(
         OSError: the disk is full; the earlier checkpoints are as they were.
     """
     path = checkpoint_path(folder, step)
-    tensors = {
-        f"{name}.{key}": tensor.detach().contiguous()
-        for name, module in modules.items()
-        for key, tensor in module.state_dict().items()
-    }
+    tensors = {name: tensor.contiguous() for name, tensor in tensors_of(modules).items()}
     remove_unfinished(folder)  # nobody else writes there
     with new_folder(path) as temporary:
         safetensors.torch.save_file(tensors, temporary / MODEL_FILE)
@@ -75,8 +84,79 @@ def keep_newest(folder: Path, num: int) -> None:
         remove_folder(old)
 
 
-def load_checkpoint(path: Path, *, modules: dict[str, torch.nn.Module]) -> dict[str, Any]:
-    """Restores networks, strictly, and returns the rest of the state.
+class Keeper:
+    """Keeps a run's checkpoints: whole ones, which the first process writes, or in parts.
+
+    Args:
+        folder: for checkpoints.
+        keep_last: see ``save_checkpoint``.
+        in_parts: each process writes its part while training goes on, see ``SavingInParts``.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, *, in_parts: bool) -> None:
+        self.folder, self.keep_last = folder, keep_last
+        self._parts = SavingInParts() if in_parts else None
+
+    def save(self, step: int, modules: dict[str, torch.nn.Module], state: dict[str, Any]) -> Path:
+        """Writes the checkpoint after a step, or begins to; all processes have to ask. See ``wait``.
+
+        Raises:
+            OSError, RuntimeError: it can't be written, or the one before.
+        """
+        path = checkpoint_path(self.folder, step)
+        if self._parts is None:
+            with together():
+                if not process_index():
+                    save_checkpoint(
+                        self.folder,
+                        step=step,
+                        modules=modules,
+                        state=state,
+                        keep_last=self.keep_last,
+                    )
+            return path
+        self._parts.wait()  # its folder is no unfinished one
+        with together():
+            if not process_index():
+                remove_unfinished(self.folder)
+        temporary = gather(beside(path))[0]
+        self._parts.save(
+            temporary,
+            path,
+            modules=modules,
+            state=state,
+            state_file=_STATE_FILE,
+            prune=lambda: keep_newest(self.folder, self.keep_last),
+        )
+        return path
+
+    def wait(self) -> None:
+        """Until all checkpoints that were begun are there; all processes have to ask.
+
+        Raises:
+            OSError, RuntimeError: one can't be written.
+        """
+        if self._parts is not None:
+            self._parts.wait()
+
+    def close(self) -> None:
+        """Ends what is under way, after an error too."""
+        if self._parts is not None:
+            self._parts.close()
+
+
+def load_checkpoint(
+    path: Path,
+    *,
+    modules: dict[str, torch.nn.Module],
+    parameters: Mapping[str, Sequence[Tensor]],
+) -> dict[str, Any]:
+    """Restores networks, strictly, and returns the rest of the state. No process asks another.
+
+    Either kind of checkpoint is read, whatever this run shares out.
+
+    Args:
+        parameters: that train, by learner, see ``Optimisers``.
 
     Raises:
         UserError: the checkpoint is cut short, damaged, or of other networks.
@@ -91,7 +171,22 @@ def load_checkpoint(path: Path, *, modules: dict[str, torch.nn.Module]) -> dict[
         ) from None
     if not isinstance(state, dict) or not state.keys() >= _STATE_KEYS:
         raise UserError(f"{path / _STATE_FILE}: damaged, or of another version; {way_out}")
+    if is_sharded(path):
+        with _with_way_out(way_out):
+            read_optimisers(path, state["optimisers"], parameters)
+    else:
+        _share_out(state["optimisers"], parameters)
     return state
+
+
+def _share_out(optimisers: dict[str, Any], parameters: Mapping[str, Sequence[Tensor]]) -> None:
+    """Leaves of the optimisers' whole tensors what this process has of the parameters."""
+    for learner, optimiser in optimisers.items():
+        for index, values in optimiser.get("state", {}).items():
+            like = parameters[learner][index]
+            for kind, value in values.items():
+                if value.shape == like.shape:
+                    values[kind] = shared_as(value, like)
 
 
 def load_networks(path: Path, *, modules: dict[str, torch.nn.Module], way_out: str) -> None:
@@ -103,19 +198,41 @@ def load_networks(path: Path, *, modules: dict[str, torch.nn.Module], way_out: s
     Raises:
         UserError: the checkpoint is cut short, damaged, or of other networks.
     """
-    try:
+    if is_sharded(path):
+        with _with_way_out(way_out):
+            read_into(path, tensors_of(modules))
+        return
+    with _with_way_out(way_out):
         tensors = read_tensors(path / MODEL_FILE)
-    except UserError as error:
-        raise UserError(f"{error}; {way_out}") from None
     for name, module in modules.items():
         prefix = f"{name}."
         own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+        for key, like in module.state_dict().items():
+            if key in own and own[key].shape == like.shape:
+                own[key] = shared_as(own[key], like)
         try:
             module.load_state_dict(own, strict=True)
         except RuntimeError as error:
             raise UserError(
                 f"{path}: does not fit this recipe's networks ({first_line(error)}); {way_out}"
             ) from None
+
+
+def read_networks(path: Path) -> dict[str, Tensor]:
+    """Parameters and buffers of a checkpoint's networks, whole, by their names in it.
+
+    Raises:
+        UserError: the checkpoint is cut short or damaged.
+    """
+    return read_shared_networks(path) if is_sharded(path) else read_tensors(path / MODEL_FILE)
+
+
+@contextlib.contextmanager
+def _with_way_out(way_out: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; {way_out}") from None
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

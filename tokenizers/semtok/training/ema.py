@@ -1,9 +1,12 @@
 """Averages of weights that follow a training."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
+
+from semtok.training.sharding import own_part
 
 
 class ModelEMA(nn.Module):
@@ -15,15 +18,24 @@ class ModelEMA(nn.Module):
         decay: the average's share in each update, in [0, 1).
         warmup: the decay after n updates is min(decay, (1 + n) / (10 + n)), so that short runs are not
             dominated by the first weights; else it is the same from the first update.
+        copied: makes the copy; where processes share the module out, the copy's parameters too.
     """
 
-    def __init__(self, module: nn.Module, decay: float, *, warmup: bool = True) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        decay: float,
+        *,
+        warmup: bool = True,
+        copied: Callable[[nn.Module], nn.Module] = copy.deepcopy,
+    ) -> None:
         super().__init__()
-        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.module = copied(module).requires_grad_(False).eval()
         self.decay, self.warmup = decay, warmup
         self.num_updates = 0
         # Looked up once: to walk through a large network takes milliseconds, and each step would.
-        self._mine, self._theirs = list(self.module.parameters()), list(module.parameters())
+        self._mine = [own_part(each) for each in self.module.parameters()]
+        self._theirs = [own_part(each) for each in module.parameters()]
         self._averaged, self._copied = [], []  # buffers, by where both stand
         for mine, theirs in zip(self.module.modules(), module.modules(), strict=True):
             follows = getattr(theirs, "averages_buffers", False)

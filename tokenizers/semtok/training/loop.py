@@ -27,12 +27,12 @@ from semtok.training.agreement import RunningStatistics, StopVote
 from semtok.training.averages import AVERAGES, PowerAverages
 from semtok.training.checkpoint import (
     CHECKPOINTS,
+    Keeper,
     keep_newest,
     list_checkpoints,
     load_checkpoint,
     random_state,
     restore_random_state,
-    save_checkpoint,
     step_of,
 )
 from semtok.training.ema import ModelEMA
@@ -43,6 +43,7 @@ from semtok.training.log import MetricSums, RunLog, non_finite
 from semtok.training.neighbours import previous_of
 from semtok.training.optimisers import Optimisers
 from semtok.training.scoring import Scores, Scoring
+from semtok.training.sharding import Sharding
 from semtok.training.train_config import TrainConfig
 
 
@@ -96,7 +97,11 @@ class Trainer:
             self.share.micro_batch_size,
             lambda images: self._prepared(images),
         )
+        self.keeper = Keeper(
+            self.checkpoints, config.keep_last, in_parts=config.sharding == "fsdp2"
+        )
         networks = [objective.learners, *objective.frozen_modules()]
+        self.sharding = Sharding(objective, config, self.device)
         for module in networks:
             module.to(self.device)
         set_convolutions(networks, config.precision)
@@ -105,7 +110,8 @@ class Trainer:
         self.ema, self.averages = self._followers()
         compile_networks([*objective.compiled_modules(), *teacher_blocks(networks)], config.compile)
         self.learners = {
-            name: accelerator.prepare_model(p) for name, p in objective.learners.items()
+            name: accelerator.prepare_model(p, evaluation_mode=self.sharding.shares(name))
+            for name, p in objective.learners.items()
         }
         self.optimisers = Optimisers(objective, config, accelerator)
         self._running_statistics = RunningStatistics(objective.learners)
@@ -124,7 +130,8 @@ class Trainer:
         if self.objective.learners:
             module = self.objective.averaged_module()
             if config.ema_decay is not None:
-                ema = ModelEMA(module, config.ema_decay, warmup=config.ema_warmup)
+                copied = self.sharding.copied
+                ema = ModelEMA(module, config.ema_decay, warmup=config.ema_warmup, copied=copied)
             if config.averages is not None:
                 averages = PowerAverages(module, config.averages, self.folder / AVERAGES)
         return ema, averages
@@ -154,20 +161,11 @@ class Trainer:
         }
 
     def save(self) -> Path:
-        """Writes a checkpoint of this step, after checking that what it holds is finite."""
+        """Writes a checkpoint of this step, or begins to, after checking that what it holds is finite."""
         self._check_finite(self.metrics.read(self._mean_over_processes))
         self._warn_of(*gather(self.skipped))
         state = {**self._state(), "random": gather(random_state())}
-        with together():
-            if self.accelerator.is_main_process:
-                save_checkpoint(
-                    self.checkpoints,
-                    step=self.step,
-                    modules=self._modules(),
-                    state=state,
-                    keep_last=self.config.keep_last,
-                )
-        return list_checkpoints(self.checkpoints)[-1]
+        return self.keeper.save(self.step, self._modules(), state)
 
     def resume(self) -> None:
         """Goes back to the newest checkpoint; without any, to the start.
@@ -181,7 +179,9 @@ class Trainer:
             self.averages.go_back(step, forget=self.accelerator.is_main_process)
         if not checkpoints:
             return
-        state = load_checkpoint(checkpoints[-1], modules=self._modules())
+        state = load_checkpoint(
+            checkpoints[-1], modules=self._modules(), parameters=self.optimisers.parameters
+        )
         self.step, self.seconds = state["step"], state["seconds"]
         self.skipped = dict.fromkeys(state["skipped"], "")
         if self.ema is not None:
@@ -232,6 +232,7 @@ class Trainer:
                 self._run(batches, export)
         finally:
             self.log.close()
+            self.keeper.close()
             for tracker in self.accelerator.trackers:
                 tracker.finish()
         return self.averaged
@@ -251,6 +252,7 @@ class Trainer:
         with stopping.obeyed(When.LATER):  # at the end of a step
             while self.step < config.steps:
                 self._one_step(batches, export)
+            self._pause(self.keeper.wait)
 
     def _one_step(
         self, batches: Iterator[ImageBatch], export: Callable[[nn.Module, int], None] | None
@@ -294,7 +296,9 @@ class Trainer:
 
     def _stopped(self, number: int) -> Interrupted:
         """After a checkpoint of this step is written."""
-        return Interrupted(number, checkpoint=self._pause(self.save))
+        checkpoint = self._pause(self.save)
+        self._pause(self.keeper.wait)
+        return Interrupted(number, checkpoint=checkpoint)
 
     def train_step(self, batches: Iterator[ImageBatch]) -> None:
         """One optimiser step of every active learner. Nothing here waits for the device."""
@@ -415,7 +419,9 @@ class Trainer:
 
     @property
     def averaged(self) -> nn.Module:
-        return self.ema.module if self.ema is not None else self.objective.averaged_module()
+        """What is evaluated and exported, whole: where processes share it out all have to ask."""
+        followed = self.ema.module if self.ema is not None else self.objective.averaged_module()
+        return self.sharding.whole(followed)
 
     def _log(self) -> None:
         values = self.metrics.read(self._mean_over_processes)
@@ -487,13 +493,14 @@ class Trainer:
             self.accelerator.log(values, step=self.step)
 
     def _sample(self) -> None:
+        averaged = self.averaged
         with together():
             if self.accelerator.is_main_process:
-                self._draw_samples()
+                self._draw_samples(averaged)
                 self.log.draw_curves()
 
-    def _draw_samples(self) -> None:
-        picture = self.held_out.picture(self.averaged, self.config.num_sample_images)
+    def _draw_samples(self, averaged: nn.Module) -> None:
+        picture = self.held_out.picture(averaged, self.config.num_sample_images)
         if picture is not None:
             write_png(self.folder / "samples" / f"step_{self.step:08d}.png", picture)
 

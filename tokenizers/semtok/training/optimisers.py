@@ -12,6 +12,7 @@ from semtok.objective import Objective
 from semtok.optimiser import OptimiserConfig
 from semtok.sampler.roles import find_hidden_matrices
 from semtok.training.muon import MuonWithAdamW
+from semtok.training.sharding import whole_tensor
 from semtok.training.train_config import TrainConfig
 
 
@@ -43,17 +44,21 @@ def _optimiser(
 
 
 class Optimisers:
-    """An optimiser and a schedule of the learning rate for each learner, and one scale of losses for all in fp16."""
+    """An optimiser and a schedule of the learning rate for each learner, and one scale of losses for all in fp16.
+
+    Attributes:
+        parameters: that train, by learner, in the order of its optimiser's state.
+    """
 
     def __init__(self, objective: Objective, config: TrainConfig, accelerator: Accelerator) -> None:
         check_optimisers(objective, config)
         self.objective, self.config, self.accelerator = objective, config, accelerator
         # Looked up once: to walk through a large network takes milliseconds, and each step would.
-        self._parameters = {
+        self.parameters = {
             name: [each for each in learner.parameters() if each.requires_grad]
             for name, learner in objective.learners.items()
         }
-        self._optimisers = {name: self._made(name) for name in self._parameters}
+        self._optimisers = {name: self._made(name) for name in self.parameters}
         self._schedules = {
             name: torch.optim.lr_scheduler.LambdaLR(
                 optimiser.optimizer, lambda step: config.learning_rate_factor(step)
@@ -64,7 +69,7 @@ class Optimisers:
     def _made(self, name: str) -> Any:
         assert self.config.optimiser is not None, "TrainConfig asks for one where there are steps"
         settings = self.objective.optimiser_config(name, self.config.optimiser)
-        optimiser = _optimiser(self.objective.learners[name], self._parameters[name], settings)
+        optimiser = _optimiser(self.objective.learners[name], self.parameters[name], settings)
         return self.accelerator.prepare_optimizer(optimiser)
 
     def __getitem__(self, learner: str) -> Any:
@@ -82,10 +87,10 @@ class Optimisers:
             if scaler is not None:
                 scaler.unscale_(optimiser.optimizer)
             if self.config.clip_norm is not None:
-                norm = nn.utils.clip_grad_norm_(self._parameters[name], self.config.clip_norm)
+                norm = nn.utils.clip_grad_norm_(self.parameters[name], self.config.clip_norm)
                 # With fp16 the loss scale is found by letting gradients overflow; that is no failure.
                 if scaler is None:
-                    norms[f"grad_norm/{name}"] = norm
+                    norms[f"grad_norm/{name}"] = whole_tensor(norm)
             if scaler is None:
                 optimiser.step()
             else:  # accelerate's step would move the scale between one learner and the next

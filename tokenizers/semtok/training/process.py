@@ -1,9 +1,11 @@
 """Devices and processes."""
 
+import contextlib
 import importlib.util
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -29,21 +31,72 @@ TOLD_AFTER = 10.0
 _HAS_MUON = hasattr(torch.optim, "Muon")
 
 # What `accelerate launch` and its configuration file ask for by these variables, and the loop does not do.
+_USES_FSDP = "ACCELERATE_USE_FSDP"
 _REFUSED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sharded parallelism",
 }
+# What it asks of FSDP, with the values that are as we do it, and what to do about others. Its further variables are
+# of FSDP1 or of transformers' models alone.
+_FSDP = {
+    "FSDP_VERSION": (("2",), "pass --fsdp_version 2"),
+    "FSDP_OFFLOAD_PARAMS": (("false",), "what is shared out stays on the GPUs"),
+    "FSDP_RESHARD_AFTER_FORWARD": (
+        ("true", "full_shard"),
+        "blocks are shared out again after use; pass true",
+    ),
+    "FSDP_AUTO_WRAP_POLICY": (("transformer_based_wrap",), "blocks are shared out one by one"),
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": (("block",), "they are of the class Block"),
+    "FSDP_STATE_DICT_TYPE": (("sharded_state_dict",), "checkpoints are in parts"),
+    "FSDP_FORWARD_PREFETCH": (("false",), "blocks are asked for in turn"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (("false",), "pass diffusion.checkpointing=true"),
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (("false",), "activations stay on the GPUs"),
+    "FSDP_IGNORED_MODULES": ((), "all of a transformer is shared out"),
+}
 
 
-def _check_launcher(precision: Precision | Literal["auto"]) -> None:
-    """Refuses what would share out the networks, or change the loss or the networks in silence."""
-    for variable, name in _REFUSED.items():
-        if os.environ.get(variable, "").lower() in ("true", "1", "yes"):
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1", "yes")
+
+
+def _check_fsdp(sharding: str) -> None:
+    """Refuses what a launcher asks of FSDP where the recipe shares out nothing, or otherwise."""
+    if not _is_set(_USES_FSDP):
+        return
+    if sharding != "fsdp2":
+        raise UserError(
+            f"{_USES_FSDP}: this recipe shares out no network; pass train.sharding=fsdp2 for a diffusion transformer, "
+            "or launch by accelerate launch --multi_gpu or torchrun"
+        )
+    for variable, (agreed, way_out) in _FSDP.items():
+        value = os.environ.get(variable, "")
+        if value and value.lower() not in agreed:
             raise UserError(
-                f"{variable}: {name} is not supported, each process holds whole networks; launch by "
-                "accelerate launch --multi_gpu or torchrun, or leave it out in accelerate config"
+                f"{variable}: {value} is not as train.sharding=fsdp2 does it: {way_out}; leave the option out, or "
+                "launch by torchrun"
+            )
+
+
+@contextlib.contextmanager
+def _without_fsdp_of_accelerate() -> Iterator[None]:
+    """Within this context accelerate takes processes for what they are, and leaves it to ``Sharding`` to share out."""
+    asked = os.environ.pop(_USES_FSDP, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[_USES_FSDP] = asked
+
+
+def _check_launcher(precision: Precision | Literal["auto"], sharding: str) -> None:
+    """Refuses what would share out the networks otherwise, or change the loss or the networks in silence."""
+    _check_fsdp(sharding)
+    for variable, name in _REFUSED.items():
+        if _is_set(variable):
+            raise UserError(
+                f"{variable}: {name} is not supported; launch by accelerate launch --multi_gpu or torchrun, or leave "
+                "it out in accelerate config; train.sharding=fsdp2 shares out diffusion transformers"
             )
     for variable, harmless, way_out in (
         (
@@ -71,9 +124,9 @@ def check_launch(config: TrainConfig) -> None:
 
     Raises:
         UserError: a precision or a tracker that this machine can't give, sizes that don't divide, or
-            a launcher that asks for what the loop does not do (FSDP, DeepSpeed and the like).
+            a launcher that asks for what the loop does not do (DeepSpeed and the like).
     """
-    _check_launcher(config.precision)
+    _check_launcher(config.precision, config.sharding)
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs a GPU; use fp32 or bf16 here")
     if config.optimiser is not None and config.optimiser.name == "muon" and not _HAS_MUON:
@@ -137,16 +190,17 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     # accelerate keeps one precision per process; a second run in this process may have another.
     AcceleratorState._reset_state()
     try:
-        return Accelerator(
-            cpu=not torch.cuda.is_available(),
-            mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no"),
-            log_with=None if config.tracker == "none" else config.tracker,
-            project_dir=str(folder),
-            kwargs_handlers=[
-                # Buffers are the same everywhere (see agreement.py); nothing needs broadcasting.
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=PATIENCE),
-            ],
-        )
+        with _without_fsdp_of_accelerate():
+            return Accelerator(
+                cpu=not torch.cuda.is_available(),
+                mixed_precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no"),
+                log_with=None if config.tracker == "none" else config.tracker,
+                project_dir=str(folder),
+                kwargs_handlers=[
+                    # Buffers are the same everywhere (see agreement.py); nothing needs broadcasting.
+                    DistributedDataParallelKwargs(broadcast_buffers=False),
+                    InitProcessGroupKwargs(timeout=PATIENCE),
+                ],
+            )
     except (ValueError, ImportError) as error:
         raise UserError(f"train: {error}") from None

@@ -88,6 +88,10 @@ class TrainConfig(Config):
     """Averages to choose from after the training, beside that of ``ema_decay``; None: none."""
     compile: Compiler = "none"
     """torch.compile's backend for the networks, the blocks of frozen teachers among them."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """What each process holds. ``none``: whole networks. ``fsdp2``: of a diffusion transformer its part of weights,
+    gradients, optimiser and average, for networks that don't fit otherwise; other networks stay whole. Checkpoints
+    are then written in parts, while training goes on. What is learned differs by rounding."""
     channels_last: bool = False
     """Keep the weights of convolutions channel by channel (NHWC), as tensor cores read them: cuDNN then
     need not transpose what goes in and out, which can pay for VAEs, discriminators and compressors,
@@ -151,6 +155,8 @@ class TrainConfig(Config):
                 f"train.averages.every: {self.averages.every} is more than train.steps {self.steps}; pass "
                 "train.averages.every=…"
             )
+        if self.sharding == "fsdp2":
+            self._check_sharded()
         if self.accumulate == "auto" and self.memory is None:
             raise ValueError(
                 "train.accumulate: auto needs train.memory={gpu: …, fixed: …, per_image: …}, in GB; or give a number"
@@ -162,6 +168,18 @@ class TrainConfig(Config):
         if self.steps and self.optimiser is None:
             raise ValueError("train.optimiser is missing; give train.optimiser.learning_rate=…")
         return self
+
+    def _check_sharded(self) -> None:
+        """Raises ValueError where settings need networks whole."""
+        for setting, is_asked, way_out in (
+            ("precision: fp16", self.precision == "fp16", "use bf16"),
+            ("channels_last", self.channels_last, "leave it out"),
+            ("averages", self.averages is not None, "use train.ema_decay"),
+        ):
+            if is_asked:
+                raise ValueError(
+                    f"train.{setting} does not go with train.sharding=fsdp2; {way_out}, or pass train.sharding=none"
+                )
 
     def learning_rate_factor(self, step: int) -> float:
         """What the learning rate is multiplied by at a step (0-based)."""
