@@ -25,10 +25,10 @@ from semtok.evaluation.probe import probed
 from semtok.evaluation.reconstruction import evaluate_reconstruction
 from semtok.images import to_pixels, to_uint8
 from semtok.pictures import parts_in_colours_of, write_png
-from semtok.storage import read_json, read_tensors, write_json
+from semtok.storage import read_json, write_json
 from semtok.teachers import Teacher
 from semtok.tokenizer import Tokenizer
-from semtok.training.checkpoint import MODEL_FILE, checkpoint_path, list_checkpoints
+from semtok.training.checkpoint import checkpoint_path, list_checkpoints, read_networks
 
 NUM_SHOWN = 18
 NUM_IN_STRIP = 3
@@ -156,7 +156,7 @@ def shown_labels(num_classes: int) -> list[int]:
 
 def averaged_weights(run_folder: Path, step: int) -> dict[str, Tensor]:
     """The weights that a run would have exported after a step: averaged where it averages."""
-    tensors = read_tensors(checkpoint_path(run_folder / "checkpoints", step) / MODEL_FILE)
+    tensors = read_networks(checkpoint_path(run_folder / "checkpoints", step))
     for prefix in ("ema.", "learners.dit.network."):
         own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         if own:

@@ -31,6 +31,7 @@ from semtok.training.sharded_checkpoint import (
 )
 from semtok.training.sharded_checkpoint import read_networks as read_shared_networks
 from semtok.training.sharding import shared_as
+from semtok.training.train_config import TrainConfig
 from semtok.unfinished import beside, remove_unfinished
 
 CHECKPOINTS = "checkpoints"
@@ -88,20 +89,22 @@ class Keeper:
     """Keeps a run's checkpoints: whole ones, which the first process writes, or in parts.
 
     Args:
-        folder: for checkpoints.
-        keep_last: see ``save_checkpoint``.
-        in_parts: each process writes its part while training goes on, see ``SavingInParts``.
+        run: the run's folder.
     """
 
-    def __init__(self, folder: Path, keep_last: int, *, in_parts: bool) -> None:
-        self.folder, self.keep_last = folder, keep_last
-        self._parts = SavingInParts() if in_parts else None
+    def __init__(self, run: Path, config: TrainConfig) -> None:
+        self.folder, self.keep_last = run / CHECKPOINTS, config.keep_last
+        self._parts = SavingInParts() if config.sharding == "fsdp2" else None
+
+    def kept(self) -> list[Path]:
+        """Those that are there, oldest first."""
+        return list_checkpoints(self.folder)
 
     def save(self, step: int, modules: dict[str, torch.nn.Module], state: dict[str, Any]) -> Path:
         """Writes the checkpoint after a step, or begins to; all processes have to ask. See ``wait``.
 
         Raises:
-            OSError, RuntimeError: it can't be written, or the one before.
+            OSError, UserError: it can't be written, or the one before.
         """
         path = checkpoint_path(self.folder, step)
         if self._parts is None:
@@ -134,7 +137,7 @@ class Keeper:
         """Until all checkpoints that were begun are there; all processes have to ask.
 
         Raises:
-            OSError, RuntimeError: one can't be written.
+            OSError, UserError: one can't be written.
         """
         if self._parts is not None:
             self._parts.wait()

@@ -26,10 +26,8 @@ from semtok.training.accumulation import device_gb, micro_batches
 from semtok.training.agreement import RunningStatistics, StopVote
 from semtok.training.averages import AVERAGES, PowerAverages
 from semtok.training.checkpoint import (
-    CHECKPOINTS,
     Keeper,
     keep_newest,
-    list_checkpoints,
     load_checkpoint,
     random_state,
     restore_random_state,
@@ -97,9 +95,7 @@ class Trainer:
             self.share.micro_batch_size,
             lambda images: self._prepared(images),
         )
-        self.keeper = Keeper(
-            self.checkpoints, config.keep_last, in_parts=config.sharding == "fsdp2"
-        )
+        self.keeper = Keeper(folder, config)
         networks = [objective.learners, *objective.frozen_modules()]
         self.sharding = Sharding(objective, config, self.device)
         for module in networks:
@@ -138,10 +134,6 @@ class Trainer:
 
     # State that survives ------------------------------------------------------------------------
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / CHECKPOINTS
-
     def _modules(self) -> dict[str, nn.Module]:
         return (
             {"learners": self.objective.learners}
@@ -173,7 +165,7 @@ class Trainer:
         Raises:
             UserError: the checkpoint is damaged, or of other networks.
         """
-        checkpoints = list_checkpoints(self.checkpoints)
+        checkpoints = self.keeper.kept()
         if self.averages is not None:
             step = step_of(checkpoints[-1]) if checkpoints else 0
             self.averages.go_back(step, forget=self.accelerator.is_main_process)
@@ -192,7 +184,7 @@ class Trainer:
         if len(state["random"]) == self.accelerator.num_processes:
             restore_random_state(state["random"][self.accelerator.process_index])
         if self.accelerator.is_main_process:  # which a process that was killed may have begun
-            keep_newest(self.checkpoints, self.config.keep_last)
+            keep_newest(self.keeper.folder, self.config.keep_last)
 
     def score_by(self, scoring: Scoring) -> None:
         """From now on scores are taken on the way. Called after ``resume``."""
@@ -451,7 +443,7 @@ class Trainer:
             first_bad |= {
                 name: min(step, first_bad.get(name, step)) for name, step in steps.items()
             }
-        checkpoints = list_checkpoints(self.checkpoints)
+        checkpoints = self.keeper.kept()
         raise non_finite(first_bad, last_good=checkpoints[-1] if checkpoints else None)
 
     def _mark(self) -> None:

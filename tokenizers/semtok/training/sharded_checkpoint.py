@@ -49,6 +49,7 @@ class SavingInParts:
     def __init__(self) -> None:
         self._group: dist.ProcessGroup | None = None
         self._pending: Future[Any] | None = None
+        self._path: Path | None = None
 
     def save(
         self,
@@ -69,7 +70,7 @@ class SavingInParts:
             prune: called in one process when the checkpoint is there.
 
         Raises:
-            OSError, RuntimeError: this checkpoint, or the one before, can't be written.
+            OSError, UserError: this checkpoint, or the one before, can't be written.
         """
         self.wait()
         tensors, rest = _split(state)
@@ -81,7 +82,7 @@ class SavingInParts:
         if num_processes() > 1 and self._group is None:
             # Of its own, as training's exchanges are under way meanwhile; between hosts, as files are written there.
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        writer = _Writer(temporary, path, prune)
+        writer, self._path = _Writer(temporary, path, prune), path
         warnings.filterwarnings("ignore", message=_NO_GROUP)
         self._pending = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
 
@@ -89,7 +90,7 @@ class SavingInParts:
         """Until the checkpoint under way is there.
 
         Raises:
-            OSError, RuntimeError: it can't be written; in all processes.
+            OSError, UserError: it can't be written; in all processes.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -97,8 +98,15 @@ class SavingInParts:
         try:
             with stopping.obeyed(When.LATER):
                 pending.result()
-        except CheckpointException as error:
-            raise _first_failure(error) from None
+        except (CheckpointException, RuntimeError) as error:  # the latter where a process has ended
+            failure = _first_failure(error) if isinstance(error, CheckpointException) else error
+            if isinstance(failure, OSError):
+                raise failure from None
+            # Of a full disk torch may tell that a position is unexpected.
+            raise UserError(
+                f"{self._path}: can't be written ({first_line(failure)}); see what others say, and whether the disk is "
+                "full, and go on with --resume auto"
+            ) from None
 
     def close(self) -> None:
         """Waits for what is under way, whatever becomes of it: the folder is another run's then."""
@@ -144,10 +152,8 @@ def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _first_failure(error: CheckpointException) -> Exception:
     """What went wrong in the first process that failed, as this process alone would have it."""
-    rank, (failure, _) = min(error.failures.items())
-    if isinstance(failure, OSError):
-        return failure
-    return RuntimeError(f"process {rank}: {first_line(failure)}")
+    _, (failure, _) = min(error.failures.items())
+    return failure if isinstance(failure, Exception) else RuntimeError(first_line(failure))
 
 
 # Reading -----------------------------------------------------------------------------------------

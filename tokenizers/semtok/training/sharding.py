@@ -5,9 +5,11 @@ optimiser. Here learners are prepared one by one, and one may call another's met
 """
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -19,7 +21,6 @@ from torch.distributed.tensor import DTensor
 
 from semtok.errors import UserError
 from semtok.objective import Objective
-from semtok.processes import num_processes
 from semtok.training.train_config import TrainConfig
 
 
@@ -50,7 +51,7 @@ def check_sharding(objective: Objective, config: TrainConfig) -> None:
 class Sharding:
     """Shares out learners, and gives what is needed whole.
 
-    With ``train.sharding=none`` and in one process nothing is shared out.
+    With ``train.sharding=none``, and where there are no processes that a launcher started, nothing is shared out.
 
     Args:
         objective: its learners are shared out in place. They go to the device a block at a time, so that no device
@@ -65,10 +66,12 @@ class Sharding:
         check_sharding(objective, config)
         self._like: nn.Module | None = None
         self._names: set[str] = set()
-        if config.sharding == "none" or num_processes() == 1:
+        if config.sharding == "none" or not (dist.is_available() and dist.is_initialized()):
             return
         self._like = _without_weights(objective.averaged_module())
-        mesh = init_device_mesh(device.type, (num_processes(),))
+        # Of blocks that return views, which nothing here changes in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         # Autocast casts the same weights for the same products: gathered in bf16 they are half as much to send.
         gathered_in = torch.bfloat16 if config.precision == "bf16" else None
         for name, blocks in objective.sharded_blocks().items():
@@ -149,7 +152,7 @@ def shared_as(whole: Tensor, like: Tensor) -> Tensor:
     rank = mesh.get_local_rank()
     own = parts[rank] if rank < len(parts) else whole[:0]
     return DTensor.from_local(
-        own.to(like.device).contiguous(),
+        own.to(like.device, copy=True),  # torch copies no DTensor of a view
         mesh,
         like.placements,
         run_check=False,
