@@ -81,7 +81,8 @@ def test_a_group_of_one_process_is_rehearsed(tmp_path):
     words = [str(program), "gpu", "--tiny", "--only", "nccl", "--output", str(file)]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "losses 0.0000% from those without" in parts_in(file)["nccl"]["found"]
+    found = parts_in(file)["nccl"]["found"]
+    assert "losses 0.0000% from those without, 0.0000% where fsdp2 shares out" in found
 
 
 def test_what_fails_in_a_part_is_told_and_the_others_are_done(tmp_path, monkeypatch, capsys):

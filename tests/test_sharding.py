@@ -1,5 +1,6 @@
 """A transformer that processes share out learns as whole ones do, and any number of them reads its checkpoints."""
 
+import json
 import os
 import pickle
 import shutil
@@ -57,6 +58,11 @@ def assert_close(ours: Path, theirs: Path) -> None:
             torch.testing.assert_close(one[key], other[key], atol=1e-5, rtol=0)
 
 
+def norms_of_gradients(run: Path) -> list[float]:
+    rows = map(json.loads, (run / "metrics.jsonl").open())
+    return [row["grad_norm/dit"] for row in rows]
+
+
 def stopped_at(step: int, run: Path, copy: Path) -> Path:
     """A copy of a run as it was when it had just written that checkpoint."""
     shutil.copytree(run, copy)
@@ -94,6 +100,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Path:
 
 def test_two_processes_learn_as_with_whole_networks_and_hold_a_part_each(runs):
     assert_close(runs / "shared", runs / "whole")
+    norms = [norms_of_gradients(runs / name) for name in ("shared", "whole")]
+    assert len(norms[0]) == 10 and norms[0] == pytest.approx(norms[1], rel=1e-4)
     parts = {file.name: file.stat().st_size for file in newest(runs / "shared").glob("*.distcp")}
     first, second = parts["__0_0.distcp"], parts["__1_0.distcp"]
     assert 0.8 < first / second < 1.25, parts

@@ -22,10 +22,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from semtok import stopping
 from semtok.errors import UserError
-from semtok.processes import num_processes, process_index, together
+from semtok.processes import PATIENCE, process_index, together
 from semtok.stopping import When
 from semtok.storage import DAMAGE, first_line, put_in_place, write_state
-from semtok.training.agreement import PATIENCE
 
 _METADATA = ".metadata"
 _OPTIMISERS = "optimisers"
@@ -79,7 +78,7 @@ class SavingInParts:
             if not process_index():
                 temporary.mkdir(parents=True)
                 write_state(temporary / state_file, rest)
-        if num_processes() > 1 and self._group is None:
+        if dist.is_initialized() and self._group is None:
             # Of its own, as training's exchanges are under way meanwhile; between hosts, as files are written there.
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         writer, self._path = _Writer(temporary, path, prune), path
@@ -98,8 +97,8 @@ class SavingInParts:
         try:
             with stopping.obeyed(When.LATER):
                 pending.result()
-        except (CheckpointException, RuntimeError) as error:  # the latter where a process has ended
-            failure = _first_failure(error) if isinstance(error, CheckpointException) else error
+        except CheckpointException as error:
+            failure = _first_failure(error)
             if isinstance(failure, OSError):
                 raise failure from None
             # Of a full disk torch may tell that a position is unexpected.

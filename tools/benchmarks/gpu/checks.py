@@ -212,7 +212,8 @@ def _peak(make: Callable[[], TrainerStep], lasting: float) -> float:
 
 
 def nccl(tiny: bool, folder: Path) -> Finding:
-    """A group of one process: gradients averaged through it are those of a process alone."""
+    """A group of one process: gradients averaged through it, and networks shared out in it, are those of a process
+    alone, and a checkpoint in parts is written through it."""
     num, backend = 2 if tiny else 4, "nccl" if has_gpu() else "gloo"
     if not dist.is_available() or (has_gpu() and not dist.is_nccl_available()):
         raise Skipped(f"this torch has no {backend}")
@@ -233,10 +234,18 @@ def nccl(tiny: bool, folder: Path) -> Finding:
             for name, learner in trainer.learners.items()
         }
         gap = _apart(_losses(step, num), alone)
-        holds = gap <= 1e-3 and bool((summed == 1).all())
+        (folder / "shared").mkdir()
+        step = cached_dit_step(folder / "shared", sharding="fsdp2")
+        shared = _apart(_losses(step, num), alone)
+        step.trainer.save()
+        step.trainer.keeper.wait()
+        step.trainer.keeper.close()
+        holds = max(gap, shared) <= 1e-3 and bool((summed == 1).all())
+        holds &= len(step.trainer.keeper.kept()) == 1
     finally:
         dist.destroy_process_group()
-    return judged(holds, f"{num} steps through {backend}: losses {gap:.4%} from those without")
+    line = f"{num} steps through {backend}: losses {gap:.4%} from those without"
+    return judged(holds, f"{line}, {shared:.4%} where fsdp2 shares out the network")
 
 
 def _release() -> None:

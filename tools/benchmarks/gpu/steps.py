@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,11 +20,12 @@ from semtok.tokenizer import Tokenizer
 _BATCH = 8
 
 
-def cached_dit_step(folder: Path) -> TrainerStep:
+def cached_dit_step(folder: Path, **train: Any) -> TrainerStep:
     """Of a small transformer on the embedded tokenizer's latents, which are written to a cache first.
 
     Args:
         folder: for the cache; exists.
+        train: more of the training's settings.
     """
     config = ShapesConfig(size=32, num_images=4 * _BATCH, num_validation_images=1)
     images = Shapes(config, train=True)
@@ -35,7 +37,7 @@ def cached_dit_step(folder: Path) -> TrainerStep:
         "tokenizer": DEMO,
         "data": {"kind": "shapes", "size": 32},
         "diffusion": {"network": "LightningDiT-T/2", "repa": False},
-        "train": {**TRAIN, "batch_size": _BATCH, "precision": precision},
+        "train": {**TRAIN, "batch_size": _BATCH, "precision": precision, **train},
     }
     recipe = parse_diffusion_recipe(content, "benchmark")
     objective = make_objective(recipe, tokenizer, cached, cached.target_width)
