@@ -101,7 +101,7 @@ def fail_to_save(folder: Path) -> str:
 
     trainer = started(folder, {"name": "vae"}, **{**SETTINGS, "steps": 12})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("semtok.training.loop.save_checkpoint", full)
+        patch.setattr("semtok.training.checkpoint.save_checkpoint", full)
         try:
             trainer.save()
         except (UserError, OSError) as error:

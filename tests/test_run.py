@@ -329,7 +329,7 @@ def test_a_run_in_channels_last_resumes_to_the_last_bit(tmp_path):
     made = tiny.trainer(tmp_path / "run", GAN, **settings)
     made.run()
     whole = list(made.objective.learners.parameters())
-    shutil.rmtree(made.checkpoints / "step_00000006")
+    shutil.rmtree(made.keeper.folder / "step_00000006")
     made = tiny.trainer(tmp_path / "run", GAN, **settings)
     made.resume()
     assert made.step == 3

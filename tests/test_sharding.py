@@ -119,7 +119,8 @@ def test_a_run_goes_on_in_one_process(runs, tmp_path):
 def test_a_run_goes_on_in_four_processes(runs, tmp_path):
     copy = stopped_at(10, runs / "shared", tmp_path / "four")
     words = ["-m", "semtok_cli", "train_dit", "--resume", "--output", str(copy)]
-    assert "resuming after step 10" in processes.succeed(words, tmp_path, num=4)[0]
+    outputs = processes.succeed(words, tmp_path, num=4, seconds=500)
+    assert "resuming after step 10" in outputs[0]
     assert len(list(newest(copy).glob("*.distcp"))) == 4
     assert_close(copy, runs / "whole")
 
