@@ -17,6 +17,7 @@ from semtok.data.images import mds_writer
 from semtok.data.images.encoded import StoredImages
 from semtok.data.images.kinds import open_sources
 from semtok.recipe import parse_data
+from semtok.unfinished import beside, is_unfinished
 
 pytest.importorskip("webdataset")
 
@@ -149,7 +150,14 @@ def test_an_interrupted_command_goes_on_and_a_full_disk_is_one_line(tmp_path, ca
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "set").rglob("*.mds")}
     assert run(convert.main, ["--verify", str(tmp_path / "set")]) == 2, "it is not finished"
     monkeypatch.setattr(mds_writer, "write_json", write_json)
+    for file in list((tmp_path / "set").rglob("*")):  # as a command that was killed leaves them
+        beside(file).touch()
     assert run(convert.main, arguments) == 0
+    note = written[0].with_name(".shard.00000.json")
+    note.touch()  # the index was written, and notes not yet removed
+    assert run(convert.main, arguments) == 0
+    assert not note.exists()
+    assert not [file for file in (tmp_path / "set").rglob("*") if is_unfinished(file.name)]
     first = written[0].with_name("shard.00000.mds")
     assert first.stat().st_mtime_ns == before[first], "what is there is not written again"
     assert run(convert.main, [*arguments[:-3], str(tmp_path / "whole"), *arguments[-2:]]) == 0

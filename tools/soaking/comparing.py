@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from semtok.lock import LOCK_FILE
+from semtok.unfinished import is_unfinished
+
 _TIMES = {"seconds", "images_per_second", "training_seconds", "total_seconds"}
 _OF_PROCESSES = ("health/", "processes")
 """How names begin of what follows from seconds, and of what processes take."""
@@ -17,12 +20,12 @@ _MOST_TOLD = 5
 def differences(whole: Path, killed: Path) -> list[str]:
     """What of a folder is missing, new, or other than in one whose run was not interrupted; a line each, the first few.
 
-    Seconds and what follows from them are not compared. Hidden files are what commands have to remove.
+    Seconds and what follows from them are not compared. What a whole run leaves of what it was writing is told too.
     """
     ours, theirs = _files(killed), _files(whole)
     told = [f"missing: {name}" for name in sorted(theirs - ours)]
     told += [f"left: {name}" for name in sorted(ours - theirs)]
-    told += [f"hidden: {name}" for name in sorted(theirs) if _is_hidden(name)]
+    told += [f"stays: {name}" for name in sorted(theirs) if _is_temporary(name)]
     told += [
         f"other: {name}{_where(whole / name, killed / name)}"
         for name in sorted(ours & theirs)
@@ -40,8 +43,8 @@ def _files(folder: Path) -> set[str]:
     return found
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in Path(name).parts)
+def _is_temporary(name: str) -> bool:
+    return any(part == LOCK_FILE or is_unfinished(part) for part in Path(name).parts)
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -69,6 +69,11 @@ JOBS = (
         + ("--batch-size", "2", "--data", *_DATA),
     ),
     Job(
+        "convert",
+        ("convert", "--data", "kind=folder", f"path=../../{IMAGES}", "--output", "shards")
+        + ("--shard-megabytes", "0.002"),
+    ),
+    Job(
         "sample",
         ("sample", _MODEL, "--num", "32", "--batch-size", "2", "--output", "set"),
         needs="train_dit",

@@ -228,12 +228,7 @@ def environment() -> dict[str, str]:
 
 def _environment(folder: Path) -> dict[str, str]:
     """Of a command in a folder: places for temporary files and for what is kept, beside it."""
-    temporary = temporary_of(folder)
+    temporary = folder.with_name(f"{folder.name}_tmp")
     temporary.mkdir(exist_ok=True)
     kept = folder.with_name(f"{folder.name}_kept")
     return {"TMPDIR": str(temporary), "SEMTOK_CACHE": str(kept)}
-
-
-def temporary_of(folder: Path) -> Path:
-    """Where commands in a folder put what they need for a moment."""
-    return folder.with_name(f"{folder.name}_tmp")

@@ -11,7 +11,7 @@ from typing import Any
 from semtok.errors import UserError
 from soaking.comparing import differences
 from soaking.jobs import JOBS, KILLED, WHOLE, Job, fresh
-from soaking.killing import Moment, Pace, Start, draw_kill, run_once, temporary_of
+from soaking.killing import Moment, Pace, Start, draw_kill, run_once
 from soaking.warm import Warm
 
 _LIMIT_SECONDS = 120.0
@@ -145,8 +145,6 @@ class Soak:
             result.findings.append(f"{place}: ended with {start.code}")
         whole = self.folder / job.name / WHOLE
         result.findings += [f"{place}: {line}" for line in differences(whole, folder)]
-        left = [path.name for path in temporary_of(folder).iterdir()]
-        result.findings += [f"{place}: left in TMPDIR: {name}" for name in left]
         result.rounds += 1
         result.seconds += time.monotonic() - begun
 

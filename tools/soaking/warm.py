@@ -9,10 +9,11 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_COMMANDS = ("train_tokenizer", "train_dit", "cache_latents", "sample", "hub")
+_COMMANDS = ("train_tokenizer", "train_dit", "cache_latents", "convert", "sample", "hub")
 _SECONDS = 300
 
 
@@ -114,6 +115,7 @@ def _become(folder: str, log: str, own: dict[str, str]) -> None:
             os.open(path, flags | os.O_CREAT | os.O_TRUNC * (descriptor == 1), 0o644), descriptor
         )
     os.dup2(1, 2)
+    tempfile.tempdir = None  # the variable is another one now
     random.seed()
     np.random.seed()
     torch.seed()

@@ -23,6 +23,7 @@ from semtok.progress import progress
 from semtok.recipe import parse_data
 from semtok.settings import apply_overrides
 from semtok.storage import read_json, write_json
+from semtok.unfinished import remove_unfinished
 
 PARTS = ("train", "val")
 _PLAN = ".convert.json"
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         stopping.with_way_on("the same command goes on"),
         only_one_in(args.output, "a command that converts images"),
     ):
+        remove_unfinished(args.output)
         _check_folder(args.output, sources, shard_bytes)
         indices = [
             _written(source, args.output / part, shard_bytes, part)
@@ -104,11 +106,13 @@ def _check_folder(folder: Path, sources: Sequence[StoredImages], shard_bytes: in
 
 
 def _written(source: StoredImages, folder: Path, shard_bytes: int, part: str) -> MdsIndex:
+    remove_unfinished(folder)
+    writer = MdsWriter(source, folder, shard_bytes=shard_bytes)
     index = read_index(str(folder)) if (folder / INDEX).is_file() else None
     if index is None:
-        writer = MdsWriter(source, folder, shard_bytes=shard_bytes)
         what = "training" if part == PARTS[0] else "held-out"
-        index = writer.write(f"writing the {what} images")
+        return writer.write(f"writing the {what} images")
+    writer.remove_notes(len(index.shards))  # a command that was killed has not come to it
     return index
 
 

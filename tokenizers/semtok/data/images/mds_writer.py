@@ -128,11 +128,15 @@ class MdsWriter:
             temporary.chmod(0o644)  # safetensors closes its files to others
         with new_file(self.folder / INDEX) as temporary:
             temporary.write_text(json.dumps({"version": 2, "shards": entries}, sort_keys=True))
-        for number in range(len(entries)):
-            self._note(number).unlink(missing_ok=True)
+        self.remove_notes(len(entries))
         index = read_index(str(self.folder))
         assert index is not None and index.state == state
         return index
+
+    def remove_notes(self, num_shards: int) -> None:
+        """Removes what was noted of shards, which the index tells now."""
+        for number in range(num_shards):
+            self._note(number).unlink(missing_ok=True)
 
     def _known(self) -> Columns:
         """Labels and attributes, for the file beside the index."""
