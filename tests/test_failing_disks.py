@@ -22,7 +22,7 @@ from semtok.training.log import RunLog
 from semtok.unfinished import is_unfinished
 
 NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
-STATE = dict.fromkeys(("seconds", "skipped", "ema_updates", "optimisers", "schedules"), 0)
+STATE = dict.fromkeys(("seconds", "skipped", "ema_updates", "schedules"), 0) | {"optimisers": {}}
 STATE |= dict.fromkeys(("scaler", "metrics", "random"), 0)
 
 
@@ -66,7 +66,8 @@ def test_at_whichever_write_a_disk_fails_the_last_checkpoint_stays_whole(number,
             disk.fail(0)
             now = files(tmp_path)
             assert before.items() <= now.items()
-            assert load_checkpoint(list_checkpoints(tmp_path)[0], modules=modules)["step"] == 1
+            kept = load_checkpoint(list_checkpoints(tmp_path)[0], modules=modules, parameters={})
+            assert kept["step"] == 1
             continue
         break
     assert failed > 3, "it has to be found at each write"

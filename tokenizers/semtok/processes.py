@@ -127,7 +127,9 @@ def watching(patience: timedelta = PATIENCE) -> Iterator[None]:
 
 def _gone(error: BaseException) -> UserError:
     """What to say where a collective failed by what carries it."""
-    with stopping.obeyed(When.LATER):  # launchers end the others meanwhile, and the name is what is to be told
+    with stopping.obeyed(
+        When.LATER
+    ):  # launchers end the others meanwhile, and the name is what is to be told
         who = heartbeat.dead() or f"another process has ended ({first_line(error)})"
     return UserError(f"{who}; give the same command again, a training with --resume auto")
 
