@@ -164,6 +164,7 @@ class _Beats(threading.Thread):
         self._keys = [f"{prefix}{rank}" for rank in range(num)]
         self._verdict = f"{prefix}verdict"
         self._count = 0
+        self._is_lost = False  # the store
         self._over, self._asked, self._answered = (threading.Event() for _ in range(3))
         self._suspects: dict[int, str] = {}
         self._next, self._stands = _Seen(), _Seen()
@@ -180,6 +181,8 @@ class _Beats(threading.Thread):
         """See ``end``. The first process waits until the others have heard of it: the store may end with it."""
         self._over.set()
         self.join(60)
+        if self._is_lost:
+            return
         with contextlib.suppress(RuntimeError):  # the store may be gone
             if failure is not None and self.place.heard is None:
                 self._say(f"process {self.rank} of {self.num} has ended: {failure}")
@@ -214,6 +217,7 @@ class _Beats(threading.Thread):
                 if heard is None and self._over.wait(INTERVAL):
                     return
         except RuntimeError:  # the store has gone with the process or the launcher that had it
+            self._is_lost = True
             heard = f"process 0 of {self.num} has ended, or the launcher of its machine"
         if heard != _FINISHED:
             self.place.heard = heard
