@@ -60,7 +60,7 @@ import os, signal, sys, time
 from types import SimpleNamespace
 import torch.distributed as dist
 from semtok import heartbeat
-from semtok.commands.cli import launch
+from semtok_cli import end_process, launched
 from semtok.processes import gather, watching
 
 heartbeat.INTERVAL, heartbeat.SUSPECTED_AFTER, heartbeat.GRACE = 0.2, 3.0, 0.5
@@ -82,7 +82,7 @@ class Library:
 
 library = Library()
 sys.modules["semtok.commands.made_up"] = SimpleNamespace(main=main)
-launch("made_up")
+end_process(launched("made_up"))
 """
     ranks = launch(["-c", script], tmp_path / "logs", num=3)
     assert [rank.code for rank in ranks] == [2, -9, 2], ranks

@@ -1,8 +1,13 @@
 """``semtok <command>``, outside of the package: help and slips are answered without importing torch."""
 
+import atexit
+import contextlib
 import difflib
+import os
 import sys
+import threading
 from importlib.metadata import version
+from typing import NoReturn
 
 COMMANDS = {
     "train_tokenizer": "train a tokenizer from a recipe",
@@ -52,5 +57,25 @@ def main() -> int:
     return 0 if word else 2
 
 
+def end_process(code: int) -> NoReturn:
+    """Ends the process after what is registered for its end, without taking the interpreter apart.
+
+    That takes seconds of computing, as torch and its like are half a million objects, and a thread of a library that
+    still lives then may abort a process whose results are written.
+    """
+    threading._shutdown()  # waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        # Nobody reads, or it is closed.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
+
+
+def program() -> NoReturn:
+    """The process ``semtok``."""
+    end_process(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -1,8 +1,6 @@
 """Launcher of ``semtok sample``."""
 
-import sys
-
-from semtok_cli import launched
+from semtok_cli import end_process, launched
 
 if __name__ == "__main__":
-    sys.exit(launched("sample"))
+    end_process(launched("sample"))

@@ -1,8 +1,6 @@
 """Launcher of ``semtok train_dit``."""
 
-import sys
-
-from semtok_cli import launched
+from semtok_cli import end_process, launched
 
 if __name__ == "__main__":
-    sys.exit(launched("train_dit"))
+    end_process(launched("train_dit"))

@@ -1,14 +1,10 @@
 """What all commands share: reading arguments, and telling of errors in one line."""
 
 import argparse
-import atexit
-import contextlib
 import importlib
 import io
-import os
 import re
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -111,22 +107,6 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         leave()
 
 
-def launch(name: str) -> NoReturn:
-    """Runs the command of that name with the process's arguments, and ends the process."""
-    _end_process(run(importlib.import_module(f"semtok.commands.{name}").main))
-
-
-def _end_process(code: int) -> NoReturn:
-    """Ends the process after what is registered for its end, without taking the interpreter apart.
-
-    That takes seconds of computing, as torch and its like are half a million objects, and a thread of a library that
-    still lives then may abort a process whose results are written.
-    """
-    threading._shutdown()  # waits for threads that are no daemons
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(
-            OSError, ValueError, AttributeError
-        ):  # nobody reads, or it is closed
-            stream.flush()
-    os._exit(code)
+def launch(name: str) -> int:
+    """Runs the command of that name with the process's arguments; its exit code."""
+    return run(importlib.import_module(f"semtok.commands.{name}").main)
