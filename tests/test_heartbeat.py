@@ -69,6 +69,23 @@ def test_a_process_that_is_silent_is_dead(start, monkeypatch):
     assert heard(beats[:2]) == {"process 2 of 3 has ended, or its machine"}
 
 
+def test_what_a_process_has_slept_through_is_no_silence_of_another(monkeypatch):
+    """As where a cluster suspends all processes for a night, and lets one go on before the other."""
+    now = 0.0
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now)
+    seen = heartbeat._Seen(looked=now)
+    for _ in range(2):
+        seen.look("1 0 0")
+        now += heartbeat.INTERVAL
+    now += 9 * 3600
+    assert seen.look("1 0 0") < 4 * heartbeat.INTERVAL
+    for _ in range(int(heartbeat.DEAD_AFTER / heartbeat.INTERVAL)):
+        now += heartbeat.INTERVAL
+        silent = seen.look("1 0 0")
+    assert silent > heartbeat.DEAD_AFTER
+    assert seen.look("2 0 0") == 0
+
+
 def test_a_process_for_which_the_others_wait_too_long_is_named(start):
     places = [Place(marks=7, step=40), Place(marks=6, step=40), Place(marks=7, step=40)]
     line = "process 1 of 3 has fallen behind: the others have waited for it for 0.00333 minutes, at step 40"

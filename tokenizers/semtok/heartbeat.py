@@ -24,8 +24,9 @@ from semtok.errors import UserError
 
 INTERVAL = 2.0
 """Seconds between two beats."""
-DEAD_AFTER = 60.0
-"""Seconds without one after which a process counts as dead."""
+DEAD_AFTER = 300.0
+"""Seconds without one after which a process counts as dead. A shared disk that hangs may silence a process for minutes:
+where a library is loaded from it, or a mapped file read, no thread of Python's goes on."""
 SUSPECTED_AFTER = 8.0
 """The same where a collective has just failed, so that one of the processes must be dead."""
 GRACE = 15.0
@@ -133,17 +134,20 @@ def end(failure: str | None = None) -> None:
 
 @dataclass
 class _Seen:
-    """What was last read of another process, and since when."""
+    """What was last read of another process, and for how long."""
 
     value: str = ""
-    since: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+    looked: float = field(default_factory=time.monotonic)
 
     def look(self, value: str) -> float:
-        """Notes what is read now. How long it has been that, in seconds."""
+        """Notes what is read now. For how many seconds it has been that, as seen by this process: what it has slept
+        through itself counts for little, as where a cluster suspends all processes."""
         now = time.monotonic()
-        if value != self.value:
-            self.value, self.since = value, now
-        return now - self.since
+        passed, self.looked = now - self.looked, now
+        self.seconds = self.seconds + min(passed, 2 * INTERVAL) if value == self.value else 0.0
+        self.value = value
+        return self.seconds
 
 
 class _Beats(threading.Thread):
