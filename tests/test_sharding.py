@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch.distributed.checkpoint.metadata import Metadata
 
 import processes
 import tiny
@@ -25,7 +26,7 @@ from semtok.storage import read_tensors
 from semtok.training.checkpoint import list_checkpoints, read_networks
 from semtok.training.loop import Trainer
 from semtok.training.process import check_launch, make_accelerator
-from semtok.training.sharded_checkpoint import _Writer
+from semtok.training.sharded_checkpoint import _Reader, _Writer
 from semtok.unfinished import is_unfinished
 from test_distributed import METHODS
 
@@ -339,3 +340,51 @@ def test_a_list_of_parts_runs_nothing_and_damage_is_told(
     with pytest.raises(UserError, match="step_00000004: cut short or damaged .*; delete") as error:
         trainer(tmp_path / "run").resume()
     assert "\n" not in str(error.value) and not (tmp_path / "it_ran").exists()
+
+
+def _forget_parts(metadata: Metadata, name: str) -> None:
+    metadata.state_dict_metadata[name].chunks.pop()
+
+
+def _make_huge(metadata: Metadata, name: str) -> None:
+    about = metadata.state_dict_metadata[name]
+    about.size = about.chunks[0].sizes = torch.Size([10**14])
+
+
+def _take_properties(metadata: Metadata, name: str) -> None:
+    metadata.state_dict_metadata[name].properties = None
+
+
+def _name_it_by_a_number(metadata: Metadata, name: str) -> None:
+    metadata.state_dict_metadata[5] = metadata.state_dict_metadata[name]
+
+
+def _add_to_no_optimiser(metadata: Metadata, name: str) -> None:
+    metadata.state_dict_metadata["optimisers.dit"] = metadata.state_dict_metadata[name]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_forget_parts, _make_huge, _take_properties, _name_it_by_a_number, _add_to_no_optimiser],
+)
+def test_a_list_that_tells_of_no_whole_tensors_is_refused_in_one_line(
+    damage, tmp_path, undisturbed
+):
+    checkpoint = shutil.copytree(newest(undisturbed), tmp_path / "step_00000004")
+    file = checkpoint / ".metadata"
+    metadata = _Reader(checkpoint).read_metadata()
+    damage(metadata, next(n for n in metadata.state_dict_metadata if n.startswith("learners.")))
+    file.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match="step_00000004: cut short or damaged") as error:
+        read_networks(checkpoint)
+    assert "\n" not in str(error.value)
+
+
+def test_a_part_that_is_no_tensor_is_refused_without_torch_s_advice_to_trust_it(
+    tmp_path, undisturbed
+):
+    checkpoint = shutil.copytree(newest(undisturbed), tmp_path / "step_00000004")
+    part = checkpoint / "__0_0.distcp"
+    part.write_bytes(bytes(part.stat().st_size))
+    with pytest.raises(UserError, match=r"damaged \(a part holds no tensor\)"):
+        read_networks(checkpoint)

@@ -4,6 +4,7 @@ They are read in any number of processes. The small rest of the state stands bes
 """
 
 import contextlib
+import math
 import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -165,7 +166,11 @@ def read_networks(checkpoint: Path) -> dict[str, Tensor]:
         UserError: it is damaged.
     """
     kept = _kept(checkpoint)
-    tensors = {n: _empty(about) for n, about in kept.items() if not n.startswith(f"{_OPTIMISERS}.")}
+    networks = {n: about for n, about in kept.items() if not n.startswith(f"{_OPTIMISERS}.")}
+    try:
+        tensors = {name: _empty(about) for name, about in networks.items()}
+    except DAMAGE as error:  # more than there is room for
+        raise _damaged(checkpoint, error) from None
     _read(checkpoint, tensors)
     return tensors
 
@@ -210,9 +215,8 @@ def read_optimisers(
     for name, about in _kept(checkpoint).items():
         if not name.startswith(f"{_OPTIMISERS}."):
             continue
-        _, learner, index, kind = name.split(".")
-        number = int(index)
-        if learner not in optimisers or number >= len(parameters.get(learner, ())):
+        learner, number, kind = _place_in_optimisers(name)
+        if learner not in optimisers or number not in range(len(parameters.get(learner, ()))):
             raise UserError(f"{checkpoint}: does not fit this recipe's networks ({name})")
         like = parameters[learner][number].detach()
         empty = torch.zeros_like(like) if like.shape == about.size else _empty(about)
@@ -227,11 +231,31 @@ def _empty(about: TensorStorageMetadata) -> Tensor:
 def _kept(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     try:
         kept = _Reader(checkpoint).read_metadata().state_dict_metadata
-        if not all(isinstance(about, TensorStorageMetadata) for about in kept.values()):
-            raise ValueError("holds other things than tensors")
+        for name, about in kept.items():
+            _check(name, about)
     except DAMAGE as error:
         raise _damaged(checkpoint, error) from None
     return kept
+
+
+def _check(name: Any, about: Any) -> None:
+    """Raises one of ``DAMAGE`` where the list of parts does not tell of a whole tensor.
+
+    What no part holds torch would leave as it is, without a word.
+    """
+    if not isinstance(name, str) or not isinstance(about, TensorStorageMetadata):
+        raise ValueError("holds other things than tensors")
+    if name.startswith(f"{_OPTIMISERS}."):
+        _place_in_optimisers(name)
+    whole = torch.empty(about.size, dtype=about.properties.dtype, device="meta")
+    if sum(math.prod(chunk.sizes) for chunk in about.chunks) != whole.numel():
+        raise ValueError(f"parts of {name} are missing")
+
+
+def _place_in_optimisers(name: str) -> tuple[str, int, str]:
+    """Of a tensor's name in the checkpoint its learner, the number of its parameter, and its kind."""
+    _, learner, number, kind = name.split(".")
+    return learner, int(number), kind
 
 
 def _read(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
@@ -247,7 +271,9 @@ def _read(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _damaged(checkpoint: Path, error: Exception) -> UserError:
-    return UserError(f"{checkpoint}: cut short or damaged ({first_line(error)})")
+    # Torch's own advice is to trust the file.
+    why = "a part holds no tensor" if "weights_only" in str(error) else first_line(error)
+    return UserError(f"{checkpoint}: cut short or damaged ({why})")
 
 
 class _Unpickler(pickle.Unpickler):
