@@ -1,5 +1,6 @@
 """The probe, and the commands around it."""
 
+import contextlib
 import json
 import os
 import re
@@ -137,6 +138,26 @@ def test_the_commands_list_themselves(monkeypatch, capsys):
     assert all(name in shown for name in semtok_cli.COMMANDS)
     monkeypatch.setattr(sys, "argv", ["semtok", "nothing"])
     assert semtok_cli.main() == 2
+
+
+def test_a_pipe_that_nobody_reads_ends_a_command_in_one_line(monkeypatch, capsys):
+    unread, end = os.pipe()
+    os.close(unread)
+    output = os.fdopen(end, "w")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert cli.run(lambda _: print("step 1", flush=True), []) == 141
+    said = capsys.readouterr().err
+    assert said.startswith("stopped: nobody reads what is printed") and said.count("\n") == 1
+    with contextlib.suppress(BrokenPipeError):  # by what could not be printed
+        output.close()
+
+
+def test_another_connection_that_breaks_is_told_of_in_full():
+    def fail(_: object) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        cli.run(fail, [])
 
 
 def test_every_launcher_says_what_it_does_and_does_nothing_else(tmp_path):

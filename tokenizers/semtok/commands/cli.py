@@ -1,13 +1,16 @@
 """What all commands share: reading arguments, and telling of errors in one line."""
 
 import argparse
+import contextlib
 import importlib
 import io
 import re
+import select
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from semtok import stopping
 from semtok.errors import Interrupted, NonFiniteLoss, UserError, did_you_mean
@@ -62,7 +65,8 @@ def add_plugin_option(parser: argparse.ArgumentParser) -> None:
 def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
     """Runs a command's main; what is not a bug becomes one line and an exit code.
 
-    2: wrong input, or the disk; 1: the loss was not finite, or a plugin has raised; 128 + n: stopped by signal n.
+    2: wrong input, or the disk; 1: the loss was not finite, or a plugin has raised; 128 + n: stopped by signal n,
+    or by a pipe that nobody reads (SIGPIPE).
     """
     # Third-party notes that no user of a command can act on.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -81,6 +85,13 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not any(map(_is_unread, (sys.stdout, sys.stderr))):
+            raise
+        with contextlib.suppress(OSError):
+            told = "stopped: nobody reads what is printed; print to a file, and give the same command again"
+            print(f"{told}, a training with --resume auto", file=sys.stderr)
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None and error.errno not in DISK_TROUBLE:
             raise
@@ -105,6 +116,17 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         return 1
     finally:
         leave()
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether what is printed goes to a pipe that nobody reads any more, as after ``| head``."""
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError, AttributeError):  # it is closed, or no file of the system's
+        return False
+    poll = select.poll()
+    poll.register(number, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def launch(name: str) -> int:
