@@ -116,6 +116,21 @@ def test_a_converted_set_is_the_set(tmp_path, capsys, write):
     assert "every shard is as its index says" in capsys.readouterr().out
 
 
+def test_another_column_as_the_label_has_classes_of_its_own(tmp_path):
+    lines = ["image,bright"]
+    for number in range(12):
+        stored_at = tmp_path / "folder" / str(number % 3) / f"{number:02}.png"
+        stored_at.parent.mkdir(parents=True, exist_ok=True)
+        stored_at.write_bytes(stored.png(number))
+        lines.append(f"{stored_at.name},{number % 2}")
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    words = ["kind=folder", f"path={tmp_path / 'folder'}", f"attributes={tmp_path / 'table.csv'}"]
+    assert run(convert.main, ["--data", *words, "--output", str(tmp_path / "set")]) == 0
+    again = ("kind=mds", f"path={tmp_path / 'set'}")
+    assert opened(*again)[0].class_names == ("0", "1", "2")
+    assert opened(*again, "label_column=bright")[0].class_names == ("0", "1")
+
+
 def test_shards_are_those_that_streaming_writes(tmp_path):
     for number in range(12):
         file = tmp_path / "folder" / "train" / "ba"[number % 2] / f"{number:02}.bmp"
@@ -185,6 +200,8 @@ def test_an_interrupted_command_goes_on_and_a_full_disk_is_one_line(tmp_path, ca
             "--shard-megabytes: expec",
         ),
         (["--data", "TAR", "--output", "OUT", "--shard-megabytes", "4000"], "0.001 to 2147"),
+        (["--data", "TAR", "--output", "OUT", "--shard-megabytes", "nan"], "0.001 to 2147"),
+        (["--data", "TAR", "--output", "OUT", "--shard-megabytes", "inf"], "0.001 to 2147"),
         (["--data", "TAR", "--output", "HERE"], "holds other files (b.tar); choose another folder"),
         (["--verify", "HERE"], "holds no index.json; name the folder of the shards"),
     ],

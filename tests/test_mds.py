@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from semtok.commands.run_data import check_data, record_data
 from semtok.data.images.kinds import open_sources
 from semtok.data.images.mds import Mds, MdsConfig
 from semtok.data.images.mds_shards import KEPT
+from semtok.data.local_copies import LocalCopies
 from semtok.data.order import BatchSlice, DataOrder, training_batches
 
 pytest.importorskip("webdataset")  # with it comes what reads URLs
@@ -135,6 +138,10 @@ def raw(**told: Any) -> dict[str, Any]:
         (raw(basename="a\\b"), "names the file"),
         (raw(basename=".."), "names the file"),
         (raw(basename="x\n.mds"), "names the file"),
+        (raw(basename="%2e%2e/x.mds"), "names the file '%2e%2e/x.mds'; a shard's name is a path"),
+        (raw(basename="x::file"), "names the file 'x::file'"),
+        (raw(basename="shard.00000.mds"), "names the file 'shard.00000.mds' twice"),
+        (raw(basename="\ud800"), "holds half a character"),
         (raw(basename="none.mds"), "none.mds: No such file or directory; copy it again"),
         (raw(bytes=2**32), "raw_data.bytes"),
         (raw(bytes=4999), "bytes, and 4999 by the index; copy it again"),
@@ -156,6 +163,14 @@ def test_an_index_that_can_not_be_is_one_line(tmp_path, change, message):
     with pytest.raises(UserError, match="data.path: ") as raised:
         open_mds(tmp_path / "set")
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_column_larger_than_its_shard_is_one_line(tmp_path):
+    index = mds_set.write_shards(tmp_path, {"a": "str", "image": "png"}, [{"a": b"", "image": b""}])
+    index["shards"][0]["column_sizes"] = [10**30, None]
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="'a' has 1000000000000000000000000000000 bytes, which str"):
+        open_mds(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b'{"version": 2}', b"[" * 100_000])
@@ -307,6 +322,21 @@ def test_no_more_stays_on_the_disk_than_is_asked_for(server, monkeypatch):
     os.utime(left, (1, 1))
     assert stored.numbers_in(train) == list(range(23)) and not left.exists()
     assert KEPT > 16, "the order draws from so many at a time"
+    assert open_mds(server.address, local_gigabytes=1e300), "more than there is a number for"
+
+
+def test_copies_that_come_at_once_make_room_for_each_other(tmp_path):
+    copies = LocalCopies(tmp_path / "copies", 20, place="test")
+    together = threading.Barrier(6, timeout=60)
+
+    def write(temporary: Path) -> None:
+        together.wait()
+        temporary.write_bytes(bytes(10))
+
+    with ThreadPoolExecutor(6) as pool:
+        made = list(pool.map(lambda n: copies.make(str(n), 10, write), range(6)))
+    assert len(set(made)) == 6
+    assert sum(file.stat().st_size for file in copies.folder.iterdir()) <= 20
 
 
 def test_a_shard_that_comes_changed_cut_or_not_at_all_is_one_line(server, cache):
@@ -330,6 +360,16 @@ def test_a_shard_that_comes_changed_cut_or_not_at_all_is_one_line(server, cache)
     shutil.rmtree(cache)
     server.fails = 2
     assert stored.numbers(train.load([13]).images) == [13] and server.fails == 0
+
+
+def test_digests_that_python_has_and_can_not_compare_are_one_line(server):
+    name = "/train/index.json"
+    index = json.loads(server.files[name])
+    for shard in index["shards"]:
+        shard["raw_data"]["hashes"] = {"shake_128": "00"}
+    server.files[name] = json.dumps(index).encode()
+    with pytest.raises(UserError, match="shake_128"):
+        open_mds(server.address)
 
 
 def test_a_server_that_fails_is_no_set_without_held_out_images(server):

@@ -195,6 +195,8 @@ _OF_A_METHOD = "method.tokenizer"
 def _explain(model: type[BaseModel], content: dict[str, Any], error: ValidationError) -> str:
     problem = min(error.errors(), key=lambda each: _rank(each, content))
     kind, value = problem["type"], problem["input"]
+    if kind == "json_invalid":  # all that Python writes as JSON and nothing else reads
+        return "holds half a character (\\ud800 to \\udfff); write it anew"
     keys = _keys(problem, content)
     key = ".".join(keys)
     if kind == "extra_forbidden":

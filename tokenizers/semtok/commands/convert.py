@@ -55,9 +55,9 @@ def main(arguments: Sequence[str]) -> int:
     missing = [option for option, value in needed.items() if value is None]
     if missing:
         raise UserError(f"convert needs {' and '.join(missing)}")
-    shard_bytes = int(args.shard_megabytes * _MEGABYTE)
-    if not 1 <= shard_bytes <= LARGEST:
+    if not 1 <= args.shard_megabytes * _MEGABYTE <= LARGEST:  # nan is neither
         raise UserError(f"--shard-megabytes: expected 0.001 to {LARGEST // _MEGABYTE}")
+    shard_bytes = int(args.shard_megabytes * _MEGABYTE)
     sources = _opened(args.data)
     with (
         stopping.with_way_on("the same command goes on"),

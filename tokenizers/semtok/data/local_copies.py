@@ -27,7 +27,7 @@ class LocalCopies:
         place: the store, which starts every message.
     """
 
-    def __init__(self, folder: Path, most_bytes: int, *, place: str) -> None:
+    def __init__(self, folder: Path, most_bytes: float, *, place: str) -> None:
         self.folder, self.most_bytes, self._place = folder, most_bytes, place
 
     def make(
@@ -61,10 +61,12 @@ class LocalCopies:
                 # fsspec's own caches write in place, where another process would read half a file.
                 with new_file(file) as temporary:
                     write(temporary)
+                # Others may have come meanwhile, for which room was made at the same time.
+                self._make_room(0, {*held, file})
         return file
 
     def _make_room(self, num_bytes: int, held: Collection[Path]) -> None:
-        """For one more, among what this and earlier runs left."""
+        """For so many more bytes, among what this and earlier runs left."""
         copies: list[tuple[float, str, int]] = []
         for file in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another process was faster

@@ -24,6 +24,7 @@ from semtok.data.images.layout import TRAINING_NAMES, VALIDATION_NAMES
 from semtok.data.images.mds_columns import Columns, joined_labels, load_columns
 from semtok.data.images.mds_index import (
     INDEX,
+    LABEL,
     NUMBERS,
     PICKLE,
     TEXTS,
@@ -207,7 +208,7 @@ class Mds(StoredImages):
                     f"'{train.place}' {', '.join(encodings)}, or of other types; use shards of one kind"
                 )
         _note_columns(encodings, {image, label, *config.attributes}, label, left_out)
-        files = [MdsFiles(index, int(config.local_gigabytes * _GIGABYTE)) for index in indices]
+        files = [MdsFiles(index, config.local_gigabytes * _GIGABYTE) for index in indices]
         for each in files:
             each.check()
         store = MdsStore(config.path, files, image)
@@ -265,8 +266,8 @@ def _used_columns(encodings: dict[str, str], config: MdsConfig) -> tuple[str, st
     """The names of the column of images and, where there is one, of labels."""
     image = image_column(encodings, config.image_column, config.path)
     label = config.label_column
-    if label is None and "label" in encodings:
-        label = "label"
+    if label is None and LABEL in encodings:
+        label = LABEL
     columns = [("label_column", label)] if label is not None else []
     for key, name in (*columns, *(("attributes", name) for name in config.attributes)):
         checked_column(encodings, name, key, (*NUMBERS, *TEXTS), config.path)
@@ -290,7 +291,7 @@ def _classes(
 ) -> tuple[tuple[str, ...], torch.Tensor]:
     """Class names, and the class of each sample."""
     labels = joined_labels([part.labels[name] for part in columns])
-    names = columns[0].class_names
+    names = columns[0].class_names if name == LABEL else None
     if names is None or set(labels.values) - set(names):
         return number_classes(plain_labels(labels, place=place), known, place=place)
     numbers = {value: number for number, value in enumerate(names)}

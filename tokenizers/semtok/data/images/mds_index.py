@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import unquote
 
 from pydantic import ConfigDict, Field
 
@@ -21,6 +22,8 @@ from semtok.settings import Config, parse
 from semtok.storage import digest, first_line
 
 INDEX = "index.json"
+LABEL = "label"
+"""The usual column of labels, and the one that ``convert`` writes."""
 PICKLE = "pkl"
 IMAGES = ("jpeg", "png", "pil", "bytes")
 """Encodings that hold an image: a file, or of ``pil`` its pixels."""
@@ -138,8 +141,13 @@ def read_index(place: str) -> MdsIndex | None:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: damaged ({first_line(error)}); fetch it again") from None
     index = parse(_Index, told, where)
+    names: set[str] = set()
     for shard in index.shards:
         _check_shard(shard, index.shards[0], where)
+        name = shard.stored.basename
+        if name in names:
+            raise UserError(f"{where}: names the file '{name}' twice; name each shard once")
+        names.add(name)
     state = MdsIndex.state_of(index.shards)
     if not all(shard.stored.hashes for shard in index.shards):
         # Then nothing else tells one set from another of equal sizes.
@@ -150,7 +158,8 @@ def read_index(place: str) -> MdsIndex | None:
 def _check_shard(shard: Shard, first: Shard, where: str) -> None:
     info = shard.stored
     name = info.basename
-    if re.search(r"[\x00-\x1f\x7f\\?#]", name) or {"", ".", ".."} & set(name.split("/")):
+    asked = unquote(name)  # as servers read it; behind :: fsspec sees another address
+    if re.search(r"[\x00-\x1f\x7f\\?#]|::", asked) or {"", ".", ".."} & set(asked.split("/")):
         raise UserError(
             f"{where}: names the file '{name}'; a shard's name is a path within the folder"
         )
@@ -173,7 +182,8 @@ def _check_shard(shard: Shard, first: Shard, where: str) -> None:
         )
     for column, encoding, size in zip(*columns, strict=True):
         known = int(NUMBERS[encoding][2:]) if encoding in NUMBERS else None
-        if (size or None) != known and (encoding in NUMBERS or (size or 0) < 0):
+        can_be = (size or None) == known or encoding not in NUMBERS
+        if not can_be or not 0 <= (size or 0) <= shard.raw_data.bytes:
             raise UserError(f"{place}: '{column}' has {size} bytes, which {encoding} has not")
 
 

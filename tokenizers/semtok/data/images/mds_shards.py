@@ -28,6 +28,8 @@ KEPT = 40
 """Shards that stay on the local disk at least: those that the order draws from at a time, and the next ones."""
 
 _TRIES = 10
+_DIGESTS = {name for name in hashlib.algorithms_available if "shake" not in name}
+"""What Python computes; the lengths of SHAKE's are not told."""
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 """Pillow's modes of pixels that a PNG file can hold."""
 
@@ -39,7 +41,7 @@ class MdsFiles:
         most_bytes: of the copies; ``KEPT`` shards stay in any case.
     """
 
-    def __init__(self, index: MdsIndex, most_bytes: int) -> None:
+    def __init__(self, index: MdsIndex, most_bytes: float) -> None:
         self.index = index
         largest = max((shard.raw_data.bytes for shard in index.shards), default=0)
         folder = cache_folder("mds") / digest(index.place, index.state, size=8)
@@ -153,14 +155,14 @@ def check_file(file: Path, info: FileInfo, place: str) -> None:
         raise UserError(
             f"{place}: has {size} bytes, and {info.bytes} by the index; put it there again"
         )
-    known = [n for n in info.hashes if n in hashlib.algorithms_available and "shake" not in n]
+    known = [name for name in info.hashes if name in _DIGESTS]
     for name in known or list(info.hashes)[:1]:
         if _digest(file, name, place) != info.hashes[name]:
             raise UserError(f"{place}: has another {name} than by the index; put it there again")
 
 
 def _digest(file: Path, name: str, place: str) -> str:
-    if name in hashlib.algorithms_available:
+    if name in _DIGESTS:
         with file.open("rb") as content:
             return hashlib.file_digest(content, name).hexdigest()
     need("streaming", "mosaicml-streaming", extra="mds", place=f"{place}: its digest {name} ")

@@ -17,14 +17,14 @@ import numpy as np
 from semtok.data.images.encoded import StoredImages
 from semtok.data.images.labels import UNLABELLED, Labels
 from semtok.data.images.mds_columns import COLUMNS, Columns, write_columns
-from semtok.data.images.mds_index import INDEX, MdsIndex, Shard, read_index
+from semtok.data.images.mds_index import INDEX, LABEL, MdsIndex, Shard, read_index
 from semtok.data.images.mds_shards import check_file
 from semtok.data.remote import LASTING, persist
 from semtok.errors import UserError
 from semtok.progress import progress
 from semtok.storage import DAMAGE, new_file, read_json, write_json
 
-IMAGE, LABEL = "image", "label"
+IMAGE = "image"
 _HASH = "sha256"
 _AT_ONCE = 64  # images that are read
 LARGEST = 2**31
