@@ -112,6 +112,8 @@ def test_a_converted_set_is_the_set(tmp_path, capsys, write):
     names = opened("kind=mds", f"path={tmp_path / 'set'}")[0].class_names
     assert set(names) <= set(ours[0].class_names), "of the shards, where the file is none"
     assert run(convert.main, arguments) == 0, "is finished"
+    (tmp_path / "set" / "train" / "shard.00001.mds").unlink()
+    assert run(convert.main, arguments) == 0, "what has gone is written again"
     assert run(convert.main, ["--verify", str(tmp_path / "set")]) == 0
     assert "every shard is as its index says" in capsys.readouterr().out
 

@@ -15,7 +15,7 @@ from semtok.commands.cli import Parser
 from semtok.data.images.encoded import StoredConfig, StoredImages
 from semtok.data.images.kinds import open_sources
 from semtok.data.images.mds_index import INDEX, MdsIndex, read_index
-from semtok.data.images.mds_shards import check_file
+from semtok.data.images.mds_shards import MdsFiles, check_file
 from semtok.data.images.mds_writer import LARGEST, MdsWriter
 from semtok.errors import UserError
 from semtok.lock import LOCK_FILE, only_one_in
@@ -109,11 +109,20 @@ def _written(source: StoredImages, folder: Path, shard_bytes: int, part: str) ->
     remove_unfinished(folder)
     writer = MdsWriter(source, folder, shard_bytes=shard_bytes)
     index = read_index(str(folder)) if (folder / INDEX).is_file() else None
-    if index is None:
+    if index is None or not _is_there(index):
         what = "training" if part == PARTS[0] else "held-out"
         return writer.write(f"writing the {what} images")
     writer.remove_notes(len(index.shards))  # a command that was killed has not come to it
     return index
+
+
+def _is_there(index: MdsIndex) -> bool:
+    """Whether its shards lie beside it, by their sizes."""
+    try:
+        MdsFiles(index, 0).check()
+    except UserError:
+        return False
+    return True
 
 
 def _report(args: argparse.Namespace, indices: Sequence[MdsIndex]) -> None:
