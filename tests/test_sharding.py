@@ -126,6 +126,7 @@ def test_a_run_goes_on_in_four_processes(runs, tmp_path):
     assert_close(copy, runs / "whole")
 
 
+@pytest.mark.long
 def test_a_run_of_whole_networks_goes_on_shared_out_and_back(runs, ranks, tmp_path):
     copy = stopped_at(10, runs / "whole", tmp_path / "to_parts")
     train(ranks, "--resume", "--output", str(copy), SHARED)
