@@ -36,15 +36,27 @@ def test_a_jump_is_found_at_its_step(window):
     assert jump["loss/a"].ratio == pytest.approx(30.0 / usual, rel=2)
 
 
-def test_what_is_noisy_begins_late_or_stays_is_no_jump_or_told_once():
+def test_what_is_noisy_or_begins_late_is_no_jump():
     assert not found(noisy(600, spread=1.0)), "sizes from a tenth to ten times"
     late = {step: {"loss/a": 0.0 if step < 300 else 2.0} for step in range(1, 600)}
     assert not found(late)
     assert not found({step: {"metric/a": step**4.0} for step in range(1, 600)}), "no loss"
+
+
+@pytest.mark.parametrize("window", [1, 7, 30, 50])
+def test_what_stays_is_told_once_however_often_the_log_is_written(window):
     higher = noisy(600)
     for step in range(401, 601):
         higher[step]["loss/a"] *= 40
-    assert [jump["loss/a"].step in range(401, 451) for jump in found(higher)] == [True]
+    assert [jump["loss/a"].step in range(401, 451) for jump in found(higher, window)] == [True]
+
+
+def test_what_goes_on_rising_is_told_again():
+    rising = noisy(420, spread=0.0)
+    for step in range(401, 421):
+        rising[step]["loss/a"] *= 2.0 ** (step - 400)
+    steps = [jump["loss/a"].step for jump in found(rising, window=1)]
+    assert 6 <= len(steps) <= 12 and steps[-1] > 415
 
 
 def test_a_run_names_the_step_of_a_jump(tmp_path, capsys, monkeypatch):

@@ -54,6 +54,10 @@ class _Usual:
     since: int = _AGAIN
     median: float = math.inf
     spread: float = 0.0
+    streak: int = 0
+    """Jumps in a row until now."""
+    told: float = 0.0
+    """The ratio of the one among them that was told of."""
 
     def add(self, size: float) -> None:
         if size > 0:  # what has not begun is zero
@@ -98,13 +102,21 @@ class Jumps:
                     continue
                 usual = self._usual.setdefault(name, _Usual())
                 ratio = usual.ratio(abs(value))
-                if ratio is not None:
+                if ratio is None:
+                    usual.streak, usual.told = 0, 0.0
+                else:
+                    usual.streak += 1
                     counts[name] = counts.get(name, 0) + 1
-                    if name not in worst or ratio > worst[name].ratio:
+                    known = max(usual.told * _TIMES, worst[name].ratio if name in worst else 0.0)
+                    if ratio > known:
                         worst[name] = Jump(step, value, ratio)
                 usual.add(abs(value))
+        for name, jump in worst.items():
+            usual = self._usual[name]
+            usual.told = jump.ratio if usual.streak else 0.0
         for name, count in counts.items():
-            if 2 * count > len(steps) > 1:  # it has come to stay, and is usual from now on
+            stays = 2 * count > len(steps) > 1 or self._usual[name].streak >= _AGAIN
+            if stays:  # and is usual from now on
                 self._usual[name] = _Usual()
         return worst
 
