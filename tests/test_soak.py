@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +75,18 @@ def test_a_command_that_is_killed_twice_ends_as_if_it_were_not(tmp_path, monkeyp
     assert result.findings == []
     assert result.num_kills == 2 and result.kills.keys() == {Moment.START, Moment.WORK}
     assert result.restarts >= 2 and result.rounds >= 1
+
+
+def test_a_command_that_is_killed_before_it_opens_its_log_has_said_nothing(tmp_path, monkeypatch):
+    def started(*_: object) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-ISc", ""], start_new_session=True)
+
+    monkeypatch.setattr(killing, "_started", started)
+    pace = killing.Pace(0.0, 0.0, 0)
+    begun = killing.run_once(
+        ("sample",), tmp_path, tmp_path / "log", kill=None, pace=pace, seconds=60, warm=None
+    )
+    assert begun.output == ""
 
 
 @pytest.mark.parametrize(

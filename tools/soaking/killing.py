@@ -105,6 +105,7 @@ def run_once(
     watch, begun = _Watch(folder), time.monotonic()
     is_due = _due(kill, pace, watch, begun) if kill is not None else lambda: False
     killed, orphans = False, 0
+    log.touch()  # a process that is killed at once opens none
     process = _started(words, folder, log, warm)
     try:
         while process.poll() is None and time.monotonic() - begun < seconds:
