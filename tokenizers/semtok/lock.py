@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from semtok.errors import UserError
+from semtok.unfinished import is_unfinished
 
 try:
     import fcntl
@@ -123,6 +124,11 @@ def one_by_one(file: Path) -> Iterator[None]:
             yield
         finally:
             _held.discard(lock.fileno())
+
+
+def is_of_the_killed(name: str) -> bool:
+    """Whether a process that was killed before it had written anything leaves a file of this name."""
+    return name == LOCK_FILE or is_unfinished(name)
 
 
 def remove_what_is_held_by_nobody(folder: Path) -> None:

@@ -7,13 +7,13 @@ from typing import Any, TypeVar
 
 from semtok.commands.run_data import knows_files
 from semtok.errors import UserError
-from semtok.lock import LOCK_FILE
+from semtok.lock import is_of_the_killed
 from semtok.settings import Config, flatten, parse, read_yaml
 from semtok.storage import read_json
 from semtok.training.averages import AVERAGES
 from semtok.training.checkpoint import CHECKPOINTS, list_checkpoints, step_of
 from semtok.training.precision import AUTOMATIC
-from semtok.unfinished import is_unfinished, remove_unfinished
+from semtok.unfinished import remove_unfinished
 
 RECIPE_FILE = "recipe.yaml"
 """The resolved recipe, which makes the folder a run's."""
@@ -71,7 +71,7 @@ def check_run_folder(folder: Path, recipe: RecipeType, *, resume: bool) -> Recip
             raise UserError(
                 f"{folder}: holds a run already; go on with --resume, or choose another --output"
             )
-        if folder.is_dir() and not all(_of_the_killed(p.name) for p in folder.iterdir()):
+        if folder.is_dir() and not all(is_of_the_killed(p.name) for p in folder.iterdir()):
             raise UserError(f"{folder}: is not empty and not a run; choose another --output")
         return recipe
     if not recorded.exists():
@@ -141,11 +141,6 @@ def _planned_anew(
 def _steps_done(folder: Path) -> int:
     """After which step the newest checkpoint is; 0: there is none."""
     return max(map(step_of, list_checkpoints(folder / CHECKPOINTS)), default=0)
-
-
-def _of_the_killed(name: str) -> bool:
-    """Whether a process that was killed before it had written anything leaves a file of this name."""
-    return name == LOCK_FILE or is_unfinished(name)
 
 
 def remove_what_was_begun(folder: Path) -> None:

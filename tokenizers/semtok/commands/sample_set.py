@@ -17,7 +17,7 @@ from semtok.evaluation.drawn_sets import (
     read_protocol,
 )
 from semtok.images import Uint8Rule, to_uint8
-from semtok.lock import LOCK_FILE
+from semtok.lock import is_of_the_killed
 from semtok.pictures import write_png
 from semtok.privacy import fit_to_show
 from semtok.processes import gather, num_processes, process_index
@@ -26,7 +26,7 @@ from semtok.sampler.sampling import SamplerConfig
 from semtok.settings import flatten
 from semtok.storage import write_json, write_text
 from semtok.tokenizer import library_version
-from semtok.unfinished import is_unfinished, remove_unfinished
+from semtok.unfinished import remove_unfinished
 
 _NAMES = ("model.name", "weak.name")
 _UNSAID = {"sampler.guidance.base": "null_label"}
@@ -131,9 +131,7 @@ def check_same(place: Path, there: dict[str, Any], wanted: dict[str, Any]) -> No
 
 def is_free(folder: Path) -> bool:
     """Whether a set may begin there: no folder yet, or one with nothing in it."""
-    return not folder.exists() or all(
-        p.name == LOCK_FILE or is_unfinished(p.name) for p in folder.iterdir()
-    )
+    return not folder.exists() or all(is_of_the_killed(path.name) for path in folder.iterdir())
 
 
 def image_name(number: int) -> str:

@@ -186,7 +186,6 @@ def plan_tokenizer(
     with around_training.errors_at(place):
         check_optimisers(objective, recipe.train)
         check_sharding(objective, recipe.train)
-        check_sharding(objective, recipe.train)
     return TokenizerPlan(recipe, folder, place, resume, sources, texture, objective)
 
 
