@@ -346,6 +346,9 @@ def test_a_url_may_hold_a_query_that_is_not_shown(server):
     server.files["/a.parquet?key=secret"] = server.files["/s-0.parquet"]
     source, _ = open_parquet(f"{server.address}/a.parquet?key=secret")
     assert len(source) == 57 and "secret" not in source.name
+    with pytest.raises(UserError, match=r"b\.parquet…'?:") as raised:
+        open_parquet(f"{server.address}/b.parquet?key=secret")
+    assert "secret" not in str(raised.value)
 
 
 # Commands -----------------------------------------------------------------------------------------

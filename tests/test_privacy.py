@@ -21,6 +21,7 @@ from semtok.commands import evaluate, hub
 from semtok.commands.cli import run
 from semtok.commands.train_dit import train_dit
 from semtok.commands.train_tokenizer import train_tokenizer
+from semtok.errors import UserError
 from semtok.hub.imports import import_checkpoint
 from semtok.hub.job import ImportOptions
 from semtok.methods.vae import KLTokenizer
@@ -235,3 +236,23 @@ def test_what_an_older_version_has_exported_is_pushed_without_private_places(run
     assert len(runs.secrets_in(export)) > 4, "the folder is only read"
     new = Tokenizer.from_pretrained(tmp_path / "pushed")
     assert new.means_the_same(old) and new.training_info == fit_to_show(old.training_info)
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        (
+            "data.path: https://h/a.tar?sig=x: no such file",
+            "data.path: https://h/a.tar…: no such file",
+        ),
+        (
+            "'s3://me:word@h/a.tar': 403, url='http://h/b?c=d'",
+            "'s3://h/a.tar…': 403, url='http://h/b…'",
+        ),
+        ("data.path: https://h:80/a.tar: gave 3 bytes (see http://h/).", None),
+        ("data.path: file:///home/me/a?.tar, /home/me/b and hf://datasets/x/y: no such file", None),
+    ],
+)
+def test_errors_tell_of_urls_without_what_is_secret(message, told):
+    assert str(UserError(message)) == (told or message)
+    assert str(UserError(str(UserError(message)))) == (told or message)

@@ -333,6 +333,10 @@ def test_a_url_may_hold_a_query_that_is_not_shown(server):
     server.files["/a.tar?key=secret"] = server.files["/s-000.tar"]
     source, _ = open_tars(f"{server.address}/a.tar?key=secret")
     assert len(source) == 3 and "secret" not in source.name
+    for missing in ("b.tar?key=secret", "*.tar?key=secret"):
+        with pytest.raises(UserError, match=r"\.tar…'") as raised:
+            open_tars(f"{server.address}/{missing}")
+        assert "secret" not in str(raised.value)
 
 
 def test_a_server_is_asked_again_and_then_given_up(server, monkeypatch):

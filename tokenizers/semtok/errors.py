@@ -7,6 +7,8 @@ import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from semtok.privacy import without_secrets
+
 
 class UserError(ValueError):
     """Something the user gave can't work: a recipe key, a path, a file, a size.
@@ -15,10 +17,12 @@ class UserError(ValueError):
     a traceback and exit with code 2; in Python it is an ordinary ``ValueError``.
 
     Names and values come from files: line breaks and what else a terminal would obey are told as Python writes them.
+    Messages stay in logs: URLs lose credentials and queries.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+        printed = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        super().__init__(without_secrets(printed))
 
 
 class NonFiniteLoss(RuntimeError):

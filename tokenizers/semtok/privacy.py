@@ -13,6 +13,7 @@ _QUERY = re.compile(r"\?[^?]*=.*", re.DOTALL)
 _HOST = re.compile(r"[\w.,{}\-]*(:\d+)?")
 _CUT = re.compile(r"(^|::|[{,])…/|/[^\s]*…($|::)")
 _LOCAL_SCHEMES = ("file", "local")
+_URLS_IN_TEXT = re.compile(r"""\b(?!file:|local:)[A-Za-z][\w+.-]*://[^\s'"]*[^\s'":;,.)]""")
 
 
 def fit_to_show(value: Any) -> Any:
@@ -31,6 +32,11 @@ def fit_to_show(value: Any) -> Any:
     if isinstance(value, str):  # "::" chains fsspec's places, ``simplecache::https://…``
         return "::".join(map(_shown, value.split("::")))
     return value
+
+
+def without_secrets(text: str) -> str:
+    """A message whose URLs have lost credentials, queries and fragments, and end with ``…`` then."""
+    return _URLS_IN_TEXT.sub(lambda found: fit_to_show(found[0]), text)
 
 
 def first_left_out(value: Any) -> str | None:
