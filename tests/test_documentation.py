@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import architecture
 import semtok
 import semtok_cli
 import settings_reference
@@ -65,6 +66,16 @@ def test_the_page_of_settings_is_what_the_docstrings_say():
     written = settings_reference.PAGE.read_text(encoding="utf-8")
     hint = "python tools/settings_reference.py makes it anew"
     assert written == settings_reference.page(), hint
+
+
+@pytest.mark.parametrize("tool", [settings_reference, architecture])
+def test_what_makes_pages_anew_only_helps_where_it_is_asked_to(tool, monkeypatch, capsys):
+    for place in ("PAGE", "PICTURE"):
+        monkeypatch.setattr(tool, place, "nothing is written", raising=False)
+    monkeypatch.setattr("sys.argv", [tool.__name__, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        tool.main()
+    assert ended.value.code == 0 and "--output" in capsys.readouterr().out
 
 
 def test_every_setting_has_a_meaning():

@@ -1,5 +1,6 @@
 """Writes docs/settings.md out of the settings' classes and their docstrings: ``python tools/settings_reference.py``."""
 
+import argparse
 import ast
 import inspect
 import json
@@ -207,6 +208,14 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def main() -> None:
+    """Writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=PAGE, help="default: docs/settings.md")
+    output = parser.parse_args().output
+    output.write_text(page(), encoding="utf-8")
+    print(output)
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
-    print(PAGE)
+    main()
