@@ -2,11 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
+from semtok.data.images.folder import Folder, FolderConfig
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.errors import UserError
+from semtok.evaluation import classes
+from semtok.evaluation.classes import class_reader
 from semtok.evaluation.frechet import relative_frechet
 from semtok.evaluation.generation import see, see_reference
 from semtok.evaluation.image_sets import images_of_source
@@ -17,6 +23,7 @@ from semtok.evaluation.judges import (
     judged,
     load_judge,
     relative_scores,
+    take_seat,
     with_held_out,
     with_reader,
 )
@@ -44,6 +51,53 @@ def test_a_frozen_network_learns_to_read_classes_and_tells_how_far_to_trust_it(t
     files = len(list(tmp_path.iterdir()))
     again = seat(tmp_path, "name=demo", "input_size=16", "layers=[-2]")
     assert again.told() == told and len(list(tmp_path.iterdir())) == files, "seen once"
+
+
+def test_a_judge_that_was_seated_before_reads_no_image_and_fits_nothing(tmp_path, monkeypatch):
+    for number in range(24):
+        colour = (10 * number, 255 - 10 * number, 30)
+        file = tmp_path / "images" / ("ab"[number % 2]) / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), colour).save(file)
+    sources = Folder.open(
+        FolderConfig(kind="folder", path=str(tmp_path / "images"), size=16, validation_fraction=0.4)
+    )
+    (choice,) = judge_choices([["demo"]], TEACHER)
+    judge = load_judge(choice, sources[0], device=CPU)
+    reference = see_reference(images_of_source(sources[0], 20), judge.network, tmp_path)
+    numbers = {"num_fitted": 20, "num_held_out": 20, "cache": tmp_path / "kept"}
+    first = take_seat(judge, reference, sources, **numbers)
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "contents", lambda *_: pytest.fail("an image was read"))
+        patch.setattr(classes, "logistic_regression", lambda *_, **__: pytest.fail("fitted"))
+        again = take_seat(judge, reference, sources, **numbers)
+    assert again.told() == first.told() and again.held_out.read_right is not None
+
+
+def test_a_reader_that_was_kept_is_the_one_that_was_fitted(tmp_path, monkeypatch):
+    features = np.random.default_rng(0).normal(size=(90, 12)).astype(np.float32)
+    fits = []
+    own_fit = classes.logistic_regression
+    monkeypatch.setattr(
+        classes, "logistic_regression", lambda *a, **k: fits.append(1) or own_fit(*a, **k)
+    )
+    for num_classes in (2, 3):
+        labels = np.arange(90) % num_classes + 1
+        labels[features[:, 0] > 0] = 1
+        for _ in range(2):
+            class_reader(features, labels, cache=tmp_path)
+        (file,) = tmp_path.glob("*.safetensors")
+        kept, fresh = load_file(file), classes._fitted(features, labels)
+        assert kept.keys() == fresh.keys() and all(kept[k].equal(fresh[k]) for k in kept)
+        read = class_reader(features, labels, cache=tmp_path)(features)
+        assert (read == class_reader(features, labels)(features)).all()
+        fits.clear()
+        class_reader(features, np.roll(labels, 1), cache=tmp_path)
+        file.write_bytes(b"damaged")
+        class_reader(features, labels, cache=tmp_path)
+        assert len(fits) == 2, "other labels, and a damaged file, are fitted"
+        for file in tmp_path.iterdir():
+            file.unlink()
 
 
 def test_held_out_images_score_as_what_they_are(tmp_path):

@@ -12,9 +12,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from semtok.errors import UserError
 from semtok.unfinished import is_unfinished
@@ -24,6 +24,7 @@ try:
 except ImportError:  # on Windows
     fcntl = None
 
+T = TypeVar("T")
 LOCK_FILE = ".lock"
 """Is there while somebody works in the folder, or was killed there."""
 BEAT_SECONDS = 5.0
@@ -102,6 +103,23 @@ def in_turn(folder: Path, what: str, *, lock_file: str = LOCK_FILE) -> Iterator[
                 told = True
                 time.sleep(_WAIT_SECONDS)
         yield
+
+
+def made_once(file: Path, what: str, *, read: Callable[[], T | None], make: Callable[[], T]) -> T:
+    """What a cache's file holds; where it is not there, it is made. Where another process makes it, this one waits for
+    that.
+
+    Args:
+        what: makes it, for the message of who waits: "a command that trains this judge".
+        read: the file; None: there is nothing of use.
+        make: writes the file too.
+    """
+    found = read()
+    if found is not None:
+        return found
+    with in_turn(file.parent, what, lock_file=f".{file.stem}.lock"):
+        found = read()  # by who was there before
+        return make() if found is None else found
 
 
 @contextlib.contextmanager

@@ -1,7 +1,11 @@
 """Do generated images show the class that was asked for? A classifier that knows real images tells."""
 
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,13 +13,19 @@ from torch import Tensor
 
 from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
+from semtok.errors import UserError
 from semtok.evaluation.generation import FeatureNetwork
 from semtok.evaluation.probe import logistic_regression
+from semtok.lock import made_once
 from semtok.progress import waiting
+from semtok.storage import new_file, read_tensors, write_tensors
 
+_MOST_STEPS = 1000
+_FITTED = ("classes_", "coef_", "intercept_")
+"""What scikit-learn's classifier reads by."""
 MEASURES = (
-    "multinomial logistic regression (scikit-learn, L-BFGS, at most 1000 iterations) on a frozen network's pooled "
-    "features, standardised, fitted on real training images"
+    f"multinomial logistic regression (scikit-learn, L-BFGS, at most {_MOST_STEPS} iterations) on a frozen network's "
+    "pooled features, standardised, fitted on real training images"
 )
 CLASS_SHARE = "shown class"
 """Share of generated images that a judge reads as their class."""
@@ -41,18 +51,73 @@ class Judge:
     num_fitted: int = 0
 
 
-@waiting("fitting the reader of classes")
-def class_reader(features: np.ndarray, labels: np.ndarray) -> ClassReader:
+def class_reader(
+    features: np.ndarray, labels: np.ndarray, *, cache: Path | None = None
+) -> ClassReader:
     """Learns the labels (N,) of real images from their features (N, D).
+
+    Args:
+        cache: a folder, where it is kept; a file in it is of one set of features and labels. None: it is not kept.
 
     Raises:
         ValueError: they are all of one class.
     """
     if len(set(labels.tolist())) < 2:
         raise ValueError("images of one class only; nothing to tell apart")
+    if cache is None:
+        return _reader(_fitted(features, labels))
+    file = cache / f"{_key(features, labels)}.safetensors"
+
+    def make() -> dict[str, Tensor]:
+        fitted = _fitted(features, labels)
+        with new_file(file) as temporary:
+            write_tensors(temporary, fitted)
+        return fitted
+
+    what = "a command that fits this reader of classes"
+    return _reader(made_once(file, what, read=partial(_kept, file), make=make))
+
+
+@waiting("fitting the reader of classes")
+def _fitted(features: np.ndarray, labels: np.ndarray) -> dict[str, Tensor]:
     mean, std = features.mean(axis=0), features.std(axis=0) + 1e-6
-    model = logistic_regression((features - mean) / std, labels, most_steps=1000)
+    model = logistic_regression((features - mean) / std, labels, most_steps=_MOST_STEPS)
+    arrays = {"mean": mean, "std": std} | {name: getattr(model, name) for name in _FITTED}
+    # As files hold them, since rounding depends on the order in memory.
+    return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+
+
+def _reader(fitted: Mapping[str, Tensor]) -> ClassReader:
+    from sklearn.linear_model import LogisticRegression  # late, see logistic_regression
+
+    model = LogisticRegression()
+    for name in _FITTED:
+        setattr(model, name, fitted[name].numpy())
+    mean, std = fitted["mean"].numpy(), fitted["std"].numpy()
     return lambda seen: model.predict((seen - mean) / std)
+
+
+def _key(features: np.ndarray, labels: np.ndarray) -> str:
+    """Of all that a reader depends on."""
+    key = hashlib.blake2b(digest_size=12)
+    versions = [version(name) for name in ("scikit-learn", "scipy", "numpy")]
+    for array in (features, labels):
+        versions.append(f"{array.dtype} {array.shape}")
+        key.update(np.ascontiguousarray(array))
+    key.update("\n".join([MEASURES, *versions]).encode())
+    return key.hexdigest()
+
+
+def _kept(file: Path) -> dict[str, Tensor] | None:
+    """What a cache's file holds; None: nothing of use."""
+    if not file.is_file():
+        return None
+    try:
+        fitted = read_tensors(file)
+    except UserError:
+        file.unlink(missing_ok=True)  # damaged: made anew
+        return None
+    return fitted if fitted.keys() == {"mean", "std", *_FITTED} else None
 
 
 def accuracy(read: np.ndarray, labels: np.ndarray) -> tuple[float, dict[int, float]]:

@@ -12,6 +12,7 @@ import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from semtok.evaluation.image_sets import ImageSet
 from semtok.evaluation.inception import Inception, check_torch_fidelity
 from semtok.evaluation.protocol import Network, PixelDigest, teacher_protocol
 from semtok.images import to_pixels
-from semtok.lock import in_turn
+from semtok.lock import made_once
 from semtok.progress import progress, waiting
 from semtok.settings import Config, parse
 from semtok.statistics import StreamingMoments
@@ -205,17 +206,15 @@ def see_reference(images: ImageSet, network: FeatureNetwork, cache: Path) -> Set
     """
     key = f"{images.identity} {network.name} {network.identity} {MAX_REFERENCE_FEATURES}"
     file = cache / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.npz"
-    stored = _kept(file)
-    if stored is not None:
-        return stored
+
+    def make() -> SetFeatures:
+        seen = see(images, [network], max_features=MAX_REFERENCE_FEATURES)[network.name]
+        kept = replace(seen, logits=None)
+        write_statistics(file, kept)
+        return kept
+
     what = "a command that sees these images by this network"
-    with in_turn(cache, what, lock_file=f".{file.stem}.lock"):
-        stored = _kept(file)  # by who was there before
-        if stored is None:
-            seen = see(images, [network], max_features=MAX_REFERENCE_FEATURES)[network.name]
-            stored = replace(seen, logits=None)
-            write_statistics(file, stored)
-    return stored
+    return made_once(file, what, read=partial(_kept, file), make=make)
 
 
 def _kept(file: Path) -> SetFeatures | None:

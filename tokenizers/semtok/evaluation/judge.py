@@ -7,6 +7,7 @@ how well it reads. What a file keeps of it is of one set of images, seed and len
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from semtok.evaluation.classes import Judge
 from semtok.evaluation.generation import FeatureNetwork
 from semtok.evaluation.protocol import Network, weights_digest
 from semtok.images import to_pixels
-from semtok.lock import in_turn
+from semtok.lock import made_once
 from semtok.optimiser import OptimiserConfig
 from semtok.progress import progress
 from semtok.storage import digest, load_weights, new_file, write_tensors
@@ -120,14 +121,17 @@ def trained_judge(
             "a trained judge learns to tell classes apart, and the images have one class; take a teacher in its place"
         )
     num_images = min(num_images, len(train))
-    network = _fresh(train, seed).to(device)
+    fresh = _fresh(train, seed).to(device)
     file = cache / f"{_key(train, num_images, seed, steps)}.safetensors"
-    if not _read(network, file):
-        with in_turn(cache, "a command that trains this judge", lock_file=f".{file.stem}.lock"):
-            if not _read(network, file):  # nor has who was there before trained it
-                _train(network, train, num_images, seed=seed, steps=steps)
-                with new_file(file) as temporary:
-                    write_tensors(temporary, network.state_dict(), {"semtok": library_version()})
+
+    def make() -> JudgeNetwork:
+        _train(fresh, train, num_images, seed=seed, steps=steps)
+        with new_file(file) as temporary:
+            write_tensors(temporary, fresh.state_dict(), {"semtok": library_version()})
+        return fresh
+
+    what = "a command that trains this judge"
+    network = made_once(file, what, read=partial(_kept, fresh, file), make=make)
     network.requires_grad_(False).eval()
 
     def see(images: Tensor) -> dict[str, Tensor]:
@@ -162,16 +166,16 @@ def _key(train: ImageSource, num_images: int, seed: int, steps: int) -> str:
     return digest(_FORMAT, str(seed), str(steps), *words, size=12)
 
 
-def _read(network: JudgeNetwork, file: Path) -> bool:
-    """Whether its weights were there; a damaged file is removed."""
+def _kept(network: JudgeNetwork, file: Path) -> JudgeNetwork | None:
+    """The network with the weights that are kept; None: there are none. A damaged file is removed."""
     if not file.is_file():
-        return False
+        return None
     try:
         load_weights(network, file)
     except UserError:
         file.unlink(missing_ok=True)
-        return False
-    return True
+        return None
+    return network
 
 
 @torch.enable_grad()  # also where its caller scores without gradients

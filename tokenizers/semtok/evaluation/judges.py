@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
 from semtok.errors import UserError, did_you_mean, named_here
 from semtok.evaluation.classes import CLASS_SHARE, MEASURES, Judge, accuracy, class_reader
@@ -228,7 +227,7 @@ def with_reader(judge: Judge, train: ImageSource, num_images: int, cache: Path) 
         return judge
     seen = see_reference(images_of_source(train, num_images), judge.network, cache)
     assert seen.features is not None
-    reader = class_reader(seen.features.numpy(), labels)
+    reader = class_reader(seen.features.numpy(), labels, cache=cache)
     return replace(judge, read=reader, num_fitted=len(labels))
 
 
@@ -274,8 +273,7 @@ def take_seat(
 
 def _labels(source: ImageSource, num_images: int) -> np.ndarray:
     """Of the images whose features ``see_reference`` has, in its order."""
-    batches = chosen_images(source, num_images, batch_size=64)
-    labels = np.concatenate([batch.labels.numpy() for batch in batches])
+    labels = source.labels_of(source.chosen(num_images)).numpy()
     return labels[features_kept(len(labels), MAX_REFERENCE_FEATURES).numpy()]
 
 

@@ -177,6 +177,9 @@ class StoredImages(ImageSource):
         """int64 (N,): of each image an index into ``attributes[name]``."""
         return self._values[:, list(self.attributes).index(name)]
 
+    def labels_of(self, indices: Sequence[int]) -> Tensor:
+        return self.labels[list(indices)]
+
     @property
     def labels_state(self) -> str:
         digest = hashlib.blake2b(np.ascontiguousarray(self.rows, dtype=np.int64), digest_size=8)

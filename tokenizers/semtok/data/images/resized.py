@@ -50,6 +50,9 @@ class ResizedImages(ImageSource):
     def chosen(self, num_images: int) -> list[int]:
         return self.source.chosen(num_images)
 
+    def labels_of(self, indices: Sequence[int]) -> Tensor:
+        return self.source.labels_of(indices)
+
     def load(self, indices: Sequence[int]) -> ImageBatch:
         """Reads images; ``images`` are pixels, float32 (B, 3, H, W) in [-1, 1].
 
@@ -64,7 +67,7 @@ class ResizedImages(ImageSource):
                     f"{self.source.image_name(index)}: can't be read as an image ({image.reason}); remove it"
                 )
             pixels.append(image)
-        return ImageBatch(torch.stack(pixels), self.source.labels[list(indices)])
+        return ImageBatch(torch.stack(pixels), self.labels_of(indices))
 
     def _resized(self, content: bytes) -> Tensor:
         image = np.array(whole_image(content))
