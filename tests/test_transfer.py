@@ -1,13 +1,15 @@
 """Tokenizers on several sets of images, in one table."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from results_page.tables import TABLES
-from semtok.commands import evaluate
+from semtok import Tokenizer
+from semtok.commands import evaluate, evaluate_options
 from semtok.commands.cli import run
 
 SCENES = ["scenes", "kind=shapes", "size=32", "num_images=60", "num_validation_images=40"]
@@ -64,6 +66,24 @@ def test_every_set_is_scored_as_it_would_be_alone(tmp_path, colours, capsys):
     assert rows[0][header.index("PSNR, dB")] == f"{expected['psnr']:.4g}"
     attributes = header.index("attribute probe, %")
     assert rows[0][attributes] != "-" and rows[1][attributes] == "-", "colours have none"
+
+
+def test_one_tokenizer_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    Tokenizer.from_pretrained("demo").save_pretrained(copy)
+    alive, most = weakref.WeakSet(), []
+    load = evaluate_options.load_tokenizer
+
+    def noted(*args, **kwargs):
+        most.append(len(alive))
+        tokenizer = load(*args, **kwargs)
+        alive.add(tokenizer)
+        return tokenizer
+
+    monkeypatch.setattr(evaluate_options, "load_tokenizer", noted)
+    words = ["--tokenizer", "demo", str(copy), "--num-train", "20", "--num-held-out", "4"]
+    assert run(evaluate.main, ["transfer", *words, "--on", *SCENES]) == 0
+    assert most == [0, 0, 0], "of the two, each was loaded first to see that it can be"
 
 
 def test_sets_are_checked_before_anything_is_computed(colours, capsys):

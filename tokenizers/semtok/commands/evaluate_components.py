@@ -80,14 +80,15 @@ def _components(args: argparse.Namespace) -> dict[str, Any]:
     rows = [Row("image", pixels, classes)]
     scores: dict[str, dict[str, float]] = {}
     models: dict[str, str] = {}
-    for reference, name in names.items():
-        tokenizer = tokenizers[reference]
+    for reference, tokenizer in tokenizers:
+        name = names[reference]
         digest = PixelDigest()
         with errors_at(f"--tokenizer {reference}"):
             scores[name] = _scores(tokenizer, held_out, teacher, args, digest)
         models[name] = weights_digest(tokenizer)
         rows += _rows(tokenizer, name, scores[name], pixels, tokens)
         print(f"{reference}: done", flush=True)
+        del tokenizer  # before the next is loaded
     rows.append(Row(f"{args.teacher}\nthe teacher's tokens", principal_components(tokens)))
     write_png(args.grid, rows_of_images(rows, footer=args.credit))
     _print(scores, args)

@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +114,29 @@ def load_tokenizer(
 
 def load_tokenizers(
     references: Iterable[str], *sources: ImageSource, places: Sequence[str] = ("--data",)
-) -> dict[str, Tokenizer]:
-    """All of them by their references, so that none is found wanting after the work of those before it.
+) -> Iterator[tuple[str, Tokenizer]]:
+    """Each with its reference, one after another. Each is loaded once before the first is given, so that none is found
+    wanting after the work of those before it.
+
+    Who deletes a tokenizer before the next is asked for has one in memory at a time.
 
     Raises:
-        UserError: see ``load_tokenizer``.
+        UserError: see ``load_tokenizer``; at once, not when its turn comes.
     """
-    return {
-        reference: load_tokenizer(reference, *sources, places=places) for reference in references
-    }
+    own = list(dict.fromkeys(references))
+    kept: list[Tokenizer] = []  # the one that comes first
+    for reference in reversed(own):
+        kept.clear()
+        kept.append(load_tokenizer(reference, *sources, places=places))
+
+    def in_turn() -> Iterator[tuple[str, Tokenizer]]:
+        for reference in own:
+            yield (
+                reference,
+                kept.pop() if kept else load_tokenizer(reference, *sources, places=places),
+            )
+
+    return in_turn()
 
 
 def open_data(

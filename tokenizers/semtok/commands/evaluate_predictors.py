@@ -48,7 +48,7 @@ def _latents(args: argparse.Namespace) -> dict[str, Any]:
     teacher = options.load_teacher(args)
     scores: dict[str, dict[str, float]] = {}
     shown, models = shown_names(args.tokenizer), {}
-    for reference, tokenizer in tokenizers.items():
+    for reference, tokenizer in tokenizers:
         digest = PixelDigest()
         with errors_at(f"--tokenizer {reference}"):
             scores[reference] = evaluate_latents(
@@ -59,6 +59,7 @@ def _latents(args: argparse.Namespace) -> dict[str, Any]:
             scores[reference][PROBE] = mean.f1
         models[shown[reference]] = weights_digest(tokenizer)
         print(f"{reference}: done", flush=True)
+        del tokenizer  # before the next is loaded
     _print(scores, f"latents of {args.num_held_out} held-out images, teacher {args.teacher}")
     told = Protocol(
         "latents",

@@ -50,7 +50,7 @@ def _probe(args: argparse.Namespace) -> dict[str, Any]:
     means: dict[str, AttributeScore] = {}
     shown = shown_names(args.tokenizer)
     models: dict[str, str] = {}
-    for reference, tokenizer in options.load_tokenizers(args.tokenizer, train).items():
+    for reference, tokenizer in options.load_tokenizers(args.tokenizer, train):
         tables = (
             latent_table(tokenizer, train, args.num_train),
             latent_table(tokenizer, held_out, args.num_held_out),
@@ -61,6 +61,7 @@ def _probe(args: argparse.Namespace) -> dict[str, Any]:
         results[reference], means[reference] = scores, mean_score(scores)
         models[shown[reference]] = weights_digest(tokenizer)
         _print(f"{reference}: linear probe, in %", scores, means[reference], tables[1])
+        del tokenizer  # before the next is loaded
 
     # Which images there are, and what they show, is the same for every tokenizer.
     probed = list(next(iter(results.values())))

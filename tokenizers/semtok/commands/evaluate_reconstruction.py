@@ -93,7 +93,7 @@ def _reconstruction(args: argparse.Namespace) -> dict[str, Any]:
     models: dict[str, str] = {}
     names = shown_names(args.tokenizer)
     grids = []
-    for reference, tokenizer in tokenizers.items():
+    for reference, tokenizer in tokenizers:
         with errors_at(f"--data with {reference}"):
             reports[reference] = evaluate_reconstruction(
                 tokenizer,
@@ -107,6 +107,7 @@ def _reconstruction(args: argparse.Namespace) -> dict[str, Any]:
         models[names[reference]] = weights_digest(tokenizer)
         if args.grid is not None:
             grids += _worst_and_median(tokenizer, held_out, reports[reference], names[reference])
+        del tokenizer  # before the next is loaded
     images = data_protocol(held_out, args.num_held_out, next(iter(reports.values())).digest)
     told = Protocol(
         "reconstruction",

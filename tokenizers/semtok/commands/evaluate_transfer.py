@@ -70,24 +70,28 @@ def _transfer(args: argparse.Namespace) -> dict[str, Any]:
     names = shown_names(args.tokenizer)
     held_out_sets, places = [held_out for _, held_out in sets.values()], [f"--on {n}" for n in sets]
     tokenizers = options.load_tokenizers(args.tokenizer, *held_out_sets, places=places)
-    models = {names[reference]: weights_digest(own) for reference, own in tokenizers.items()}
+    models: dict[str, str] = {}
     scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name in sets}
-    protocols: dict[str, Protocol] = {}
-    for name, (train, held_out) in sets.items():
-        digests = ("", "")
-        for reference, tokenizer in tokenizers.items():
+    digests: dict[str, tuple[str, str]] = {}  # the same for each tokenizer
+    for reference, tokenizer in tokenizers:
+        models[names[reference]] = weights_digest(tokenizer)
+        for name, (train, held_out) in sets.items():
             with errors_at(f"--on {name} with {reference}"):
-                own, digests = _scores(tokenizer, train, held_out, args, looks)
+                own, digests[name] = _scores(tokenizer, train, held_out, args, looks)
             scores[name][names[reference]] = own
-        protocols[name] = Protocol(
+        del tokenizer  # before the next is loaded
+    protocols = {
+        name: Protocol(
             "transfer",
             f"{PROTOCOLS[_PROTOCOL].measures}; probes: {PROBE_MEASURES}",
             looks.networks,
             models,
-            data_protocol(held_out, min(args.num_held_out, len(held_out)), digests[1]),
-            fitted_on=data_protocol(train, min(args.num_train, len(train)), digests[0]),
+            data_protocol(held_out, min(args.num_held_out, len(held_out)), digests[name][1]),
+            fitted_on=data_protocol(train, min(args.num_train, len(train)), digests[name][0]),
             latents="mean",
         )
+        for name, (train, held_out) in sets.items()
+    }
     _print(scores, missing)
     # They differ by their images alone.
     print("\n".join(dict.fromkeys(line for told in protocols.values() for line in told.lines())))
