@@ -15,8 +15,9 @@ import tiny
 from failing_disk import FailingDisk
 from semtok.commands import cache_latents, sample, train_tokenizer
 from semtok.commands.cli import run
+from semtok.errors import UserError
 from semtok.lock import LOCK_FILE
-from semtok.storage import new_file, write_json, write_tensors
+from semtok.storage import disk_told_with, new_file, write_json, write_tensors
 from semtok.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from semtok.training.log import RunLog
 from semtok.unfinished import is_unfinished
@@ -115,6 +116,22 @@ def test_a_line_of_metrics_that_can_not_be_written_names_the_file(number, disk, 
     with pytest.raises(OSError, match=r"metrics\.jsonl"):
         log.metrics(1, {"loss/a": 1.0, "images_per_second": 1.0}, seconds_left=1.0)
     log.close()
+
+
+def test_a_folder_above_that_is_closed_is_told_with_the_setting_that_names_the_place(tmp_path):
+    closed, place = (
+        PermissionError(errno.EACCES, "Permission denied", str(tmp_path)),
+        tmp_path / "a",
+    )
+    told = f"data.cache: {tmp_path}: Permission denied; see to the disk and begin anew"
+    with (
+        pytest.raises(UserError, match=f"^{told}$"),
+        disk_told_with("begin anew", place=place, key="data.cache"),
+    ):
+        raise closed
+    elsewhere = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "b"))
+    with pytest.raises(PermissionError), disk_told_with("begin anew", place=place):
+        raise elsewhere
 
 
 # Commands ----------------------------------------------------------------------------------------

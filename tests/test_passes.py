@@ -259,7 +259,7 @@ def test_no_block_is_fetched_by_two_processes(two):
 def test_where_one_process_can_not_write_a_cache_all_do_without(two):
     results, printed = two
     first, second = (rank["failing"] for rank in results)
-    line = "data.cache: .*named/train: .*No space left on device; make room.*"
+    line = r"data.cache: .*named/train/shard-\d+\.safetensors: No space left on device; make room.*"
     assert re.fullmatch(f"process 1: {line}", first["named"])
     assert re.fullmatch(line, second["named"]), "one line"
     assert first["by_default"] is second["by_default"] is None

@@ -166,22 +166,27 @@ def mend_of(error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def disk_told_with(way_on: str, *, place: Path) -> Iterator[None]:
+def disk_told_with(way_on: str, *, place: Path, key: str | None = None) -> Iterator[None]:
     """Within this context a disk that is full or fails is a UserError that says how to go on, and so is whatever the
-    system says of a file below ``place``.
+    system says of a file below ``place`` or of a folder above it.
 
     Args:
         way_on: in a few words, after "make room and".
         place: for the message, where the system names none.
+        key: the setting that names the place, for the message.
     """
     try:
         yield
     except OSError as error:
         named = Path(error.filename) if isinstance(error.filename, str | Path) else None
-        is_below = named is not None and named.absolute().is_relative_to(place.absolute())
-        if error.errno is None or not (is_below or error.errno in DISK_TROUBLE):
+        is_of = named is not None and (
+            named.absolute().is_relative_to(place.absolute())
+            or place.absolute().is_relative_to(named.absolute())
+        )
+        if error.errno is None or not (is_of or error.errno in DISK_TROUBLE):
             raise
-        told = f"{named or place}: {error.strerror}; {mend_of(error)} and {way_on}"
+        start = f"{key}: " if key is not None else ""
+        told = f"{start}{named or place}: {error.strerror}; {mend_of(error)} and {way_on}"
         raise UserError(told) from None
 
 

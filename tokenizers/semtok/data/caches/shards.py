@@ -11,7 +11,7 @@ import hashlib
 import math
 import shutil
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,14 @@ from semtok.lock import LOCK_FILE, in_turn, only_one_in, remove_what_is_held_by_
 from semtok.processes import gather, num_processes, process_index, together
 from semtok.progress import progress
 from semtok.settings import Config, parse
-from semtok.storage import first_line, mend_of, new_file, read_json, write_json, write_tensors
+from semtok.storage import (
+    disk_told_with,
+    first_line,
+    new_file,
+    read_json,
+    write_json,
+    write_tensors,
+)
 from semtok.teachers import StoredFeatures
 from semtok.unfinished import remove_unfinished
 
@@ -236,7 +243,8 @@ def ensure_shards(
             "pass data.crop=center"
         )
     wanted = {**about, "num_images": len(source), "flip": source.flip}
-    with together(), _disk_told_of(place, folder), contextlib.ExitStack() as stack:
+    disk = disk_told_with("give the same command again", place=folder, key=place)
+    with together(), disk, contextlib.ExitStack() as stack:
         is_there = gather((folder / INDEX).is_file())[0]
         if is_there and not process_index():
             remove_what_is_held_by_nobody(folder)
@@ -262,16 +270,6 @@ def _enter(stack: contextlib.ExitStack, folder: Path) -> None:
     started together. Of several processes the others would wait for the first in vain, so these are refused."""
     here = only_one_in if num_processes() > 1 else in_turn
     stack.enter_context(here(folder, "a command that writes a cache"))
-
-
-@contextlib.contextmanager
-def _disk_told_of(place: str, folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        way_on = f"{mend_of(error)} and give the same command again"
-        raise UserError(f"{place}: {folder}: {reason}; {way_on}") from None
 
 
 @dataclass
