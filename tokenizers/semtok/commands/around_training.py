@@ -28,6 +28,7 @@ from semtok.data.source import ImageSource
 from semtok.errors import Interrupted, UserError
 from semtok.lock import only_one_in, remove_what_is_held_by_nobody
 from semtok.objective import Objective
+from semtok.privacy import without_secrets
 from semtok.processes import gather, interruptible, process_index, together, watching
 from semtok.progress import is_first
 from semtok.recipe import DiffusionRecipe, TokenizerRecipe, write_recipe
@@ -231,7 +232,10 @@ def start_trainer(
         source=train,
         validation=validation,
         num_workers=0 if train.is_cheap else recipe.data.num_workers,
-        tracked={k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()},
+        tracked={
+            k: v if isinstance(v, int | float) else without_secrets(str(v))
+            for k, v in settings.items()
+        },
     )
     with together():
         if resume:

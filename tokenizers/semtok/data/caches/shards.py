@@ -27,6 +27,7 @@ from semtok.data.passes import read_images
 from semtok.data.source import ImageBatch, ImageSource, Key, Skipped
 from semtok.errors import UserError, printable
 from semtok.lock import LOCK_FILE, in_turn, only_one_in, remove_what_is_held_by_nobody
+from semtok.privacy import without_secrets
 from semtok.processes import gather, num_processes, process_index, together
 from semtok.progress import progress
 from semtok.settings import Config, parse
@@ -84,7 +85,7 @@ class Shards:
     _way_out = "remove it, and it is computed again"
 
     def __init__(self, folder: Path | str, place: str) -> None:
-        self.folder, self._place = Path(folder), f"{place}: {folder}"
+        self.folder, self._place = Path(folder), without_secrets(f"{place}: {folder}")
         self._held: OrderedDict[int, Shard] = OrderedDict()
         self._kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         try:

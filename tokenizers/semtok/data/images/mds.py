@@ -32,13 +32,13 @@ from semtok.data.images.mds_index import (
     checked_column,
     image_column,
     read_index,
-    shown,
 )
 from semtok.data.images.mds_shards import KEPT, MdsFiles, image_file, read_samples, sample_bounds
 from semtok.data.images.states import joined
 from semtok.data.left_out import LeftOut
 from semtok.data.remote import protocol, short_name, within
 from semtok.errors import UserError
+from semtok.privacy import without_secrets
 
 _AT_ONCE = 8  # shards that are fetched
 _GIGABYTE = 10**9
@@ -171,7 +171,11 @@ class Mds(StoredImages):
     ) -> None:
         place = store.place
         is_url = bool(protocol(place))
-        title = short_name(shown(place).rstrip("/…")) if is_url else Path(place).absolute().name
+        title = (
+            short_name(without_secrets(place).rstrip("/…"))
+            if is_url
+            else Path(place).absolute().name
+        )
         super().__init__(rows, labels, place=title, title=title, **about)
         self.store = store
         self.block_size = store.block_sizes(rows)

@@ -15,9 +15,9 @@ from urllib.parse import unquote
 
 from pydantic import ConfigDict, Field
 
-from semtok.data.remote import protocol, read_if_there, stored_files, within
+from semtok.data.remote import read_if_there, stored_files, within
 from semtok.errors import UserError, did_you_mean
-from semtok.privacy import fit_to_show
+from semtok.privacy import without_secrets
 from semtok.settings import Config, parse
 from semtok.storage import digest, first_line
 
@@ -117,11 +117,6 @@ class MdsIndex:
         return dict(zip(first.column_names, first.column_encodings, strict=True))
 
 
-def shown(place: str) -> str:
-    """A path or URL for messages, without what of a URL is secret."""
-    return fit_to_show(place) if protocol(place) else place
-
-
 def read_index(place: str) -> MdsIndex | None:
     """The index in a folder, on disk or behind a URL; None: there is none.
 
@@ -133,7 +128,7 @@ def read_index(place: str) -> MdsIndex | None:
     content = read_if_there(file)
     if content is None:
         return None
-    where = f"data.path: {shown(file)}"
+    where = f"data.path: {without_secrets(file)}"
     try:
         told = json.loads(content)
         if not isinstance(told, dict):

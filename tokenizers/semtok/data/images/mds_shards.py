@@ -15,11 +15,12 @@ import numpy as np
 from PIL import Image
 
 from semtok.data.images.labels import Labels
-from semtok.data.images.mds_index import NUMBERS, FileInfo, MdsIndex, Shard, shown
+from semtok.data.images.mds_index import NUMBERS, FileInfo, MdsIndex, Shard
 from semtok.data.local_copies import LocalCopies
 from semtok.data.remote import answered, file_system, protocol, within
 from semtok.errors import UserError
 from semtok.extras import need
+from semtok.privacy import without_secrets
 from semtok.storage import cache_folder, digest, first_line
 
 T = TypeVar("T")
@@ -46,11 +47,13 @@ class MdsFiles:
         largest = max((shard.raw_data.bytes for shard in index.shards), default=0)
         folder = cache_folder("mds") / digest(index.place, index.state, size=8)
         most_bytes = max(most_bytes, KEPT * largest)
-        self._copies = LocalCopies(folder, most_bytes, place=f"data.path: {shown(index.place)}")
+        self._copies = LocalCopies(
+            folder, most_bytes, place=f"data.path: {without_secrets(index.place)}"
+        )
 
     def told(self, number: int) -> str:
         """Where a shard lies, without what of a URL is secret."""
-        return shown(within(self.index.place, self.index.shards[number].stored.basename))
+        return without_secrets(within(self.index.place, self.index.shards[number].stored.basename))
 
     def check(self) -> None:
         """Looks at what can be known of files before they are read.
@@ -105,8 +108,8 @@ class MdsFiles:
                     ) from None
                 # Another process of this machine made room for its own.
         raise UserError(
-            f"data.path: {shown(self.index.place)}: others remove shards from {self._copies.folder} before they are "
-            "read; set another SEMTOK_CACHE"
+            f"data.path: {without_secrets(self.index.place)}: others remove shards from {self._copies.folder} before "
+            "they are read; set another SEMTOK_CACHE"
         )
 
 

@@ -27,6 +27,7 @@ from semtok.data.images.states import joined
 from semtok.data.remote import named_files, protocol, short_name
 from semtok.errors import UserError
 from semtok.extras import need
+from semtok.privacy import without_secrets
 from semtok.progress import announce, progress, waiting
 from semtok.references import is_hub_id
 from semtok.storage import cache_folder
@@ -90,7 +91,7 @@ class ParquetStore(ABC):
         )
         self.file_states: dict[str, str] = {}
         self.other_splits: tuple[str, ...] = ()
-        self._names = [name for name, _ in parts]
+        self._names = [without_secrets(name) for name, _ in parts]
         self._ends = list(accumulate(num_rows for _, num_rows in parts))
 
     @property

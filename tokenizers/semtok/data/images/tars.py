@@ -25,6 +25,7 @@ from semtok.data.remote import (
 )
 from semtok.errors import UserError
 from semtok.extras import need
+from semtok.privacy import without_secrets
 
 
 class TarsConfig(StoredConfig):
@@ -138,7 +139,7 @@ class Tars(StoredImages):
 
     def image_name(self, index: int) -> str:
         found = self.table[self.rows[index]]
-        return f"{self.shards[found['shard']].place}: {_text(found['member'])}"
+        return f"{without_secrets(self.shards[found['shard']].place)}: {_text(found['member'])}"
 
 
 def _note_folders(table: np.ndarray, left_out: LeftOut) -> None:
