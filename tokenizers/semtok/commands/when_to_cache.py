@@ -12,6 +12,7 @@ from semtok.data.caches.latent_cache import (
     ensure_latent_cache,
     fingerprint,
     is_latent_cache,
+    settings_of_images,
 )
 from semtok.data.images.folder import FolderConfig
 from semtok.data.images.kinds import open_sources
@@ -131,9 +132,7 @@ def _digest(
     content = [
         fingerprint(objective.tokenizer),
         images.identity,
-        recipe.data.model_dump(
-            mode="json", exclude={"cache", "num_workers", "local_gigabytes", "crop"}
-        ),
+        settings_of_images(recipe.data),
         teacher.fingerprint() if teacher is not None else None,
     ]
     if teacher is not None and (asked := teacher.config.asked()):

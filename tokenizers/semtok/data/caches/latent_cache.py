@@ -25,7 +25,7 @@ from semtok.data.caches.remote_shards import RemoteShards
 from semtok.data.caches.shards import INDEX, Compute, Shards, ensure_shards
 from semtok.data.remote import protocol, read_remote_json
 from semtok.data.source import DataConfig, ImageBatch, ImageSource, Key
-from semtok.errors import UserError
+from semtok.errors import UserError, without_secrets
 from semtok.images import to_pixels
 from semtok.processes import process_index, together
 from semtok.sampler.latents import Latents, Posterior
@@ -174,7 +174,7 @@ def ensure_latent_cache(
         image_size=train.image_size,
         class_names=train.class_names,
         name=train.name,
-        data=_data_about(data),
+        data=settings_of_images(data),
         labels_states=(train.labels_state, validation.labels_state),
     )
     cached = []
@@ -247,8 +247,8 @@ def open_latent_cache(
             f"{_PLACE}: {place} holds latents of another tokenizer; choose another folder"
         )
     images = parse(CachedImages, about, f"{_PLACE}: {place}/{_ABOUT}")
-    for key, value in _data_about(data).items():
-        known = images.data.get(key)
+    for key, value in settings_of_images(data).items():
+        known = _without_secrets(images.data.get(key))  # earlier versions kept them
         # Where the images are not at hand, their path means nothing.
         if not _same_setting(known, value) and (key != "path" or _at_hand(value)):
             raise UserError(
@@ -344,9 +344,17 @@ def _targets_about(teacher: Teacher) -> dict[str, Any]:
     return names | teacher.config.asked()
 
 
-def _data_about(data: DataConfig) -> dict[str, Any]:
-    """The settings that decide which images there are; not ``crop``, as a cache holds the one at the centre."""
-    return data.model_dump(mode="json", exclude=_NOT_OF_THE_IMAGES)
+def settings_of_images(data: DataConfig) -> dict[str, Any]:
+    """The settings that decide which images there are; not ``crop``, as a cache holds the one at the centre, and not
+    what of a URL is secret."""
+    settings = data.model_dump(mode="json", exclude=_NOT_OF_THE_IMAGES)
+    return {key: _without_secrets(value) for key, value in settings.items()}
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_secrets(one) for one in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 class _Unmirrored(ImageSource):
