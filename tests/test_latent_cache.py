@@ -33,11 +33,13 @@ from semtok.data.caches.latent_cache import (
     ensure_latent_cache,
     is_latent_cache,
     open_latent_cache,
+    settings_of_images,
 )
 from semtok.data.caches.remote_shards import RemoteShards
 from semtok.data.caches.shards import Shards, open_shard, shard_checksum
 from semtok.data.images.kinds import open_sources
 from semtok.data.images.shapes import Shapes, ShapesConfig
+from semtok.data.images.tars import TarsConfig
 from semtok.data.order import BLOCKS_AT_A_TIME, DataOrder
 from semtok.data.source import Key
 from semtok.images import to_pixels
@@ -665,3 +667,13 @@ def test_what_writes_a_cache_ends_with_the_command_that_trains_on_it(tmp_path, m
         tiny_run += ["diffusion.network=SiT-T/4", "--output", f"run_{name}"]
         assert run(train_dit.main, [*given, *tiny_run]) == 0
         capsys.readouterr()
+
+
+def test_a_cache_keeps_no_secrets_of_urls_and_is_the_same_for_another_signature():
+    first, second = (
+        settings_of_images(
+            TarsConfig(path=("s3://b/b.tar", f"https://h.org/a.tar?sign={i}"), size=8)
+        )
+        for i in range(2)
+    )
+    assert first == second and first["path"] == ["s3://b/b.tar", "https://h.org/a.tar…"]

@@ -25,8 +25,9 @@ from semtok.data.caches.remote_shards import RemoteShards
 from semtok.data.caches.shards import INDEX, Compute, Shards, ensure_shards
 from semtok.data.remote import protocol, read_remote_json
 from semtok.data.source import DataConfig, ImageBatch, ImageSource, Key
-from semtok.errors import UserError, without_secrets
+from semtok.errors import UserError
 from semtok.images import to_pixels
+from semtok.privacy import without_secrets
 from semtok.processes import process_index, together
 from semtok.sampler.latents import Latents, Posterior
 from semtok.settings import Config, parse
