@@ -4,6 +4,7 @@ The order of training keeps to a few shards at a time (``ImageSource.block_size`
 those few and no more, whatever the size of the store.
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ class RemoteShards(Shards):
 
     def _read_index(self) -> Any:
         return read_remote_json(f"{self.url}/{INDEX}", self._user_place)
+
+    @cached_property
+    def _copies(self) -> LocalCopies:
+        most_bytes = self.kept * max(entry["bytes"] for entry in self.entries)
+        return LocalCopies(self.local, most_bytes, place=self._place)
 
     def _check_files(self) -> None:
         """Nothing is there yet."""
@@ -83,10 +89,8 @@ class RemoteShards(Shards):
             if shard_checksum(temporary) != entry["checksum"]:
                 raise UserError(f"{place} came with another checksum")
 
-        most_bytes = self.kept * max(entry["bytes"] for entry in self.entries)
-        copies = LocalCopies(self.local, most_bytes, place=self._place)
         held = {self.local_file(number) for number in self._held}
-        return copies.make(file.name, entry["bytes"], fetch, held=held)
+        return self._copies.make(file.name, entry["bytes"], fetch, held=held)
 
     def verify(self) -> None:
         """Each shard is compared with its checksum when it is fetched."""
