@@ -1,5 +1,6 @@
 """A run is exported in its middle, and so is what it has kept of an earlier step."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -54,6 +55,15 @@ def test_what_is_exported_on_the_way_is_what_a_run_to_there_exports(vae, tmp_pat
     train(tmp_path / "plain", ema_decay=None)
     ours, theirs = (tiny.final_tensors(tmp_path / name) for name in ("exported", "plain"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_weights_that_were_gathered_for_an_export_are_not_copied_again(tmp_path):
+    trainer = tiny.trainer(tmp_path, {"name": "vae"}, steps=1, export_at=[1])
+    gathered, exported = copy.deepcopy(trainer.averaged), []
+    trainer._export(lambda module, _: exported.append(module))
+    trainer.sharding.whole = lambda _: gathered
+    trainer._export(lambda module, _: exported.append(module))
+    assert exported[0] is not trainer._followed and exported[1] is gathered
 
 
 def test_random_numbers_that_an_export_draws_are_drawn_by_nobody_else(tmp_path):

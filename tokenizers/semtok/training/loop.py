@@ -412,8 +412,12 @@ class Trainer:
     @property
     def averaged(self) -> nn.Module:
         """What is evaluated and exported, whole: where processes share it out all have to ask."""
-        followed = self.ema.module if self.ema is not None else self.objective.averaged_module()
-        return self.sharding.whole(followed)
+        return self.sharding.whole(self._followed)
+
+    @property
+    def _followed(self) -> nn.Module:
+        """The same, as processes hold it."""
+        return self.ema.module if self.ema is not None else self.objective.averaged_module()
 
     def _log(self) -> None:
         values = self.metrics.read(self._mean_over_processes)
@@ -460,7 +464,9 @@ class Trainer:
         assert export is not None, "train.export_at asks for exports, and nobody makes them"
         self._check_finite(self.metrics.read(self._mean_over_processes))
         before = random_state()
-        export(copy.deepcopy(self.averaged), self.step)
+        averaged = self.averaged
+        # What was gathered is a copy already.
+        export(copy.deepcopy(averaged) if averaged is self._followed else averaged, self.step)
         restore_random_state(before)
 
     def _write_averages(self) -> None:
