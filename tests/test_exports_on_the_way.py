@@ -58,7 +58,7 @@ def test_what_is_exported_on_the_way_is_what_a_run_to_there_exports(vae, tmp_pat
 
 
 def test_weights_that_were_gathered_for_an_export_are_not_copied_again(tmp_path):
-    trainer = tiny.trainer(tmp_path, {"name": "vae"}, steps=1, export_at=[1])
+    trainer = tiny.trainer(tmp_path, {"name": "vae"}, steps=2, export_at=[1])
     gathered, exported = copy.deepcopy(trainer.averaged), []
     trainer._export(lambda module, _: exported.append(module))
     trainer.sharding.whole = lambda _: gathered

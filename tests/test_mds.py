@@ -165,6 +165,19 @@ def test_an_index_that_can_not_be_is_one_line(tmp_path, change, message):
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_an_index_of_more_samples_than_memory_holds_numbers_of_is_one_line(tmp_path):
+    index = mds_set.write_numbers(tmp_path, range(1))
+    (shard,) = index["shards"]
+    claimed = {"bytes": 2**32 - 1, "hashes": {}}
+    shards = [
+        shard | {"samples": 10**9, "raw_data": claimed | {"basename": f"{n}.mds"}}
+        for n in range(400)
+    ]
+    (tmp_path / "index.json").write_text(json.dumps(index | {"shards": shards}))
+    with pytest.raises(UserError, match="tells of 400,000,000,000 samples, and 2,147,483,648 are"):
+        open_mds(tmp_path)
+
+
 def test_a_column_larger_than_its_shard_is_one_line(tmp_path):
     index = mds_set.write_shards(tmp_path, {"a": "str", "image": "png"}, [{"a": b"", "image": b""}])
     index["shards"][0]["column_sizes"] = [10**30, None]

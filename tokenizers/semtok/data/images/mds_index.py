@@ -40,6 +40,9 @@ NUMBERS = {
 TEXTS = ("str", "str_int", "str_float", "str_decimal")
 """Encodings of text, and of numbers as text."""
 
+_MOST_SAMPLES = 2**31
+"""Of a set: a number for each stays in memory, so an index that tells of more would end in the machine's."""
+
 
 class FileInfo(Config):
     """A file, as an index tells of it."""
@@ -143,6 +146,11 @@ def read_index(place: str) -> MdsIndex | None:
         if name in names:
             raise UserError(f"{where}: names the file '{name}' twice; name each shard once")
         names.add(name)
+    num_samples = sum(shard.samples for shard in index.shards)
+    if num_samples > _MOST_SAMPLES:
+        raise UserError(
+            f"{where}: tells of {num_samples:,} samples, and {_MOST_SAMPLES:,} are the most; use fewer shards"
+        )
     state = MdsIndex.state_of(index.shards)
     if not all(shard.stored.hashes for shard in index.shards):
         # Then nothing else tells one set from another of equal sizes.
