@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,31 @@ def test_a_run_names_the_step_of_a_jump(tmp_path, capsys, monkeypatch):
         assert row["health/step_seconds"] > row["health/forward_seconds"] > 0
         assert 0 <= row["health/data_wait"] <= 1 and row["health/memory_gb"] > 0.05
         assert "processes" not in row
+
+
+def test_a_run_that_goes_on_warns_as_one_that_was_not_stopped(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(health, "_ENOUGH", 10)
+
+    def told(*, resume: bool) -> list[str]:
+        settings = {"steps": 20, "log_every": 10, "checkpoint_every": 15}
+        trainer = tiny.trainer(tmp_path, {"name": "vae"}, **settings)
+        note = trainer._note
+
+        def spy(values: dict[str, torch.Tensor]) -> None:
+            jumps = trainer.step + 1 in (13, 18)
+            note({n: 1000 * v if jumps and n == "loss/l1" else v for n, v in values.items()})
+
+        trainer._note = spy
+        if resume:
+            trainer.resume()
+            assert trainer.step == 15
+        trainer.run()
+        lines = capsys.readouterr().out.splitlines()
+        return [line for line in lines if "its usual size" in line]
+
+    whole = told(resume=False)
+    shutil.rmtree(tmp_path / "checkpoints/step_00000020")
+    assert told(resume=True) == whole and len(whole) == 1
 
 
 def test_values_of_each_step_are_those_of_all_its_micro_batches():

@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -87,6 +87,16 @@ class Jumps:
 
     def __init__(self) -> None:
         self._usual: dict[str, _Usual] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {n: vars(usual) | {"seen": list(usual.seen)} for n, usual in self._usual.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What a checkpoint kept; older ones kept nothing."""
+        self._usual = {
+            name: _Usual(**{**own, "seen": deque(own["seen"], maxlen=_HISTORY)})
+            for name, own in state.items()
+        }
 
     def find(self, steps: dict[int, dict[str, float]]) -> dict[str, Jump]:
         """Of each value that has jumped the worst step.
@@ -214,6 +224,9 @@ class Health:
     Args:
         batch_size: images of a step, over all processes.
         gather: of a tensor (1, N), those of all processes, (processes, N).
+
+    Attributes:
+        jumps: what is usual, which a checkpoint keeps.
     """
 
     def __init__(
@@ -221,7 +234,7 @@ class Health:
     ) -> None:
         self.device, self.batch_size, self._gather = device, batch_size, gather
         self.clock = StepClock(device)
-        self._jumps, self._processes = Jumps(), Processes()
+        self.jumps, self._processes = Jumps(), Processes()
 
     def report(
         self, steps: dict[int, dict[str, float]], *, num_steps: int, seconds: float
@@ -249,7 +262,7 @@ class Health:
             "health/data_wait": max(figures["data_wait"]),
             "health/memory_gb": max(figures["memory_gb"]),
         }
-        jumps = self._jumps.find(steps)
+        jumps = self.jumps.find(steps)
         details: dict[str, Any] = {"jumps": {n: list(j) for n, j in jumps.items()}} if jumps else {}
         num = len(rows[0])
         if num > 1:

@@ -81,10 +81,11 @@ class MetricSums:
     def read_steps(
         self, reduce: Callable[[Tensor], Tensor] | None = None
     ) -> dict[int, dict[str, float]]:
-        """As ``read``, of each step since the last ``clear`` or resuming: of the last ``_MOST_ROWS`` micro-batches."""
+        """As ``read``, of each step since the last ``clear``: of the last ``_MOST_ROWS`` micro-batches, and of those
+        that a checkpoint kept."""
         self._add_held()
         if not self._rows:
-            return {}
+            return dict(self._before)
         steps, rows = zip(*self._rows, strict=True)
         missing = [len(self._names) - row.shape[1] for row in rows]  # names that came later
         table = torch.stack(
@@ -98,7 +99,7 @@ class MetricSums:
             for name, total, count in zip(self._names, totals, counts, strict=True):
                 before = own.get(name, (0.0, 0.0))
                 own[name] = before[0] + total, before[1] + count
-        return {
+        return self._before | {
             step: {name: total / count for name, (total, count) in own.items() if count}
             for step, own in sums.items()
         }
@@ -119,6 +120,7 @@ class MetricSums:
         self._first_bad = torch.zeros(0, dtype=torch.int64)
         # Of each micro-batch, as it was added; they stay on the device.
         self._rows: deque[tuple[int, Tensor]] = deque(maxlen=_MOST_ROWS)
+        self._before: dict[int, dict[str, float]] = {}  # steps from before a run was resumed
 
     def state_dict(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, Any]:
         """The sums so far; checkpoints are written only where all of them are finite.
@@ -130,7 +132,7 @@ class MetricSums:
         sums, counts = (
             dict(zip(self._names, row, strict=True)) for row in self._reduced(reduce).cpu()
         )
-        return {"sums": sums, "counts": counts}
+        return {"sums": sums, "counts": counts, "steps": self.read_steps(reduce)}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.clear()
@@ -138,6 +140,7 @@ class MetricSums:
         for row, values in zip(self._table, (state["sums"], state["counts"]), strict=True):
             for column, value in enumerate(values.values()):
                 row[column] = value
+        self._before = dict(state.get("steps", {}))
 
 
 def non_finite(first_bad: dict[str, int], *, last_good: Path | None) -> NonFiniteLoss:

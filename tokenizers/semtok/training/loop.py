@@ -150,6 +150,7 @@ class Trainer:
             **self.optimisers.state_dict(),
             "metrics": self.metrics.state_dict(self._mean_over_processes),
             "scores": self.scores.state_dict(),
+            "jumps": self.health.jumps.state_dict(),
         }
 
     def save(self) -> Path:
@@ -181,6 +182,7 @@ class Trainer:
         self.optimisers.load_state_dict(state)
         self.metrics.load_state_dict(state["metrics"], self.device)
         self.scores.load_state_dict(state.get("scores", {}))
+        self.health.jumps.load_state_dict(state.get("jumps", {}))
         if len(state["random"]) == self.accelerator.num_processes:
             restore_random_state(state["random"][self.accelerator.process_index])
         if self.accelerator.is_main_process:  # which a process that was killed may have begun
