@@ -19,7 +19,8 @@ import tiny
 from semtok import Tokenizer, UserError
 from semtok.commands import train_tokenizer as command
 from semtok.commands.cli import run
-from semtok.commands.train_tokenizer import statistics_batches, train_tokenizer
+from semtok.commands.tokenizer_export import statistics_batches
+from semtok.commands.train_tokenizer import train_tokenizer
 from semtok.data.caches.feature_cache import CachedFeatures
 from semtok.data.caches.shards import Shards
 from semtok.data.images.kinds import open_sources

@@ -15,8 +15,8 @@ import tiny
 from semtok import UserError
 from semtok.commands import cache_latents, evaluate_options
 from semtok.commands.run_folder import check_run_folder
+from semtok.commands.tokenizer_export import statistics_batches
 from semtok.commands.train_dit import train_dit
-from semtok.commands.train_tokenizer import statistics_batches
 from semtok.data.caches.latent_cache import ensure_latent_cache, open_latent_cache
 from semtok.data.images.decoding import adm_center_crop, decode, random_crop
 from semtok.data.images.folder import Folder, FolderConfig

@@ -15,7 +15,7 @@ import torch
 import tiny
 from processes import Ranks
 from semtok import UserError, processes, progress
-from semtok.commands import sample, train_dit, train_tokenizer, when_to_cache
+from semtok.commands import sample, tokenizer_export, train_dit, train_tokenizer, when_to_cache
 from semtok.data import passes
 from semtok.data.caches import shards
 from semtok.data.caches.latent_cache import ensure_latent_cache
@@ -112,7 +112,7 @@ def measured(root: Path) -> dict[str, list[float]]:
     recipe = parse_recipe(tiny.content(num_statistics_images=NUM_MEASURED), "tiny")
     tokenizer = Tokenizer.from_pretrained(root / "tokenizer")
     source, cpu = Shapes(recipe.data, train=True), torch.device("cpu")
-    batches = train_tokenizer.statistics_batches(source, recipe, cpu)
+    batches = tokenizer_export.statistics_batches(source, recipe, cpu)
     tokenizer.measure_statistics(((i, b.pixels) for i, b in batches), seed=3)
     assert int(tokenizer.num_measured_images) == NUM_MEASURED
     return {"mean": tokenizer.texture_mean.tolist(), "std": tokenizer.texture_std.tolist()}
@@ -199,7 +199,7 @@ def in_processes(root: str) -> None:
     results["measured"] = loads_of(lambda: measured(place))
     source = Blocks()
     recipe = parse_recipe(tiny.content(num_statistics_images=len(source) - 4), "tiny")
-    for _ in train_tokenizer.statistics_batches(source, recipe, torch.device("cpu")):
+    for _ in tokenizer_export.statistics_batches(source, recipe, torch.device("cpu")):
         pass
     results["blocks"] = source.loaded
     results["exported"] = exported(place, work / "run")

@@ -8,12 +8,9 @@ from typing import Any
 import torch
 
 from semtok import Tokenizer
+from semtok.commands.tokenizer_export import statistics_batches
 from semtok.commands.train_dit import train_dit
-from semtok.commands.train_tokenizer import (
-    build_objective,
-    statistics_batches,
-    train_tokenizer,
-)
+from semtok.commands.train_tokenizer import build_objective, train_tokenizer
 from semtok.data.images.kinds import open_sources
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.images import to_pixels

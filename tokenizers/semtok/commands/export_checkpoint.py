@@ -11,13 +11,9 @@ from torch import nn
 
 from semtok.commands.around_training import kept_weights
 from semtok.commands.run_folder import RECIPE_FILE
+from semtok.commands.tokenizer_export import export_generator, export_tokenizer
 from semtok.commands.train_dit import GeneratorPlan, plan_dit, training_info
-from semtok.commands.train_tokenizer import (
-    TokenizerPlan,
-    export_generator,
-    export_tokenizer,
-    plan_tokenizer,
-)
+from semtok.commands.train_tokenizer import TokenizerPlan, plan_tokenizer
 from semtok.data.source import ImageBatch
 from semtok.errors import UserError, did_you_mean
 from semtok.objective import Batch
