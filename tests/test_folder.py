@@ -340,6 +340,21 @@ def test_a_file_that_is_gone_or_closed_to_us_is_an_unreadable_image(tmp_path, mo
     assert torch.equal(batch.images, train.load([2]).images)
 
 
+def test_a_fault_of_the_library_is_no_unreadable_image_and_one_of_pillow_is(tmp_path, monkeypatch):
+    folder = three(tmp_path)
+
+    def fault(*_: object, **__: object) -> None:
+        raise TypeError("a fault")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("semtok.data.images.decoding.adm_center_crop", fault)
+        with pytest.raises(TypeError, match="a fault"):
+            folder.load([0])
+    monkeypatch.setattr(Image.Image, "getexif", fault)
+    with pytest.raises(UserError, match="none of the . training images .*: a fault"):
+        folder.load([0])
+
+
 def test_a_million_images_take_little_memory_and_keep_their_identity(tmp_path):
     names = [f"n{i % 7:08}/n{i % 7:08}_{i:05}.JPEG" for i in range(1000)]
     for name in names:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from semtok.errors import UserError
 from semtok.progress import announce
-from semtok.storage import DAMAGE, first_line
+from semtok.storage import DAMAGE, as_damage, first_line
 from semtok.teachers import Teacher, TeacherFeatures
 
 _BACKBONE_FILES = {
@@ -54,7 +54,8 @@ class LPIPS(nn.Module):
         if not file.is_file():
             announce(f"perceptual loss: fetching torchvision's {net} weights to {file}")
         try:
-            self.lpips = lpips.LPIPS(net=net, verbose=False)
+            with as_damage():
+                self.lpips = lpips.LPIPS(net=net, verbose=False)
         except DAMAGE as error:
             raise UserError(
                 f"method.perceptual: lpips needs {file.name}, which can't be loaded ({first_line(error)}); "

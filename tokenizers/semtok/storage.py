@@ -30,8 +30,6 @@ DAMAGE = (
     EOFError,
     LookupError,
     ArithmeticError,
-    TypeError,
-    AttributeError,
     AssertionError,
     MemoryError,
     SafetensorError,
@@ -40,13 +38,26 @@ DAMAGE = (
     zipfile.BadZipFile,
 )
 """What reading a missing, foreign or damaged weights file can raise: the libraries that read one, or build what its
-settings say, take much of it for granted."""
+settings say, take much of it for granted. See ``as_damage`` for two more."""
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The system's numbers for a disk, or one's share of it, that takes no more."""
 _DISK_FAILS = (errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN)
 """Those for a disk that takes nothing, or whose machine is gone."""
 DISK_TROUBLE = _DISK_FULL + _DISK_FAILS
+
+
+@contextlib.contextmanager
+def as_damage() -> Iterator[None]:
+    """Within this context a TypeError or AttributeError is a ValueError: what a library raises that meets other content
+    in a file than it takes for granted.
+
+    For calls of such libraries alone: anywhere else these are faults of our own.
+    """
+    try:
+        yield
+    except (TypeError, AttributeError) as error:
+        raise ValueError(first_line(error)) from error
 
 
 def cache_folder(what: str) -> Path:
@@ -255,7 +266,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         UserError: the file is missing, cut short, or not a safetensors file.
     """
     try:
-        return safetensors.torch.load_file(path)
+        with as_damage():
+            return safetensors.torch.load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except DAMAGE as error:
@@ -273,7 +285,8 @@ def read_weights(path: Path) -> Any:
     if path.suffix == ".safetensors" or not path.is_file():
         return read_tensors(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with as_damage():
+            return torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGE as error:
         if "weights_only" in str(error):  # torch's own advice is to trust the file
             raise UserError(

@@ -27,7 +27,7 @@ from semtok.progress import announce, waiting
 from semtok.references import check_hub
 from semtok.sampler.roles import hidden_matrix
 from semtok.settings import Config
-from semtok.storage import DAMAGE, first_line, tensor_bytes
+from semtok.storage import DAMAGE, as_damage, first_line, tensor_bytes
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 DEMO = "demo"
@@ -472,12 +472,13 @@ def _create(config: TeacherConfig, name: str, weights: Mapping[str, Tensor] | No
             options["pretrained_cfg_overlay"] = dict(state_dict=dict(weights))
         elif demo is not None:
             own = config.checkpoint or str(files("semtok") / "assets" / DEMO_FILE)
-            timm.models.load_checkpoint(demo, own)
+            with as_damage():
+                timm.models.load_checkpoint(demo, own)
             return demo
         elif (file := config.checkpoint or _weights_of(name)) is not None:
             state = _local_weights(name, file, options)
             options["pretrained_cfg_overlay"] = dict(state_dict=state)
-        with waiting(f"loading teacher '{name}'"):
+        with waiting(f"loading teacher '{name}'"), as_damage():
             # With its own classifier a network loads strictly: nothing stays random in silence.
             network = timm.create_model(name, pretrained=True, **options)
         network.reset_classifier(0)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from semtok.data.images.decoding import NO_IMAGE, decode, image_suffixes
 from semtok.errors import UserError
-from semtok.storage import DAMAGE, first_line, new_file, read_json
+from semtok.storage import DAMAGE, as_damage, first_line, new_file, read_json
 
 PROTOCOL_FILE, LABELS_FILE = "protocol.json", "labels.json"
 IMAGES_KEY, LABELS_KEY, PROTOCOL_KEY = "arr_0", "arr_1", "protocol"
@@ -42,10 +42,10 @@ def read_protocol(path: Path) -> dict[str, Any] | None:
     else:
         place = path
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with as_damage(), np.load(path, allow_pickle=False) as archive:
                 text = archive[PROTOCOL_KEY].item() if PROTOCOL_KEY in archive else "null"
-            content = json.loads(text)
-        except (*DAMAGE, zipfile.BadZipFile, AttributeError, TypeError) as error:
+                content = json.loads(text)
+        except DAMAGE as error:
             raise UserError(f"{path}: its protocol can't be read ({first_line(error)})") from None
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{place}: expected a protocol, a mapping, as 'sample' writes it")
@@ -72,9 +72,9 @@ def read_labels(path: Path, num_images: int) -> list[int] | None:
     else:
         place = f"{path}: {LABELS_KEY}"
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with as_damage(), np.load(path, allow_pickle=False) as archive:
                 labels = archive[LABELS_KEY].tolist() if LABELS_KEY in archive else None
-        except (*DAMAGE, zipfile.BadZipFile) as error:
+        except DAMAGE as error:
             raise UserError(f"{place}: can't be read ({first_line(error)})") from None
     if labels is None:
         return None
@@ -118,7 +118,7 @@ def check_complete(folder: Path, num_images: int, protocol: dict[str, Any] | Non
 def is_whole(file: Path, image_size: tuple[int, int]) -> bool:
     """Whether a file is there, a PNG in colour of this (height, width), and its checksums are right."""
     try:
-        with Image.open(file, formats=["PNG"]) as image:
+        with as_damage(), Image.open(file, formats=["PNG"]) as image:
             fits = image.mode == "RGB" and (image.height, image.width) == image_size
             image.verify()
     except NO_IMAGE:
@@ -167,9 +167,9 @@ def image_size_of(file: Path, *, verify: bool = False) -> tuple[int, int]:
     """
     try:
         if verify:
-            with Image.open(file) as image:
+            with as_damage(), Image.open(file) as image:
                 image.verify()  # of an image of which nothing else was read yet
-        with Image.open(file) as image:
+        with as_damage(), Image.open(file) as image:
             turned = image.getexif().get(_ORIENTATION, 1) >= 5  # as cameras note it
             return (image.width, image.height) if turned else (image.height, image.width)
     except NO_IMAGE as error:

@@ -9,7 +9,6 @@ teacher's features: the same distances under the teacher's name, as FD-DINOv2 (S
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +29,7 @@ from semtok.lock import made_once
 from semtok.progress import progress, waiting
 from semtok.settings import Config, parse
 from semtok.statistics import StreamingMoments
-from semtok.storage import DAMAGE, first_line, new_file
+from semtok.storage import DAMAGE, as_damage, first_line, new_file
 from semtok.teachers import Teacher
 
 PUBLISHED_NUM_IMAGES = 50_000
@@ -252,12 +251,12 @@ def read_statistics(path: Path) -> SetFeatures:
         UserError: no such file, damaged, or without ``mu`` and ``sigma`` that fit each other.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with as_damage(), np.load(path, allow_pickle=False) as file:
             tensors = {k: torch.from_numpy(file[k]) for k in file.files if k in _STATISTICS_KEYS}
             about = json.loads(str(file["about"])) if "about" in file.files else {}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (*DAMAGE, TypeError, zipfile.BadZipFile) as error:  # TypeError: of other numbers
+    except DAMAGE as error:
         raise UserError(f"{path}: no sound file of statistics ({first_line(error)})") from None
     told = parse(_About, about, f"{path}: about")
     try:

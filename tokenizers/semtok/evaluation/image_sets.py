@@ -27,7 +27,7 @@ from semtok.evaluation.drawn_sets import (
 )
 from semtok.images import Uint8Rule, to_uint8
 from semtok.sampler.sampling import SamplerConfig
-from semtok.storage import DAMAGE, first_line
+from semtok.storage import DAMAGE, as_damage, first_line
 
 DRAWN_AT_ONCE = 32
 """Images in a batch of a generator's, by default in every command: rounding depends on it."""
@@ -195,10 +195,11 @@ def _member(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipExtFile:
 
 
 def _header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)
+    with as_damage():
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            return np.lib.format.read_array_header_1_0(file)
+        return np.lib.format.read_array_header_2_0(file)
 
 
 @contextlib.contextmanager
@@ -208,7 +209,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (*DAMAGE, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (*DAMAGE, zlib.error, NotImplementedError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: cut short or damaged ({first_line(error)})") from None

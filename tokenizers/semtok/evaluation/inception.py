@@ -13,7 +13,7 @@ from semtok.errors import UserError
 from semtok.evaluation.protocol import Network, file_digest, with_version
 from semtok.extras import need
 from semtok.progress import announce
-from semtok.storage import DAMAGE, first_line
+from semtok.storage import DAMAGE, as_damage, first_line
 
 _SIDE = 299
 _SPATIAL_CHANNELS = 7
@@ -110,11 +110,12 @@ def load_inception(*, download: bool = False, resize: Resize = "tensorflow") -> 
             torch.hub.download_url_to_file(
                 URL_INCEPTION_V3, str(file), progress=sys.stderr.isatty()
             )
-        torch.load(file, map_location="cpu", weights_only=True)  # refuses all but tensors
         layers = ["2048", "logits_unbiased"]
-        network = FeatureExtractorInceptionV3(
-            "inception", layers, feature_extractor_weights_path=str(file)
-        )
+        with as_damage():
+            torch.load(file, map_location="cpu", weights_only=True)  # refuses all but tensors
+            network = FeatureExtractorInceptionV3(
+                "inception", layers, feature_extractor_weights_path=str(file)
+            )
         return Inception(network, weights=file_digest(file), resize=resize)
     except DAMAGE as error:
         raise UserError(f"Inception's weights at {file}: {first_line(error)}") from None

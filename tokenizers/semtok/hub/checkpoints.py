@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from semtok.errors import UserError
-from semtok.storage import DAMAGE, first_line, read_tensors
+from semtok.storage import DAMAGE, as_damage, first_line, read_tensors
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -107,11 +107,11 @@ def read_checkpoint(path: str | Path) -> Any:
         return read_tensors(path)
     try:
         if not zipfile.is_zipfile(path):  # a plain pickle, or one of torch before 1.6
-            with path.open("rb") as file:
+            with path.open("rb") as file, as_damage():
                 content = _ArrayUnpickler(file).load()
             if isinstance(content, dict):
                 return content
-        with torch.serialization.safe_globals(_ADMITTED):
+        with as_damage(), torch.serialization.safe_globals(_ADMITTED):
             return torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGE as error:
         if "weights_only" in str(error):  # torch's own advice is to trust the file

@@ -18,7 +18,7 @@ from semtok.methods.texture_classes import (
 )
 from semtok.references import DEMO, RUNS, check_hub, demo_folder, from_a_file
 from semtok.settings import Config
-from semtok.storage import DAMAGE, first_line, read_json, read_weights
+from semtok.storage import DAMAGE, as_damage, first_line, read_json, read_weights
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -138,7 +138,8 @@ def _checked(load: Callable[[], tuple[Any, dict]], reference: str, folder: Path 
         UserError: they are not.
     """
     try:
-        autoencoder, report = load()
+        with as_damage():
+            autoencoder, report = load()
     except DAMAGE as error:
         _check_weights_files(folder)
         unfit = re.search(r"because (\S+) expected shape", first_line(error))

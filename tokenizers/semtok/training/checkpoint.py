@@ -16,6 +16,7 @@ from semtok.errors import UserError
 from semtok.processes import gather, process_index, together
 from semtok.storage import (
     DAMAGE,
+    as_damage,
     first_line,
     new_folder,
     read_tensors,
@@ -167,7 +168,8 @@ def load_checkpoint(
     way_out = f"delete {path} to go on from the one before it, or start a new run with --output"
     load_networks(path, modules=modules, way_out=way_out)
     try:
-        state = torch.load(path / _STATE_FILE, map_location="cpu", weights_only=True)
+        with as_damage():
+            state = torch.load(path / _STATE_FILE, map_location="cpu", weights_only=True)
     except DAMAGE as error:
         raise UserError(
             f"{path / _STATE_FILE}: cut short or damaged ({first_line(error)}); {way_out}"

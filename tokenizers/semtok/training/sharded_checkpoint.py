@@ -25,7 +25,7 @@ from semtok import stopping
 from semtok.errors import UserError
 from semtok.processes import PATIENCE, process_index, together
 from semtok.stopping import When
-from semtok.storage import DAMAGE, first_line, put_in_place, write_state
+from semtok.storage import DAMAGE, as_damage, first_line, put_in_place, write_state
 
 _METADATA = ".metadata"
 _OPTIMISERS = "optimisers"
@@ -168,7 +168,8 @@ def read_networks(checkpoint: Path) -> dict[str, Tensor]:
     kept = _kept(checkpoint)
     networks = {n: about for n, about in kept.items() if not n.startswith(f"{_OPTIMISERS}.")}
     try:
-        tensors = {name: _empty(about) for name, about in networks.items()}
+        with as_damage():
+            tensors = {name: _empty(about) for name, about in networks.items()}
     except DAMAGE as error:  # more than there is room for
         raise _damaged(checkpoint, error) from None
     _read(checkpoint, tensors)
@@ -230,9 +231,10 @@ def _empty(about: TensorStorageMetadata) -> Tensor:
 
 def _kept(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     try:
-        kept = _Reader(checkpoint).read_metadata().state_dict_metadata
-        for name, about in kept.items():
-            _check(name, about)
+        with as_damage():  # what is unpickled need be nothing of what it should be
+            kept = _Reader(checkpoint).read_metadata().state_dict_metadata
+            for name, about in kept.items():
+                _check(name, about)
     except DAMAGE as error:
         raise _damaged(checkpoint, error) from None
     return kept
@@ -263,7 +265,8 @@ def _read(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
         return
     warnings.filterwarnings("ignore", message=_NO_GROUP)
     try:
-        dcp.load(tensors, storage_reader=_Reader(checkpoint), no_dist=True)
+        with as_damage():
+            dcp.load(tensors, storage_reader=_Reader(checkpoint), no_dist=True)
     except CheckpointException as error:
         raise _damaged(checkpoint, _first_failure(error)) from None
     except DAMAGE as error:

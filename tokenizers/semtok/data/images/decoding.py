@@ -18,6 +18,7 @@ from PIL import Image, PngImagePlugin
 from semtok.data.remote import LASTING, persist
 from semtok.errors import UserError
 from semtok.images import as_rgb
+from semtok.storage import as_damage
 
 T = TypeVar("T")
 
@@ -30,8 +31,6 @@ NO_IMAGE = (
     EOFError,
     LookupError,
     ArithmeticError,
-    TypeError,
-    AttributeError,
     MemoryError,
     NotImplementedError,
     struct.error,
@@ -141,8 +140,9 @@ def whole_image(content: bytes, at_least: tuple[int, int] | None = None) -> Imag
         OSError, SyntaxError, ValueError, DecompressionBombError: see ``NO_IMAGE``.
     """
     smaller = partial(_halved, image_size=at_least) if at_least is not None else None
-    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
-        return as_rgb(image, smaller)  # what is odd but readable is not worth a warning
+    quiet = warnings.catch_warnings(action="ignore")  # what is odd but readable is not worth one
+    with quiet, as_damage(), Image.open(io.BytesIO(content)) as image:
+        return as_rgb(image, smaller)
 
 
 def _set_limit() -> None:

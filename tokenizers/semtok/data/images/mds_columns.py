@@ -20,7 +20,7 @@ from semtok.data.images.mds_index import MdsIndex
 from semtok.data.images.mds_shards import MdsFiles, read_columns, sample_bounds
 from semtok.data.remote import read_if_there, within
 from semtok.progress import announce, progress
-from semtok.storage import DAMAGE, cache_folder, digest, new_file, write_tensors
+from semtok.storage import DAMAGE, as_damage, cache_folder, digest, new_file, write_tensors
 
 COLUMNS = "columns.safetensors"
 """The file beside the index."""
@@ -121,13 +121,13 @@ def _beside(index: MdsIndex) -> Columns | None:
     content = read_if_there(within(index.place, COLUMNS))
     if content is None:
         return None
-    with suppress(*DAMAGE):
+    with suppress(*DAMAGE), as_damage():
         return _columns(content, index.state, index.num_samples)
     return None
 
 
 def _kept(file: Path) -> dict[str, Labels] | None:
-    with suppress(*DAMAGE):  # then the shard is read anew
+    with suppress(*DAMAGE), as_damage():  # then the shard is read anew
         return _columns(file.read_bytes(), None, None).labels
     return None
 

@@ -22,7 +22,7 @@ from semtok.data.images.mds_shards import check_file
 from semtok.data.remote import LASTING, persist
 from semtok.errors import UserError
 from semtok.progress import progress
-from semtok.storage import DAMAGE, new_file, read_json, write_json
+from semtok.storage import DAMAGE, as_damage, new_file, read_json, write_json
 
 IMAGE = "image"
 _HASH = "sha256"
@@ -92,9 +92,11 @@ class MdsWriter:
             number = len(entries)
             try:
                 note = read_json(self._note(number))
-                shard = Shard.model_validate_json(json.dumps(note["shard"]))
+                with as_damage():
+                    shard = Shard.model_validate_json(json.dumps(note["shard"]))
+                    following = int(note["next"])
                 check_file(self._file(number), shard.raw_data, "")
-                first = int(note["next"])
+                first = following
             except DAMAGE:  # UserError is one: the note or the shard is not there, or another
                 return entries, first
             entries.append(note["shard"])

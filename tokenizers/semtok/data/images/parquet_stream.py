@@ -19,7 +19,7 @@ from semtok.data.order import BLOCKS_AT_A_TIME
 from semtok.data.remote import StoredFile, protocol, read_ranges, stored_files
 from semtok.errors import UserError
 from semtok.progress import progress
-from semtok.storage import DAMAGE, cache_folder, digest, first_line, new_file
+from semtok.storage import DAMAGE, as_damage, cache_folder, digest, first_line, new_file
 
 BLOCK_BYTES = 2**24
 """Small row groups that are neighbours in a file are fetched together, up to so many bytes of images."""
@@ -261,7 +261,7 @@ def read_columns(footer: Footer, names: Sequence[str], features: Mapping[str, An
     import pyarrow.parquet
 
     kept, table = kept_at(footer, names), None
-    with contextlib.suppress(*DAMAGE):  # then they are read anew
+    with contextlib.suppress(*DAMAGE), as_damage():  # then they are read anew
         table = pyarrow.parquet.read_table(kept) if kept is not None else None
     if table is None:
         table = read_groups(footer, range(footer.metadata.num_row_groups), names)

@@ -17,7 +17,7 @@ from semtok.data.left_out import LeftOut
 from semtok.data.remote import StoredFile, file_system, reading_errors, reason
 from semtok.errors import UserError
 from semtok.progress import announce, progress
-from semtok.storage import DAMAGE, cache_folder, digest, first_line, new_file
+from semtok.storage import DAMAGE, as_damage, cache_folder, digest, first_line, new_file
 
 _READ_AHEAD = 2**22  # bytes: small members come in few requests, large ones are passed over
 _LAYOUT = "2"  # of the kept files
@@ -94,7 +94,7 @@ def _made(shard: StoredFile, image_key: str | None, file: Path) -> tuple[np.ndar
 
 def _kept(shard: StoredFile, image_key: str | None, file: Path) -> tuple[np.ndarray, Notes]:
     try:
-        with open(file, "rb") as kept:
+        with as_damage(), open(file, "rb") as kept:
             index, notes = (np.load(kept, allow_pickle=False) for _ in range(2))
             return index, json.loads(str(notes))
     except DAMAGE:
