@@ -514,7 +514,8 @@ def _weights_of(name: str) -> str | None:
 
 def _local_weights(name: str, checkpoint: str, options: dict[str, object]) -> dict[str, Tensor]:
     """A file's weights; a classifier that it lacks, and that is dropped anyway, is filled in."""
-    state = timm.models.load_state_dict(checkpoint)
+    with as_damage():
+        state = timm.models.load_state_dict(checkpoint)
     classifiers = timm.models.get_pretrained_cfg(name).classifier
     prefixes = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers or ())
     if prefixes and not any(key.startswith(prefixes) for key in state):
