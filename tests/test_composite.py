@@ -27,7 +27,8 @@ from semtok.data.images.kinds import open_sources
 from semtok.data.images.shapes import Shapes, ShapesConfig
 from semtok.data.source import Key
 from semtok.images import to_pixels
-from semtok.methods.composite import CoderShape, CompositeTokenizer, feature_cosine, feature_stride
+from semtok.methods.coders import CoderShape, feature_cosine
+from semtok.methods.composite import CompositeTokenizer, feature_stride
 from semtok.methods.redi import PrincipalComponents
 from semtok.methods.semvae import cosine_loss
 from semtok.metrics import psnr

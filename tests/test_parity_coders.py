@@ -8,7 +8,7 @@ from torch import Tensor
 from parity import Kit, kits, load_kit
 from semtok.hub.formats import open_checkpoint, read_statistics
 from semtok.hub.import_coder import import_compressor, import_semvae, read_semvae
-from semtok.methods.composite import feature_cosine
+from semtok.methods.coders import feature_cosine
 from semtok.methods.reglue import Compressor
 from semtok.methods.semvae import SemVAE, cosine_loss
 from semtok.methods.vae import kl_loss

@@ -9,7 +9,7 @@ from torch import Tensor
 from semtok.errors import UserError
 from semtok.hub.checkpoints import PCAStandIn, built, count_numbered, sizes
 from semtok.hub.file_settings import FileSettings
-from semtok.methods.composite import CoderShape
+from semtok.methods.coders import CoderShape
 from semtok.methods.redi import PrincipalComponents
 from semtok.methods.reglue import Compressor, CompressorShape
 from semtok.methods.semvae import SemVAE, SemVAEShape

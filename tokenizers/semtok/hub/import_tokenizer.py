@@ -19,7 +19,8 @@ from semtok.hub.import_coder import (
 )
 from semtok.hub.import_rae import import_diffusers_rae, import_rae
 from semtok.hub.job import ImportJob, standardise
-from semtok.methods.composite import CompositeConfig, FeatureCoder
+from semtok.methods.coders import FeatureCoder
+from semtok.methods.composite import CompositeConfig
 from semtok.methods.redi import PrincipalComponents
 from semtok.methods.reglue import Compressor
 from semtok.methods.vae import KLTokenizer

@@ -13,7 +13,7 @@ from semtok.hub.import_generator import import_generator
 from semtok.hub.import_tokenizer import import_tokenizer
 from semtok.hub.job import ImportJob, ImportOptions
 from semtok.hub.modules import save_module
-from semtok.methods.composite import FeatureCoder
+from semtok.methods.coders import FeatureCoder
 from semtok.sampler.dit import DiT
 from semtok.tokenizer import Tokenizer
 

@@ -11,7 +11,8 @@ from pydantic import NonNegativeInt
 from semtok.card import provenance, write_readme
 from semtok.errors import UserError
 from semtok.hub.checkpoints import built
-from semtok.methods.composite import CompositeTokenizer, FeatureCoder
+from semtok.methods.coders import FeatureCoder
+from semtok.methods.composite import CompositeTokenizer
 from semtok.privacy import fit_to_show
 from semtok.references import locate_export
 from semtok.registry import get_method, papers_of

@@ -6,13 +6,12 @@ of the last two may be left out (REG has the global part alone). Only the textur
 the image. The methods differ in their coder and in how it is learned.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
@@ -20,7 +19,13 @@ from torch import Tensor, nn
 from semtok.data.caches.feature_cache import features_as_asked
 from semtok.data.source import ImageSource
 from semtok.errors import UserError
-from semtok.methods.teacher_tokenizer import HeldTeacher, TeacherTokenizer, saved_teacher
+from semtok.methods.coders import FeatureCoder, feature_cosine
+from semtok.methods.teacher_tokenizer import (
+    HeldTeacher,
+    TeacherTokenizer,
+    saved_teacher,
+    token_grid,
+)
 from semtok.objective import Batch, Inputs, MethodContext, TokenizerObjective, Unregistered
 from semtok.pictures import Row, principal_components, rows_of_images
 from semtok.registry import MethodConfig, get_method
@@ -90,71 +95,6 @@ class CompositeConfig(MethodConfig):
 
     def least_texture_psnr(self) -> float | None:
         return self.min_texture_psnr
-
-
-# Coders ------------------------------------------------------------------------------------------
-
-
-class CoderShape(Config):
-    """What builds a coder of the same shape: the arguments of its class."""
-
-    feature_channels: int = Field(ge=1)
-    """D of the features."""
-    channels: int = Field(ge=1)
-    """C of the code, the semantic part."""
-
-
-class FeatureCoder(nn.Module, ABC):
-    """Compresses a teacher's patch tokens, all layers on one channel axis, and restores them."""
-
-    shape_class: ClassVar[type[CoderShape]] = CoderShape
-    shape: CoderShape
-
-    @abstractmethod
-    def encode(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, D, h, w) to mean and standard deviation (0: deterministic) of the code
-        (B, C, h, w)."""
-
-    @abstractmethod
-    def decode(self, code: Tensor) -> Tensor:
-        """Codes (B, C, h, w) to features (B, D, h, w)."""
-
-    def settings(self) -> dict[str, Any]:
-        """Its shape as JSON."""
-        return self.shape.model_dump(mode="json")
-
-
-class StandardisedCoder(FeatureCoder):
-    """A coder of features that are standardised per channel, by statistics measured on training data."""
-
-    def __init__(self, shape: CoderShape) -> None:
-        super().__init__()
-        self.shape = shape
-        self.register_buffer("feature_mean", torch.zeros(shape.feature_channels))
-        self.register_buffer("feature_std", torch.ones(shape.feature_channels))
-
-    def take_statistics(self, moments: StreamingMoments) -> None:
-        """Standardises by these moments from now on; channels that never vary are only centred."""
-        self.feature_mean.copy_(moments.mean)
-        self.feature_std.copy_(moments.std.where(moments.std > 0, 1.0))
-
-    def standardise(self, features: Tensor) -> Tensor:
-        """Features (B, D, h, w) to about zero mean and unit variance per channel."""
-        return (features - self.feature_mean[:, None, None]) / self.feature_std[:, None, None]
-
-    def destandardise(self, standardised: Tensor) -> Tensor:
-        """The inverse of ``standardise``."""
-        return standardised * self.feature_std[:, None, None] + self.feature_mean[:, None, None]
-
-
-def feature_cosine(predicted: Tensor, features: Tensor) -> Tensor:
-    """Cosine over channels, averaged over positions: two of (B, D, h, w) to (B,), in float32."""
-    return F.cosine_similarity(predicted.float(), features.float(), dim=1).mean(dim=(1, 2))
-
-
-def token_grid(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
-    """(rows, columns) of the patch tokens of images of (height, width)."""
-    return image_size[0] // stride, image_size[1] // stride
 
 
 # The tokenizer -----------------------------------------------------------------------------------

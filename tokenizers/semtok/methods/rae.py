@@ -14,10 +14,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from semtok.errors import UserError
-from semtok.methods.composite import token_grid
 from semtok.methods.decoder_noise import DecoderNoiseConfig, noise_for_decoder
 from semtok.methods.image_losses import ImageLossConfig, ImageLossLearner, ImageLossObjective
-from semtok.methods.teacher_tokenizer import HeldTeacher, TeacherTokenizer, saved_teacher
+from semtok.methods.teacher_tokenizer import (
+    HeldTeacher,
+    TeacherTokenizer,
+    saved_teacher,
+    token_grid,
+)
 from semtok.metrics import psnr, ssim
 from semtok.objective import Batch, Carry, Inputs, MethodContext, StepOutput
 from semtok.pictures import Row, principal_components, rows_of_images

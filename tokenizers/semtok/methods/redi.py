@@ -14,13 +14,12 @@ from einops import einsum
 from pydantic import Field
 from torch import Tensor
 
+from semtok.methods.coders import CoderShape, StandardisedCoder
 from semtok.methods.composite import (
     GLOBAL_WEIGHT,
-    CoderShape,
     CompositeConfig,
     CompositeObjective,
     CompositeTokenizer,
-    StandardisedCoder,
 )
 from semtok.objective import Batch, MethodContext
 from semtok.registry import register_method

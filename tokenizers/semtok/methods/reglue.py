@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from semtok.methods.coders import CoderShape, StandardisedCoder
 from semtok.methods.composite import (
     GLOBAL_WEIGHT,
-    CoderShape,
     CompositeConfig,
     CompositeObjective,
     CompositeTokenizer,
-    StandardisedCoder,
 )
 from semtok.objective import Batch, Carry, Inputs, MethodContext, StepOutput, Term
 from semtok.registry import register_method

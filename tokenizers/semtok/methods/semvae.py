@@ -14,14 +14,12 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
+from semtok.methods.coders import CoderShape, FeatureCoder, feature_cosine
 from semtok.methods.composite import (
     GLOBAL_WEIGHT,
-    CoderShape,
     CompositeConfig,
     CompositeObjective,
     CompositeTokenizer,
-    FeatureCoder,
-    feature_cosine,
 )
 from semtok.methods.vae import kl_loss
 from semtok.objective import Carry, Inputs, MethodContext, StepOutput, Term

@@ -96,3 +96,8 @@ def saved_teacher(config: TeacherConfig, fingerprint: str, folder: Path) -> Held
     if config.checkpoint is not None:
         config = config.model_copy(update={"checkpoint": str(folder / _TEACHER_FILE)})
     return config, fingerprint
+
+
+def token_grid(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """(rows, columns) of the patch tokens of images of (height, width)."""
+    return image_size[0] // stride, image_size[1] // stride
