@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from semtok_cli import importing_much
+
 _POLL_SECONDS = 0.02
 # Killed by the system when the test process ends, however it does.
 _BOUND = (
@@ -247,7 +249,9 @@ def _serve() -> None:
         os.environ.clear()
         os.environ.update(environment)
         module, name = work.split(":")
-        getattr(importlib.import_module(module), name)(*arguments)
+        with importing_much():
+            function = getattr(importlib.import_module(module), name)
+        function(*arguments)
         _forget_processes()
         sys.stdout.flush()
         Path(done).touch()

@@ -6,32 +6,39 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 import tiny
 
 ROOT = Path(__file__).parents[1]
+TORCHRUN = ["torchrun", "--nproc-per-node", "2", "--master-port", "PORT", "--"]
+ACCELERATE = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2"]
+ACCELERATE += ["--main_process_port", "PORT"]
 
 
-def test_two_processes_of_one_launcher_train_and_those_of_another_go_on(tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(tiny.content({"name": "vae"}, steps=2)))
+def test_two_processes_of_torchrun_train_one_run(tmp_path):
     run = tmp_path / "run"
-    begun = launched(
-        ["torchrun", "--nproc-per-node", "2", "--master-port", "PORT", "--"],
-        [str(recipe), "--output", str(run), "--resume", "auto"],
-        tmp_path,
-    )
-    assert begun.count("training vae on") == 1
+    said = launched(TORCHRUN, words_of(tmp_path, "--output", str(run)), tmp_path)
+    assert said.count("training vae on") == 1
     assert summary_of(run) == (2, 2)
-    gone_on = launched(
-        ["accelerate", "launch", "--multi_gpu", "--num_processes", "2"]
-        + ["--main_process_port", "PORT"],
-        [str(recipe), "--output", str(run), "--resume", "auto", "train.steps=4"],
-        tmp_path,
-    )
-    assert gone_on.count("training vae on") == 1
-    assert summary_of(run) == (2, 4)
+
+
+@pytest.mark.long
+def test_those_of_accelerate_go_on_where_those_of_torchrun_stopped(tmp_path):
+    run = tmp_path / "run"
+    words = words_of(tmp_path, "--output", str(run), "--resume", "auto")
+    for launcher, steps in ((TORCHRUN, 2), (ACCELERATE, 4)):
+        said = launched(launcher, [*words, f"train.steps={steps}"], tmp_path)
+        assert said.count("training vae on") == 1
+        assert summary_of(run) == (2, steps)
+
+
+def words_of(folder: Path, *options: str) -> list[str]:
+    """A tiny recipe and options."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny.content({"name": "vae"}, steps=2)))
+    return [str(recipe), *options]
 
 
 def launched(launcher: list[str], words: list[str], logs: Path) -> str:

@@ -81,6 +81,7 @@ def test_a_job_is_requeued_after_its_signal_alone(code, tmp_path):
     assert (tmp_path / "requeued").exists() == (code == 138)
 
 
+@pytest.mark.long
 def test_its_processes_train_together(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tiny.content({"name": "vae"}, steps=2)))
