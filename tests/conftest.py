@@ -6,8 +6,10 @@ import gc
 import os
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from given_back import held, taken_since
 from processes import Ranks
@@ -54,6 +56,32 @@ def _no_machine_is_fast_in_bf16() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "found_here", lambda: precision.Gains(1.0, 1.0))
+        yield
+
+
+class _Blank:
+    """Stands for a figure of curves."""
+
+    def savefig(self, file: Any, **_: Any) -> None:
+        Image.new("L", (8, 8)).save(file, "PNG")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _curves_are_blank() -> Iterator[Any]:
+    """Curves of what tests train are not drawn, which is a quarter of what tiny ones take; see ``drawn_curves``."""
+    from semtok.training import log
+
+    drawn = log._figure_of_curves
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "_figure_of_curves", lambda points: _Blank())
+        yield drawn
+
+
+@pytest.fixture(scope="module")
+def drawn_curves(_curves_are_blank: Any) -> Iterator[None]:
+    """For this module's tests curves are drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("semtok.training.log._figure_of_curves", _curves_are_blank)
         yield
 
 

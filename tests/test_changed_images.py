@@ -202,7 +202,6 @@ def test_of_a_great_many_classes_a_digest_is_noted(tmp_path, monkeypatch):
 def test_a_resumed_training_takes_moved_images_and_refuses_other_ones(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("semtok.training.log.RunLog.draw_curves", lambda self: None)  # slow
     content = tiny.content({"name": "vae"}, checkpoint_every=3)
     content["data"] = {"kind": "folder", "path": str(folder(tmp_path / "images")), "size": 16}
     train_tokenizer(parse_recipe(content, "tiny"), tmp_path / "run")

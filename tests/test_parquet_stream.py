@@ -357,7 +357,6 @@ def test_a_url_may_hold_a_query_that_is_not_shown(server):
 def test_a_resumed_run_ends_with_the_same_weights_unless_a_file_changed(
     tmp_path, server, monkeypatch
 ):
-    monkeypatch.setattr("semtok.training.log.RunLog.draw_curves", lambda self: None)  # slow
     content = tiny.content({"name": "vae"}, checkpoint_every=3)
     content["data"] = {"kind": "parquet", "path": f"{server.address}/s-0.parquet", "size": 16}
     content["data"] |= {"streaming": True, "num_workers": 1}

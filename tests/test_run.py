@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -43,7 +44,7 @@ GAN = {"perceptual": "teacher", "adversarial": tiny.ADVERSARIAL}
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, drawn_curves: None) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tiny.content(GAN, log_every=1)))
     assert main([str(folder / "recipe.yaml"), "--output", str(folder / "run")]) == 0
@@ -61,6 +62,9 @@ def test_a_run_folder_holds_what_the_design_promises(finished):
         "export",
         "summary.json",
     }
+    drawn = np.asarray(Image.open(finished / "curves.png").convert("RGB"))
+    assert drawn.shape[1] == 4 * 396 and drawn.shape[0] >= 2 * 297, "four panels a row"
+    assert len(np.unique(drawn[:297, :396].reshape(-1, 3), axis=0)) > 20
     summary = json.loads((finished / "summary.json").read_text())
     assert {"psnr", "ssim", "kl_per_dim", "alignment_cosine"} <= summary["validation"].keys()
     assert summary["steps"] == 6 and summary["images"] == 24

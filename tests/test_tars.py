@@ -254,7 +254,6 @@ def test_epochs_are_whole_in_any_number_of_processes(
 
 
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr("semtok.training.log.RunLog.draw_curves", lambda self: None)  # slow
     content = tiny.content({"name": "vae"}, checkpoint_every=3)
     path, validation = write_shards(tmp_path), write_held_out(tmp_path)
     content["data"] = {"kind": "tars", "path": path, "validation": validation, "size": 16}
