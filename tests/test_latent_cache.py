@@ -434,6 +434,26 @@ def test_a_cache_behind_a_url_is_fetched_shard_by_shard(place, cache, tmp_path, 
             opened(place, f"{url}/nothing")
 
 
+def test_a_url_of_a_cache_may_hold_a_query_that_opens_it(place, cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("SEMTOK_CACHE", str(tmp_path / "cache"))
+    files = {
+        f"/c/{path.relative_to(cache)}?key={key}": path.read_bytes()
+        for path in cache.rglob("*")
+        if path.is_file()
+        for key in ("secret", "other")
+    }
+    local, _ = opened(place, cache)
+    with file_server(files) as server:
+        for key, fetched in (("secret", True), ("other", False)):
+            remote, _ = opened(place, f"{server.address}/c/?key={key}")
+            before = server.num_bytes
+            assert torch.equal(remote.load([1]).labels, local.load([1]).labels)
+            assert (server.num_bytes > before) == fetched, "another key opens the same"
+        with pytest.raises(UserError, match="latents.json") as raised:
+            opened(place, f"{server.address}/c?key=wrong")
+        assert "wrong" not in str(raised.value)
+
+
 def test_local_copies_are_those_of_the_store_as_it_is(place, cache, tmp_path, monkeypatch):
     """The store is written again, a copy is damaged, and earlier runs left copies."""
     monkeypatch.setenv("SEMTOK_CACHE", str(tmp_path / "cache"))

@@ -23,7 +23,7 @@ from torch import Tensor
 from semtok.data.caches.feature_cache import features_found
 from semtok.data.caches.remote_shards import RemoteShards
 from semtok.data.caches.shards import INDEX, Compute, Shards, ensure_shards
-from semtok.data.remote import protocol, read_remote_json
+from semtok.data.remote import protocol, read_remote_json, within
 from semtok.data.source import DataConfig, ImageBatch, ImageSource, Key
 from semtok.errors import UserError
 from semtok.images import to_pixels
@@ -237,8 +237,8 @@ def open_latent_cache(
     """
     if protocol(str(place)):
         url = str(place).rstrip("/")
-        about = read_remote_json(f"{url}/{_ABOUT}", _PLACE)
-        train, validation = (RemoteShards(f"{url}/{n}", _PLACE) for n in (_TRAIN, _VALIDATION))
+        about = read_remote_json(within(url, _ABOUT), _PLACE)
+        train, validation = (RemoteShards(within(url, n), _PLACE) for n in (_TRAIN, _VALIDATION))
     else:
         folder = Path(place)
         about = read_json(folder / _ABOUT)

@@ -10,7 +10,7 @@ from typing import Any
 
 from semtok.data.caches.shards import INDEX, Shard, Shards, open_shard, shard_checksum
 from semtok.data.local_copies import LocalCopies
-from semtok.data.remote import answered, file_system, read_remote_json
+from semtok.data.remote import answered, file_system, read_remote_json, within
 from semtok.errors import UserError
 from semtok.storage import cache_folder, digest
 
@@ -34,11 +34,12 @@ class RemoteShards(Shards):
 
     def __init__(self, url: str, place: str, *, kept: int = KEPT) -> None:
         self.url, self.kept, self._user_place = url.rstrip("/"), kept, place
-        self.local = cache_folder("shards") / digest(self.url, size=8)
+        # Another signature opens the same files.
+        self.local = cache_folder("shards") / digest(url.partition("?")[0].rstrip("/"), size=8)
         super().__init__(self.url, place)
 
     def _read_index(self) -> Any:
-        return read_remote_json(f"{self.url}/{INDEX}", self._user_place)
+        return read_remote_json(within(self.url, INDEX), self._user_place)
 
     @cached_property
     def _copies(self) -> LocalCopies:
@@ -81,7 +82,7 @@ class RemoteShards(Shards):
         entry, file = self.entries[number], self.local_file(number)
         if file.is_file() and shard_checksum(file) != entry["checksum"]:
             file.unlink(missing_ok=True)
-        url, place = f"{self.url}/{entry['file']}", f"{self._place}: {entry['file']}"
+        url, place = within(self.url, entry["file"]), f"{self._place}: {entry['file']}"
         system = file_system(url)
 
         def fetch(temporary: Path) -> None:
