@@ -11,6 +11,7 @@ reconstruction that differs by rounding alone moves what is left of it by up to 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,12 @@ default_cfgs: dict[str, Any] = {}  # timm looks for them here, by the network's 
 
 
 def state_of(kit: Kit) -> dict[str, Tensor]:
-    return read_weights(kit.folder / kit.case["files"]["checkpoint"])["state_dict"]
+    return _state(kit.folder / kit.case["files"]["checkpoint"])
+
+
+@cache
+def _state(file: Path) -> dict[str, Tensor]:
+    return read_weights(file)["state_dict"]
 
 
 def teacher_of(kit: Kit, folder: Path) -> Teacher:
