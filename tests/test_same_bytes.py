@@ -22,7 +22,7 @@ def make(runs: Path, output: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, drawn_curves: None) -> Path:
     """Two runs of one recipe in ``ours`` and ``theirs``, the second and what is exported beside it by a process where
     sets and dicts have another order."""
     root = tmp_path_factory.mktemp("same")

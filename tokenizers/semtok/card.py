@@ -7,10 +7,12 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
@@ -56,9 +58,10 @@ def model_card(
         parameters: of each network, by name.
     """
     trained, names = config.get("trained") or {}, config.get("class_names") or []
-    card = ModelCard.from_template(
-        card_data(config, library="semtok" if packages is None else "diffusers"),
-        template_str=(files("semtok") / "assets" / _TEMPLATE).read_text(encoding="utf-8"),
+    header = card_data(config, library="semtok" if packages is None else "diffusers")
+    content = _template().render(
+        header.to_dict(),
+        card_data=header.to_yaml(),
         kind=config.get("kind", "tokenizer"),
         title=_title(config),
         version=config["library_version"],
@@ -77,7 +80,13 @@ def model_card(
         papers=papers,
         bibtex="\n\n".join(filter(None, map(bibtex, papers))),
     )
-    return f"{card}\n"
+    return f"{ModelCard(content)}\n"
+
+
+@cache
+def _template() -> jinja2.Template:
+    """As ``ModelCard.from_template`` makes it, once: it takes longer than all else of a card."""
+    return jinja2.Template((files("semtok") / "assets" / _TEMPLATE).read_text(encoding="utf-8"))
 
 
 def loading_lines(reference: str, labels: Sequence[str]) -> list[str]:
