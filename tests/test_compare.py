@@ -431,7 +431,7 @@ def test_a_finished_run_of_the_same_recipe_is_taken_and_what_becomes_of_it_then_
 ):
     monkeypatch.chdir(tmp_path)
     planned = comparison(tmp_path / "c", VAE, REGLUE)
-    run_of_vae = finished_run(planned, "vae", "train.log_every=7")
+    run_of_vae = finished_run(planned, "vae", "train.log_every=7", "data.licence=CC0-1.0")
     finished_run(planned, "reglue")
     assert taken(planned) == [
         "tokenizer vae, seed 0: the finished run runs/vae is taken",
@@ -1060,3 +1060,11 @@ def test_the_file_of_latents_names_every_way_to_a_texture_beside_the_plain_vae(t
     assert steps[0] == steps[1], "fine-tuned for as long, with and without equivariance"
     aligned = Row(name="repa", tokenizer="rae", settings=("diffusion.repa={weight: 0.5}",))
     assert not any(w.startswith("teacher") for w in planned.generator_overrides(aligned, 0))
+
+
+def test_threads_that_the_user_has_set_stay(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    shared = compare._environments(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert compare._environments(2) == [{"OMP_NUM_THREADS": "3"}] * 2
+    assert int(shared[0]["OMP_NUM_THREADS"]) == len(os.sched_getaffinity(0))

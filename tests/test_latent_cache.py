@@ -1,5 +1,6 @@
 """Cached latents: what they hold, that training on them is the same, and what happens to a bad one."""
 
+import argparse
 import contextlib
 import functools
 import json
@@ -687,6 +688,14 @@ def test_what_writes_a_cache_ends_with_the_command_that_trains_on_it(tmp_path, m
         tiny_run += ["diffusion.network=SiT-T/4", "--output", f"run_{name}"]
         assert run(train_dit.main, [*given, *tiny_run]) == 0
         capsys.readouterr()
+
+
+def test_the_command_that_trains_on_a_cache_shows_no_secret():
+    words = argparse.Namespace(
+        tokenizer="demo", data=["path=https://h/a.tar?key=secret"], output="c", targets=None
+    )
+    told = cache_latents._training_command(words, Tokenizer.from_pretrained("demo"))
+    assert "data.path=https://h/a.tar…" in told and "secret" not in told
 
 
 def test_a_cache_keeps_no_secrets_of_urls_and_is_the_same_for_another_signature():

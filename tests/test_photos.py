@@ -11,6 +11,7 @@ from PIL import Image
 from benchmarks.random_inputs import random_teacher
 from semtok import Tokenizer
 from semtok.commands import sample, train_dit, train_tokenizer
+from semtok.commands.run_data import note_licence
 from semtok.recipe import embedded_recipes, load_recipe
 from semtok.settings import read_yaml
 from semtok.teachers import TeacherConfig
@@ -106,3 +107,13 @@ def test_columns_as_those_of_cifar_are_found(images, tmp_path):
     train_set, held_out = train_tokenizer.open_sources(recipe.data)
     assert train_set.class_names == ("Bag", "Coat", "Dress") and len(held_out)
     assert recipe.data.licence is None
+    assert train_set.name == f"train.parquet ({len(train_set)} images)"
+    assert held_out.name == f"train.parquet ({len(held_out)} held-out images)", "not of training"
+
+
+def test_whose_licence_an_export_states_is_told_where_others_images_are_named(images, capsys):
+    data = load_recipe(embedded_recipes()["photos/vae"], images).data
+    for words, is_told in ((images, True), ([*images, "data.licence=MIT"], False), ([], False)):
+        note_licence(data, words)
+        out = capsys.readouterr().out
+        assert ("note: the export will state MIT" in out and "data.licence=" in out) == is_told

@@ -691,7 +691,10 @@ def fresh(
         "import tokenizers, semtok, semtok.commands.train_dit\n"
         "early = {'diffusers', 'transformers', 'sklearn', 'matplotlib', 'datasets'} & {*sys.modules}\n"
         "assert 'site-packages' in tokenizers.__file__\n"
-        "assert tokenizers.Tokenizer(tokenizers.models.BPE()).encode('a').ids == []\n"
+        "t = tokenizers.Tokenizer(tokenizers.models.BPE()); assert t.encode('a').ids == []\n"
+        "try: import transformers\n"
+        "except ImportError: pass\n"  # it takes seconds in each process, so tests install it not
+        "else: transformers.PreTrainedTokenizerFast(tokenizer_object=t)\n"
         "assert semtok.Tokenizer.__module__ == 'semtok.tokenizer'\n"
         "print('side by side', early, sep='\\n', flush=True)\n"
         "from semtok.commands.train_tokenizer import main\n"

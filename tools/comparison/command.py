@@ -302,7 +302,8 @@ def _print(title: str, header: list[str], rows: list[list[str]]) -> None:
 
 
 def _environments(jobs: int | None) -> list[dict[str, str]]:
-    """Variables of each process that runs at once: a GPU of its own, or a share of the cores."""
+    """Variables of each process that runs at once: a GPU of its own, or a share of the cores, unless the user has set
+    how many threads each has."""
     if torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
@@ -311,7 +312,8 @@ def _environments(jobs: int | None) -> list[dict[str, str]]:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     count = jobs or cores
-    return [{"OMP_NUM_THREADS": str(max(1, cores // count))}] * count
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))
+    return [{"OMP_NUM_THREADS": threads}] * count
 
 
 def _about(comparison: Comparison, at_once: int) -> list[str]:

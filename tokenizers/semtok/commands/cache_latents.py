@@ -23,6 +23,7 @@ from semtok.data.caches.shards import Shards
 from semtok.data.images.kinds import open_sources
 from semtok.data.images.shapes import ShapesConfig
 from semtok.errors import UserError
+from semtok.privacy import without_secrets
 from semtok.processes import watching
 from semtok.recipe import parse_data
 from semtok.registry import load_plugins
@@ -116,8 +117,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _training_command(args: argparse.Namespace, tokenizer: Tokenizer) -> str:
-    """What trains on the cache: of the same tokenizer, images and targets."""
-    words = ["--tokenizer", args.tokenizer, *(f"data.{word}" for word in args.data)]
+    """What trains on the cache: of the same tokenizer, images and targets. Secrets of URLs are for the user to add."""
+    data = (f"data.{without_secrets(word)}" for word in args.data)
+    words = ["--tokenizer", args.tokenizer, *data]
     words.append(f"data.cache={args.output}")
     if args.targets is not None and tokenizer.diffusion_defaults.repa is None:
         words.append("diffusion.repa={weight: 0.5}")

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from semtok.data.source import ImageSource
+from semtok.data.source import DataConfig, ImageSource
 from semtok.errors import UserError
+from semtok.progress import announce
 from semtok.storage import read_json, write_json
 
 _FILE = "data_files.json"
@@ -108,3 +109,21 @@ def _changed_files(was: Mapping[str, str] | None, now: Mapping[str, str] | None)
         elif was[name] != now[name]:
             changes.append(f"{name} changed")
     return changes
+
+
+def note_licence(data: DataConfig, overrides: Sequence[str]) -> None:
+    """Says which licence of the images an export will state where other images than a recipe's were named.
+
+    Args:
+        overrides: of the command, as ``data.path=…``.
+    """
+    given = {word.partition("=")[0] for word in overrides}
+    if (
+        data.licence is not None
+        and given & {"data.path", "data.kind"}
+        and "data.licence" not in given
+    ):
+        announce(
+            f"note: the export will state {data.licence}, which is of the recipe's own images; "
+            "pass data.licence=… for others, or null"
+        )

@@ -12,7 +12,7 @@ from torch import nn
 
 from semtok.commands import around_training
 from semtok.commands.cli import Parser
-from semtok.commands.run_data import check_data
+from semtok.commands.run_data import check_data, note_licence
 from semtok.commands.run_folder import check_run_folder
 from semtok.commands.run_recipe import Resume, resolve, resumes, split_recipe
 from semtok.commands.texture_quality import TextureQuality, record, texture_quality
@@ -72,6 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     if args.print_recipe:
         print(recipe_text(found.recipe), end="")
         return 0
+    note_licence(found.recipe.data, overrides)
     train_tokenizer(
         found.recipe, folder, resume=args.resume, place=found.place, overrides=found.overrides
     )

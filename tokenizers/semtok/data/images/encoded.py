@@ -141,6 +141,7 @@ class StoredImages(ImageSource):
                     left_out.add("classes without an image in data.num_images", class_names[label])
         train.left_out = held_out.left_out = left_out
         train.part, held_out.part = "training", "held-out"
+        held_out.name = held_out.name.removesuffix("images)") + "held-out images)"
         train.check_readable()
         held_out.check_readable()
         return train, held_out
