@@ -105,20 +105,32 @@ def in_turn(folder: Path, what: str, *, lock_file: str = LOCK_FILE) -> Iterator[
         yield
 
 
-def made_once(file: Path, what: str, *, read: Callable[[], T | None], make: Callable[[], T]) -> T:
-    """What a cache's file holds; where it is not there, it is made. Where another process makes it, this one waits for
-    that.
+def made_once(
+    file: Path, what: str, *, read: Callable[[Path], T | None], make: Callable[[], T]
+) -> T:
+    """What a cache's file holds; where it is not there, or damaged, it is made. Where another process makes it, this
+    one waits for that.
 
     Args:
         what: makes it, for the message of who waits: "a command that trains this judge".
-        read: the file; None: there is nothing of use.
+        read: the file, which is there; UserError: it is damaged; None: there is nothing of use.
         make: writes the file too.
     """
-    found = read()
+
+    def kept() -> T | None:
+        if not file.is_file():
+            return None
+        try:
+            return read(file)
+        except UserError:
+            file.unlink(missing_ok=True)
+            return None
+
+    found = kept()
     if found is not None:
         return found
     with in_turn(file.parent, what, lock_file=f".{file.stem}.lock"):
-        found = read()  # by who was there before
+        found = kept()  # by who was there before
         return make() if found is None else found
 
 

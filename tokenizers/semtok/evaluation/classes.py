@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from semtok.data.passes import chosen_images
 from semtok.data.source import ImageSource
-from semtok.errors import UserError
 from semtok.evaluation.generation import FeatureNetwork
 from semtok.evaluation.probe import logistic_regression
 from semtok.lock import made_once
@@ -75,7 +73,7 @@ def class_reader(
         return fitted
 
     what = "a command that fits this reader of classes"
-    return _reader(made_once(file, what, read=partial(_kept, file), make=make))
+    return _reader(made_once(file, what, read=_kept, make=make))
 
 
 @waiting("fitting the reader of classes")
@@ -110,13 +108,7 @@ def _key(features: np.ndarray, labels: np.ndarray) -> str:
 
 def _kept(file: Path) -> dict[str, Tensor] | None:
     """What a cache's file holds; None: nothing of use."""
-    if not file.is_file():
-        return None
-    try:
-        fitted = read_tensors(file)
-    except UserError:
-        file.unlink(missing_ok=True)  # damaged: made anew
-        return None
+    fitted = read_tensors(file)
     return fitted if fitted.keys() == {"mean", "std", *_FITTED} else None
 
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -213,18 +212,12 @@ def see_reference(images: ImageSet, network: FeatureNetwork, cache: Path) -> Set
         return kept
 
     what = "a command that sees these images by this network"
-    return made_once(file, what, read=partial(_kept, file), make=make)
+    return made_once(file, what, read=_kept, make=make)
 
 
 def _kept(file: Path) -> SetFeatures | None:
     """What a cache's file holds; None: nothing of use."""
-    if not file.is_file():
-        return None
-    try:
-        stored = read_statistics(file)
-    except UserError:
-        file.unlink(missing_ok=True)  # damaged: made anew
-        return None
+    stored = read_statistics(file)
     return stored if stored.digest is not None else None  # of an older version, which did not tell
 
 

@@ -131,7 +131,7 @@ def trained_judge(
         return fresh
 
     what = "a command that trains this judge"
-    network = made_once(file, what, read=partial(_kept, fresh, file), make=make)
+    network = made_once(file, what, read=partial(_kept, fresh), make=make)
     network.requires_grad_(False).eval()
 
     def see(images: Tensor) -> dict[str, Tensor]:
@@ -166,15 +166,9 @@ def _key(train: ImageSource, num_images: int, seed: int, steps: int) -> str:
     return digest(_FORMAT, str(seed), str(steps), *words, size=12)
 
 
-def _kept(network: JudgeNetwork, file: Path) -> JudgeNetwork | None:
-    """The network with the weights that are kept; None: there are none. A damaged file is removed."""
-    if not file.is_file():
-        return None
-    try:
-        load_weights(network, file)
-    except UserError:
-        file.unlink(missing_ok=True)
-        return None
+def _kept(network: JudgeNetwork, file: Path) -> JudgeNetwork:
+    """The network with the weights that a cache's file holds."""
+    load_weights(network, file)
     return network
 
 
