@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -68,8 +68,8 @@ class StoredImages(ImageSource):
 
     expected: str
     """What images are expected to lie in, for messages."""
-    part = "stored"
-    """Which part of the set these are, for messages."""
+    part: Literal["stored", "training", "held-out"] = "stored"
+    """Which part of the set these are, for their name and messages."""
 
     def __init__(
         self,
@@ -90,9 +90,14 @@ class StoredImages(ImageSource):
         self.flip, self.crop = flip, crop
         known = attributes or ImageAttributes({}, torch.zeros(len(labels), 0, dtype=torch.int64))
         self.attributes, self._values = known.categories, known.values
-        count = str(len(labels)) if chosen_of is None else f"{len(labels)} of {chosen_of}"
-        self.name = f"{title} ({count} images)"
+        self._title = title
+        self._count = str(len(labels)) if chosen_of is None else f"{len(labels)} of {chosen_of}"
         self._unreadable: dict[int, str] = {}  # and why
+
+    @property
+    def name(self) -> str:
+        what = "held-out images" if self.part == "held-out" else "images"
+        return f"{self._title} ({self._count} {what})"
 
     @classmethod
     def parts_of(
@@ -141,7 +146,6 @@ class StoredImages(ImageSource):
                     left_out.add("classes without an image in data.num_images", class_names[label])
         train.left_out = held_out.left_out = left_out
         train.part, held_out.part = "training", "held-out"
-        held_out.name = held_out.name.removesuffix("images)") + "held-out images)"
         train.check_readable()
         held_out.check_readable()
         return train, held_out
