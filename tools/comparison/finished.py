@@ -19,7 +19,6 @@ from semtok.tokenizer import Tokenizer
 
 _SUMMARY = "summary.json"
 _TEXTURE_OF_RUN, _TEXTURE_SETTING = "texture", "method.texture"
-_LICENCE_SETTING = "data.licence"  # nothing is learned from it
 
 
 def with_whole_runs(comparison: Comparison) -> Comparison:
@@ -81,7 +80,7 @@ def why_not(comparison: Comparison, name: str, seed: int) -> str | None:
     wanted = load_recipe(recipe, comparison.tokenizer_overrides(name, seed))
     changed = differing(run / RECIPE_FILE, wanted)
     for key, there, here in changed:
-        if key not in (_TEXTURE_SETTING, _LICENCE_SETTING):
+        if key != _TEXTURE_SETTING:
             return f"{key} is {there!r} there and {here!r} here"
     try:
         check_data(run, open_sources(wanted.data))

@@ -187,5 +187,6 @@ def differing(file: Path, recipe: Config) -> list[tuple[str, Any, Any]]:
     """
     old = flatten(_recorded(file, recipe))
     new = flatten(_precision_kept(recipe, old.get(_PRECISION)).model_dump(mode="json"))
-    keys = [key for key in sorted(old.keys() | new.keys()) if not _is_of(key, _FREE_ON_RESUME)]
+    free = (*_FREE_ON_RESUME, "data.licence")
+    keys = [key for key in sorted(old.keys() | new.keys()) if not _is_of(key, free)]
     return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
