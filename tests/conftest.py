@@ -13,6 +13,7 @@ from PIL import Image
 
 from given_back import held, taken_since
 from processes import Ranks
+from semtok_cli import importing_much
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in processes started here
 # Large tensors come from memory that is kept. By itself glibc gives it back to the system, which clears each page for
@@ -26,14 +27,12 @@ if hasattr(libc := ctypes.CDLL(None), "mallopt"):
 def pytest_collection() -> Iterator[None]:
     """Imports make half a million objects that stay. Looking for garbage among them takes a sixth of the time, here and
     in tests."""
-    gc.disable()
-    try:
-        return (yield)
-    finally:
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(20_000, 20, 10)  # tests import as much again
-        gc.enable()
+    gc.set_threshold(20_000, 20, 10)  # tests import as much again
+    with importing_much():
+        try:
+            return (yield)
+        finally:
+            gc.collect()
 
 
 @pytest.fixture(autouse=True, scope="session")
